@@ -108,7 +108,7 @@ _MAX_NUMEL = 1 << 20
 def _recognize(module: nn.Module, name: str, cache: dict[Any, NormInfo | None]) -> NormInfo | None:
     if getattr(module, "is_adanorm_module", False):
         return _of_swapped(module)
-    cls = type(module)
+    cls = _source_class(module)
     info: NormInfo | None
     if isinstance(module, _OTHER_NORMS):
         return NormInfo(kind="other", reason=_reason_for_other(module))
@@ -133,13 +133,18 @@ def _recognize(module: nn.Module, name: str, cache: dict[Any, NormInfo | None]) 
     if key in cache:
         return cache[key]
     info = _probe(module)
-    if info.kind == "other" and not (
-        _NORM_ENDING.search(cls.__name__) or hasattr(module, "normalized_shape")
-    ):
-        cache[key] = None
+    claims = bool(_NORM_ENDING.search(cls.__name__)) or hasattr(module, "normalized_shape")
+    if info.kind == "other" and not claims and not info.reason.startswith("close to"):
+        cache[key] = None  # not a norm, and nothing said it was
         return None
     cache[key] = info = replace(info, parametrized=parametrized)
     return info
+
+
+def _source_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without the subclass that `parametrize` puts in front of it."""
+    cls = type(module)
+    return cls.__mro__[1] if parametrize.is_parametrized(module) else cls
 
 
 def _of_swapped(module: Any) -> NormInfo:
@@ -193,7 +198,7 @@ def _of_container(
 ) -> NormInfo | None:
     """Modules with children that hold parameters are never run.
 
-    If they hold a norm, that one is listed instead of them, unless they are conditioned norms, which are listed
+    If they hold a norm, that one is listed instead of them, unless they are conditioned norms, listed
     with what they take."""
     if _is_conditioned(module, cache):
         extra = ", ".join(_extra_inputs(module))
@@ -296,6 +301,9 @@ def _probe(module: nn.Module) -> NormInfo:
     """Run a copy with random parameters and name the formula it computes."""
     if extra := _extra_inputs(module):
         return NormInfo(kind="other", reason=f"its forward takes further inputs ({', '.join(extra)})")
+    own = _own_forward(module)
+    if own is not None and getattr(own, "__self__", None) is not module:
+        return NormInfo(kind="other", reason="its forward was replaced on this instance")
     devices = {t.device for t in (*module.parameters(), *module.buffers())} - {torch.device("cpu")}
     own_device = next((d for d in devices if d.type != "meta"), None)
     info, error = _probe_on(module, torch.device("cpu"))
@@ -346,9 +354,7 @@ def _random_copy(
     module: nn.Module, device: torch.device, generator: torch.Generator
 ) -> tuple[Any, dict[str, Tensor]]:
     """A copy free of hooks and its random float32 parameters (in 0.5 .. 1.5); the source may be on meta."""
-    cls: Any = type(module)
-    if parametrize.is_parametrized(module):
-        cls = cls.__mro__[1]  # parametrize put a subclass with properties in front
+    cls: Any = _source_class(module)
     clone = cls.__new__(cls)
     nn.Module.__init__(clone)
     skip = {"forward", "_old_forward", "_hf_hook", *clone.__dict__}
@@ -391,8 +397,6 @@ def _random_copy(
             clone._modules[key] = None if child is None else _random_copy(child, device, generator)[0]
     clone.training = False
     if (own := _own_forward(module)) is not None:
-        if not isinstance(own, types.MethodType) or own.__self__ is not module:
-            raise RuntimeError("its forward was replaced on this instance")
         clone.__dict__["forward"] = types.MethodType(own.__func__, clone)
     clone._forward_hooks = OrderedDict()
     return clone, tensors
