@@ -1,0 +1,692 @@
+"""AdaNorm and its relatives as drop-in replacements for LayerNorm, in one self-contained file.
+
+Needs torch and transformers only, and runs nothing on import: this very file travels with every saved model,
+so that `from_pretrained(..., trust_remote_code=True)` rebuilds the model where hf_adanorm is not installed.
+
+1. Norms. `AdaNorm`, `LayerNormSimple`, `DetachNorm` and `NoNorm` ("w/o Norm") of Xu et al., "Understanding and
+   Improving Layer Normalization", NeurIPS 2019 (arXiv:1911.07013). Each is usable alone in any `nn.Module`.
+2. Spec. What was swapped, in `config.adanorm`: groups of settings, each with the module names it holds for
+   (`AdaNormSpec`). It is resolved: names, never patterns, so that loading decides nothing.
+3. Swap. `apply_spec` replaces exactly the named modules of a model that was just built, before weights load.
+4. Classes. `auto_map` in config.json names classes of this module, which are made on demand (`__getattr__`): a
+   subclass of the transformers class of that name that applies the spec. With hf_adanorm installed they hand over
+   to the stock class, whose hooks do the same, so there is one set of classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import importlib.util
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+__version__ = "0.1.0"
+FORMAT = 1  # of the spec; a reader refuses a higher one
+
+# ------------------------------------------------------------------------------------------------- the norms
+
+
+def _normalize(x: Tensor, normalized_shape: tuple[int, ...], eps: float, centered: bool) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) over the trailing dimensions, biased variance; x / rms(x) uncentred."""
+    if centered:
+        return F.layer_norm(x, normalized_shape, None, None, eps)
+    return F.rms_norm(x, normalized_shape, None, eps)
+
+
+def _detach_normalize(
+    x: Tensor, num_dims: int, eps: float, centered: bool, detach_mean: bool, detach_variance: bool
+) -> Tensor:
+    """N(x) with the mean and / or the standard deviation taken as constants in the backward pass."""
+    dims = tuple(range(-num_dims, 0))
+    x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if centered:
+        mean = x32.mean(dims, keepdim=True)
+        x32 = x32 - (mean.detach() if detach_mean else mean)
+    # The mean's gradient reaches the variance only through the centred input, whose row sum is zero: detaching
+    # the one leaves the derivative of the other as it is.
+    centred = x32 if not detach_mean or not centered else x32 - x32.mean(dims, keepdim=True)
+    rstd = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+    return (x32 * (rstd.detach() if detach_variance else rstd)).to(x.dtype)
+
+
+def _check_number(name: str, value: Any, *, minimum: float, inclusive: bool) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    value = float(value)
+    if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
+        raise ValueError(
+            f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}, got {value!r}"
+        )
+    return value
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _check_shape(value: Any) -> tuple[int, ...]:
+    shape = (value,) if isinstance(value, int) else value
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
+        raise TypeError(f"normalized_shape must be an integer or integers, got {value!r}")
+    shape = tuple(shape)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in shape):
+        raise TypeError(f"normalized_shape must be an integer or integers, got {value!r}")
+    if not shape or min(shape) < 1:
+        raise ValueError(f"normalized_shape must hold at least one dimension, each >= 1, got {value!r}")
+    return shape
+
+
+class SwappedNorm(nn.Module):
+    """What the norms share: settings, layout, and a one-element buffer `weight`.
+
+    `weight` takes no part in the computation. In a saved checkpoint it stands where a LayerNorm would look for its
+    gain, so that a loader which does not know these norms stops with a size mismatch instead of inventing a
+    LayerNorm; and it answers code that reads `norm.weight.dtype`. One element, as tensors without elements share a
+    storage id and get lost in some savers.
+    """
+
+    is_adanorm_module: ClassVar[bool] = (
+        True  # how swapped norms are recognised, whichever copy of this file made them
+    )
+    norm: ClassVar[str]
+    elementwise_affine: ClassVar[bool] = False
+    weight: Tensor
+    bias: None = None
+
+    def __init__(
+        self,
+        normalized_shape: int | Iterable[int],
+        eps: float = 1e-5,
+        *,
+        centered: bool = True,
+        channels_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = _check_shape(normalized_shape)
+        self.eps = _check_number("eps", eps, minimum=0.0, inclusive=True)
+        self.centered = _check_bool("centered", centered)
+        self.channels_first = _check_bool("channels_first", channels_first)
+        if channels_first and len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"channels_first normalises one dimension, got normalized_shape={self.normalized_shape}"
+            )
+        self.register_buffer("weight", torch.ones(1, device=device, dtype=dtype))
+        # Held outside parameters, buffers and submodules: the module that this one replaced, for unpatch_model,
+        # and the settings that cannot be read off it, for the spec.
+        self.__dict__["_source"] = None
+        self.__dict__["_source_has_values"] = False  # whether its gain and bias are those of the model
+        self.__dict__["_overrides"] = {}
+
+    @property
+    def variance_epsilon(self) -> float:
+        """eps, under the name that some models read."""
+        return self.eps
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that belong to this kind of norm, by name (C and k, detach flags, centered)."""
+        return {} if self.centered else {"centered": False}
+
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` of shape (*, *normalized_shape), or (N, C, *) with channels_first; same shape, and the
+        dtype that `nn.LayerNorm` would give."""
+        if self.channels_first:
+            return self._forward(x.movedim(1, -1)).movedim(-1, 1)
+        return self._forward(x)
+
+    def extra_repr(self) -> str:
+        shown = {"eps": self.eps, **self.settings()}
+        if self.channels_first:
+            shown["channels_first"] = True
+        return ", ".join([str(self.normalized_shape), *(f"{key}={value}" for key, value in shown.items())])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle holds no tensors of the replaced module, only its class and attributes.
+        state = self.__dict__.copy()
+        state["_source_has_values"] = False
+        if state["_source"] is not None:
+            memo = {id(p): None if p is None else p.to("meta") for p in state["_source"].parameters()}
+            memo = {key: nn.Parameter(value, False) for key, value in memo.items()}
+            state["_source"] = copy.deepcopy(state["_source"], memo)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwappedNorm:
+        # Unlike a pickle, a copy in memory keeps the replaced module's tensors: it can be unpatched as well.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+class LayerNormSimple(SwappedNorm):
+    """LayerNorm-simple: y = N(x) = (x - mean(x)) / sqrt(var(x) + eps), no gain, no bias (Xu et al. 2019, sec. 3).
+
+    Args:
+        normalized_shape: the trailing dimensions to normalise, an integer or several.
+        eps: added to the biased variance inside the root; >= 0.
+        centered: False leaves the mean in, y = x / sqrt(mean(x^2) + eps). Our extension for models with RMSNorm.
+        channels_first: normalise axis 1 of (N, C, ...) instead of the last axis.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or out of range.
+    """
+
+    norm = "layernorm-simple"
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return _normalize(x, self.normalized_shape, self.eps, self.centered)
+
+
+class AdaNorm(SwappedNorm):
+    """AdaNorm: z = phi(y) * y with y = N(x) and phi(y) = C * (1 - k * y), a constant in the backward pass.
+
+    With dl/dz given, dl/dy = phi(y) * dl/dz, which then flows through N as usual (Xu et al. 2019, eq. 5).
+
+    Args:
+        normalized_shape: the trailing dimensions to normalise, an integer or several.
+        eps: added to the biased variance inside the root; >= 0.
+        C: the mean of phi over a row; > 0.
+        k: how much phi falls with y; >= 0. The paper fixes k = 1/10.
+        centered: False leaves the mean in, y = x / sqrt(mean(x^2) + eps). Our extension for models with RMSNorm.
+        channels_first: normalise axis 1 of (N, C, ...) instead of the last axis.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or out of range.
+
+    Example:
+        >>> norm = AdaNorm(4, eps=0.0)
+        >>> norm(torch.tensor([[-1.0, 1.0, -1.0, 1.0]]))
+        tensor([[-1.1000,  0.9000, -1.1000,  0.9000]])
+    """
+
+    norm = "adanorm"
+
+    def __init__(
+        self,
+        normalized_shape: int | Iterable[int],
+        eps: float = 1e-5,
+        C: float = 1.0,
+        k: float = 0.1,
+        **layout: Any,
+    ) -> None:
+        super().__init__(normalized_shape, eps, **layout)
+        self.C = _check_number("C", C, minimum=0.0, inclusive=False)
+        self.k = _check_number("k", k, minimum=0.0, inclusive=True)
+
+    def settings(self) -> dict[str, Any]:
+        return {"C": self.C, "k": self.k, **super().settings()}
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y = _normalize(x, self.normalized_shape, self.eps, self.centered)
+        return (self.C - (self.C * self.k) * y.detach()) * y
+
+
+class DetachNorm(SwappedNorm):
+    """DetachNorm: the forward pass of LayerNorm-simple; mean and / or variance are constants in the backward pass.
+
+    The paper's probe of what the derivatives of mean and variance are worth (Xu et al. 2019, sec. 4).
+
+    Args:
+        normalized_shape: the trailing dimensions to normalise, an integer or several.
+        eps: added to the biased variance inside the root; >= 0.
+        detach_mean: no gradient flows through the mean.
+        detach_variance: no gradient flows through the standard deviation.
+        centered: False leaves the mean in, y = x / sqrt(mean(x^2) + eps). Our extension for models with RMSNorm.
+        channels_first: normalise axis 1 of (N, C, ...) instead of the last axis.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or out of range; both flags False (that is
+            `LayerNormSimple`).
+    """
+
+    norm = "detachnorm"
+
+    def __init__(
+        self,
+        normalized_shape: int | Iterable[int],
+        eps: float = 1e-5,
+        detach_mean: bool = True,
+        detach_variance: bool = True,
+        **layout: Any,
+    ) -> None:
+        super().__init__(normalized_shape, eps, **layout)
+        self.detach_mean = _check_bool("detach_mean", detach_mean)
+        self.detach_variance = _check_bool("detach_variance", detach_variance)
+        if not (detach_mean or detach_variance):
+            raise ValueError(
+                "detach_mean=False with detach_variance=False detaches nothing: set at least one to True, "
+                'or use "layernorm-simple"'
+            )
+
+    def settings(self) -> dict[str, Any]:
+        flags = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
+        return {**flags, **super().settings()}
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return _detach_normalize(
+            x, len(self.normalized_shape), self.eps, self.centered, self.detach_mean, self.detach_variance
+        )
+
+
+class NoNorm(SwappedNorm):
+    """The paper's "w/o Norm": returns its input as it is."""
+
+    norm = "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+NORM_CLASSES: dict[str, type[SwappedNorm]] = {
+    cls.norm: cls for cls in (AdaNorm, LayerNormSimple, DetachNorm, NoNorm)
+}
+
+# -------------------------------------------------------------------------------------------------- the spec
+
+_MAX_GROUPS, _MAX_MODULES, _MAX_NAME = (
+    10_000,
+    100_000,
+    512,
+)  # far beyond any model: what is larger is no spec of ours
+_SETTING_KEYS = {  # norm -> the settings that belong to it
+    "adanorm": ("C", "k"),
+    "layernorm-simple": (),
+    "detachnorm": ("detach_mean", "detach_variance"),
+    "none": (),
+}
+_OVERRIDE_KEYS = ("centered", "eps", "channels_first", "normalized_shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormGroup:
+    """Modules that share their settings, one entry of the spec's `groups`.
+
+    Settings that do not belong to `norm` stay at None, and so does what is read off the replaced module.
+    """
+
+    norm: str
+    """One of NORM_CLASSES, such as "adanorm"."""
+    modules: tuple[str, ...]
+    """Names relative to the base model, such as "encoder.layer.*.output.LayerNorm"; `*` stands for one number,
+    a leading `^` marks a module outside the base model, such as "^cls.predictions.transform.LayerNorm"."""
+    C: float | None = None
+    k: float | None = None
+    detach_mean: bool | None = None
+    detach_variance: bool | None = None
+    centered: bool | None = None
+    """False for y = x / rms(x); None is True."""
+    eps: float | None = None
+    channels_first: bool | None = None
+    normalized_shape: tuple[int, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        if self.normalized_shape is not None:
+            out["normalized_shape"] = list(self.normalized_shape)
+        out["modules"] = list(out.pop("modules"))
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Any) -> NormGroup:
+        """Inverse of `to_dict`; every value is checked (TypeError, ValueError)."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a group of the adanorm spec must be an object, got {_short(data)}")
+        norm = data.get("norm")
+        if not isinstance(norm, str) or norm not in NORM_CLASSES:
+            raise ValueError(f"norm must be one of {sorted(NORM_CLASSES)}, got {_short(norm)}")
+        allowed = {"norm", "modules", *_SETTING_KEYS[norm], *_OVERRIDE_KEYS}
+        if unknown := [key for key in data if key not in allowed]:
+            raise ValueError(
+                f"{_short(unknown[0])} is no setting of norm {norm!r}; known are {sorted(allowed)}"
+            )
+        modules = data.get("modules")
+        if not isinstance(modules, (list, tuple)) or not all(isinstance(name, str) for name in modules):
+            raise TypeError(f"modules must be a list of names, got {_short(modules)}")
+        if len(modules) > _MAX_MODULES:
+            raise ValueError(f"modules holds {len(modules)} names, at most {_MAX_MODULES} are read")
+        for name in modules:
+            _check_name(name)
+        settings = {key: data[key] for key in allowed - {"norm", "modules"} if data.get(key) is not None}
+        for key in set(settings) & set(_SETTING_KEYS[norm]) | {"centered", "channels_first"} & set(settings):
+            if key in ("C", "k"):
+                settings[key] = _check_number(key, settings[key], minimum=0.0, inclusive=key == "k")
+            else:
+                settings[key] = _check_bool(key, settings[key])
+        if "eps" in settings:
+            settings["eps"] = _check_number("eps", settings["eps"], minimum=0.0, inclusive=True)
+        if "normalized_shape" in settings:
+            settings["normalized_shape"] = _check_shape(settings["normalized_shape"])
+        if settings.get("detach_mean") is False and settings.get("detach_variance") is False:
+            raise ValueError("detach_mean and detach_variance are both False: set at least one to True")
+        return cls(norm=norm, modules=tuple(modules), **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaNormSpec:
+    """What was swapped in a model: the value of `config.adanorm`, as a dictionary there.
+
+    >>> spec = AdaNormSpec(groups=(NormGroup(norm="adanorm", C=1.0, k=0.1, modules=("encoder.layer.*.norm",)),))
+    >>> AdaNormSpec.from_dict(spec.to_dict()) == spec
+    True
+    """
+
+    groups: tuple[NormGroup, ...]
+    format: int = FORMAT
+    version: str = __version__
+    """Of hf_adanorm, when the spec was written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON types: {"format": 1, "version": "0.1.0", "groups": [{"norm": ..., "modules": [...]}]}."""
+        return {
+            "format": self.format,
+            "version": self.version,
+            "groups": [group.to_dict() for group in self.groups],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> AdaNormSpec:
+        """Inverse of `to_dict`.
+
+        Raises:
+            TypeError, ValueError: for anything that `to_dict` does not write, and for a higher format.
+        """
+        if isinstance(data, AdaNormSpec):
+            return data
+        if not isinstance(data, Mapping):
+            raise TypeError(f"config.adanorm must be an object, got {_short(data)}")
+        fmt, version = data.get("format"), data.get("version")
+        if isinstance(fmt, bool) or not isinstance(fmt, int) or fmt < 1:
+            raise ValueError(f"the format of config.adanorm must be a whole number >= 1, got {_short(fmt)}")
+        if not isinstance(version, str):
+            raise TypeError(f"the version of config.adanorm must be a string, got {_short(version)}")
+        if fmt > FORMAT:
+            raise ValueError(
+                f"config.adanorm has format {fmt}, written by hf_adanorm {version[:40]}; hf_adanorm {__version__} reads "
+                f"up to format {FORMAT}: pip install --upgrade hf_adanorm"
+            )
+        if unknown := set(data) - {"format", "version", "groups"}:
+            raise ValueError(f"unknown entry {_short(sorted(map(str, unknown))[0])} in config.adanorm")
+        groups = data.get("groups")
+        if not isinstance(groups, (list, tuple)):
+            raise TypeError(f"groups of config.adanorm must be a list, got {_short(groups)}")
+        if len(groups) > _MAX_GROUPS:
+            raise ValueError(f"config.adanorm holds {len(groups)} groups, at most {_MAX_GROUPS} are read")
+        return cls(groups=tuple(NormGroup.from_dict(group) for group in groups), format=fmt, version=version)
+
+
+def _short(value: Any) -> str:
+    """A value for an error message, never long (deep nesting would even raise in repr)."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        text = repr(value)
+        return text if len(text) <= 80 else text[:77] + "..."
+    return f"a value of type {type(value).__name__}"
+
+
+def _check_name(name: str) -> None:
+    parts = name.removeprefix("^").split(".")
+    if len(name) > _MAX_NAME or not all(
+        part == "*" or part.replace("-", "_").isidentifier() or part.isdigit() for part in parts
+    ):
+        raise ValueError(f"{_short(name)} is not the name of a module")
+
+
+# -------------------------------------------------------------------------------------------------- the swap
+
+
+def source_settings(module: nn.Module) -> dict[str, Any]:
+    """What can be read off a norm without running it: eps, normalized_shape, channels_first (missing: not known)."""
+    if getattr(module, "is_adanorm_module", False):
+        return {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
+    found: dict[str, Any] = {"channels_first": getattr(module, "data_format", None) == "channels_first"}
+    for key in ("eps", "variance_epsilon"):
+        if isinstance(value := getattr(module, key, None), float):
+            found["eps"] = value
+            break
+    shape = getattr(module, "normalized_shape", None)
+    if shape is None:
+        weight = getattr(module, "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    if isinstance(shape, int):
+        shape = (shape,)
+    if isinstance(shape, (tuple, list)) and shape and all(isinstance(n, int) and n > 0 for n in shape):
+        found["normalized_shape"] = tuple(shape)
+    return found
+
+
+def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
+    """The norm that takes the place of `source`: settings from the group, and from `source` what the group leaves
+    open. dtype, device, training flag and hooks carry over; `source` itself is kept, untouched, for unpatching."""
+    found = source_settings(source)
+    overrides = {key: getattr(group, key) for key in _OVERRIDE_KEYS[1:] if getattr(group, key) is not None}
+    missing = [key for key in ("eps", "normalized_shape") if key not in found and key not in overrides]
+    if missing:
+        raise ValueError(f"{missing[0]} of {type(source).__name__} is not known: the spec must say it")
+    settings = {
+        key: getattr(group, key) for key in _SETTING_KEYS[group.norm] if getattr(group, key) is not None
+    }
+    tensor = next((t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point()), None)
+    where = {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
+    centered = group.centered is not False
+    new = NORM_CLASSES[group.norm](**{**found, **overrides}, **settings, centered=centered, **where)
+    new.train(source.training)
+    if getattr(source, "is_adanorm_module", False):
+        overrides = {**source.__dict__["_overrides"], **overrides}
+        new.__dict__["_source"] = source.__dict__["_source"]
+        new.__dict__["_source_has_values"] = source.__dict__["_source_has_values"]
+    else:
+        new.__dict__["_source"] = source
+    new.__dict__["_overrides"] = overrides
+    for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        new.__dict__[key] = source.__dict__[key]
+    for key in (
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        new.__dict__[key] = source.__dict__[key]
+    new._is_full_backward_hook = source._is_full_backward_hook
+    return new
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put `replacements[id(old)]` wherever `old` is a submodule of `model`, under every name it has."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+    _ignore_in_ddp(model)
+    _choose_encoder_path(model)
+
+
+def _choose_encoder_path(model: nn.Module) -> None:
+    """torch's own TransformerEncoderLayer has a fused inference path that reads the norms' weights and computes
+    LayerNorm itself: a layer with a swapped norm must not take it, one without may again."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            flag = "activation_relu_or_gelu"  # 0: neither, which rules the fused path out
+        elif isinstance(module, nn.TransformerEncoder):
+            flag = "use_nested_tensor"
+        else:
+            continue
+        if any(getattr(child, "is_adanorm_module", False) for child in module.modules()):
+            module.__dict__.setdefault("_adanorm_" + flag, getattr(module, flag))
+            setattr(module, flag, 0)
+        elif "_adanorm_" + flag in module.__dict__:
+            setattr(module, flag, module.__dict__.pop("_adanorm_" + flag))
+
+
+def base_prefix(model: nn.Module) -> str | None:
+    """`"bert."` for a model with a head around its base model, None for a base model or a plain module."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    return f"{prefix}." if isinstance(base, nn.Module) and base is not model else None
+
+
+def number_template(name: str) -> str:
+    """ "encoder.layer.3.norm" -> "encoder.layer.*.norm" """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    pairs = zip(pattern.split("."), name.split("."), strict=True)
+    return all(want == part or (want == "*" and part.isdigit()) for want, part in pairs)
+
+
+def apply_spec(model: nn.Module, spec: AdaNormSpec) -> None:
+    """Swap exactly the modules that `spec` names; names that `model` does not have (another head) are passed over.
+
+    Raises:
+        ValueError: a name belongs to a module that cannot be a norm. Nothing was swapped then.
+    """
+    prefix = base_prefix(model)
+    by_template: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        by_template.setdefault(number_template(name), []).append((name, module))
+    replacements: dict[int, nn.Module] = {}
+    for group in spec.groups:
+        for name in group.modules:
+            if name.startswith("^"):
+                if prefix is None:
+                    continue
+                name = name[1:]
+            else:
+                name = (prefix or "") + name
+            for found, module in by_template.get(number_template(name), []):
+                if not _matches(name, found) or is_as(module, group):
+                    continue
+                if not _may_be_norm(module):
+                    raise ValueError(
+                        f"config.adanorm names {found!r}, which is a {type(module).__name__} and no normalisation layer"
+                    )
+                replacements[id(module)] = make_norm(module, group)
+    replace_modules(model, replacements)
+
+
+def is_as(module: nn.Module, group: NormGroup) -> bool:
+    """Whether `module` is already swapped with the settings of `group`, by the base model inside a model say."""
+    if not getattr(module, "is_adanorm_module", False) or module.norm != group.norm:
+        return False
+    wanted = {key: getattr(group, key) for key in (*_SETTING_KEYS[group.norm], *_OVERRIDE_KEYS[1:])}
+    same = all(value is None or getattr(module, key) == value for key, value in wanted.items())
+    return same and module.centered == (group.centered is not False)
+
+
+def _may_be_norm(module: nn.Module) -> bool:
+    """A cheap check against a spec that names a linear layer, an embedding or a whole block."""
+    if getattr(module, "is_adanorm_module", False):
+        return True
+    tensors = list(module.parameters())
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+        return False
+    return len(tensors) <= 2 and sum(1 for _ in module.modules()) <= 3
+
+
+def _ignore_in_ddp(model: nn.Module) -> None:
+    """DistributedDataParallel broadcasts buffers at every forward pass; those of the swapped norms never change."""
+    theirs = [
+        n for n in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if n not in _ignored_by_us(model)
+    ]
+    ours = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if getattr(module, "is_adanorm_module", False)
+        for key in module._buffers
+    ]
+    if ours or theirs or hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+        model._ddp_params_and_buffers_to_ignore = theirs + ours
+        model.__dict__["_adanorm_ddp_ignored"] = frozenset(ours)
+
+
+def _ignored_by_us(model: nn.Module) -> frozenset[str]:
+    return model.__dict__.get("_adanorm_ddp_ignored", frozenset())
+
+
+# ----------------------------------------------------------------------------------------------- the classes
+
+_CLASSES: dict[str, type[PreTrainedModel]] = {}
+
+
+def _installed_package_serves() -> bool:
+    """Whether hf_adanorm is installed and reads what this copy of the file writes (its import sets up its hooks)."""
+    if __name__ == "hf_adanorm.modeling_adanorm":
+        return True
+    if importlib.util.find_spec("hf_adanorm") is None:
+        return False
+    installed = importlib.import_module("hf_adanorm.modeling_adanorm")
+    return bool(installed.FORMAT >= FORMAT)
+
+
+def __getattr__(name: str) -> Any:
+    """`BertModel` and the like: the class of transformers of that name, made to apply the spec in its config."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _CLASSES:
+        import transformers
+
+        stock = getattr(transformers, name, None)
+        if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}, and it is no model class of transformers"
+            )
+        make = _handover_class if _installed_package_serves() else _applying_class
+        _CLASSES[name] = make(stock)
+    return _CLASSES[name]
+
+
+def _handover_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """With the package present its hooks apply the spec: models come out as instances of the stock class."""
+
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return stock.from_pretrained(*args, **kwargs)
+
+    def _from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return stock._from_config(*args, **kwargs)
+
+    def register_for_auto_class(cls: type, auto_class: Any = "AutoModel") -> None:
+        """Nothing: it would make transformers take the class for foreign code."""
+
+    methods = {f.__name__: classmethod(f) for f in (from_pretrained, _from_config, register_for_auto_class)}
+    return type(stock.__name__, (stock,), {"__module__": __name__, "__qualname__": stock.__name__, **methods})
+
+
+def _applying_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Without the package: a subclass that applies the specs of its config and of the configs nested in it."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        for module in list(self.modules()):
+            if isinstance(module, PreTrainedModel) and getattr(module.config, "adanorm", None) is not None:
+                apply_spec(module, AdaNormSpec.from_dict(module.config.adanorm))
+        if isinstance(auto_map := getattr(self.config, "auto_map", None), dict):
+            # "user/repo--modeling_adanorm.BertModel" after a pull: the file travels on with the next save.
+            self.config.auto_map = {
+                key: ref.rpartition("--")[2] if isinstance(ref, str) and is_own_reference(ref) else ref
+                for key, ref in auto_map.items()
+            }
+
+    def is_custom_code(cls: type) -> bool:
+        """False: it is the stock architecture, and must keep transformers' checkpoint key conversions."""
+        return False
+
+    methods = {"__init__": __init__, "is_custom_code": classmethod(is_custom_code)}
+    return type(stock.__name__, (stock,), {"__module__": __name__, "__qualname__": stock.__name__, **methods})
+
+
+def is_own_reference(reference: str) -> bool:
+    """Whether an `auto_map` entry such as "modeling_adanorm.BertModel" points to this file."""
+    return reference.rpartition("--")[2].startswith("modeling_adanorm.")

@@ -1,0 +1,591 @@
+"""Swap the norms of a model, take the swap back, and say what is there.
+
+`patch_model` makes a plan (which norm becomes what, and why another does not), checks all of it, and only then moves
+modules: a call patches everything it planned or leaves the model as it was. Then it writes down what is swapped, for
+stock saving and loading:
+
+1. `iter_norms` lists the norms by what they compute; `targets`, `include`, `exclude` and `layers` choose among them.
+2. Every chosen norm gets its `NormGroup`; what loading could not read off the stock module (a hard-coded eps, say) is
+   put into the group, so that the saved spec decides nothing by itself.
+3. The modules are replaced. Each keeps the one it replaced, for `unpatch_model`.
+4. Every config in the model becomes the model's own copy (two models built from one config object share it), and gets
+   the resolved spec of the part of the model that it describes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .detection import NormInfo, iter_norms, recognize
+from .hooks import all_configs
+from .modeling_adanorm import (
+    NORM_CLASSES,
+    AdaNormSpec,
+    NormGroup,
+    SwappedNorm,
+    base_prefix,
+    is_as,
+    is_own_reference,
+    make_norm,
+    number_template,
+    replace_modules,
+    source_settings,
+)
+from .report import NormRow, Report
+from .selection import Patterns, check_layers, check_patterns, match_layers, match_names
+
+Targets = Literal["layernorm", "rmsnorm", "all"]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+# ------------------------------------------------------------------------------------------- the public functions
+
+
+def patch_model(
+    model: ModelT,
+    norm: str = "adanorm",
+    *,
+    C: float = 1.0,
+    k: float = 0.1,
+    detach_mean: bool = True,
+    detach_variance: bool = True,
+    eps: float | None = None,
+    centered: bool | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    layers: Iterable[int] | int | None = None,
+    targets: Targets = "layernorm",
+    affine: str = "drop",
+    on_unfoldable: str = "keep",
+    fold_inputs: Any = None,
+) -> ModelT:
+    """Swap the norms of `model` in place and return it.
+
+    Save, load and push it with the stock calls afterwards. A second call changes only the norms it matches, and the
+    same call twice changes nothing. Optimizers built before hold parameters that are gone: build them afterwards.
+
+    Args:
+        model: any transformers model or plain `nn.Module`, on any device, the meta device included. Not yet wrapped
+            by DDP, FSDP, DeepSpeed or `torch.compile`.
+        norm: `"adanorm"`, `"layernorm-simple"`, `"detachnorm"` or `"none"` (the paper's "w/o Norm").
+        C: AdaNorm's C in phi(y) = C * (1 - k * y); > 0. The other norms take no notice of it.
+        k: AdaNorm's k; >= 0.
+        detach_mean: DetachNorm: no gradient flows through the mean.
+        detach_variance: DetachNorm: none flows through the standard deviation. Not both False.
+        eps: None keeps that of each replaced norm.
+        centered: None keeps what the replaced norm does (an RMSNorm does not subtract the mean). True is the paper's.
+        include: only these norms. A string is a regular expression that must match the whole module name, a list holds
+            name endings; names are those of `model.named_modules()`.
+        exclude: all but these, in the same way.
+        layers: only norms inside these layers, counted from 0 within every stack of layers, negative from the end.
+        targets: `"layernorm"`, `"rmsnorm"` or `"all"`.
+        affine: what becomes of trained gains and biases: `"drop"`, `"fold"` (into the layers that read the norm) or
+            `"fade"` (kept as constants that training fades out).
+        on_unfoldable: for `affine="fold"`, a norm that cannot be folded: `"keep"`, `"fade"`, `"approximate"`, `"raise"`.
+        fold_inputs: for `affine="fold"`, a batch for the model to run on, if its own dummy inputs do not suit.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, a pattern that matches no norm, nothing
+            to swap, a model that is already wrapped. The model is as it was then.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> model = patch_model(BertModel(config), "adanorm", C=1.0, k=0.1)
+        >>> model.encoder.layer[0].output.LayerNorm
+        AdaNorm((32,), eps=1e-12, C=1.0, k=0.1)
+    """
+    options = Options(
+        norm=norm,
+        C=C,
+        k=k,
+        detach_mean=detach_mean,
+        detach_variance=detach_variance,
+        eps=eps,
+        centered=centered,
+        include=include,
+        exclude=exclude,
+        layers=check_layers(layers),
+        targets=targets,
+    )
+    _check_choice("affine", affine, ("drop", "fold", "fade"))
+    _check_choice("on_unfoldable", on_unfoldable, ("keep", "fade", "approximate", "raise"))
+    plan = make_plan(model, options)
+    if affine == "drop":
+        _warn_of_dropped(plan)
+    apply_plan(plan)
+    _warn_of_untouched_rmsnorms(plan)
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Put the replaced norms back, in place, and return the model.
+
+    Gains and biases come back bit for bit. Those that are not there any more (after a reload) become 1 and 0, with
+    one warning. `config.adanorm` goes, and so do our `auto_map` entries.
+
+    Raises:
+        ValueError: the model is not patched, or already wrapped (DDP, FSDP, DeepSpeed, `torch.compile`).
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        >>> model = unpatch_model(patch_model(BertModel(config)))
+        >>> is_patched(model)
+        False
+    """
+    _refuse_wrapped(model)
+    swapped = _swapped_norms(model)
+    if not swapped:
+        raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
+    fresh = sum(not module.__dict__["_source_has_values"] for _, module in swapped)
+    replace_modules(model, {id(module): _restored(module) for _, module in swapped})
+    for config in _configs_of(model):
+        config.__dict__.pop("adanorm", None)
+        auto_map = {
+            key: ref for key, ref in (getattr(config, "auto_map", None) or {}).items() if not _is_own(ref)
+        }
+        if auto_map:
+            config.auto_map = auto_map
+        else:
+            config.__dict__.pop("auto_map", None)
+    if fresh:
+        warnings.warn(
+            f"the trained gains and biases of {fresh} of {len(swapped)} norms are not at hand (a saved model does not hold "
+            "them): they come back as gain 1 and bias 0",
+            stacklevel=2,
+        )
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any norm of `model` is swapped.
+
+    >>> is_patched(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    False
+    """
+    return any(getattr(module, "is_adanorm_module", False) for module in model.modules())
+
+
+def inspect_model(
+    model: nn.Module,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    layers: Iterable[int] | int | None = None,
+    targets: Targets = "layernorm",
+) -> Report:
+    """List every norm of `model`: what it computes, whether `patch_model` with these options would swap it, and why not.
+
+    Prints as a table and shows as HTML in a notebook. Changes nothing.
+
+    Raises:
+        TypeError, ValueError: as `patch_model`, for the options.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> report = inspect_model(BertModel(config))
+        >>> report.num_swappable, report.num_affine_parameters
+        (5, 320)
+    """
+    options = Options(include=include, exclude=exclude, layers=check_layers(layers), targets=targets)
+    return Report(model_class=type(model).__name__, rows=tuple(_choose(model, options)))
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+
+
+def _check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{option} must be one of {list(choices)}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{option} must be one of {list(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The checked options of one call that choose norms and say what they become."""
+
+    norm: str = "adanorm"
+    C: float = 1.0
+    k: float = 0.1
+    detach_mean: bool = True
+    detach_variance: bool = True
+    eps: float | None = None
+    centered: bool | None = None
+    include: Patterns = None
+    exclude: Patterns = None
+    layers: tuple[int, ...] | None = None
+    targets: str = "layernorm"
+
+    def __post_init__(self) -> None:
+        _check_choice("norm", self.norm, list(NORM_CLASSES))
+        _check_choice("targets", self.targets, ("layernorm", "rmsnorm", "all"))
+        # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
+        NORM_CLASSES["adanorm"](1, C=self.C, k=self.k)
+        NORM_CLASSES["detachnorm"](1, detach_mean=self.detach_mean, detach_variance=self.detach_variance)
+        if self.eps is not None:
+            NORM_CLASSES["none"](1, eps=self.eps)
+        if self.centered is not None:
+            NORM_CLASSES["none"](1, centered=self.centered)
+        check_patterns("include", self.include)
+        check_patterns("exclude", self.exclude)
+
+    def group(self, source: nn.Module, info: NormInfo) -> NormGroup:
+        """What `source` becomes. Only what cannot be read off `source` without running it is spelled out."""
+        readable = source_settings(source)
+        facts = {
+            "eps": info.eps,
+            "normalized_shape": info.normalized_shape,
+            "channels_first": info.channels_first,
+        }
+        overrides: dict[str, Any] = {key: value for key, value in facts.items() if readable.get(key) != value}
+        if self.eps is not None:
+            overrides["eps"] = float(self.eps)
+        centered = self.centered if self.centered is not None else info.kind == "layernorm"
+        settings: dict[str, Any] = {}
+        if self.norm == "adanorm":
+            settings = {"C": float(self.C), "k": float(self.k)}
+        elif self.norm == "detachnorm":
+            settings = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
+        return NormGroup(
+            norm=self.norm, modules=(), centered=None if centered else False, **settings, **overrides
+        )
+
+
+@dataclass
+class Plan:
+    """What a call will do: `swaps` in the order of the model, and every norm of the model in `rows`."""
+
+    model: nn.Module
+    options: Options
+    rows: list[NormRow]
+    swaps: list[tuple[str, nn.Module, NormInfo, NormGroup]] = field(default_factory=list)
+
+
+def make_plan(model: nn.Module, options: Options) -> Plan:
+    """Choose the norms and check that each can be swapped. Changes nothing; raises what `patch_model` raises."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _refuse_wrapped(model)
+    plan = Plan(model=model, options=options, rows=_choose(model, options))
+    for row in plan.rows:
+        if not row.chosen:
+            continue
+        if getattr(row.info, "parametrized", False):
+            raise ValueError(
+                f"{row.name} is under torch.nn.utils.parametrize: replacing it would lose the parametrization. Call "
+                f"torch.nn.utils.parametrize.remove_parametrizations first, or exclude={[row.name]!r}"
+            )
+        plan.swaps.append((row.name, row.module, row.info, options.group(row.module, row.info)))
+    if not plan.swaps:
+        skipped = next((f" ({row.name}: {row.reason})" for row in plan.rows if row.reason), "")
+        raise ValueError(
+            f"{type(model).__name__} has no norm to swap with targets={options.targets!r}{skipped}. "
+            "inspect_model(model) lists every norm"
+        )
+    return plan
+
+
+def _choose(model: nn.Module, options: Options) -> list[NormRow]:
+    """Every norm of the model with the reason why it is left alone, or none if it is chosen."""
+    rows = [
+        NormRow(name=name, module=module, info=info, kind=_kind(module, info))
+        for name, module, info in iter_norms(model)
+    ]
+    kinds = ("layernorm", "rmsnorm") if options.targets == "all" else (options.targets,)
+    in_reach = [row for row in rows if row.kind in kinds]
+    names = [row.name for row in in_reach]
+    try:
+        included = match_names("include", options.include, names)
+        excluded = match_names("exclude", options.exclude, names)
+    except ValueError as error:
+        raise ValueError(f"{error}{_out_of_reach(options, rows, kinds)}") from None
+    layers = None if options.layers is None else match_layers(model, options.layers, names)
+    for row in rows:
+        if row.kind == "other":
+            row.reason = row.info.reason
+        elif row.kind not in kinds:
+            row.reason = f"targets={options.targets!r}"
+        elif row.name in excluded:
+            row.reason = "exclude"
+        elif options.include is not None and row.name not in included:
+            row.reason = "not in include"
+        elif layers is not None and row.name not in layers:
+            row.reason = "not in layers"
+        elif (inside := getattr(row.info, "inside", "")) and row.name not in included:
+            row.reason = f"part of the conditioned norm {inside}; name it in include to swap it"
+        else:
+            row.chosen = True
+    return rows
+
+
+def _out_of_reach(options: Options, rows: list[NormRow], kinds: Sequence[str]) -> str:
+    """A hint for a pattern that only matches norms which `targets` leaves out, or which cannot be swapped."""
+    for option, patterns in (("include", options.include), ("exclude", options.exclude)):
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            for row in rows:
+                if row.kind in kinds:
+                    continue
+                try:
+                    match_names(option, pattern if isinstance(patterns, str) else [pattern], [row.name])
+                except ValueError:
+                    continue
+                why = (
+                    row.info.reason
+                    if row.kind == "other"
+                    else f"a {row.kind}, and targets={options.targets!r}"
+                )
+                return f" ({row.name} is {why})"
+    return ""
+
+
+def _kind(module: nn.Module, info: NormInfo) -> str:
+    """The kind of the norm, for a swapped one that of the norm which it replaced."""
+    source = module.__dict__.get("_source") if getattr(module, "is_adanorm_module", False) else None
+    if source is not None and (found := recognize(source)) is not None and found.kind != "other":
+        return found.kind
+    return info.kind
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    wrapper = ""
+    for module in model.modules():
+        names = {cls.__name__ for cls in type(module).__mro__}
+        if found := names & {
+            "DistributedDataParallel",
+            "FullyShardedDataParallel",
+            "FSDPModule",
+            "DataParallel",
+        }:
+            wrapper = sorted(found)[0]
+        elif found := names & {"DeepSpeedEngine", "OptimizedModule"}:
+            wrapper = sorted(found)[0]
+        elif getattr(module, "_compiled_call_impl", None) is not None:
+            wrapper = "torch.compile"
+        if wrapper:
+            raise ValueError(
+                f"{type(module).__name__} is already wrapped ({wrapper}): change the norms before accelerator.prepare, "
+                "DDP, FSDP, DeepSpeed or torch.compile"
+            )
+
+
+# ------------------------------------------------------------------------------------------------ apply and undo
+
+
+def apply_plan(plan: Plan) -> None:
+    """Replace the modules and write the specs. Nothing before the first replacement changes the model."""
+    fallback = next((t for t in plan.model.parameters() if t.is_floating_point()), None)
+    replacements: dict[int, nn.Module] = {}
+    for _, module, _, group in plan.swaps:
+        if is_as(module, group):
+            continue
+        new = make_norm(module, group)
+        if fallback is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
+            new.to(
+                device=fallback.device, dtype=fallback.dtype
+            )  # a norm without tensors does not say where it lives
+        if not getattr(module, "is_adanorm_module", False):
+            new.__dict__["_source_has_values"] = True
+        _carry_dispatch_hook(module, new)
+        replacements[id(module)] = new
+    replace_modules(plan.model, replacements)
+    _own_configs(plan.model)
+    write_specs(plan.model)
+
+
+def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
+    """accelerate's `device_map` replaces `forward` and moves inputs and offloaded weights in a hook. The new norm has
+    no weight to bring in: it needs the devices only."""
+    hook = getattr(source, "_hf_hook", None)
+    if hook is None:
+        return
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    device = getattr(hook, "execution_device", None)
+    same = getattr(hook, "io_same_device", False)
+    remove_hook_from_module(source)  # puts offloaded weights back under its own control
+    if device is not None:
+        new.to_empty(device=device) if new.weight.is_meta else new.to(device)  # type: ignore[operator, union-attr]
+        new.weight.fill_(1.0)  # type: ignore[operator]
+    add_hook_to_module(new, AlignDevicesHook(execution_device=device, io_same_device=same))
+
+
+def _swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
+    return [(n, m) for n, m in model.named_modules() if getattr(m, "is_adanorm_module", False)]  # type: ignore[misc]
+
+
+def _restored(module: SwappedNorm) -> nn.Module:
+    """The module that `module` replaced, on its device and in its dtype."""
+    source = module.__dict__["_source"]
+    if source is None:  # a norm that the user put there by hand
+        source = nn.LayerNorm(module.normalized_shape, eps=module.eps)
+    weight = module.weight
+    if not module.__dict__["_source_has_values"]:
+        if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
+            source = source.to_empty(device=weight.device)
+        _reset_affine(source)
+    source.to(device=weight.device, dtype=weight.dtype)
+    source.train(module.training)
+    return source  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _reset_affine(norm: nn.Module) -> None:
+    """Gain 1 and bias 0, in whatever form the norm keeps them (a gain stored as an offset from 1 becomes 0)."""
+    info = recognize(norm)
+    offset = 0.0 if info is None else info.gain_offset
+    bias_name = None if info is None else info.bias_name
+    for name, parameter in norm.named_parameters():
+        parameter.fill_(0.0 if name == bias_name else 1.0 - offset)
+
+
+# --------------------------------------------------------------------------------------------- configs and specs
+
+
+def _configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PreTrainedConfig):
+                found.update((id(config), config) for config in all_configs(value))
+    return list(found.values())
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Give the model deep copies of its configs, shared within the model as before (one memo)."""
+    if any(getattr(config, "adanorm", None) is not None for config in _configs_of(model)):
+        return  # patched or loaded patched: the configs are the model's own
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                module.__dict__[key] = copy.deepcopy(value, memo)
+
+
+def write_specs(model: nn.Module) -> None:
+    """Set `config.adanorm` of the model and of every model nested in it that has a config of its own, so that a part
+    (the vision tower, the encoder) saves and loads as well as the whole."""
+    owners: dict[int, list[PreTrainedModel]] = {}
+    for module in model.modules():  # parents come first: the first owner of a config is its outermost
+        if isinstance(module, PreTrainedModel):
+            outer = owners.setdefault(id(module.config), [])
+            if not any(module is inner for owner in outer for inner in owner.modules()):
+                outer.append(module)
+    for models in owners.values():
+        specs = [resolved_spec(part) for part in models]
+        if specs[0] is None:
+            models[0].config.__dict__.pop("adanorm", None)
+        elif all(spec == specs[0] for spec in specs):
+            models[0].config.adanorm = specs[0].to_dict()
+
+
+def resolved_spec(model: PreTrainedModel) -> AdaNormSpec | None:
+    """The spec of what is swapped in `model`: names relative to its base model, one group for each kind of settings."""
+    prefix = base_prefix(model)
+    groups: dict[NormGroup, list[str]] = {}
+    for name, module in _swapped_norms(model):
+        centered = None if module.centered else False
+        settings = {key: value for key, value in module.settings().items() if key != "centered"}
+        group = NormGroup(
+            norm=module.norm, modules=(), centered=centered, **settings, **module.__dict__["_overrides"]
+        )
+        groups.setdefault(group, []).append(name)
+    if not groups:
+        return None
+    by_template: dict[str, set[str]] = {}
+    for name, _ in model.named_modules():
+        by_template.setdefault(number_template(name), set()).add(name)
+    return AdaNormSpec(
+        groups=tuple(
+            dataclasses.replace(
+                group, modules=tuple(_relative(name, prefix) for name in _with_stars(names, by_template))
+            )
+            for group, names in groups.items()
+        )
+    )
+
+
+def _relative(name: str, prefix: str | None) -> str:
+    if prefix is None:
+        return name
+    return name.removeprefix(prefix) if name.startswith(prefix) else f"^{name}"
+
+
+def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:
+    """The names with `*` for a number wherever the model has no other module of such a name."""
+    out: list[str] = []
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        grouped.setdefault(number_template(name), []).append(name)
+    for template, members in grouped.items():
+        out += _star(template.split("."), members, by_template[template])
+    return out
+
+
+def _star(pattern: list[str], members: list[str], everything: set[str]) -> list[str]:
+    """`pattern` if the members are all there is; otherwise the first number is spelled out, and so on."""
+    if len(members) == len(everything):
+        return [".".join(pattern)]
+    position = pattern.index("*")
+    out: list[str] = []
+    for number in dict.fromkeys(name.split(".")[position] for name in members):
+        fixed = [*pattern[:position], number, *pattern[position + 1 :]]
+        mine = [name for name in members if name.split(".")[position] == number]
+        rest = {name for name in everything if name.split(".")[position] == number}
+        out += _star(fixed, mine, rest)
+    return out
+
+
+def _is_own(reference: Any) -> bool:
+    return isinstance(reference, str) and is_own_reference(reference)
+
+
+# ------------------------------------------------------------------------------------------------------- warnings
+
+
+def _warn_of_dropped(plan: Plan) -> None:
+    trained = 0
+    for _, module, info, _ in plan.swaps:
+        if getattr(module, "is_adanorm_module", False):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            neutral = 0.0 if name == info.bias_name else 1.0 - info.gain_offset
+            if not parameter.is_meta and parameter.numel() and _differs(parameter, neutral):
+                trained += 1
+                break
+    if trained:
+        warnings.warn(
+            f"the trained gains and biases of {trained} norms are dropped: the model's outputs change until it is "
+            'trained again. affine="fold" keeps what can be folded into the layers that read the norm, affine="fade" '
+            "fades them out during training",
+            stacklevel=3,
+        )
+
+
+def _differs(parameter: Tensor, value: float) -> bool:
+    return bool((parameter.detach() != value).any())
+
+
+def _warn_of_untouched_rmsnorms(plan: Plan) -> None:
+    """A language model of RMSNorms whose vision tower or indexer has a few LayerNorms stays as good as unpatched."""
+    if plan.options.targets != "layernorm" or plan.options.include is not None:
+        return
+    left = [row for row in plan.rows if row.kind == "rmsnorm"]
+    if len(left) > len(plan.swaps):
+        parts = ", ".join(sorted({row.name.split(".")[0] for row in plan.rows if row.chosen})[:4])
+        warnings.warn(
+            f"{len(plan.swaps)} LayerNorms were swapped (in {parts}), while {len(left)} RMSNorms, most of this model's "
+            'norms, were left as they are: targets="all" or "rmsnorm" swaps those as well',
+            stacklevel=3,
+        )

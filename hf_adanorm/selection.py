@@ -1,0 +1,122 @@
+"""Which of a model's norms a call means: `include`, `exclude`, `layers`.
+
+Patterns follow PEFT's `target_modules`: a string is a regular expression that must match the whole module name, a
+list holds name endings. `layers` counts within every stack of layers. Whatever matches nothing raises.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+Patterns = str | Sequence[str] | None
+
+
+def check_patterns(option: str, patterns: Patterns) -> None:
+    """Raise TypeError or ValueError unless `patterns` is a regular expression, a list of strings or None."""
+    if patterns is None:
+        return
+    if isinstance(patterns, str):
+        try:
+            re.compile(patterns)
+        except re.error as error:
+            raise ValueError(f"{option}={patterns!r} is not a regular expression: {error}") from None
+        return
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
+        isinstance(p, str) for p in patterns
+    ):
+        raise TypeError(f"{option} must be a regular expression or a list of name endings, got {patterns!r}")
+    if not patterns or not all(patterns):
+        raise ValueError(f"{option}={patterns!r} holds no name: leave it out to mean every norm")
+
+
+def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[str]:
+    """The names that the patterns match; ValueError for a pattern that matches none, with the closest names."""
+    if patterns is None:
+        return set()
+    if isinstance(patterns, str):
+        matched = {name for name in names if re.fullmatch(patterns, name)}
+        if not matched:
+            raise ValueError(
+                f"{option}={patterns!r} matches no norm. As a string it is a regular expression for the whole name; "
+                f"for name endings pass a list. {_closest(patterns, names)}"
+            )
+        return matched
+    found: set[str] = set()
+    for ending in patterns:
+        matched = {name for name in names if name == ending or name.endswith(f".{ending}")}
+        if not matched:
+            raise ValueError(
+                f"{option}: {ending!r} is the ending of no norm's name. {_closest(ending, names)}"
+            )
+        found |= matched
+    return found
+
+
+def _closest(pattern: str, names: Sequence[str]) -> str:
+    if not names:
+        return "The model has no norm that could be swapped."
+    endings = {".".join(name.split(".")[-n:]) for name in names for n in (1, 2, 3)} | set(names)
+    close = difflib.get_close_matches(pattern, sorted(endings), n=3, cutoff=0.3)
+    return f"Closest: {', '.join(map(repr, close or sorted(names)[:3]))}"
+
+
+def check_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
+    """`layers` as a tuple of integers; TypeError or ValueError for anything else."""
+    if layers is None:
+        return None
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        return (layers,)
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be integers, got {layers!r}")
+    layers = tuple(layers)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in layers):
+        raise TypeError(f"layers must be integers, got {layers!r}")
+    if not layers:
+        raise ValueError("layers is empty: leave it out to mean every layer")
+    return layers
+
+
+def layer_positions(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """For every name inside a stack of layers: its layer's index and the number of layers in that stack.
+
+    A stack is the outermost `nn.ModuleList` (or `nn.Sequential` of blocks of one class) on the way to the module, be
+    it the model itself.
+    """
+    positions = {}
+    for name in names:
+        module: nn.Module = model
+        for part in name.split("."):
+            if part.isdigit() and _is_stack(module):
+                positions[name] = (list(module._modules).index(part), len(module._modules))
+                break
+            module = module._modules[part]  # type: ignore[assignment]
+    return positions
+
+
+def _is_stack(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList):
+        return True
+    children = list(module.children())
+    one_class = len({type(child) for child in children}) == 1
+    return isinstance(module, nn.Sequential) and one_class and any(True for _ in children[0].children())
+
+
+def match_layers(model: nn.Module, layers: tuple[int, ...], names: Sequence[str]) -> set[str]:
+    """The names within the given layers; ValueError for an index that no stack has."""
+    positions = layer_positions(model, names)
+    if not positions:
+        raise ValueError(f"layers={list(layers)}: none of the norms is inside a stack of layers")
+    found: set[str] = set()
+    for layer in layers:
+        matched = {n for n, (i, size) in positions.items() if i == layer or (layer < 0 and i == layer + size)}
+        if not matched:
+            sizes = sorted({size for _, size in positions.values()})
+            raise ValueError(
+                f"layers: no norm is in layer {layer}; the stacks have {sizes} layers, counted from 0"
+            )
+        found |= matched
+    return found
