@@ -1,0 +1,140 @@
+"""Batches of similar length, in an order that depends on nothing but the seed and the epoch.
+
+An optimiser step is planned as a whole: which examples it holds is decided before it is divided over micro-batches
+and processes. So the same seed gives the same steps for 1 process x 32 examples, 2 x 16, or 2 accumulated x 16, and a
+run is resumed in the middle of an epoch by counting steps, without reading the data that came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+# Examples are sorted by length within a pool of so many optimiser steps: long enough that the lengths in a batch are
+# close, short enough that the batches of an epoch stay mixed.
+POOL_STEPS = 50
+
+
+class Plan(Protocol):
+    """What `train_batches` needs to know of an epoch; the same on every process."""
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The example indices of every optimiser step of an epoch."""
+
+    def micro_batches(self, step: np.ndarray, rank: int) -> list[list[int]]:
+        """One process's micro-batches of a step: the same number on every process, none of them empty."""
+
+
+class StepPlan:
+    """Steps of a fixed number of examples: `num_processes x accumulation` micro-batches of `batch_size`.
+
+    A last step that is too small to give every process an example in every micro-batch is left out of its epoch.
+
+    Raises ValueError when the data cannot fill a single step that way.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        num_processes: int = 1,
+        accumulation: int = 1,
+    ):
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.seed = seed
+        self.num_processes = num_processes
+        self.accumulation = accumulation
+        self.step_size = batch_size * num_processes * accumulation
+        full, rest = divmod(len(self.lengths), max(self.step_size, 1))
+        self.num_steps = full + int(rest >= num_processes * accumulation)
+        if batch_size < 1 or self.num_steps == 0:
+            raise ValueError(
+                f"{len(self.lengths)} training examples cannot be divided over {num_processes} processes x "
+                f"{accumulation} micro-batches of {batch_size}: use fewer processes or micro-batches"
+            )
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The example indices of every step of an epoch, longest first within a step."""
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(len(self.lengths))
+        # The incomplete step is cut off before sorting, so that it is a random sample and not the shortest examples.
+        cut = len(order) // self.step_size * self.step_size
+        steps = []
+        for start in range(0, cut, self.step_size * POOL_STEPS):
+            pool = self._longest_first(order[start : min(start + self.step_size * POOL_STEPS, cut)])
+            steps += [pool[first : first + self.step_size] for first in range(0, len(pool), self.step_size)]
+        if len(steps) < self.num_steps:
+            steps.append(self._longest_first(order[cut:]))
+        return [steps[position] for position in generator.permutation(len(steps))]
+
+    def micro_batches(self, step: np.ndarray, rank: int) -> list[list[int]]:
+        """One process's micro-batches of a step: neighbours in length together, dealt out in turn to the processes."""
+        return [part[rank :: self.num_processes].tolist() for part in np.array_split(step, self.accumulation)]
+
+    def _longest_first(self, indices: np.ndarray) -> np.ndarray:
+        return indices[np.argsort(-self.lengths[indices], kind="stable")]
+
+
+def train_batches(
+    dataset: Any,
+    plan: Plan,
+    epoch: int,
+    *,
+    collate: Callable[[list[Any]], Any],
+    rank: int = 0,
+    skip: int = 0,
+    workers: int = 0,
+) -> Iterator[tuple[int, list[Any]]]:
+    """Yield `(num_examples, micro_batches)` for every optimiser step of an epoch after the first `skip`.
+
+    `num_examples` counts the step's examples over all micro-batches and processes; `micro_batches` are this
+    process's, collated.
+    """
+    steps = plan.steps(epoch)[skip:]
+    shares = [plan.micro_batches(step, rank) for step in steps]
+    loader = iter(_loader(dataset, [batch for share in shares for batch in share], collate, workers))
+    for step, share in zip(steps, shares, strict=True):
+        yield len(step), [next(loader) for _ in share]
+
+
+def eval_batches(
+    dataset: Any,
+    lengths: Sequence[int],
+    batch_size: int,
+    *,
+    collate: Callable[[list[Any]], Any],
+    rank: int = 0,
+    num_processes: int = 1,
+    workers: int = 0,
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield `(indices, batch)`, longest first, the same number of batches of the same size on every process.
+
+    To make them even, the shortest examples are repeated at the end: `evaluation.gather_by_index` drops the copies.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    order = np.concatenate([order, np.resize(order[::-1], -len(order) % num_processes)])
+    share = order[rank::num_processes]
+    batches = [share[start : start + batch_size].tolist() for start in range(0, len(share), batch_size)]
+    yield from zip(batches, _loader(dataset, batches, collate, workers), strict=True)
+
+
+def _loader(
+    dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any], workers: int
+) -> DataLoader:
+    # With its own generator: a loader without one draws a number from the global one whenever it is iterated, so that
+    # a resumed run, which starts one more loader, would get other dropout masks than an uninterrupted run.
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        generator=generator,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,271 @@
+"""Checkpoints that are complete or absent, and files that are whole or unchanged.
+
+Everything is written under a temporary name beside its place and renamed when it is on the disk. `checkpoint-N` holds
+what `accelerate.Accelerator.save_state` saves (weights as safetensors, optimiser, gradient scaler, the random state of
+every process) and `progress.json`; `best-N` is the model of step N as `save_pretrained` writes it. `best-N` is deleted
+only once a checkpoint that no longer refers to it stands, so that a run killed at any point finds what its newest
+checkpoint speaks of. With several machines, `output_dir` must be on a disk that they share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import RNG_STATE_NAME, load
+
+EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
+
+_TEMPORARY = ".tmp-"
+
+
+class ResumeError(ValueError):
+    """The checkpoints in `output_dir` belong to a run with other options."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands, as saved in `progress.json`."""
+
+    step: int = 0  # optimiser steps done
+    epoch: int = 0  # epochs completed
+    epoch_step: int = 0  # steps done in the current epoch
+    samples: int = 0  # examples seen by all processes
+    timed_samples: int = 0  # of these, the ones that the training time below was measured on
+    timed_seconds: float = 0.0
+    skipped_steps: int = 0  # left out because the loss or the gradient was not finite
+    best_step: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON: the file at `path` is either the old one or the whole new one."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text: the file at `path` is either the old one or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish_folder(temporary: Path, target: Path) -> None:
+    """Put a complete folder in its place by one rename, after its files are on the disk."""
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            _fsync(path)
+    if target.exists():
+        _remove(target)
+    os.rename(temporary, target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems cannot sync a folder; the rename itself stands.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints:
+    """The checkpoints of one run in `output_dir`. All methods are called on every process.
+
+    Args:
+        output_dir: the run's folder; made when it is not there.
+        accelerator: what the model and the optimiser were, or will be, prepared with.
+        config: the run's resolved options. Options not in `free` must be the same when a run is resumed.
+        keep: how many of the newest checkpoints to keep.
+        overwrite: delete an earlier run's checkpoints, best models and results first.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        accelerator: Accelerator,
+        config: Mapping[str, Any],
+        *,
+        free: frozenset[str] = frozenset(),
+        keep: int = 1,
+        overwrite: bool = False,
+    ):
+        self.folder = Path(output_dir)
+        self.accelerator = accelerator
+        self.config = json.loads(json.dumps({**config, "num_processes": accelerator.num_processes}))
+        self.free = free
+        self.keep = keep
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                name = path.name
+                stale = name.startswith(_TEMPORARY)
+                ours = (
+                    name in {"best", "results.json"} or _number(name, "checkpoint") or _number(name, "best")
+                )
+                if stale or (overwrite and ours):
+                    _remove(path)
+        accelerator.wait_for_everyone()
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, None when there is none."""
+        found = self._numbered("checkpoint")
+        return found[-1] if found else None
+
+    def check_resumable(self) -> Path | None:
+        """The checkpoint that this run would resume from; reads nothing but its options.
+
+        Raises ResumeError naming every option that differs from the run that wrote it.
+        """
+        latest = self.latest()
+        if latest is None:
+            return None
+        saved = json.loads((latest / "config.json").read_text(encoding="utf-8"))
+        differing = [
+            f"{name}: {saved.get(name)!r} in the checkpoint, {self.config.get(name)!r} now"
+            for name in sorted(saved.keys() | self.config.keys())
+            if name not in self.free and saved.get(name) != self.config.get(name)
+        ]
+        if differing:
+            raise ResumeError(
+                f"{latest} was written with other options ({'; '.join(differing)}). Give the same options to resume, "
+                "another --output_dir, or --overwrite_output_dir true to start afresh"
+            )
+        return latest
+
+    def resume(self) -> Progress:
+        """Load the newest checkpoint into what was prepared; a fresh Progress when there is none."""
+        latest = self.check_resumable()
+        if latest is None:
+            return Progress()
+        self.accelerator.load_state(str(latest))
+        _check_random_state(latest / f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl")
+        return Progress(**json.loads((latest / "progress.json").read_text(encoding="utf-8")))
+
+    def save(self, progress: Progress) -> Path:
+        """Write `checkpoint-{step}`, then delete the checkpoints and best models it makes superfluous."""
+        target = self.folder / f"checkpoint-{progress.step}"
+        with self._staged(target) as temporary:
+            self.accelerator.save_state(str(temporary), safe_serialization=True)
+            if self.accelerator.is_main_process:
+                write_json(temporary / "progress.json", asdict(progress))
+                write_json(temporary / "config.json", self.config)
+        if self.accelerator.is_main_process:
+            for old in self._numbered("checkpoint")[: -self.keep]:
+                _remove(old)
+            for old in self._numbered("best"):
+                if old.name != f"best-{progress.best_step}":
+                    _remove(old)
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def save_best(self, step: int, save: Callable[[Path], None]) -> None:
+        """Write `best-{step}` by `save(folder)`, which is called on every process."""
+        with self._staged(self.folder / f"best-{step}") as temporary:
+            save(temporary)
+
+    def promote_best(self, step: int) -> Path:
+        """Give the best model its final name, `best`."""
+        final = self.folder / "best"
+        if self.accelerator.is_main_process:
+            best = self.folder / f"best-{step}"
+            if best.exists():
+                publish_folder(best, final)
+            elif not final.exists():
+                raise FileNotFoundError(
+                    f"neither {best} nor {final} exists: the run's best model was removed"
+                )
+        self.accelerator.wait_for_everyone()
+        return final
+
+    @contextlib.contextmanager
+    def _staged(self, target: Path) -> Iterator[Path]:
+        temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+        if self.accelerator.is_main_process:
+            _remove(temporary)
+            temporary.mkdir()
+        self.accelerator.wait_for_everyone()
+        try:
+            yield temporary
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                publish_folder(temporary, target)
+        except BaseException:
+            if self.accelerator.is_main_process:
+                _remove(temporary)  # a full disk must not stay full because of half a checkpoint
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _numbered(self, prefix: str) -> list[Path]:
+        found = [path for path in self.folder.iterdir() if path.is_dir() and _number(path.name, prefix)]
+        return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _number(name: str, prefix: str) -> re.Match[str] | None:
+    return re.fullmatch(rf"{prefix}-\d+", name)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder; a folder first loses its name, so that it is never seen half deleted."""
+    if path.is_dir() and not path.is_symlink():
+        if not path.name.startswith(_TEMPORARY):
+            doomed = path.with_name(f"{_TEMPORARY}deleted-{path.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path = path.rename(doomed)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_random_state(path: Path) -> None:
+    """Raise when the random state was not restored: accelerate goes on in silence if it cannot read the file."""
+    saved = load(path)["torch_manual_seed"]
+    if not torch.equal(saved, torch.get_rng_state()):
+        raise RuntimeError(
+            f"the random state in {path} could not be restored, so the run cannot be resumed exactly"
+        )
+
+
+class Interruption:
+    """Notices SIGTERM so that the loop can finish its step, save and leave with `EXIT_RESUME`.
+
+    `requested()` is collective: true on every process as soon as one of them got the signal.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.signalled = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = True
+
+    def requested(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.signalled
+        flag = torch.tensor([int(self.signalled)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())

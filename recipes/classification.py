@@ -1,0 +1,320 @@
+"""Train a classifier with AdaNorm, another norm of the paper, or LayerNorm as the control.
+
+    accelerate launch recipes/classification.py --config recipes/configs/demo.yaml --norm adanorm --output_dir outputs/a
+    accelerate launch --multi_gpu recipes/classification.py --config recipes/configs/rt.yaml --mixed_precision bf16
+
+A fresh model from `model_config`, or a pretrained one by name or folder; data by Hub id or from local files; every
+option of `patch_model`. The same command, started again, goes on from the newest complete checkpoint in `output_dir`,
+in the middle of an epoch too. In `output_dir`: `results.json`, the best model as `best/` (model and tokeniser: load it
+with `pipeline("text-classification", ...)` after `import hf_adanorm`), and `checkpoint-N/`.
+
+Exit codes: 0 finished, 2 bad input (said in one line before training starts), 3 the loss was not finite, 75 stopped by
+SIGTERM after saving a checkpoint: start the same command again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from batching import StepPlan, eval_batches, train_batches
+from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
+from evaluation import gather_by_index, load_metric, main_first, mean, peak_memory_mb, run_fresh_process
+from options import (
+    FREE_OPTIONS,
+    OptimizationOptions,
+    PatchOptions,
+    RunOptions,
+    check_ranges,
+    option,
+    parse_options,
+)
+from results import format_results, versions
+from text_task import ModelOptions, Task, TextOptions, prepare_text
+from training import (
+    EXIT_DIVERGED,
+    NonFiniteError,
+    ProgressBar,
+    Stopwatch,
+    apply_patch,
+    clear_errors,
+    count_norms,
+    learning_rate_at,
+    make_accelerator,
+    make_optimizer,
+    optimizer_step,
+    set_learning_rate,
+)
+
+
+@dataclass(kw_only=True)
+class ClassificationOptions(RunOptions, OptimizationOptions, TextOptions, ModelOptions, PatchOptions):
+    """Options of the classification recipe."""
+
+    task: Literal["text"] = option("text", "what is classified")
+    batch_size: int = option(32, "training examples a micro-batch on each process")
+    eval_batch_size: int = option(64, "examples a batch on each process in evaluation")
+
+
+TASKS = {"text": prepare_text}
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: torch.nn.Module, task: Task, split: str, metric: Any, options: Any
+) -> dict[str, float]:
+    """Loss and accuracy on a split, every example counted once; the same on every process."""
+    model.eval()
+    data = task.splits[split]
+    indices: list[int] = []
+    outputs: list[tuple[int, float]] = []
+    batches = eval_batches(
+        data,
+        task.lengths[split],
+        options.eval_batch_size,
+        collate=task.collate,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        workers=options.dataloader_workers,
+    )
+    for batch_indices, batch in batches:
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.float()  # (batch, classes)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        indices += batch_indices
+        outputs += zip(logits.argmax(-1).tolist(), losses.tolist(), strict=True)
+    outputs = gather_by_index(accelerator, indices, outputs, len(data))
+    model.train()
+    accuracy = metric.compute(predictions=[output[0] for output in outputs], references=data["labels"][:])
+    return {**accuracy, "loss": mean([output[1] for output in outputs])}
+
+
+def train(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: Any,
+    task: Task,
+    plan: StepPlan,
+    checkpoints: Checkpoints,
+    options: ClassificationOptions,
+) -> Progress:
+    """The training loop: from the newest checkpoint to the last step, or until SIGTERM."""
+    metric = main_first(accelerator, lambda: load_metric("accuracy"))
+    total_steps = options.max_steps or options.num_epochs * plan.num_steps
+    progress = checkpoints.resume()
+    if progress.step:
+        accelerator.print(f"resuming from step {progress.step}")
+    interruption = Interruption(accelerator)
+    stopwatch = Stopwatch(progress)
+    # accelerate divides by the number of micro-batches, DDP by the number of processes: undo both, as the loss is
+    # divided by the number of examples of the whole step.
+    undo_mean = accelerator.num_processes * options.gradient_accumulation_steps
+    running_loss = torch.zeros((), device=accelerator.device)
+    running_steps = 0
+    model.train()
+    shown = options.progress_bar and accelerator.is_main_process
+    with ProgressBar(total_steps, shown=shown, first_step=progress.step) as bar:
+        while progress.step < total_steps:
+            steps = train_batches(
+                task.splits["train"],
+                plan,
+                progress.epoch,
+                collate=task.collate,
+                rank=accelerator.process_index,
+                skip=progress.epoch_step,
+                workers=options.dataloader_workers,
+            )
+            for num_examples, micro_batches in steps:
+                lr = learning_rate_at(progress.step, total_steps, options)
+                set_learning_rate(optimizer, lr)
+                step_loss = torch.zeros((), device=accelerator.device)
+                for batch in micro_batches:
+                    batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+                    labels = batch.pop("labels")
+                    with accelerator.accumulate(model):
+                        logits = model(**batch).logits.float()  # (micro-batch, classes)
+                        loss = F.cross_entropy(logits, labels, reduction="sum") / num_examples
+                        accelerator.backward(loss * undo_mean)
+                    step_loss += loss.detach()
+                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options)
+                progress.step += 1
+                progress.epoch_step += 1
+                progress.skipped_steps += not applied
+                stopwatch.step(num_examples)
+                running_loss += step_loss
+                running_steps += 1
+
+                end_of_epoch = progress.epoch_step == plan.num_steps
+                if end_of_epoch:
+                    progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+                last = progress.step == total_steps
+                if progress.step % options.logging_steps == 0 or last:
+                    train_loss = accelerator.reduce(running_loss, "sum").item() / running_steps
+                    running_loss.zero_()
+                    running_steps = 0
+                    speed = stopwatch.samples_per_second
+                    accelerator.log({"train/loss": train_loss, "learning_rate": lr}, step=progress.step)
+                    bar.log(progress.step, speed, train_loss, lr)
+                bar.update(progress.step, stopwatch.samples_per_second)
+
+                evaluate_now = last or (
+                    progress.step % options.eval_steps == 0 if options.eval_steps else end_of_epoch
+                )
+                if evaluate_now:
+                    stopwatch.pause()
+                    scores = evaluate(accelerator, model, task, "validation", metric, options)
+                    note_scores(accelerator, model, task, checkpoints, progress, scores)
+                    stopwatch.resume()
+                interrupted = interruption.requested()
+                save_now = evaluate_now or interrupted
+                if options.checkpointing_steps:
+                    save_now = last or interrupted or progress.step % options.checkpointing_steps == 0
+                if save_now:
+                    stopwatch.pause()
+                    checkpoints.save(progress)
+                    stopwatch.resume()
+                if interrupted and not last:
+                    accelerator.print(
+                        f"stopped by SIGTERM at step {progress.step}; start the same command to resume"
+                    )
+                    accelerator.end_training()
+                    sys.exit(EXIT_RESUME)
+                if last:
+                    break
+    return progress
+
+
+def note_scores(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    task: Task,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    scores: dict[str, float],
+) -> None:
+    """Record an evaluation; save the model when it is the best so far (the earlier one of equals)."""
+    progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
+    accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
+    accelerator.print(
+        f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+    )
+    if progress.best_step is not None and scores["accuracy"] <= progress.best_metrics["accuracy"]:
+        return
+    state_dict = accelerator.get_state_dict(model)  # a collective call: on every process
+
+    def save(folder: Path) -> None:
+        accelerator.unwrap_model(model).save_pretrained(
+            folder, state_dict=state_dict, is_main_process=accelerator.is_main_process
+        )
+        if accelerator.is_main_process:
+            task.processor.save_pretrained(folder)
+
+    checkpoints.save_best(progress.step, save)
+    progress.best_step, progress.best_metrics = progress.step, scores
+
+
+def test_scores(
+    model_dir: Path, task: Task, options: ClassificationOptions, precision: str
+) -> dict[str, float]:
+    """Accuracy on the test split of the saved model, loaded by stock `from_pretrained` in a fresh process."""
+    columns = [options.text_column, *([options.text_pair_column] if options.text_pair_column else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        data, output = Path(folder) / "test.parquet", Path(folder) / "predictions.json"
+        task.raw_test.select_columns(columns).to_parquet(data)
+        arguments = ["--model", str(model_dir.resolve()), "--data", str(data), "--output", str(output)]
+        arguments += ["--columns", *columns, "--mixed_precision", precision]
+        run_fresh_process(
+            Path(__file__).with_name("predict.py"), [*arguments, "--batch_size", str(options.eval_batch_size)]
+        )
+        predictions = json.loads(output.read_text(encoding="utf-8"))
+    return load_metric("accuracy").compute(
+        predictions=predictions, references=task.splits["test"]["labels"][:]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Set up, train, test the best model in a fresh process, write `results.json`."""
+    options = parse_options(ClassificationOptions, argv, __doc__)
+    accelerator = make_accelerator(options, options)
+    output_dir = Path(options.output_dir)
+    with clear_errors(accelerator):
+        check_ranges(options)
+        checkpoints = Checkpoints(
+            output_dir,
+            accelerator,
+            asdict(options),
+            free=FREE_OPTIONS,
+            keep=options.save_total_limit,
+            overwrite=options.overwrite_output_dir,
+        )
+        resuming = checkpoints.check_resumable() is not None
+        if resuming and (output_dir / "results.json").exists():
+            accelerator.print(f"{output_dir} holds a finished run with these options; nothing to do")
+            return
+        task = TASKS[options.task](options, accelerator, output_dir, resuming)
+        set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
+        model = main_first(accelerator, task.build_model)
+        apply_patch(model, options)
+        norm_modules = count_norms(model, options.norm)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        plan = StepPlan(
+            task.lengths["train"],
+            options.batch_size,
+            seed=options.seed,
+            num_processes=accelerator.num_processes,
+            accumulation=options.gradient_accumulation_steps,
+        )
+    set_seed(options.seed, device_specific=True)  # other dropout masks on every process
+    optimizer = make_optimizer(model, options)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if options.report_to:
+        accelerator.init_trackers("classification", config={k: str(v) for k, v in asdict(options).items()})
+
+    results = {
+        "norm": options.norm,
+        "norm_modules": norm_modules,
+        "seed": options.seed,
+        "parameters": num_parameters,
+        "num_processes": accelerator.num_processes,
+        "command": shlex.join(["recipes/classification.py", *(sys.argv[1:] if argv is None else argv)]),
+        "versions": versions(),
+    }
+    try:
+        progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
+    except NonFiniteError as error:
+        if accelerator.is_main_process:
+            write_json(output_dir / "diverged.json", {**results, "diverged": str(error)})
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_DIVERGED)
+    best = checkpoints.promote_best(progress.best_step)
+    precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
+    accelerator.end_training()  # the other processes are done: they need not wait for the test
+    if not is_main:
+        return
+    results |= {
+        "validation": progress.best_metrics,
+        "test": test_scores(best, task, options, precision) if task.raw_test is not None else None,
+        "train_samples_per_second": Stopwatch(progress).samples_per_second,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "skipped_steps": progress.skipped_steps,
+        "peak_memory_mb": peak_memory_mb(),
+        "history": progress.history,
+        "options": asdict(options),
+    }
+    write_json(output_dir / "results.json", results)
+    print(format_results([results]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Data sets from the Hub or from local files, checked before anything is trained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, Value
+from options import option
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SPLITS = ("train", "validation", "test")
+
+
+class DataError(ValueError):
+    """The data cannot be used. The message names the file or split, what is wrong and the nearest fix."""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Where the examples come from: a data set on the Hub, or local files, which win."""
+
+    dataset_name: str | None = option(None, "data set on the Hub")
+    dataset_config: str | None = option(None, "its configuration")
+    train_split: str = option("train", "its split to train on")
+    validation_split: str = option("validation", "its split to choose the best checkpoint on")
+    test_split: str | None = option("test", "its split for the final test")
+    train_file: str | None = option(None, "local .json, .jsonl, .csv, .tsv or .parquet file (or .gz of it)")
+    validation_file: str | None = option(None, "local file to choose the best checkpoint on")
+    test_file: str | None = option(None, "local file for the final test")
+    max_train_samples: int | None = option(None, "use only the first so many training examples")
+    max_validation_samples: int | None = option(None, "use only the first so many validation examples")
+    max_test_samples: int | None = option(None, "use only the first so many test examples")
+    preprocessing_workers: int | None = option(None, "processes that tokenise")
+
+
+def load_splits(options: DataOptions) -> dict[str, Dataset]:
+    """The train, validation and, when there is one, test split.
+
+    Raises DataError for a missing or empty file, an unknown format, a file that cannot be parsed, a data set that
+    cannot be fetched, a missing or an empty split.
+    """
+    files = {split: getattr(options, f"{split}_file") for split in SPLITS}
+    if any(files.values()):
+        for split in ("train", "validation"):
+            if files[split] is None:
+                raise DataError(
+                    f"--{split}_file is missing: local files were given, but none to {_USE[split]}"
+                )
+        splits = {split: load_file(file, split) for split, file in files.items() if file is not None}
+    elif options.dataset_name is not None:
+        splits = _load_hub(options)
+    else:
+        raise DataError("no data: give --train_file and --validation_file, or --dataset_name")
+    for split, limit in ((split, getattr(options, f"max_{split}_samples")) for split in splits):
+        if limit is not None:
+            if limit < 1:
+                raise DataError(f"--max_{split}_samples must be positive, got {limit}")
+            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+    for split, data in splits.items():
+        if len(data) == 0:
+            raise DataError(f"the {split} split is empty" + (f" ({files[split]})" if files[split] else ""))
+    return splits
+
+
+_USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
+
+
+def load_file(file: str | Path, split: str = "train") -> Dataset:
+    """One local file, by its ending. Raises DataError naming the file."""
+    path = Path(file)
+    if not path.is_file():
+        known = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, known, n=1)
+        raise DataError(
+            f"--{split}_file {file}: no such file" + (f"; did you mean {close[0]}?" if close else "")
+        )
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffix = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else suffixes[-1] if suffixes else ""
+    if suffix not in FORMATS:
+        raise DataError(f"{file}: cannot tell its format from {suffix!r}; known are {', '.join(FORMATS)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"the {split} split is empty ({file})")
+    extra: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    try:
+        return datasets.load_dataset(FORMATS[suffix], data_files=str(path.resolve()), split="train", **extra)
+    except Exception as error:  # datasets wraps the parsers' errors in classes of its own, by version
+        cause = error.__cause__ or error
+        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise DataError(f"{file}: cannot be read as {FORMATS[suffix]}: {first_line}") from error
+
+
+def _load_hub(options: DataOptions) -> dict[str, Dataset]:
+    names = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
+    try:
+        found = datasets.load_dataset(options.dataset_name, options.dataset_config)
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"--dataset_name {options.dataset_name}: cannot be loaded: {first_line}. "
+            "Without a network give --train_file, --validation_file and --test_file"
+        ) from error
+    for split, name in names.items():
+        if name is not None and name not in found:
+            raise DataError(
+                f"--{split}_split {name!r}: {options.dataset_name} has the splits {', '.join(map(repr, found))}"
+            )
+    return {split: found[name] for split, name in names.items() if name is not None}
+
+
+def check_text_column(splits: dict[str, Dataset], column: str, option_name: str) -> None:
+    """Raise DataError unless every split has `column` with a string in every row."""
+    for split, data in splits.items():
+        _check_column(data, split, column, option_name)
+        feature = data.features[column]
+        is_string = isinstance(feature, Value) and feature.dtype in {"string", "large_string"}
+        values = data.data.column(column)
+        if not is_string or values.null_count:
+            row, value = next(
+                (row, value) for row, value in enumerate(values.to_pylist()) if not isinstance(value, str)
+            )
+            raise DataError(f"{split} split, column {column!r}, row {row}: expected text, got {value!r}")
+
+
+def _check_column(data: Dataset, split: str, column: str, option_name: str) -> None:
+    if column not in data.column_names:
+        close = difflib.get_close_matches(column, data.column_names, n=1) or data.column_names[:1]
+        raise DataError(
+            f"--{option_name} {column!r}: the {split} split has no such column, only "
+            f"{', '.join(map(repr, data.column_names))}; did you mean --{option_name} {close[0]}?"
+        )
+
+
+def resolve_labels(
+    splits: dict[str, Dataset], column: str, label_names: Sequence[str] | None = None
+) -> tuple[list[str], dict[str, list[int]]]:
+    """The names of the classes, and every split's labels as integers from 0.
+
+    Integer labels stand for themselves; strings are numbered in the order of `label_names`, by default sorted. Which
+    classes there are is decided by `label_names`, the data set's own list, or the training split.
+
+    Raises DataError for a missing column, labels that are neither integers nor strings, and a label outside the range.
+    """
+    raw: dict[str, list[Any]] = {}
+    for split, data in splits.items():
+        _check_column(data, split, column, "label_column")
+        raw[split] = data.data.column(column).to_pylist()
+    feature = splits["train"].features[column]
+    if label_names is None and isinstance(feature, ClassLabel):
+        label_names = feature.names
+    kind = str if all(isinstance(value, str) for value in raw["train"]) else int
+    if label_names is not None:
+        names = [str(name) for name in label_names]
+        if len(set(names)) != len(names):
+            raise DataError(f"--label_names holds a name twice: {names}")
+    elif kind is str:
+        names = sorted(set(raw["train"]))
+    else:
+        highest = max((value for value in raw["train"] if isinstance(value, int)), default=-1)
+        names = [str(number) for number in range(highest + 1)]
+    numbers = {name: number for number, name in enumerate(names)}
+    labels: dict[str, list[int]] = {}
+    for split, values in raw.items():
+        labels[split] = []
+        for row, value in enumerate(values):
+            where = f"{split} split, column {column!r}, row {row}"
+            if kind is str:
+                if value not in numbers:
+                    raise DataError(
+                        f"{where}: label {value!r} is none of the {len(names)} classes {names[:20]}"
+                    )
+                labels[split].append(numbers[value])
+            elif not isinstance(value, int):
+                raise DataError(f"{where}: labels must be all integers or all strings, got {value!r}")
+            elif not 0 <= value < len(names):
+                raise DataError(f"{where}: label {value} is outside the range 0 to {len(names) - 1}")
+            else:
+                labels[split].append(int(value))
+    if len(names) < 2:
+        raise DataError(f"the training split has a single class, {names}: there is nothing to learn")
+    return names, labels

@@ -1,0 +1,233 @@
+"""The options that all recipes share, and how they are read.
+
+A recipe declares one flat, keyword-only dataclass that inherits from the groups here. Every field becomes a flag of
+the same name; `--config FILE.yaml` sets any of them, and flags given on the command line win over the file. Paths in a
+config file (options ending in `_file`) are relative to that file, paths on the command line to the current directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+T = TypeVar("T")
+
+
+class OptionError(ValueError):
+    """An option, or a combination of options, cannot be used. The message names it and the nearest fix."""
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002
+    """A dataclass field with a default and the text that `--help` shows."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class PatchOptions:
+    """What `patch_model` is asked to do; `norm="layernorm"` is the unpatched control."""
+
+    norm: Literal["adanorm", "layernorm-simple", "detachnorm", "none", "layernorm"] = option(
+        "adanorm", "norm to train with; layernorm leaves the model as it is (the control)"
+    )
+    C: float = option(1.0, "AdaNorm: the constant C > 0 in z = C (1 - k y) y")
+    k: float = option(0.1, "AdaNorm: the slope k >= 0 in z = C (1 - k y) y")
+    detach_mean: bool = option(True, "DetachNorm: let no gradient flow through the mean")
+    detach_variance: bool = option(True, "DetachNorm: let no gradient flow through the variance")
+    eps: float | None = option(None, "added to the variance; by default what the replaced norm uses")
+    include: list[str] | str | None = option(
+        None,
+        "swap only norms with these name endings (a list) or matching this regular expression (a string)",
+    )
+    exclude: list[str] | str | None = option(None, "leave these norms as they are; written like include")
+    layers: list[int] | None = option(None, "swap only norms in these layers, negative from the end")
+    targets: Literal["layernorm", "rmsnorm", "all"] = option("layernorm", "kind of norm to swap")
+    affine: Literal["drop", "fold", "fade"] = option("drop", "what becomes of trained gains and biases")
+
+
+@dataclass(kw_only=True)
+class OptimizationOptions:
+    """Optimiser, schedule and length of the training."""
+
+    learning_rate: float = option(5e-4, "peak learning rate")
+    lr_schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = option(
+        "linear", "how the learning rate moves after the warm-up"
+    )
+    warmup_steps: int = option(
+        0, "optimiser steps over which the learning rate rises; wins over warmup_ratio"
+    )
+    warmup_ratio: float = option(0.0, "warm-up as a share of all steps")
+    warmup_init_lr: float = option(0.0, "learning rate at the first warm-up step")
+    min_lr: float = option(0.0, "learning rate at the end of a linear or cosine schedule")
+    weight_decay: float = option(0.0, "AdamW weight decay; not applied to biases and norms")
+    adam_beta1: float = option(0.9, "Adam beta 1")
+    adam_beta2: float = option(0.999, "Adam beta 2")
+    adam_epsilon: float = option(1e-8, "Adam epsilon")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 clips nothing")
+    gradient_accumulation_steps: int = option(1, "micro-batches in one optimiser step")
+    num_epochs: int = option(3, "passes over the training data")
+    max_steps: int | None = option(None, "stop after this many optimiser steps; wins over num_epochs")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "what to do when the loss or its gradient is NaN or infinite: stop, or leave that step out"
+    )
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Where a run writes, what it can be resumed from, how it is launched and watched."""
+
+    output_dir: str = option("outputs/run", "folder for checkpoints, the best model and results.json")
+    overwrite_output_dir: bool = option(False, "start afresh instead of resuming what output_dir holds")
+    seed: int = option(1, "seed of initialisation, dropout and the order of the data")
+    eval_steps: int | None = option(None, "evaluate every so many steps; by default after every epoch")
+    checkpointing_steps: int | None = option(
+        None, "save a checkpoint every so many steps; by default after every evaluation"
+    )
+    save_total_limit: int = option(1, "how many of the newest checkpoints to keep")
+    logging_steps: int = option(50, "log the training loss every so many steps")
+    report_to: list[str] = option([], "trackers, by accelerate's names, for instance [tensorboard]")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "precision of the forward pass; by default what accelerate is configured to"
+    )
+    compile: bool = option(False, "run the model through torch.compile")
+    progress_bar: bool = option(True, "show a progress bar on the main process")
+    dataloader_workers: int = option(
+        0, "worker processes that collate batches; the result does not depend on it"
+    )
+
+
+# Options that may differ between a run and its resumption: they change nothing in the trained weights.
+FREE_OPTIONS = frozenset(
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "checkpointing_steps",
+        "save_total_limit",
+        "logging_steps",
+        "report_to",
+        "progress_bar",
+        "dataloader_workers",
+        "preprocessing_workers",
+    }
+)
+
+
+def build_parser(options_class: type[Any], description: str | None = None) -> ArgumentParser:
+    """A parser with one flag for each field of `options_class`, and `--config`."""
+    parser = ArgumentParser(usage="%(prog)s [--config FILE] [--OPTION VALUE ...]", description=description)
+    parser.add_argument(
+        "--config", type=str | None, default=None, help="YAML file that sets any of the options below"
+    )
+    hints = typing.get_type_hints(options_class)
+    groups = {}
+    for base in options_class.__mro__:
+        if dataclasses.is_dataclass(base) and vars(base).get("__annotations__"):
+            group = parser.add_argument_group(base.__name__.removesuffix("Options").lower())
+            groups.update(dict.fromkeys(vars(base)["__annotations__"], group))
+    for item in dataclasses.fields(options_class):
+        if item.default is not dataclasses.MISSING:
+            default = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        else:
+            raise TypeError(f"{options_class.__name__}.{item.name} needs a default")
+        groups[item.name].add_argument(
+            f"--{item.name}", type=hints[item.name], default=default, help=item.metadata["help"]
+        )
+    return parser
+
+
+def read_config(path: str | Path, names: set[str]) -> dict[str, Any]:
+    """The options of a YAML file, its relative `*_file` paths resolved against the file's folder.
+
+    Raises OptionError for a file that is missing, is not a YAML mapping or holds an unknown option.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OptionError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"--config {path}: not a YAML file: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise OptionError(
+            f"--config {path}: expected a mapping of option names to values, got {type(values).__name__}"
+        )
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise OptionError(f"--config {path}: unknown option {key!r}{hint}")
+    for key, value in values.items():
+        if key.endswith("_file") and isinstance(value, str) and not Path(value).is_absolute():
+            values[key] = str((path.parent / value).resolve())
+    return values
+
+
+def parse_options(options_class: type[T], argv: list[str] | None = None, description: str | None = None) -> T:
+    """Read the command line (by default sys.argv) into `options_class`. Bad input ends the process with code 2."""
+    parser = build_parser(options_class, description)
+    argv = sys.argv[1:] if argv is None else argv
+    names = {item.name for item in dataclasses.fields(options_class)}  # type: ignore[arg-type]
+    base = parser.get_defaults()
+    config_path = _last_value(argv, "--config")
+    if config_path is not None:
+        try:
+            values = read_config(config_path, names)
+        except OptionError as error:
+            parser.error(str(error))
+        base = parser.parse_object(values, cfg_base=base)
+    for argument in argv:
+        name = argument[2:].split("=", 1)[0].split(".", 1)[0]
+        if argument.startswith("--") and name and name not in names | {"config", "help"}:
+            close = difflib.get_close_matches(name, names, n=1)
+            parser.error(f"unknown option --{name}" + (f"; did you mean --{close[0]}?" if close else ""))
+    parsed: Namespace = parser.parse_args(argv, namespace=base)
+    return options_class(**{name: parsed[name] for name in names})
+
+
+def _last_value(argv: list[str], flag: str) -> str | None:
+    value = None
+    for position, argument in enumerate(argv):
+        if argument == flag and position + 1 < len(argv):
+            value = argv[position + 1]
+        elif argument.startswith(flag + "="):
+            value = argument.split("=", 1)[1]
+    return value
+
+
+def check_ranges(options: OptimizationOptions) -> None:
+    """Raise OptionError for a number of the optimisation or run group outside its range."""
+    positive = ["learning_rate", "gradient_accumulation_steps", "num_epochs", "max_steps", "eval_steps"]
+    positive += ["checkpointing_steps", "save_total_limit", "logging_steps"]
+    not_negative = [
+        "warmup_steps",
+        "warmup_ratio",
+        "warmup_init_lr",
+        "min_lr",
+        "weight_decay",
+        "max_grad_norm",
+    ]
+    for name in positive + not_negative:
+        value = getattr(options, name, None)
+        if value is None:
+            continue
+        if value < 0 or (value == 0 and name in positive):
+            raise OptionError(
+                f"--{name} must be {'positive' if name in positive else 'at least 0'}, got {value}"
+            )
+    if options.warmup_ratio > 1:
+        raise OptionError(f"--warmup_ratio must be between 0 and 1, got {options.warmup_ratio}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(options, name) < 1:
+            raise OptionError(f"--{name} must be in [0, 1), got {getattr(options, name)}")

@@ -1,0 +1,58 @@
+"""Predict the classes of a file with a saved model, through the stock API and nothing of the training code.
+
+    python recipes/predict.py --model outputs/run/best --data test.parquet --output predictions.json
+
+The classification recipe runs this in a fresh process, so that its test accuracy is that of the model as others load
+it. The output is a JSON list of class ids in the order of the file.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+
+
+@torch.inference_mode()
+def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, precision: str) -> list[int]:
+    """The class of every text, or pair of texts; batches of similar length."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForSequenceClassification.from_pretrained(model_dir).to(device).eval()
+    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    predictions = [0] * len(rows)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        columns = [list(column) for column in zip(*(rows[index] for index in indices), strict=True)]
+        inputs = tokenizer(*columns, truncation=True, padding=True, return_tensors="pt").to(device)
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            classes = model(**inputs).logits.argmax(-1)
+        for index, number in zip(indices, classes.tolist(), strict=True):
+            predictions[index] = number
+    return predictions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of the saved model")
+    parser.add_argument("--data", required=True, help="parquet file")
+    parser.add_argument("--columns", nargs="+", default=["text"], help="text column, or the two of a pair")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    arguments = parser.parse_args()
+    data = load_dataset("parquet", data_files=arguments.data, split="train", keep_in_memory=True)
+    rows = list(zip(*(data[column][:] for column in arguments.columns), strict=True))
+    predictions = predict_texts(arguments.model, rows, arguments.batch_size, arguments.mixed_precision)
+    Path(arguments.output).write_text(json.dumps(predictions), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Text classification, of single texts or of pairs: from the options to tokenised splits and a model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from checkpoints import publish_folder
+from data_loading import DataOptions, check_text_column, load_splits, resolve_labels
+from datasets import Dataset
+from evaluation import main_first
+from options import OptionError, option
+from tokenization import train_encoder_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+
+@dataclass(kw_only=True)
+class TextOptions(DataOptions):
+    """Columns and tokeniser of a text classification task."""
+
+    text_column: str = option("text", "column of the text")
+    text_pair_column: str | None = option(None, "column of the second text, for sentence pairs")
+    label_column: str = option("label", "column of the class: integers from 0, or names")
+    label_names: list[str] | None = option(
+        None, "the classes in order; by default taken from the training data"
+    )
+    max_length: int = option(128, "longest text in tokens; what is beyond is cut off")
+    tokenizer: Literal["word", "wordpiece", "bpe"] = option(
+        "word", "tokeniser trained on the training data when the model starts from model_config"
+    )
+    vocab_size: int = option(30000, "largest size of its vocabulary")
+    min_frequency: int = option(2, "a word must occur this often to be in its vocabulary")
+    lowercase: bool = option(True, "whether it lower-cases")
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """The model: a pretrained one, or a fresh one built from a config."""
+
+    model_name_or_path: str | None = option(None, "pretrained model on the Hub or in a folder")
+    model_config: dict[str, Any] = option({}, "config of a fresh model: model_type and any of its fields")
+
+
+@dataclass
+class Task:
+    """What the training loop needs to know of a task.
+
+    `splits` holds `train`, `validation` and, when there is one, `test`, each with a `labels` column; `raw_test` is the
+    test split as it was loaded, for prediction in a fresh process; `processor` is saved with the model.
+    """
+
+    splits: dict[str, Dataset]
+    lengths: dict[str, list[int]]
+    raw_test: Dataset | None
+    label_names: list[str]
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    processor: Any
+    build_model: Callable[[], PreTrainedModel]
+
+
+def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Task:
+    """Load and check the data, train or load the tokeniser, tokenise. `options` has TextOptions and ModelOptions.
+
+    Raises DataError or OptionError for whatever would stop the training later.
+    """
+    if bool(options.model_name_or_path) == bool(options.model_config):
+        raise OptionError(
+            "give either --model_name_or_path or model_config (with a model_type), not both or none"
+        )
+    if options.max_length < 3:
+        raise OptionError(f"--max_length must be at least 3 tokens, got {options.max_length}")
+    raw = main_first(accelerator, lambda: load_splits(options))
+    columns = [options.text_column, *([options.text_pair_column] if options.text_pair_column else [])]
+    check_text_column(raw, options.text_column, "text_column")
+    if options.text_pair_column:
+        check_text_column(raw, options.text_pair_column, "text_pair_column")
+    names, labels = resolve_labels(raw, options.label_column, options.label_names)
+
+    if options.model_name_or_path:
+        tokenizer = main_first(accelerator, lambda: AutoTokenizer.from_pretrained(options.model_name_or_path))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    else:
+        tokenizer = _trained_tokenizer(raw["train"], columns, options, accelerator, output_dir, resuming)
+    tokenizer.model_max_length = options.max_length
+    # It recommends __call__ over pad, which does not apply: texts are tokenised once and padded in every batch.
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+
+    def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = tokenizer(
+            *(rows[column] for column in columns), truncation=True, max_length=options.max_length
+        )
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    def prepare(split: str) -> Dataset:
+        data = raw[split].map(
+            tokenize,
+            batched=True,
+            remove_columns=raw[split].column_names,
+            num_proc=options.preprocessing_workers,
+            desc=f"Tokenising {split}",
+        )
+        return data.add_column("labels", labels[split])
+
+    splits = main_first(accelerator, lambda: {split: prepare(split) for split in raw})
+    lengths = {split: data["length"][:] for split, data in splits.items()}
+    splits = {split: data.remove_columns("length") for split, data in splits.items()}
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch_labels = torch.tensor([row.pop("labels") for row in rows])
+        return {**tokenizer.pad(rows, return_tensors="pt"), "labels": batch_labels}
+
+    return Task(
+        splits=splits,
+        lengths=lengths,
+        raw_test=raw.get("test"),
+        label_names=names,
+        collate=collate,
+        processor=tokenizer,
+        build_model=lambda: _build_model(options, tokenizer, names),
+    )
+
+
+def _trained_tokenizer(
+    data: Dataset,
+    columns: list[str],
+    options: Any,
+    accelerator: Accelerator,
+    output_dir: Path,
+    resuming: bool,
+) -> Any:
+    folder = output_dir / "tokenizer"
+    if accelerator.is_main_process and not (resuming and folder.exists()):
+        tokenizer = train_encoder_tokenizer(
+            (text for column in columns for text in data[column]),
+            kind=options.tokenizer,
+            vocab_size=options.vocab_size,
+            min_frequency=options.min_frequency,
+            lowercase=options.lowercase,
+            max_length=options.max_length,
+        )
+        temporary = output_dir / ".tmp-tokenizer"
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(temporary)
+        publish_folder(temporary, folder)
+    accelerator.wait_for_everyone()
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedModel:
+    labels = {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+    if options.model_name_or_path:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            options.model_name_or_path, ignore_mismatched_sizes=False, **labels
+        )
+    else:
+        sizes = dict(options.model_config)
+        model_type = sizes.pop("model_type", None)
+        if model_type is None:
+            raise OptionError("model_config needs a model_type, for instance bert")
+        special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        config = AutoConfig.for_model(model_type, **{**special, **sizes}, **labels)
+        model = AutoModelForSequenceClassification.from_config(config)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions < options.max_length:
+        raise OptionError(f"--max_length {options.max_length} is beyond the model's {positions} positions")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model

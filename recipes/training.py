@@ -1,0 +1,263 @@
+"""What the training loops share: set-up, optimiser, learning rate, the checks around a step, timing."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from checkpoints import Progress
+from options import OptimizationOptions, OptionError, PatchOptions, RunOptions
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from torch import nn
+
+import hf_adanorm
+
+EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
+
+# The first steps of a process pay for memory allocation and compilation: timing leaves them out.
+UNTIMED_STEPS = 5
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+@contextmanager
+def clear_errors(accelerator: Accelerator) -> Iterator[None]:
+    """While a run is set up, end it on the user's mistakes with one line and code 2 instead of a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if os.environ.get("HF_ADANORM_DEBUG"):
+            raise
+        if accelerator.is_main_process:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Accelerator:
+    """The accelerator of a recipe.
+
+    Batches are divided over processes by the recipe's own plan, so no data loader is prepared with it, and the
+    learning rate is set by the step, so no scheduler is. `accelerator.accumulate` counts micro-batches; a step always
+    has `gradient_accumulation_steps` of them.
+    """
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=optimization.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        dynamo_backend="inductor" if run.compile else None,
+        log_with=list(run.report_to) or None,
+        project_dir=run.output_dir,
+    )
+    set_seed(run.seed)
+    return accelerator
+
+
+def apply_patch(model: nn.Module, options: PatchOptions) -> int:
+    """Patch `model` in place as the options say; return how many norms of the wanted kind it now has.
+
+    Raises OptionError when the options cannot be applied to this model.
+    """
+    if options.norm == "layernorm":
+        if hf_adanorm.is_patched(model):
+            raise OptionError(
+                "--norm layernorm is the unpatched control, but this pretrained model is already patched; "
+                "give the norm it was patched with, or start from an unpatched model"
+            )
+        return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
+    try:
+        hf_adanorm.patch_model(
+            model,
+            options.norm,
+            C=options.C,
+            k=options.k,
+            detach_mean=options.detach_mean,
+            detach_variance=options.detach_variance,
+            eps=options.eps,
+            include=options.include,
+            exclude=options.exclude,
+            layers=options.layers,
+            targets=options.targets,
+            affine=options.affine,
+        )
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"--norm {options.norm}: {error}") from error
+    return count_norms(model, options.norm)
+
+
+def count_norms(model: nn.Module, norm: str) -> int:
+    """How many modules of `model` compute `norm`."""
+    if norm == "layernorm":
+        return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
+    swapped = (module for module in model.modules() if getattr(module, "is_adanorm_module", False))
+    return sum(module.norm == norm for module in swapped)
+
+
+def make_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.optim.AdamW:
+    """AdamW; parameters with fewer than two dimensions (biases, gains of norms) are not decayed."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+    )
+
+
+def learning_rate_at(step: int, total_steps: int, options: OptimizationOptions) -> float:
+    """The learning rate of optimiser step `step`, counted from 0.
+
+    It rises linearly from `warmup_init_lr` to `learning_rate` over the warm-up, then stays (constant), falls to
+    `min_lr` at `total_steps` (linear, cosine), or falls with the inverse square root of the step.
+    """
+    peak = options.learning_rate
+    warmup = options.warmup_steps or round(options.warmup_ratio * total_steps)
+    if step < warmup:
+        return options.warmup_init_lr + (peak - options.warmup_init_lr) * (step + 1) / warmup
+    if options.lr_schedule == "constant":
+        return peak
+    if options.lr_schedule == "inverse_sqrt":
+        return peak * math.sqrt(max(warmup, 1) / max(step + 1, warmup, 1))
+    done = (step - warmup) / max(total_steps - warmup, 1)
+    if options.lr_schedule == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return peak + (options.min_lr - peak) * done
+
+
+def set_learning_rate(optimizer: Any, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def optimizer_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    loss: torch.Tensor,
+    step: int,
+    options: OptimizationOptions,
+) -> bool:
+    """Clip, check and apply the gradients of a step; False when the step was left out.
+
+    `loss` is this process's share of the step's loss, a scalar. The gradient's norm is the same on every process, so
+    all of them come to the same decision. Under fp16 an overflow is the gradient scaler's business: it leaves the
+    step out and lowers its scale.
+
+    Raises NonFiniteError, naming the step, when something is not finite and `--on_nonfinite` is "stop".
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
+    scaled = accelerator.scaler is not None and accelerator.scaler.is_enabled()
+    finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
+    if not finite and not scaled:
+        if options.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"step {step + 1}: loss {loss.item()}, gradient norm {float(norm)}: not finite. The last checkpoint "
+                "stands; lower the learning rate, clip harder, or leave such steps out with --on_nonfinite skip"
+            )
+        accelerator.print(f"step {step + 1}: loss {loss.item()}, gradient norm {float(norm)}: step left out")
+        optimizer.zero_grad()
+        return False
+    optimizer.step()
+    optimizer.zero_grad()
+    return not accelerator.optimizer_step_was_skipped
+
+
+class Stopwatch:
+    """Counts what was trained on and how long it took, without the first steps of this process and without pauses."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.steps = 0
+        self.started: float | None = None
+
+    def step(self, num_samples: int) -> None:
+        """Note a finished step of `num_samples` examples over all processes."""
+        now = time.perf_counter()
+        self.steps += 1
+        self.progress.samples += num_samples
+        if self.started is not None:
+            self.progress.timed_samples += num_samples
+            self.progress.timed_seconds += now - self.started
+        self.started = now if self.steps >= UNTIMED_STEPS else None
+
+    def pause(self) -> None:
+        """Leave out the time until `resume`: evaluation, saving."""
+        self.started = None
+
+    def resume(self) -> None:
+        """Go on timing after a pause."""
+        self.started = time.perf_counter() if self.steps >= UNTIMED_STEPS else None
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """None while no step was timed."""
+        seconds = self.progress.timed_seconds
+        return self.progress.timed_samples / seconds if seconds else None
+
+
+class ProgressBar:
+    """Steps done, speed and time left, on the main process's terminal; silent anywhere else."""
+
+    def __init__(self, total: int, *, shown: bool, first_step: int = 0, unit: str = "samples/s"):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
+        console = Console(stderr=True)
+        self.unit = unit
+        self.shown = shown
+        self.total = total
+        self.first_step = first_step
+        self.started = time.perf_counter()
+        self.bar = Bar(*columns, console=console, disable=not (shown and console.is_terminal))
+        self.task = self.bar.add_task("training", total=total, completed=first_step, speed="")
+
+    def __enter__(self) -> ProgressBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, speed: float | None) -> None:
+        """Show that `step` steps are done at `speed` a second."""
+        self.bar.update(self.task, completed=step, speed="" if speed is None else f"{speed:,.0f} {self.unit}")
+
+    def log(self, step: int, speed: float | None, loss: float, lr: float) -> None:
+        """Show the training loss: in the bar on a terminal, as a line in a log file."""
+        self.bar.update(self.task, description=f"loss {loss:.4f}")
+        if self.shown and self.bar.disable:
+            pace = "" if speed is None else f", {speed:,.0f} {self.unit}"
+            print(
+                f"step {step}/{self.total}: loss {loss:.4f}, learning rate {lr:.3g}{pace}{self._left(step)}",
+                flush=True,
+            )
+
+    def _left(self, step: int) -> str:
+        done = step - self.first_step
+        seconds = (time.perf_counter() - self.started) / max(done, 1) * (self.total - step)
+        return (
+            f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if done > 0 and step < self.total else ""
+        )
