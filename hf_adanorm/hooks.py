@@ -113,10 +113,7 @@ def _auto_map(config: PreTrainedConfig) -> dict[str, str]:
     entries = {}
     for auto_class in vars(modeling_auto).values():
         mapping = getattr(auto_class, "_model_mapping", None)
-        if (
-            not (isinstance(auto_class, type) and issubclass(auto_class, _BaseAutoModelClass))
-            or mapping is None
-        ):
+        if not (isinstance(auto_class, type) and issubclass(auto_class, _BaseAutoModelClass)) or mapping is None:
             continue
         model_type = mapping._reverse_config_mapping.get(type(config).__name__)
         names = mapping._model_mapping.get(model_type)
@@ -143,10 +140,10 @@ def _write_own_file(folder: Path) -> None:
 
 def _remove_own_file(folder: Path) -> None:
     target = folder / FILE_NAME
-    # Only a file of ours: it opens with the same line.
-    if target.is_file():
-        first = Path(modeling_adanorm.__file__).open("rb").readline()
-        with target.open("rb") as file:
-            own = file.readline() == first
-        if own:
-            target.unlink()
+    if target.is_file() and _first_line(target) == _first_line(Path(modeling_adanorm.__file__)):  # a file of ours
+        target.unlink()
+
+
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.readline()

@@ -14,8 +14,6 @@ stock saving and loading:
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,25 +21,23 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from .detection import NormInfo, iter_norms, recognize
-from .hooks import all_configs
 from .modeling_adanorm import (
     NORM_CLASSES,
-    AdaNormSpec,
+    AdaNorm,
+    DetachNorm,
+    NoNorm,
     NormGroup,
     SwappedNorm,
-    base_prefix,
     is_as,
-    is_own_reference,
     make_norm,
-    number_template,
     replace_modules,
     source_settings,
 )
 from .report import NormRow, Report
 from .selection import Patterns, check_layers, check_patterns, match_layers, match_names
+from .specs import clear_specs, own_configs, swapped_norms, write_specs
 
 Targets = Literal["layernorm", "rmsnorm", "all"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -90,7 +86,8 @@ def patch_model(
         targets: `"layernorm"`, `"rmsnorm"` or `"all"`.
         affine: what becomes of trained gains and biases: `"drop"`, `"fold"` (into the layers that read the norm) or
             `"fade"` (kept as constants that training fades out).
-        on_unfoldable: for `affine="fold"`, a norm that cannot be folded: `"keep"`, `"fade"`, `"approximate"`, `"raise"`.
+        on_unfoldable: for `affine="fold"`, what to do with a norm that cannot be folded: `"keep"`, `"fade"`,
+            `"approximate"` or `"raise"`.
         fold_inputs: for `affine="fold"`, a batch for the model to run on, if its own dummy inputs do not suit.
 
     Raises:
@@ -144,24 +141,16 @@ def unpatch_model(model: ModelT) -> ModelT:
         False
     """
     _refuse_wrapped(model)
-    swapped = _swapped_norms(model)
+    swapped = swapped_norms(model)
     if not swapped:
         raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
     fresh = sum(not module.__dict__["_source_has_values"] for _, module in swapped)
     replace_modules(model, {id(module): _restored(module) for _, module in swapped})
-    for config in _configs_of(model):
-        config.__dict__.pop("adanorm", None)
-        auto_map = {
-            key: ref for key, ref in (getattr(config, "auto_map", None) or {}).items() if not _is_own(ref)
-        }
-        if auto_map:
-            config.auto_map = auto_map
-        else:
-            config.__dict__.pop("auto_map", None)
+    clear_specs(model)
     if fresh:
         warnings.warn(
-            f"the trained gains and biases of {fresh} of {len(swapped)} norms are not at hand (a saved model does not hold "
-            "them): they come back as gain 1 and bias 0",
+            f"the trained gains and biases of {fresh} of {len(swapped)} norms are not at hand (a saved model does not "
+            "hold them): they come back as gain 1 and bias 0",
             stacklevel=2,
         )
     return model
@@ -184,7 +173,7 @@ def inspect_model(
     layers: Iterable[int] | int | None = None,
     targets: Targets = "layernorm",
 ) -> Report:
-    """List every norm of `model`: what it computes, whether `patch_model` with these options would swap it, and why not.
+    """List every norm of `model`: what it computes, whether `patch_model` would swap it, and why not.
 
     Prints as a table and shows as HTML in a notebook. Changes nothing.
 
@@ -232,12 +221,12 @@ class Options:
         _check_choice("norm", self.norm, list(NORM_CLASSES))
         _check_choice("targets", self.targets, ("layernorm", "rmsnorm", "all"))
         # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
-        NORM_CLASSES["adanorm"](1, C=self.C, k=self.k)
-        NORM_CLASSES["detachnorm"](1, detach_mean=self.detach_mean, detach_variance=self.detach_variance)
+        AdaNorm(1, C=self.C, k=self.k)
+        DetachNorm(1, detach_mean=self.detach_mean, detach_variance=self.detach_variance)
         if self.eps is not None:
-            NORM_CLASSES["none"](1, eps=self.eps)
+            NoNorm(1, eps=self.eps)
         if self.centered is not None:
-            NORM_CLASSES["none"](1, centered=self.centered)
+            NoNorm(1, centered=self.centered)
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
 
@@ -258,9 +247,7 @@ class Options:
             settings = {"C": float(self.C), "k": float(self.k)}
         elif self.norm == "detachnorm":
             settings = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
-        return NormGroup(
-            norm=self.norm, modules=(), centered=None if centered else False, **settings, **overrides
-        )
+        return NormGroup(norm=self.norm, modules=(), centered=None if centered else False, **settings, **overrides)
 
 
 @dataclass
@@ -341,11 +328,7 @@ def _out_of_reach(options: Options, rows: list[NormRow], kinds: Sequence[str]) -
                     match_names(option, pattern if isinstance(patterns, str) else [pattern], [row.name])
                 except ValueError:
                     continue
-                why = (
-                    row.info.reason
-                    if row.kind == "other"
-                    else f"a {row.kind}, and targets={options.targets!r}"
-                )
+                why = row.info.reason if row.kind == "other" else f"a {row.kind}, and targets={options.targets!r}"
                 return f" ({row.name} is {why})"
     return ""
 
@@ -358,25 +341,36 @@ def _kind(module: nn.Module, info: NormInfo) -> str:
     return info.kind
 
 
+_WRAPPERS = {
+    "DataParallel",
+    "DeepSpeedEngine",
+    "DistributedDataParallel",
+    "FSDPModule",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+}
+
+
 def _refuse_wrapped(model: nn.Module) -> None:
     wrapper = ""
     for module in model.modules():
         names = {cls.__name__ for cls in type(module).__mro__}
-        if found := names & {
-            "DistributedDataParallel",
-            "FullyShardedDataParallel",
-            "FSDPModule",
-            "DataParallel",
-        }:
-            wrapper = sorted(found)[0]
-        elif found := names & {"DeepSpeedEngine", "OptimizedModule"}:
+        if (
+            found := names
+            & {
+                "DistributedDataParallel",
+                "FullyShardedDataParallel",
+                "FSDPModule",
+                "DataParallel",
+            }
+        ) or (found := names & {"DeepSpeedEngine", "OptimizedModule"}):
             wrapper = sorted(found)[0]
         elif getattr(module, "_compiled_call_impl", None) is not None:
             wrapper = "torch.compile"
         if wrapper:
             raise ValueError(
-                f"{type(module).__name__} is already wrapped ({wrapper}): change the norms before accelerator.prepare, "
-                "DDP, FSDP, DeepSpeed or torch.compile"
+                f"{type(module).__name__} is already wrapped ({wrapper}): change the norms before "
+                "accelerator.prepare, DDP, FSDP, DeepSpeed or torch.compile"
             )
 
 
@@ -392,15 +386,13 @@ def apply_plan(plan: Plan) -> None:
             continue
         new = make_norm(module, group)
         if fallback is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
-            new.to(
-                device=fallback.device, dtype=fallback.dtype
-            )  # a norm without tensors does not say where it lives
+            new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
         if not getattr(module, "is_adanorm_module", False):
             new.__dict__["_source_has_values"] = True
         _carry_dispatch_hook(module, new)
         replacements[id(module)] = new
     replace_modules(plan.model, replacements)
-    _own_configs(plan.model)
+    own_configs(plan.model)
     write_specs(plan.model)
 
 
@@ -416,13 +408,9 @@ def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
     same = getattr(hook, "io_same_device", False)
     remove_hook_from_module(source)  # puts offloaded weights back under its own control
     if device is not None:
-        new.to_empty(device=device) if new.weight.is_meta else new.to(device)  # type: ignore[operator, union-attr]
+        new.to_empty(device=device) if new.weight.is_meta else new.to(device)
         new.weight.fill_(1.0)  # type: ignore[operator]
     add_hook_to_module(new, AlignDevicesHook(execution_device=device, io_same_device=same))
-
-
-def _swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
-    return [(n, m) for n, m in model.named_modules() if getattr(m, "is_adanorm_module", False)]  # type: ignore[misc]
 
 
 def _restored(module: SwappedNorm) -> nn.Module:
@@ -448,107 +436,6 @@ def _reset_affine(norm: nn.Module) -> None:
     bias_name = None if info is None else info.bias_name
     for name, parameter in norm.named_parameters():
         parameter.fill_(0.0 if name == bias_name else 1.0 - offset)
-
-
-# --------------------------------------------------------------------------------------------- configs and specs
-
-
-def _configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    found: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, PreTrainedConfig):
-                found.update((id(config), config) for config in all_configs(value))
-    return list(found.values())
-
-
-def _own_configs(model: nn.Module) -> None:
-    """Give the model deep copies of its configs, shared within the model as before (one memo)."""
-    if any(getattr(config, "adanorm", None) is not None for config in _configs_of(model)):
-        return  # patched or loaded patched: the configs are the model's own
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for key, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig):
-                module.__dict__[key] = copy.deepcopy(value, memo)
-
-
-def write_specs(model: nn.Module) -> None:
-    """Set `config.adanorm` of the model and of every model nested in it that has a config of its own, so that a part
-    (the vision tower, the encoder) saves and loads as well as the whole."""
-    owners: dict[int, list[PreTrainedModel]] = {}
-    for module in model.modules():  # parents come first: the first owner of a config is its outermost
-        if isinstance(module, PreTrainedModel):
-            outer = owners.setdefault(id(module.config), [])
-            if not any(module is inner for owner in outer for inner in owner.modules()):
-                outer.append(module)
-    for models in owners.values():
-        specs = [resolved_spec(part) for part in models]
-        if specs[0] is None:
-            models[0].config.__dict__.pop("adanorm", None)
-        elif all(spec == specs[0] for spec in specs):
-            models[0].config.adanorm = specs[0].to_dict()
-
-
-def resolved_spec(model: PreTrainedModel) -> AdaNormSpec | None:
-    """The spec of what is swapped in `model`: names relative to its base model, one group for each kind of settings."""
-    prefix = base_prefix(model)
-    groups: dict[NormGroup, list[str]] = {}
-    for name, module in _swapped_norms(model):
-        centered = None if module.centered else False
-        settings = {key: value for key, value in module.settings().items() if key != "centered"}
-        group = NormGroup(
-            norm=module.norm, modules=(), centered=centered, **settings, **module.__dict__["_overrides"]
-        )
-        groups.setdefault(group, []).append(name)
-    if not groups:
-        return None
-    by_template: dict[str, set[str]] = {}
-    for name, _ in model.named_modules():
-        by_template.setdefault(number_template(name), set()).add(name)
-    return AdaNormSpec(
-        groups=tuple(
-            dataclasses.replace(
-                group, modules=tuple(_relative(name, prefix) for name in _with_stars(names, by_template))
-            )
-            for group, names in groups.items()
-        )
-    )
-
-
-def _relative(name: str, prefix: str | None) -> str:
-    if prefix is None:
-        return name
-    return name.removeprefix(prefix) if name.startswith(prefix) else f"^{name}"
-
-
-def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:
-    """The names with `*` for a number wherever the model has no other module of such a name."""
-    out: list[str] = []
-    grouped: dict[str, list[str]] = {}
-    for name in names:
-        grouped.setdefault(number_template(name), []).append(name)
-    for template, members in grouped.items():
-        out += _star(template.split("."), members, by_template[template])
-    return out
-
-
-def _star(pattern: list[str], members: list[str], everything: set[str]) -> list[str]:
-    """`pattern` if the members are all there is; otherwise the first number is spelled out, and so on."""
-    if len(members) == len(everything):
-        return [".".join(pattern)]
-    position = pattern.index("*")
-    out: list[str] = []
-    for number in dict.fromkeys(name.split(".")[position] for name in members):
-        fixed = [*pattern[:position], number, *pattern[position + 1 :]]
-        mine = [name for name in members if name.split(".")[position] == number]
-        rest = {name for name in everything if name.split(".")[position] == number}
-        out += _star(fixed, mine, rest)
-    return out
-
-
-def _is_own(reference: Any) -> bool:
-    return isinstance(reference, str) and is_own_reference(reference)
 
 
 # ------------------------------------------------------------------------------------------------------- warnings
@@ -585,7 +472,7 @@ def _warn_of_untouched_rmsnorms(plan: Plan) -> None:
     if len(left) > len(plan.swaps):
         parts = ", ".join(sorted({row.name.split(".")[0] for row in plan.rows if row.chosen})[:4])
         warnings.warn(
-            f"{len(plan.swaps)} LayerNorms were swapped (in {parts}), while {len(left)} RMSNorms, most of this model's "
-            'norms, were left as they are: targets="all" or "rmsnorm" swaps those as well',
+            f"{len(plan.swaps)} LayerNorms were swapped (in {parts}), while {len(left)} RMSNorms, most of this "
+            'model\'s norms, were left as they are: targets="all" or "rmsnorm" swaps those as well',
             stacklevel=3,
         )

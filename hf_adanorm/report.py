@@ -113,17 +113,14 @@ class Report:
     def _summary(self) -> str:
         parts = [f"{self.num_swapped} swapped ({self.num_removed_parameters:,} parameters removed)"]
         parts.append(f"{self.num_swappable} would be swapped ({self.num_affine_parameters:,} parameters)")
-        return (
-            f"{self.model_class}: {len(self.rows)} norms, {', '.join(parts)}, {self.num_skipped} left alone"
-        )
+        return f"{self.model_class}: {len(self.rows)} norms, {', '.join(parts)}, {self.num_skipped} left alone"
 
     def __str__(self) -> str:
         header = ("count", "class", "computes", "status", "first name")
         table = [header, *self._table()]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in table
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
         return "\n".join([self._summary(), lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
@@ -131,10 +128,10 @@ class Report:
 
     def _repr_html_(self) -> str:
         cells = "".join(
-            "<tr>"
-            + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in line)
-            + "</tr>"
+            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in line) + "</tr>"
             for line in self._table()
         )
         head = "".join(f"<th>{name}</th>" for name in ("count", "class", "computes", "status", "first name"))
-        return f"<p>{html.escape(self._summary())}</p><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
+        return (
+            f"<p>{html.escape(self._summary())}</p><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
+        )

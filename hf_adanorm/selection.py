@@ -25,9 +25,7 @@ def check_patterns(option: str, patterns: Patterns) -> None:
         except re.error as error:
             raise ValueError(f"{option}={patterns!r} is not a regular expression: {error}") from None
         return
-    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
-        isinstance(p, str) for p in patterns
-    ):
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"{option} must be a regular expression or a list of name endings, got {patterns!r}")
     if not patterns or not all(patterns):
         raise ValueError(f"{option}={patterns!r} holds no name: leave it out to mean every norm")
@@ -49,9 +47,7 @@ def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[st
     for ending in patterns:
         matched = {name for name in names if name == ending or name.endswith(f".{ending}")}
         if not matched:
-            raise ValueError(
-                f"{option}: {ending!r} is the ending of no norm's name. {_closest(ending, names)}"
-            )
+            raise ValueError(f"{option}: {ending!r} is the ending of no norm's name. {_closest(ending, names)}")
         found |= matched
     return found
 
@@ -115,8 +111,6 @@ def match_layers(model: nn.Module, layers: tuple[int, ...], names: Sequence[str]
         matched = {n for n, (i, size) in positions.items() if i == layer or (layer < 0 and i == layer + size)}
         if not matched:
             sizes = sorted({size for _, size in positions.values()})
-            raise ValueError(
-                f"layers: no norm is in layer {layer}; the stacks have {sizes} layers, counted from 0"
-            )
+            raise ValueError(f"layers: no norm is in layer {layer}; the stacks have {sizes} layers, counted from 0")
         found |= matched
     return found

@@ -1,0 +1,133 @@
+"""Write down what is swapped in a model: `config.adanorm` of the model and of the models nested in it.
+
+The spec is resolved (names, no patterns). `*` stands for one number and is written only where every index is swapped,
+so that a config with another number of layers still means the whole stack.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .hooks import all_configs
+from .modeling_adanorm import (
+    AdaNormSpec,
+    NormGroup,
+    SwappedNorm,
+    base_prefix,
+    is_own_reference,
+    number_template,
+)
+
+
+def swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
+    """Name and module of every swapped norm, in the order of `named_modules`."""
+    return [(name, module) for name, module in model.named_modules() if getattr(module, "is_adanorm_module", False)]
+
+
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PreTrainedConfig):
+                found.update((id(config), config) for config in all_configs(value))
+    return list(found.values())
+
+
+def own_configs(model: nn.Module) -> None:
+    """Give the model deep copies of its configs, shared within the model as before (one memo)."""
+    if any(getattr(config, "adanorm", None) is not None for config in configs_of(model)):
+        return  # patched or loaded patched: the configs are the model's own
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                module.__dict__[key] = copy.deepcopy(value, memo)
+
+
+def write_specs(model: nn.Module) -> None:
+    """Set `config.adanorm` of the model and of every model nested in it that has a config of its own, so that a part
+    (the vision tower, the encoder) saves and loads as well as the whole."""
+    owners: dict[int, list[PreTrainedModel]] = {}
+    for module in model.modules():  # parents come first: the first owner of a config is its outermost
+        if isinstance(module, PreTrainedModel):
+            outer = owners.setdefault(id(module.config), [])
+            if not any(module is inner for owner in outer for inner in owner.modules()):
+                outer.append(module)
+    for models in owners.values():
+        specs = [resolved_spec(part) for part in models]
+        if specs[0] is None:
+            models[0].config.__dict__.pop("adanorm", None)
+        elif all(spec == specs[0] for spec in specs):
+            models[0].config.adanorm = specs[0].to_dict()
+
+
+def clear_specs(model: nn.Module) -> None:
+    """Take `config.adanorm` and our `auto_map` entries out of every config of the model."""
+    for config in configs_of(model):
+        config.__dict__.pop("adanorm", None)
+        auto_map = getattr(config, "auto_map", None) or {}
+        kept = {key: ref for key, ref in auto_map.items() if not (isinstance(ref, str) and is_own_reference(ref))}
+        if kept:
+            config.auto_map = kept
+        else:
+            config.__dict__.pop("auto_map", None)
+
+
+def resolved_spec(model: PreTrainedModel) -> AdaNormSpec | None:
+    """The spec of what is swapped in `model`: names relative to its base model, one group a set of settings."""
+    prefix = base_prefix(model)
+    groups: dict[NormGroup, list[str]] = {}
+    for name, module in swapped_norms(model):
+        centered = None if module.centered else False
+        settings = {key: value for key, value in module.settings().items() if key != "centered"}
+        group = NormGroup(norm=module.norm, modules=(), centered=centered, **settings, **module.__dict__["_overrides"])
+        groups.setdefault(group, []).append(name)
+    if not groups:
+        return None
+    by_template: dict[str, set[str]] = {}
+    for name, _ in model.named_modules():
+        by_template.setdefault(number_template(name), set()).add(name)
+    return AdaNormSpec(
+        groups=tuple(
+            dataclasses.replace(
+                group, modules=tuple(_relative(name, prefix) for name in _with_stars(names, by_template))
+            )
+            for group, names in groups.items()
+        )
+    )
+
+
+def _relative(name: str, prefix: str | None) -> str:
+    if prefix is None:
+        return name
+    return name.removeprefix(prefix) if name.startswith(prefix) else f"^{name}"
+
+
+def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:
+    """The names with `*` for a number wherever the model has no other module of such a name."""
+    out: list[str] = []
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        grouped.setdefault(number_template(name), []).append(name)
+    for template, members in grouped.items():
+        out += _star(template.split("."), members, by_template[template])
+    return out
+
+
+def _star(pattern: list[str], members: list[str], everything: set[str]) -> list[str]:
+    """`pattern` if the members are all there is; otherwise the first number is spelled out, and so on."""
+    if len(members) == len(everything):
+        return [".".join(pattern)]
+    position = pattern.index("*")
+    out: list[str] = []
+    for number in dict.fromkeys(name.split(".")[position] for name in members):
+        fixed = [*pattern[:position], number, *pattern[position + 1 :]]
+        mine = [name for name in members if name.split(".")[position] == number]
+        rest = {name for name in everything if name.split(".")[position] == number}
+        out += _star(fixed, mine, rest)
+    return out
