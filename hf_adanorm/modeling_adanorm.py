@@ -22,7 +22,7 @@ import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,32 +35,228 @@ FORMAT = 1  # of the spec; a reader refuses a higher one
 # ------------------------------------------------------------------------------------------------- the norms
 
 
+# Eager mode runs on torch's fused LayerNorm, with the backward passes given by hand, so that no more activations
+# are saved than nn.LayerNorm saves. Wherever operations are recorded (torch.compile, torch.export, torch.jit.trace,
+# torch.fx, torch.func) or differentiated twice, the formula is written out instead: a compiler fuses it into its
+# neighbours, and autograd knows every derivative of it.
+
+_HALF = (torch.float16, torch.bfloat16)  # computed in float32 inside, rounded once at the end
+
+# A fused AdaNorm for training on a CPU, or None: importing the package puts `hf_adanorm.cpu_kernel` here.
+cpu_kernel: Any = None
+
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether the operations on `x` are recorded or transformed, so that the written-out formula is called for."""
+    return type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or _functorch_active()
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    """What nn.LayerNorm returns here. Under autocast that is the device's affair (float32 on CUDA, the input's dtype
+    on CPU): torch is asked, with a tensor that has no elements."""
+    kind = x.device.type
+    if x.dtype in _HALF and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return F.layer_norm(x.new_empty((0, 1)), (1,)).dtype
+    return x.dtype
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _HALF else x
+
+
+def _ones(x: Tensor, normalized_shape: tuple[int, ...]) -> Tensor | None:
+    """A gain of one where torch's LayerNorm wants one: its CPU kernel is faster with a gain than without, and keeps
+    the statistics of half types in float32 only if the gain is."""
+    if x.device.type != "cpu":
+        return None
+    return x.new_ones(normalized_shape, dtype=torch.float32 if x.dtype in _HALF else x.dtype)
+
+
 def _normalize(x: Tensor, normalized_shape: tuple[int, ...], eps: float, centered: bool) -> Tensor:
     """y = (x - mean(x)) / sqrt(var(x) + eps) over the trailing dimensions, biased variance; x / rms(x) uncentred."""
-    if centered:
-        return F.layer_norm(x, normalized_shape, None, None, eps)
-    return F.rms_norm(x, normalized_shape, None, eps)
+    if not centered:
+        return F.rms_norm(x.to(_output_dtype(x)), normalized_shape, None, eps)
+    return F.layer_norm(x, normalized_shape, None if _is_recorded(x) else _ones(x, normalized_shape), None, eps)
 
 
-def _detach_normalize(
-    x: Tensor, num_dims: int, eps: float, centered: bool, detach_mean: bool, detach_variance: bool
+def _dims(normalized_shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(-len(normalized_shape), 0))
+
+
+def _rms_reciprocal(x: Tensor, normalized_shape: tuple[int, ...], eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of each row."""
+    norm = torch.linalg.vector_norm(x, dim=_dims(normalized_shape), keepdim=True)
+    return torch.rsqrt(norm * norm / math.prod(normalized_shape) + eps)
+
+
+def _normalize_lancopku(
+    x: Tensor, normalized_shape: tuple[int, ...], eps: float, detach_mean: bool = False, detach_variance: bool = False
 ) -> Tensor:
-    """N(x) with the mean and / or the standard deviation taken as constants in the backward pass."""
-    dims = tuple(range(-num_dims, 0))
-    x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """y = (x - mean) / (std + eps) with the unbiased standard deviation, as in the authors' code. Not half types."""
+    mean = x.mean(_dims(normalized_shape), keepdim=True)
+    std = x.std(_dims(normalized_shape), correction=1, keepdim=True)
+    return (x - (mean.detach() if detach_mean else mean)) / ((std.detach() if detach_variance else std) + eps)
+
+
+def _adanorm_written(
+    x: Tensor, normalized_shape: tuple[int, ...], eps: float, C: float, k: float, centered: bool, dtype: torch.dtype
+) -> Tensor:
+    """z = phi(y) * y with phi(y) = C * (1 - k * y) detached, written out; autograd differentiates it."""
+    y = _normalize(_upcast(x), normalized_shape, eps, centered)
+    return ((C - (C * k) * y.detach()) * y).to(dtype)
+
+
+def _adanorm_forward(
+    x: Tensor, normalized_shape: tuple[int, ...], eps: float, C: float, k: float, centered: bool, dtype: torch.dtype
+) -> Tensor:
+    """z without a graph: with u = C * y it is u - (k / C) * u^2, so one pass in place after the norm."""
+    x = _upcast(x)
     if centered:
-        mean = x32.mean(dims, keepdim=True)
-        x32 = x32 - (mean.detach() if detach_mean else mean)
-    # The mean's gradient reaches the variance only through the centred input, whose row sum is zero: detaching
-    # the one leaves the derivative of the other as it is.
-    centred = x32 if not detach_mean or not centered else x32 - x32.mean(dims, keepdim=True)
-    rstd = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
-    return (x32 * (rstd.detach() if detach_variance else rstd)).to(x.dtype)
+        u = torch.native_layer_norm(x, normalized_shape, x.new_full(normalized_shape, C), None, eps)[0]
+    else:
+        u = x * (_rms_reciprocal(x, normalized_shape, eps) * C)
+    return u.addcmul_(u, u, value=-k / C).to(dtype)
+
+
+class _AdaNormFunction(torch.autograd.Function):
+    """Saves the input alone (with the CPU kernel also mean and 1 / std); the backward pass normalises it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        normalized_shape: tuple[int, ...],
+        eps: float,
+        C: float,
+        k: float,
+        centered: bool,
+        dtype: torch.dtype,
+        kernel: Any,
+    ) -> Tensor:
+        ctx.arguments = (normalized_shape, eps, C, k, centered, dtype)
+        ctx.kernel = kernel
+        if kernel is not None:
+            z, mean, rstd = kernel.adanorm_forward(x, eps, C, k)
+            ctx.save_for_backward(x, mean, rstd)
+            return z
+        ctx.save_for_backward(x)
+        return _adanorm_forward(x, normalized_shape, eps, C, k, centered, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, *stats = ctx.saved_tensors
+        normalized_shape, eps, C, k, centered, dtype = ctx.arguments
+        if torch.is_grad_enabled():  # to be differentiated again
+            z = _adanorm_written(x, normalized_shape, eps, C, k, centered, dtype)
+            dx = torch.autograd.grad(z, x, dz, create_graph=True)[0]
+        elif ctx.kernel is not None:
+            dx = ctx.kernel.adanorm_backward(dz, x, *stats, C, k)
+        else:
+            dx = _adanorm_backward(_upcast(dz), _upcast(x), normalized_shape, eps, C, k, centered).to(x.dtype)
+        return (dx, *[None] * 7)
+
+
+def _adanorm_backward(
+    dz: Tensor, x: Tensor, normalized_shape: tuple[int, ...], eps: float, C: float, k: float, centered: bool
+) -> Tensor:
+    """dl/dx from dl/dz: dl/dy = phi(y) * dl/dz, then through N as usual."""
+    if centered:  # phi(y) = C - C k y is a LayerNorm with gain -C k and bias C
+        gain, bias = x.new_full(normalized_shape, -C * k), x.new_full(normalized_shape, C)
+        dy, mean, rstd = torch.native_layer_norm(x, normalized_shape, gain, bias, eps)
+        dy.mul_(dz)
+        return _layer_norm_backward(dy, x, normalized_shape, mean, rstd)
+    rstd = _rms_reciprocal(x, normalized_shape, eps)
+    y = x * rstd
+    dy = torch.mul(y, -C * k).add_(C).mul_(dz)
+    return dy.addcmul_(y, (dy * y).mean(_dims(normalized_shape), keepdim=True), value=-1).mul_(rstd)
+
+
+def _layer_norm_backward(
+    dy: Tensor, x: Tensor, normalized_shape: tuple[int, ...], mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """rstd * (dy - mean(dy) - y * mean(dy * y))"""
+    dx: Tensor = torch.ops.aten.native_layer_norm_backward(
+        dy, x, normalized_shape, mean, rstd, None, None, (True, False, False)
+    )[0]
+    return dx
+
+
+def _detachnorm_written(
+    x: Tensor,
+    normalized_shape: tuple[int, ...],
+    eps: float,
+    centered: bool,
+    detach_mean: bool,
+    detach_variance: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """N(x) with the mean and / or the standard deviation detached, written out. The one that is not detached is an
+    ordinary function of x: a detached mean leaves the variance's derivatives as they are."""
+    x = _upcast(x)
+    if centered:
+        var, mean = torch.var_mean(x, _dims(normalized_shape), correction=0, keepdim=True)
+        x, rstd = x - (mean.detach() if detach_mean else mean), torch.rsqrt(var + eps)
+    else:
+        rstd = _rms_reciprocal(x, normalized_shape, eps)
+    return (x * (rstd.detach() if detach_variance else rstd)).to(dtype)
+
+
+class _DetachNormFunction(torch.autograd.Function):
+    """With the variance detached 1 / std alone is saved: the backward pass is linear in dy and knows no x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        normalized_shape: tuple[int, ...],
+        eps: float,
+        centered: bool,
+        detach_mean: bool,
+        detach_variance: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.arguments = (normalized_shape, eps, centered, detach_mean, detach_variance, dtype)
+        ctx.input_dtype = x.dtype
+        if centered:
+            source = x.to(dtype)
+            y, mean, rstd = torch.native_layer_norm(source, normalized_shape, _ones(source, normalized_shape), None, eps)
+        else:
+            upcast = _upcast(x)
+            rstd = _rms_reciprocal(upcast, normalized_shape, eps)
+            y = (upcast * rstd).to(dtype)
+        if detach_variance:
+            ctx.save_for_backward(rstd)
+        else:
+            ctx.save_for_backward(rstd, mean, x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        normalized_shape, eps, centered, detach_mean, detach_variance, dtype = ctx.arguments
+        rstd, *rest = ctx.saved_tensors
+        if detach_variance:
+            if centered and not detach_mean:
+                dy = _upcast(dy)
+                dy = dy - dy.mean(_dims(normalized_shape), keepdim=True)
+            dx = dy * rstd
+        elif torch.is_grad_enabled():  # to be differentiated again
+            y = _detachnorm_written(rest[1], normalized_shape, eps, centered, detach_mean, detach_variance, dtype)
+            dx = torch.autograd.grad(y, rest[1], dy, create_graph=True)[0]
+        else:  # the gradient of an ordinary LayerNorm, and what its mean took away
+            mean, x = rest
+            dy = _upcast(dy)
+            dx = _layer_norm_backward(dy, _upcast(x), normalized_shape, mean, rstd)
+            dx = dx.add_(dy.mean(_dims(normalized_shape), keepdim=True).mul_(rstd))
+        return (dx.to(ctx.input_dtype), *[None] * 6)
 
 
 def _check_number(name: str, value: Any, *, minimum: float, inclusive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {_short(value)} of type {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > 2**1000:  # float() would overflow
+        raise ValueError(f"{name} must be a finite number, got an integer of {value.bit_length()} bits")
     value = float(value)
     if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
         raise ValueError(
@@ -111,6 +307,7 @@ class SwappedNorm(nn.Module):
         *,
         centered: bool = True,
         channels_first: bool = False,
+        reference: str = "paper",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -123,6 +320,16 @@ class SwappedNorm(nn.Module):
             raise ValueError(
                 f"channels_first normalises one dimension, got normalized_shape={self.normalized_shape}"
             )
+        if not isinstance(reference, str) or reference not in ("paper", "lancopku"):
+            raise ValueError(f'reference must be "paper" or "lancopku", got {_short(reference)}')
+        if reference == "lancopku" and not centered:
+            raise ValueError('reference="lancopku" subtracts the mean: centered=False does not go with it')
+        if reference == "lancopku" and math.prod(self.normalized_shape) < 2:
+            raise ValueError(
+                'reference="lancopku" divides by H - 1: normalized_shape must hold at least 2 elements, '
+                f"got {self.normalized_shape}"
+            )
+        self.reference = reference
         self.register_buffer("weight", torch.ones(1, device=device, dtype=dtype))
         # Held outside parameters, buffers and submodules: the module that this one replaced, for unpatch_model,
         # and the settings that cannot be read off it, for the spec.
@@ -153,6 +360,8 @@ class SwappedNorm(nn.Module):
         shown = {"eps": self.eps, **self.settings()}
         if self.channels_first:
             shown["channels_first"] = True
+        if self.reference != "paper":
+            shown["reference"] = self.reference
         return ", ".join([str(self.normalized_shape), *(f"{key}={value}" for key, value in shown.items())])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,6 +390,8 @@ class LayerNormSimple(SwappedNorm):
         eps: added to the biased variance inside the root; >= 0.
         centered: False leaves the mean in, y = x / sqrt(mean(x^2) + eps). Our extension for models with RMSNorm.
         channels_first: normalise axis 1 of (N, C, ...) instead of the last axis.
+        reference: "lancopku" computes as the authors' code does, y = (x - mean) / (std + eps) with the unbiased
+            standard deviation, for exact comparison (slower; at least 2 elements in normalized_shape).
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or out of range.
@@ -189,6 +400,8 @@ class LayerNormSimple(SwappedNorm):
     norm = "layernorm-simple"
 
     def _forward(self, x: Tensor) -> Tensor:
+        if self.reference == "lancopku":
+            return _normalize_lancopku(_upcast(x), self.normalized_shape, self.eps).to(_output_dtype(x))
         return _normalize(x, self.normalized_shape, self.eps, self.centered)
 
 
@@ -204,6 +417,8 @@ class AdaNorm(SwappedNorm):
         k: how much phi falls with y; >= 0. The paper fixes k = 1/10.
         centered: False leaves the mean in, y = x / sqrt(mean(x^2) + eps). Our extension for models with RMSNorm.
         channels_first: normalise axis 1 of (N, C, ...) instead of the last axis.
+        reference: "lancopku" computes as the authors' code does, y = (x - mean) / (std + eps) with the unbiased
+            standard deviation, for exact comparison (slower; at least 2 elements in normalized_shape).
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or out of range.
@@ -232,8 +447,20 @@ class AdaNorm(SwappedNorm):
         return {"C": self.C, "k": self.k, **super().settings()}
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = _normalize(x, self.normalized_shape, self.eps, self.centered)
-        return (self.C - (self.C * self.k) * y.detach()) * y
+        dtype = _output_dtype(x)
+        if self.reference == "lancopku":
+            y = _normalize_lancopku(_upcast(x), self.normalized_shape, self.eps)
+            return ((1.0 - self.k * y.detach()) * y * self.C).to(dtype)
+        arguments = (self.normalized_shape, self.eps, self.C, self.k, self.centered, dtype)
+        if _is_recorded(x):
+            return _adanorm_written(x, *arguments)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _adanorm_forward(x, *arguments)
+        # Not in eval mode, so that a model computes the same bits there with and without the package.
+        kernel = cpu_kernel if self.training and self.centered and dtype == x.dtype else None
+        if kernel is not None and not kernel.supports(x, self.normalized_shape):
+            kernel = None
+        return cast(Tensor, _AdaNormFunction.apply(x, *arguments, kernel))
 
 
 class DetachNorm(SwappedNorm):
@@ -248,6 +475,8 @@ class DetachNorm(SwappedNorm):
         detach_variance: no gradient flows through the standard deviation.
         centered: False leaves the mean in, y = x / sqrt(mean(x^2) + eps). Our extension for models with RMSNorm.
         channels_first: normalise axis 1 of (N, C, ...) instead of the last axis.
+        reference: "lancopku" computes as the authors' code does, y = (x - mean) / (std + eps) with the unbiased
+            standard deviation, for exact comparison (slower; at least 2 elements in normalized_shape).
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or out of range; both flags False (that is
@@ -272,15 +501,24 @@ class DetachNorm(SwappedNorm):
                 "detach_mean=False with detach_variance=False detaches nothing: set at least one to True, "
                 'or use "layernorm-simple"'
             )
+        if not (self.centered or detach_variance):
+            raise ValueError(
+                "detach_variance=False with centered=False detaches nothing, as there is no mean: "
+                'set detach_variance=True, or use "layernorm-simple"'
+            )
 
     def settings(self) -> dict[str, Any]:
         flags = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
         return {**flags, **super().settings()}
 
     def _forward(self, x: Tensor) -> Tensor:
-        return _detach_normalize(
-            x, len(self.normalized_shape), self.eps, self.centered, self.detach_mean, self.detach_variance
-        )
+        dtype, flags = _output_dtype(x), (self.detach_mean, self.detach_variance)
+        if self.reference == "lancopku":
+            return _normalize_lancopku(_upcast(x), self.normalized_shape, self.eps, *flags).to(dtype)
+        arguments = (self.normalized_shape, self.eps, self.centered, *flags, dtype)
+        if _is_recorded(x):
+            return _detachnorm_written(x, *arguments)
+        return cast(Tensor, _DetachNormFunction.apply(x, *arguments))
 
 
 class NoNorm(SwappedNorm):

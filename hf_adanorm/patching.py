@@ -146,6 +146,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
     fresh = sum(not module.__dict__["_source_has_values"] for _, module in swapped)
     replace_modules(model, {id(module): _restored(module) for _, module in swapped})
+    own_configs(model)
     clear_specs(model)
     if fresh:
         warnings.warn(
@@ -391,6 +392,8 @@ def apply_plan(plan: Plan) -> None:
             new.__dict__["_source_has_values"] = True
         _carry_dispatch_hook(module, new)
         replacements[id(module)] = new
+    if not replacements:
+        return
     replace_modules(plan.model, replacements)
     own_configs(plan.model)
     write_specs(plan.model)

@@ -39,9 +39,8 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def own_configs(model: nn.Module) -> None:
-    """Give the model deep copies of its configs, shared within the model as before (one memo)."""
-    if any(getattr(config, "adanorm", None) is not None for config in configs_of(model)):
-        return  # patched or loaded patched: the configs are the model's own
+    """Give the model deep copies of its configs, shared within the model as before (one memo). Models that were built
+    from the same config object would otherwise change with this one."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for key, value in list(vars(module).items()):
