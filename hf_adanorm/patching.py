@@ -304,7 +304,7 @@ def _choose(model: nn.Module, options: Options) -> list[NormRow]:
         if row.kind == "other":
             row.reason = row.info.reason
         elif row.kind not in kinds:
-            row.reason = f"targets={options.targets!r}"
+            row.reason = f"a {row.kind}, and targets={options.targets!r}"
         elif row.name in excluded:
             row.reason = "exclude"
         elif options.include is not None and row.name not in included:
