@@ -124,9 +124,7 @@ def eval_batches(
     yield from zip(batches, _loader(dataset, batches, collate, workers), strict=True)
 
 
-def _loader(
-    dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any], workers: int
-) -> DataLoader:
+def _loader(dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any], workers: int) -> DataLoader:
     # With its own generator: a loader without one draws a number from the global one whenever it is iterated, so that
     # a resumed run, which starts one more loader, would get other dropout masks than an uninterrupted run.
     generator = torch.Generator().manual_seed(0)

@@ -123,9 +123,7 @@ class Checkpoints:
             for path in self.folder.iterdir():
                 name = path.name
                 stale = name.startswith(_TEMPORARY)
-                ours = (
-                    name in {"best", "results.json"} or _number(name, "checkpoint") or _number(name, "best")
-                )
+                ours = name in {"best", "results.json"} or _number(name, "checkpoint") or _number(name, "best")
                 if stale or (overwrite and ours):
                     _remove(path)
         accelerator.wait_for_everyone()
@@ -195,9 +193,7 @@ class Checkpoints:
             if best.exists():
                 publish_folder(best, final)
             elif not final.exists():
-                raise FileNotFoundError(
-                    f"neither {best} nor {final} exists: the run's best model was removed"
-                )
+                raise FileNotFoundError(f"neither {best} nor {final} exists: the run's best model was removed")
         self.accelerator.wait_for_everyone()
         return final
 
@@ -244,9 +240,7 @@ def _check_random_state(path: Path) -> None:
     """Raise when the random state was not restored: accelerate goes on in silence if it cannot read the file."""
     saved = load(path)["torch_manual_seed"]
     if not torch.equal(saved, torch.get_rng_state()):
-        raise RuntimeError(
-            f"the random state in {path} could not be restored, so the run cannot be resumed exactly"
-        )
+        raise RuntimeError(f"the random state in {path} could not be restored, so the run cannot be resumed exactly")
 
 
 class Interruption:

@@ -1,6 +1,6 @@
 """Train a classifier with AdaNorm, another norm of the paper, or LayerNorm as the control.
 
-    accelerate launch recipes/classification.py --config recipes/configs/demo.yaml --norm adanorm --output_dir outputs/a
+    accelerate launch recipes/classification.py --config recipes/configs/demo.yaml --norm adanorm
     accelerate launch --multi_gpu recipes/classification.py --config recipes/configs/rt.yaml --mixed_precision bf16
 
 A fresh model from `model_config`, or a pretrained one by name or folder; data by Hub id or from local files; every
@@ -184,9 +184,7 @@ def train(
                     checkpoints.save(progress)
                     stopwatch.resume()
                 if interrupted and not last:
-                    accelerator.print(
-                        f"stopped by SIGTERM at step {progress.step}; start the same command to resume"
-                    )
+                    accelerator.print(f"stopped by SIGTERM at step {progress.step}; start the same command to resume")
                     accelerator.end_training()
                     sys.exit(EXIT_RESUME)
                 if last:
@@ -205,9 +203,7 @@ def note_scores(
     """Record an evaluation; save the model when it is the best so far (the earlier one of equals)."""
     progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
     accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
-    accelerator.print(
-        f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
-    )
+    accelerator.print(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
     if progress.best_step is not None and scores["accuracy"] <= progress.best_metrics["accuracy"]:
         return
     state_dict = accelerator.get_state_dict(model)  # a collective call: on every process
@@ -223,9 +219,7 @@ def note_scores(
     progress.best_step, progress.best_metrics = progress.step, scores
 
 
-def test_scores(
-    model_dir: Path, task: Task, options: ClassificationOptions, precision: str
-) -> dict[str, float]:
+def test_scores(model_dir: Path, task: Task, options: ClassificationOptions, precision: str) -> dict[str, float]:
     """Accuracy on the test split of the saved model, loaded by stock `from_pretrained` in a fresh process."""
     columns = [options.text_column, *([options.text_pair_column] if options.text_pair_column else [])]
     with tempfile.TemporaryDirectory() as folder:
@@ -237,9 +231,7 @@ def test_scores(
             Path(__file__).with_name("predict.py"), [*arguments, "--batch_size", str(options.eval_batch_size)]
         )
         predictions = json.loads(output.read_text(encoding="utf-8"))
-    return load_metric("accuracy").compute(
-        predictions=predictions, references=task.splits["test"]["labels"][:]
-    )
+    return load_metric("accuracy").compute(predictions=predictions, references=task.splits["test"]["labels"][:])
 
 
 def main(argv: list[str] | None = None) -> None:

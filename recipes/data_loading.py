@@ -48,9 +48,7 @@ def load_splits(options: DataOptions) -> dict[str, Dataset]:
     if any(files.values()):
         for split in ("train", "validation"):
             if files[split] is None:
-                raise DataError(
-                    f"--{split}_file is missing: local files were given, but none to {_USE[split]}"
-                )
+                raise DataError(f"--{split}_file is missing: local files were given, but none to {_USE[split]}")
         splits = {split: load_file(file, split) for split, file in files.items() if file is not None}
     elif options.dataset_name is not None:
         splits = _load_hub(options)
@@ -76,9 +74,7 @@ def load_file(file: str | Path, split: str = "train") -> Dataset:
     if not path.is_file():
         known = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, known, n=1)
-        raise DataError(
-            f"--{split}_file {file}: no such file" + (f"; did you mean {close[0]}?" if close else "")
-        )
+        raise DataError(f"--{split}_file {file}: no such file" + (f"; did you mean {close[0]}?" if close else ""))
     suffixes = [suffix.lower() for suffix in path.suffixes]
     suffix = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else suffixes[-1] if suffixes else ""
     if suffix not in FORMATS:
@@ -170,9 +166,7 @@ def resolve_labels(
             where = f"{split} split, column {column!r}, row {row}"
             if kind is str:
                 if value not in numbers:
-                    raise DataError(
-                        f"{where}: label {value!r} is none of the {len(names)} classes {names[:20]}"
-                    )
+                    raise DataError(f"{where}: label {value!r} is none of the {len(names)} classes {names[:20]}")
                 labels[split].append(numbers[value])
             elif not isinstance(value, int):
                 raise DataError(f"{where}: labels must be all integers or all strings, got {value!r}")

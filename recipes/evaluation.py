@@ -1,4 +1,4 @@
-"""Evaluation: predictions of several processes put together, metrics from this repository, models in fresh processes."""
+"""Evaluation: predictions of several processes put together, the metrics, models in fresh processes."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
     return evaluate.load(str(METRICS / name), experiment_id=uuid.uuid4().hex, keep_in_memory=True)
 
 
-def gather_by_index(
-    accelerator: Accelerator, indices: Sequence[int], values: Sequence[Any], total: int
-) -> list[Any]:
+def gather_by_index(accelerator: Accelerator, indices: Sequence[int], values: Sequence[Any], total: int) -> list[Any]:
     """Put the values of all processes in the order of the data set, on every process.
 
     Args:
@@ -84,9 +82,7 @@ def run_fresh_process(script: Path, arguments: Sequence[str]) -> None:
     }
     names |= {"ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in names and not name.startswith(launcher)
+        name: value for name, value in os.environ.items() if name not in names and not name.startswith(launcher)
     }
     done = subprocess.run(
         [sys.executable, str(script), *arguments],

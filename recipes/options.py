@@ -62,9 +62,7 @@ class OptimizationOptions:
     lr_schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = option(
         "linear", "how the learning rate moves after the warm-up"
     )
-    warmup_steps: int = option(
-        0, "optimiser steps over which the learning rate rises; wins over warmup_ratio"
-    )
+    warmup_steps: int = option(0, "optimiser steps over which the learning rate rises; wins over warmup_ratio")
     warmup_ratio: float = option(0.0, "warm-up as a share of all steps")
     warmup_init_lr: float = option(0.0, "learning rate at the first warm-up step")
     min_lr: float = option(0.0, "learning rate at the end of a linear or cosine schedule")
@@ -100,9 +98,7 @@ class RunOptions:
     )
     compile: bool = option(False, "run the model through torch.compile")
     progress_bar: bool = option(True, "show a progress bar on the main process")
-    dataloader_workers: int = option(
-        0, "worker processes that collate batches; the result does not depend on it"
-    )
+    dataloader_workers: int = option(0, "worker processes that collate batches; the result does not depend on it")
 
 
 # Options that may differ between a run and its resumption: they change nothing in the trained weights.
@@ -124,9 +120,7 @@ FREE_OPTIONS = frozenset(
 def build_parser(options_class: type[Any], description: str | None = None) -> ArgumentParser:
     """A parser with one flag for each field of `options_class`, and `--config`."""
     parser = ArgumentParser(usage="%(prog)s [--config FILE] [--OPTION VALUE ...]", description=description)
-    parser.add_argument(
-        "--config", type=str | None, default=None, help="YAML file that sets any of the options below"
-    )
+    parser.add_argument("--config", type=str | None, default=None, help="YAML file that sets any of the options below")
     hints = typing.get_type_hints(options_class)
     groups = {}
     for base in options_class.__mro__:
@@ -223,9 +217,7 @@ def check_ranges(options: OptimizationOptions) -> None:
         if value is None:
             continue
         if value < 0 or (value == 0 and name in positive):
-            raise OptionError(
-                f"--{name} must be {'positive' if name in positive else 'at least 0'}, got {value}"
-            )
+            raise OptionError(f"--{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
     if options.warmup_ratio > 1:
         raise OptionError(f"--warmup_ratio must be between 0 and 1, got {options.warmup_ratio}")
     for name in ("adam_beta1", "adam_beta2"):

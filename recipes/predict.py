@@ -38,9 +38,7 @@ def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the saved model")
     parser.add_argument("--data", required=True, help="parquet file")
     parser.add_argument("--columns", nargs="+", default=["text"], help="text column, or the two of a pair")

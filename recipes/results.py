@@ -34,9 +34,7 @@ def format_results(results: Sequence[dict[str, Any]]) -> str:
     def percent(scores: dict[str, float] | None) -> str:
         return "-" if scores is None else f"{100 * scores['accuracy']:.2f}"
 
-    rows = [
-        ("norm", "seed", "norms swapped", "parameters", "steps", "validation acc.", "test acc.", "samples/s")
-    ]
+    rows = [("norm", "seed", "norms swapped", "parameters", "steps", "validation acc.", "test acc.", "samples/s")]
     for run in results:
         speed = run["train_samples_per_second"]
         rows.append(

@@ -26,9 +26,7 @@ class TextOptions(DataOptions):
     text_column: str = option("text", "column of the text")
     text_pair_column: str | None = option(None, "column of the second text, for sentence pairs")
     label_column: str = option("label", "column of the class: integers from 0, or names")
-    label_names: list[str] | None = option(
-        None, "the classes in order; by default taken from the training data"
-    )
+    label_names: list[str] | None = option(None, "the classes in order; by default taken from the training data")
     max_length: int = option(128, "longest text in tokens; what is beyond is cut off")
     tokenizer: Literal["word", "wordpiece", "bpe"] = option(
         "word", "tokeniser trained on the training data when the model starts from model_config"
@@ -69,9 +67,7 @@ def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resum
     Raises DataError or OptionError for whatever would stop the training later.
     """
     if bool(options.model_name_or_path) == bool(options.model_config):
-        raise OptionError(
-            "give either --model_name_or_path or model_config (with a model_type), not both or none"
-        )
+        raise OptionError("give either --model_name_or_path or model_config (with a model_type), not both or none")
     if options.max_length < 3:
         raise OptionError(f"--max_length must be at least 3 tokens, got {options.max_length}")
     raw = main_first(accelerator, lambda: load_splits(options))
@@ -92,9 +88,7 @@ def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resum
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = tokenizer(
-            *(rows[column] for column in columns), truncation=True, max_length=options.max_length
-        )
+        encoded = tokenizer(*(rows[column] for column in columns), truncation=True, max_length=options.max_length)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     def prepare(split: str) -> Dataset:

@@ -8,16 +8,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from checkpoints import Progress
 from options import OptimizationOptions, OptionError, PatchOptions, RunOptions
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import nn
 
 import hf_adanorm
@@ -64,6 +66,10 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
         project_dir=run.output_dir,
     )
     set_seed(run.seed)
+    if not (accelerator.is_main_process and run.progress_bar and sys.stderr.isatty()):
+        # In a log file bars are noise; the loop's own lines tell where it stands.
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     return accelerator
 
 
@@ -258,6 +264,4 @@ class ProgressBar:
     def _left(self, step: int) -> str:
         done = step - self.first_step
         seconds = (time.perf_counter() - self.started) / max(done, 1) * (self.total - step)
-        return (
-            f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if done > 0 and step < self.total else ""
-        )
+        return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if done > 0 and step < self.total else ""
