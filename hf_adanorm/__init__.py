@@ -7,6 +7,7 @@
 Importing the package is what teaches stock `from_pretrained`, `pipeline` and `Trainer` to read patched checkpoints.
 """
 
+from . import cpu_kernel, modeling_adanorm
 from .hooks import install as _install
 from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, LayerNormSimple, NoNorm, __version__
 from .patching import inspect_model, is_patched, patch_model, unpatch_model
@@ -25,3 +26,4 @@ __all__ = [
 ]
 
 _install()
+modeling_adanorm.cpu_kernel = cpu_kernel  # compiled on the first training step on a CPU, not here

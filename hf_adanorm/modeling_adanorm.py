@@ -50,7 +50,9 @@ _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda
 
 def _is_recorded(x: Tensor) -> bool:
     """Whether the operations on `x` are recorded or transformed, so that the written-out formula is called for."""
-    return type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or _functorch_active()
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return True
+    return bool(torch.jit.is_tracing() or _functorch_active())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
@@ -88,7 +90,8 @@ def _dims(normalized_shape: tuple[int, ...]) -> tuple[int, ...]:
 def _rms_reciprocal(x: Tensor, normalized_shape: tuple[int, ...], eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) of each row."""
     norm = torch.linalg.vector_norm(x, dim=_dims(normalized_shape), keepdim=True)
-    return torch.rsqrt(norm * norm / math.prod(normalized_shape) + eps)
+    rstd: Tensor = torch.rsqrt(norm * norm / math.prod(normalized_shape) + eps)
+    return rstd
 
 
 def _normalize_lancopku(
@@ -140,7 +143,7 @@ class _AdaNormFunction(torch.autograd.Function):
         if kernel is not None:
             z, mean, rstd = kernel.adanorm_forward(x, eps, C, k)
             ctx.save_for_backward(x, mean, rstd)
-            return z
+            return cast(Tensor, z)
         ctx.save_for_backward(x)
         return _adanorm_forward(x, normalized_shape, eps, C, k, centered, dtype)
 
@@ -220,8 +223,9 @@ class _DetachNormFunction(torch.autograd.Function):
         ctx.arguments = (normalized_shape, eps, centered, detach_mean, detach_variance, dtype)
         ctx.input_dtype = x.dtype
         if centered:
-            source = x.to(dtype)
-            y, mean, rstd = torch.native_layer_norm(source, normalized_shape, _ones(source, normalized_shape), None, eps)
+            y, mean, rstd = torch.native_layer_norm(
+                x.to(dtype), normalized_shape, _ones(x, normalized_shape), None, eps
+            )
         else:
             upcast = _upcast(x)
             rstd = _rms_reciprocal(upcast, normalized_shape, eps)
@@ -460,7 +464,7 @@ class AdaNorm(SwappedNorm):
         kernel = cpu_kernel if self.training and self.centered and dtype == x.dtype else None
         if kernel is not None and not kernel.supports(x, self.normalized_shape):
             kernel = None
-        return cast(Tensor, _AdaNormFunction.apply(x, *arguments, kernel))
+        return cast(Tensor, _AdaNormFunction.apply(x, *arguments, kernel))  # type: ignore[no-untyped-call]
 
 
 class DetachNorm(SwappedNorm):
@@ -518,7 +522,7 @@ class DetachNorm(SwappedNorm):
         arguments = (self.normalized_shape, self.eps, self.centered, *flags, dtype)
         if _is_recorded(x):
             return _detachnorm_written(x, *arguments)
-        return cast(Tensor, _DetachNormFunction.apply(x, *arguments))
+        return cast(Tensor, _DetachNormFunction.apply(x, *arguments))  # type: ignore[no-untyped-call]
 
 
 class NoNorm(SwappedNorm):

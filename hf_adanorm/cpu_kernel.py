@@ -1,0 +1,233 @@
+"""AdaNorm's forward and backward pass as one loop each over a row, for training on a CPU.
+
+The norm is bound by memory: made of torch's own operators it reads and writes the activations twice as often as a
+fused loop has to. The loop is plain C, compiled on first use with the system's C compiler (well under a second) and
+kept in the user's cache folder; without a compiler, or for a dtype that it does not serve, AdaNorm runs on torch's
+operators as everywhere else. The threads are those of torch: the OpenMP symbols resolve to the runtime that torch has
+loaded already, so there is no second pool of threads, and `torch.set_num_threads` holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = r"""
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* bfloat16 is the upper half of a float; rounding is to the nearest, ties to even, as torch does. */
+static inline float from_bf16(uint16_t v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline uint16_t to_bf16(float f) {
+  uint32_t u; memcpy(&u, &f, 4);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0 : (uint16_t)rounded;
+}
+#define AS_IS(v) (v)
+#define SIMD(clauses) _Pragma(#clauses)
+
+#define DEFINE(NAME, T, LOAD, STORE)                                                                              \
+void adanorm_forward_##NAME(const T *restrict X, T *restrict Z, float *restrict MEAN, float *restrict RSTD,       \
+                            int64_t rows, int64_t H, float eps, float C, float k, int threads) {                  \
+  SIMD(omp parallel for num_threads(threads) if(threads > 1))                                                     \
+  for (int64_t i = 0; i < rows; i++) {                                                                            \
+    const T *restrict x = X + i * H; T *restrict z = Z + i * H;                                                   \
+    float mean = 0, var = 0;                                                                                      \
+    SIMD(omp simd reduction(+:mean))                                                                              \
+    for (int64_t j = 0; j < H; j++) mean += LOAD(x[j]);                                                           \
+    mean /= H;                                                                                                    \
+    if (!(fabsf(mean) < INFINITY)) { /* the sum overflowed, the mean need not */                                  \
+      mean = 0;                                                                                                   \
+      for (int64_t j = 0; j < H; j++) mean += LOAD(x[j]) / H;                                                     \
+    }                                                                                                             \
+    SIMD(omp simd reduction(+:var))                                                                               \
+    for (int64_t j = 0; j < H; j++) { float d = LOAD(x[j]) - mean; var += d * d; }                                \
+    float rstd = 1.0f / sqrtf(var / H + eps);                                                                     \
+    MEAN[i] = mean; RSTD[i] = rstd;                                                                               \
+    if (rstd == 0) { memset(z, 0, H * sizeof(T)); continue; } /* infinite variance: all zero, as in torch */      \
+    SIMD(omp simd)                                                                                                \
+    for (int64_t j = 0; j < H; j++) { float y = (LOAD(x[j]) - mean) * rstd; z[j] = STORE(C * (1 - k * y) * y); }  \
+  }                                                                                                               \
+}                                                                                                                 \
+/* dy = phi(y) * dz with phi constant; dx = rstd * (dy - mean(dy) - y * mean(dy * y)) */                          \
+void adanorm_backward_##NAME(const T *restrict X, const T *restrict DZ, T *restrict DX,                           \
+                             const float *restrict MEAN, const float *restrict RSTD,                              \
+                             int64_t rows, int64_t H, float C, float k, int threads) {                            \
+  SIMD(omp parallel for num_threads(threads) if(threads > 1))                                                     \
+  for (int64_t i = 0; i < rows; i++) {                                                                            \
+    const T *restrict x = X + i * H; const T *restrict dz = DZ + i * H; T *restrict dx = DX + i * H;              \
+    float mean = MEAN[i], rstd = RSTD[i], mean_dy = 0, mean_dyy = 0;                                              \
+    if (rstd == 0) { memset(dx, 0, H * sizeof(T)); continue; }                                                    \
+    SIMD(omp simd reduction(+:mean_dy, mean_dyy))                                                                 \
+    for (int64_t j = 0; j < H; j++) {                                                                             \
+      float y = (LOAD(x[j]) - mean) * rstd, dy = C * (1 - k * y) * LOAD(dz[j]);                                   \
+      mean_dy += dy; mean_dyy += dy * y;                                                                          \
+    }                                                                                                             \
+    mean_dy /= H; mean_dyy /= H;                                                                                  \
+    SIMD(omp simd)                                                                                                \
+    for (int64_t j = 0; j < H; j++) {                                                                             \
+      float y = (LOAD(x[j]) - mean) * rstd, dy = C * (1 - k * y) * LOAD(dz[j]);                                   \
+      dx[j] = STORE(rstd * (dy - mean_dy - y * mean_dyy));                                                        \
+    }                                                                                                             \
+  }                                                                                                               \
+}
+DEFINE(float32, float, AS_IS, AS_IS)
+DEFINE(bfloat16, uint16_t, from_bf16, to_bf16)
+"""
+
+# -ffast-math itself is left out: it would drop the care for infinities, and linked it changes the whole process.
+_FLAGS = (
+    *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
+    *("-fassociative-math", "-funroll-loops"),
+)
+_GCC_FLAGS = ("-fvariable-expansion-in-unroller", "--param", "max-variable-expansions-in-unroller=4")
+_CAPABILITY_FLAGS = {  # what torch found the CPU capable of, when it is an x86
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        "-mprefer-vector-width=512",
+    ),
+}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_MIN_PARALLEL = 32_768  # elements: below, waking threads up costs more than they save (torch's own grain size)
+
+_pointer, _long, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_FORWARD_TYPES = [*[_pointer] * 4, _long, _long, _float, _float, _float, _int]
+_BACKWARD_TYPES = [*[_pointer] * 5, _long, _long, _float, _float, _int]
+
+
+def supports(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
+    """Whether the loops serve this input: float32 or bfloat16 on a CPU, one normalised dimension."""
+    return (
+        x.dtype in _NAMES
+        and x.device.type == "cpu"
+        and len(normalized_shape) == 1
+        and x.shape[-1:] == normalized_shape
+        and _library() is not None
+    )
+
+
+def adanorm_forward(x: Tensor, eps: float, C: float, k: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z = C * (1 - k * y) * y with y = (x - mean) * rstd, over the last axis.
+
+    Args:
+        x: (*, H), float32 or bfloat16, in any layout (a copy is made of one that is not contiguous).
+        eps, C, k: as in `AdaNorm`.
+
+    Returns:
+        z of x's shape and dtype, contiguous; mean and rstd of each row, float32, (rows,).
+    """
+    library = _library()
+    assert library is not None
+    x = x.contiguous()
+    H = x.shape[-1]
+    rows = x.numel() // H
+    z = torch.empty_like(x)
+    stats = torch.empty((2, rows), dtype=torch.float32)
+    address = stats.data_ptr()
+    library["adanorm_forward", x.dtype](
+        x.data_ptr(), z.data_ptr(), address, address + 4 * rows, rows, H, eps, C, k, _num_threads(x)
+    )
+    return z, stats[0], stats[1]
+
+
+def adanorm_backward(dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, C: float, k: float) -> Tensor:
+    """dl/dx of AdaNorm from dl/dz (shape and dtype of x), with mean and rstd as `adanorm_forward` returned them."""
+    library = _library()
+    assert library is not None
+    x, dz = x.contiguous(), dz.contiguous()
+    H = x.shape[-1]
+    dx = torch.empty_like(x)
+    library["adanorm_backward", x.dtype](
+        *(x.data_ptr(), dz.data_ptr(), dx.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
+        *(x.numel() // H, H, C, k, _num_threads(x)),
+    )
+    return dx
+
+
+def _num_threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= _MIN_PARALLEL else 1
+
+
+@functools.cache
+def _library() -> dict[tuple[str, torch.dtype], Callable[..., None]] | None:
+    """The compiled functions by name and dtype, or None where they cannot be had; tried once a process."""
+    try:
+        handle = ctypes.CDLL(str(_compiled()), mode=os.RTLD_NOW)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.info("AdaNorm runs on torch's operators, its CPU loop is not available: %s", error)
+        return None
+    library: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+    for name, types in (("adanorm_forward", _FORWARD_TYPES), ("adanorm_backward", _BACKWARD_TYPES)):
+        for dtype, suffix in _NAMES.items():
+            function = getattr(handle, f"{name}_{suffix}")
+            function.argtypes, function.restype = types, None
+            library[name, dtype] = function
+    return library if _agrees(library) else None
+
+
+def _agrees(library: dict[tuple[str, torch.dtype], Callable[..., None]]) -> bool:
+    """One small row by hand: a compiler that gets it wrong must not train anyone's model."""
+    x = torch.tensor([-1.0, 1.0, -1.0, 1.0])
+    z, stats = torch.empty_like(x), torch.empty(2)
+    library["adanorm_forward", torch.float32](
+        x.data_ptr(), z.data_ptr(), stats.data_ptr(), stats.data_ptr() + 4, 1, 4, 0.0, 1.0, 0.1, 1
+    )
+    return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(z.tolist(), [-1.1, 0.9, -1.1, 0.9], strict=True))
+
+
+def _compiled() -> Path:
+    """The shared library in the cache folder, compiled when it is not there yet.
+
+    Raises:
+        RuntimeError, OSError, subprocess.SubprocessError: no compiler, no place to write, or it did not compile.
+    """
+    if sys.platform != "linux":
+        raise RuntimeError(f"{sys.platform} is not Linux")
+    flags = (*_FLAGS, *_CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    key = hashlib.sha256("\0".join([_SOURCE, *flags, *_GCC_FLAGS, os.uname().machine]).encode()).hexdigest()[:16]
+    folder = _cache_folder()
+    target = folder / f"adanorm_{key}.so"
+    if target.exists():
+        return target
+    compiler = next((path for name in ("gcc", "cc", "clang") if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise RuntimeError("there is no C compiler (gcc, cc or clang) on the PATH")
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        source, compiled, linked = (Path(work, name) for name in ("adanorm.c", "adanorm.o", "adanorm.so"))
+        source.write_text(_SOURCE)
+        gcc_flags = _GCC_FLAGS if "clang" not in compiler else ()
+        _run(compiler, *flags, *gcc_flags, "-c", str(source), "-o", str(compiled))
+        # Linked without -fopenmp, so that the OpenMP functions come from the runtime that torch has loaded.
+        _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lm")
+        os.replace(linked, target)  # whole or not at all: several processes may be here at once
+    return target
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+
+
+def _cache_folder() -> Path:
+    """A folder of this user's own: what lies there is loaded as code."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_adanorm"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return cache
