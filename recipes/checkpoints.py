@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,7 +122,11 @@ class Checkpoints:
             for path in self.folder.iterdir():
                 name = path.name
                 stale = name.startswith(_TEMPORARY)
-                ours = name in {"best", "results.json"} or _number(name, "checkpoint") or _number(name, "best")
+                ours = (
+                    name in {"best", "results.json", "diverged.json"}
+                    or _number(name, "checkpoint")
+                    or _number(name, "best")
+                )
                 if stale or (overwrite and ours):
                     _remove(path)
         accelerator.wait_for_everyone()
@@ -244,21 +247,28 @@ def _check_random_state(path: Path) -> None:
 
 
 class Interruption:
-    """Notices SIGTERM so that the loop can finish its step, save and leave with `EXIT_RESUME`.
+    """Notices SIGTERM, so that the loop can finish its step, save and leave with `EXIT_RESUME`.
 
-    `requested()` is collective: true on every process as soon as one of them got the signal.
+    A context manager: the handler it replaces comes back at the end. `requested()` is collective: true on every
+    process as soon as one of them got the signal.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.signalled = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note)
+
+    def __enter__(self) -> Interruption:
+        self.previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
 
     def requested(self) -> bool:
+        """Whether to stop after this step."""
         if self.accelerator.num_processes == 1:
             return self.signalled
         flag = torch.tensor([int(self.signalled)], device=self.accelerator.device)

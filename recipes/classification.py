@@ -114,7 +114,6 @@ def train(
     progress = checkpoints.resume()
     if progress.step:
         accelerator.print(f"resuming from step {progress.step}")
-    interruption = Interruption(accelerator)
     stopwatch = Stopwatch(progress)
     # accelerate divides by the number of micro-batches, DDP by the number of processes: undo both, as the loss is
     # divided by the number of examples of the whole step.
@@ -123,7 +122,8 @@ def train(
     running_steps = 0
     model.train()
     shown = options.progress_bar and accelerator.is_main_process
-    with ProgressBar(total_steps, shown=shown, first_step=progress.step) as bar:
+    bar = ProgressBar(total_steps, shown=shown, first_step=progress.step)
+    with bar, Interruption(accelerator) as interruption:
         while progress.step < total_steps:
             steps = train_batches(
                 task.splits["train"],

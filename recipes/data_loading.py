@@ -87,6 +87,8 @@ def load_file(file: str | Path, split: str = "train") -> Dataset:
     except Exception as error:  # datasets wraps the parsers' errors in classes of its own, by version
         cause = error.__cause__ or error
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        if "corresponds to no data" in first_line:
+            raise DataError(f"the {split} split is empty ({file})") from error
         raise DataError(f"{file}: cannot be read as {FORMATS[suffix]}: {first_line}") from error
 
 

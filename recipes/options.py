@@ -180,7 +180,7 @@ def parse_options(options_class: type[T], argv: list[str] | None = None, descrip
             values = read_config(config_path, names)
         except OptionError as error:
             parser.error(str(error))
-        base = parser.parse_object(values, cfg_base=base)
+        base = parser.parse_object(values, namespace=base)
     for argument in argv:
         name = argument[2:].split("=", 1)[0].split(".", 1)[0]
         if argument.startswith("--") and name and name not in names | {"config", "help"}:
