@@ -1,4 +1,4 @@
-"""Tiny data and options for the recipes."""
+"""Tiny data for the recipes, and a clean slate for each test."""
 
 import json
 import random
@@ -6,17 +6,6 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-
-TINY_MODEL = {
-    "model_type": "bert",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -44,27 +33,3 @@ def texts(tmp_path_factory) -> dict[str, Path]:
         files[split] = folder / f"{split}.jsonl"
         files[split].write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return files
-
-
-@pytest.fixture
-def tiny_arguments(texts, tmp_path):
-    """Command line options of a run of a few seconds; `(output_dir, **changes)` -> argv."""
-
-    def build(output_dir: Path | str = tmp_path / "run", **changes: object) -> list[str]:
-        options = {
-            "train_file": texts["train"],
-            "validation_file": texts["validation"],
-            "test_file": texts["test"],
-            "model_config": json.dumps(TINY_MODEL),
-            "tokenizer": "word",
-            "min_frequency": 1,
-            "max_length": 32,
-            "batch_size": 8,
-            "max_steps": 12,
-            "learning_rate": 0.01,
-            "output_dir": output_dir,
-            **changes,
-        }
-        return [text for name, value in options.items() for text in (f"--{name}", str(value))]
-
-    return build

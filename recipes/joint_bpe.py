@@ -1,0 +1,54 @@
+"""A joint BPE tokeniser of both languages, trained on the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+# In fairseq's and BART's order, so that the configs' defaults (pad 1, end 2) hold for fresh models.
+BOS, PAD, EOS, UNK = SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def train_joint_bpe(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    lowercase: bool,
+    max_length: int,
+    min_frequency: int = 2,
+) -> PreTrainedTokenizerFast:
+    """A tokeniser for `text </s>`, whose `decode` gives plain text back; saved and loaded like any other.
+
+    A word carries a mark for the space before it; punctuation marks are never merged with letters. The same texts give
+    the same vocabulary.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    steps = [normalizers.NFC(), normalizers.Replace(chr(160), " "), normalizers.Strip()]
+    tokenizer.normalizer = normalizers.Sequence([*steps, *([normalizers.Lowercase()] if lowercase else [])])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL),
+        limit_alphabet=1000,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,248 @@
+"""The classification recipe as users run it: tiny models, real data files, real processes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import classification
+import pytest
+from checkpoints import EXIT_RESUME
+from safetensors.torch import load_file
+from training import EXIT_DIVERGED
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import hf_adanorm
+
+SCRIPT = Path(classification.__file__)
+TINY = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
+# Dropout, gradient accumulation, an incomplete last step and a checkpoint in the middle of an epoch.
+RESUME = {
+    "max_steps": 60,
+    "gradient_accumulation_steps": 2,
+    "batch_size": 4,
+    "checkpointing_steps": 7,
+    "eval_steps": 25,
+}
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def weights(folder, step):
+    return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
+def assert_same_weights(left, right):
+    assert left.keys() == right.keys()
+    assert [name for name in left if not left[name].equal(right[name])] == []
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory):
+    """A finished run tested on its own validation file: both accuracies must agree."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    classification.main(arguments_for(texts, folder, C=1.3, k=0.07, test_file=texts["validation"]))
+    return folder
+
+
+def arguments_for(texts, folder, **changes):
+    options = {
+        "train_file": texts["train"],
+        "validation_file": texts["validation"],
+        "model_config": json.dumps(TINY),
+        "min_frequency": 1,
+        "max_length": 32,
+        "batch_size": 8,
+        "max_steps": 60,
+        "learning_rate": 0.01,
+        "output_dir": folder,
+        **changes,
+    }
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def test_results_hold_what_others_script_against(finished):
+    results = read_results(finished)
+    assert results["norm"] == "adanorm"
+    assert results["norm_modules"] == 3
+    assert (results["seed"], results["steps"], results["num_processes"]) == (1, 60, 1)
+    assert results["parameters"] == sum(p.numel() for p in load(finished).parameters())
+    assert results["train_samples_per_second"] > 0
+    assert "--norm" not in results["command"]
+    assert results["command"].startswith("recipes/classification.py --train_file")
+    assert results["versions"]["hf-adanorm"] == hf_adanorm.__version__
+
+
+def test_accuracy_in_a_fresh_process_equals_that_in_memory(finished):
+    results = read_results(finished)
+    assert results["validation"]["accuracy"] > 0.8
+    assert results["test"]["accuracy"] == results["validation"]["accuracy"]
+
+
+def load(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder / "best")
+
+
+def test_the_best_model_works_in_a_stock_pipeline_with_its_norms(finished):
+    model = load(finished)
+    norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
+    assert [(module.norm, module.C, module.k) for module in norms] == [("adanorm", 1.3, 0.07)] * 3
+    classify = pipeline("text-classification", str(finished / "best"))
+    assert [answer["label"] for answer in classify(["word1 great word2", "word5 dull word3"])] == ["1", "0"]
+
+
+def test_a_finished_run_is_not_repeated(finished, texts, capsys):
+    before = (finished / "results.json").stat().st_mtime_ns
+    classification.main(arguments_for(texts, finished, C=1.3, k=0.07, test_file=texts["validation"]))
+    assert "nothing to do" in capsys.readouterr().out
+    assert (finished / "results.json").stat().st_mtime_ns == before
+
+
+def test_other_options_in_the_same_folder_are_refused_by_name(finished, texts, capsys):
+    with pytest.raises(SystemExit) as ended:
+        classification.main(arguments_for(texts, finished, C=1.2, k=0.07, test_file=texts["validation"]))
+    assert ended.value.code == 2
+    assert "(C: 1.3 in the checkpoint, 1.2 now)" in capsys.readouterr().err
+
+
+def test_a_killed_and_a_terminated_run_end_with_the_weights_of_an_undisturbed_one(texts, tmp_path, capsys):
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    classification.main(arguments_for(texts, undisturbed, **RESUME))
+    command = [sys.executable, str(SCRIPT), *arguments_for(texts, disturbed, logging_steps=1, **RESUME)]
+
+    killed, reached = stop_after(command, step=17, how=signal.SIGKILL)
+    assert killed == -signal.SIGKILL
+    newest = max(int(path.name.split("-")[1]) for path in disturbed.glob("checkpoint-*"))
+    assert newest % 7 == 0
+    assert newest >= reached - 7
+
+    terminated, _ = stop_after(command, step=newest + 10, how=signal.SIGTERM)
+    assert terminated == EXIT_RESUME
+    capsys.readouterr()
+    classification.main(arguments_for(texts, disturbed, **RESUME))
+    assert re.search(r"resuming from step \d+", capsys.readouterr().out)
+    assert_same_weights(weights(undisturbed, 60), weights(disturbed, 60))
+    for key in ("validation", "history", "best_step"):
+        assert read_results(undisturbed)[key] == read_results(disturbed)[key]
+
+
+def stop_after(command, step, how):
+    """Start a run, send it a signal once it reported `step`; its exit code and the last step it reported."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    reached = 0
+    for line in process.stdout:
+        found = re.match(r"step (\d+)/", line)
+        if found:
+            reached = int(found[1])
+            if reached == step:
+                process.send_signal(how)
+    error = process.stderr.read()
+    process.wait(timeout=60)
+    assert reached >= step, error
+    return process.returncode, reached
+
+
+def test_two_processes_do_what_one_does(texts, tmp_path):
+    # Without dropout, whose masks are drawn per process.
+    model = json.dumps({**TINY, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    common = {"model_config": model, "max_steps": 12, "eval_steps": 4, "test_file": texts["test"]}
+    one, two = tmp_path / "one", tmp_path / "two"
+    classification.main(arguments_for(texts, one, batch_size=8, **common))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)),
+            str(SCRIPT),
+            *arguments_for(texts, two, batch_size=4, logging_steps=4, **common),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert launched.returncode == 0, launched.stderr
+    left, right = read_results(one), read_results(two)
+    assert right["num_processes"] == 2
+    # Sums of floats in another order: 1e-5 on losses of about 0.7 after 12 steps.
+    for a, b in zip(left["history"], right["history"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert b["accuracy"] == a["accuracy"]  # of 41 examples, an odd number: none counted twice
+    assert left["test"] == right["test"]
+    for name, value in weights(one, 12).items():
+        assert value.sub(weights(two, 12)[name]).abs().max() < 1e-4, name
+    lines = [line for line in launched.stdout.splitlines() if line.startswith("step 4")]
+    assert len(lines) == 2, launched.stdout  # one of training, one of validation, from one process
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_file": "absent.csv"}, "--train_file absent.csv: no such file"),
+        ({"text_column": "txt"}, "--text_column 'txt': the train split has no such column"),
+        ({"label_names": "[only]"}, "label 1 is outside the range 0 to 0"),
+        ({"model_config": "{}"}, "give either --model_name_or_path or model_config"),
+        ({"model_config": '{"hidden_size": 8}'}, "model_config needs a model_type"),
+        ({"max_length": 64}, "--max_length 64 is beyond the model's 32 positions"),
+        ({"include": "encoder.nothing"}, "--norm adanorm: "),
+        ({"C": 0}, "--norm adanorm: "),
+        ({"batch_size": 0}, "micro-batches of 0"),
+        ({"learning_rate": -1}, "--learning_rate must be positive"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_training(changes, said, texts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        classification.main(arguments_for(texts, tmp_path / "run", **changes))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_divergence_is_reported_with_its_step_and_the_checkpoint_stands(texts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        classification.main(arguments_for(texts, tmp_path, learning_rate=1e36, max_grad_norm=0, checkpointing_steps=1))
+    assert ended.value.code == EXIT_DIVERGED
+    step = int(re.search(r"error: step (\d+): loss", capsys.readouterr().err)[1])
+    assert (tmp_path / f"checkpoint-{step - 1}" / "model.safetensors").is_file() == (step > 1)
+    assert f"step {step}" in json.loads((tmp_path / "diverged.json").read_text())["diverged"]
+
+
+def test_a_pretrained_model_is_fine_tuned_and_tracked(finished, texts, tmp_path):
+    changes = {"model_config": "{}", "model_name_or_path": finished / "best", "C": 1.3, "k": 0.07}
+    classification.main(
+        arguments_for(texts, tmp_path, max_steps=2, learning_rate=1e-6, report_to="[tensorboard]", **changes)
+    )
+    results = read_results(tmp_path)
+    assert results["validation"]["accuracy"] == read_results(finished)["validation"]["accuracy"]
+    assert results["test"] is None
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_sentence_pairs_with_named_classes(texts, tmp_path):
+    rows = [json.loads(line) for line in texts["train"].read_text().splitlines()]
+    pairs = [{"a": r["text"], "b": r["text"][::-1], "kind": ["bad", "good"][r["label"]]} for r in rows]
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps(pairs))
+    changes = {"train_file": file, "validation_file": file, "max_length": 32, "max_steps": 2}
+    columns = {"text_column": "a", "text_pair_column": "b", "label_column": "kind", "tokenizer": "wordpiece"}
+    classification.main(arguments_for(texts, tmp_path / "run", **changes, **columns, test_file=file))
+    assert load(tmp_path / "run").config.id2label == {0: "bad", 1: "good"}
+    assert (
+        read_results(tmp_path / "run")["test"]["accuracy"] == read_results(tmp_path / "run")["validation"]["accuracy"]
+    )
