@@ -122,11 +122,7 @@ class Checkpoints:
             for path in self.folder.iterdir():
                 name = path.name
                 stale = name.startswith(_TEMPORARY)
-                ours = (
-                    name in {"best", "results.json", "diverged.json"}
-                    or _number(name, "checkpoint")
-                    or _number(name, "best")
-                )
+                ours = name in {"best", "results.json", "diverged.json"} or _number(name, "(checkpoint|best)")
                 if stale or (overwrite and ours):
                     _remove(path)
         accelerator.wait_for_everyone()

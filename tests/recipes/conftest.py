@@ -27,7 +27,7 @@ def texts(tmp_path_factory) -> dict[str, Path]:
         rows = []
         for _ in range(size):
             label = draw.randrange(2)
-            words = draw.choices(other, k=draw.randrange(2, 20)) + [draw.choice((bad, good)[label])]
+            words = [*draw.choices(other, k=draw.randrange(2, 20)), draw.choice((bad, good)[label])]
             draw.shuffle(words)
             rows.append({"text": " ".join(words), "label": label})
         files[split] = folder / f"{split}.jsonl"

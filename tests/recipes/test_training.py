@@ -81,7 +81,7 @@ def test_patch_options_reach_the_model(options, count):
 
 
 def test_impossible_patch_options_name_the_norm():
-    with pytest.raises(OptionError, match="--norm adanorm: .*-1"):
+    with pytest.raises(OptionError, match=r"--norm adanorm: .*-1"):
         apply_patch(tiny_bert(), PatchOptions(norm="adanorm", C=-1.0))
 
 
