@@ -1,5 +1,6 @@
 """Load every saved model in a process where hf_adanorm cannot be imported: FOLDER OUT, called by test_saving.py."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -10,6 +11,7 @@ sys.modules["hf_adanorm"] = None  # type: ignore[assignment]  # as if it were no
 
 import torch
 import transformers
+
 from tests.round_trip import CASES, SWAPS, auto_class, inputs, norms, run
 
 

@@ -1,4 +1,7 @@
-"""Stock `save_pretrained` and `from_pretrained` of patched models. `python -m tests.test_saving` prints the table of all cases."""
+"""Stock `save_pretrained` and `from_pretrained` of patched models.
+
+`python -m tests.test_saving` prints the table of all cases.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.round_trip import CASES, SWAPS, auto_class, build, difference, inputs, norms, run
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
 
 import hf_adanorm
 from hf_adanorm import AdaNormSpec, inspect_model, is_patched, patch_model, unpatch_model
+from tests.round_trip import CASES, SWAPS, auto_class, build, difference, inputs, norms, run
 
 ALL = [(case, swap) for case in CASES for swap in SWAPS]
 ROOT = Path(__file__).parents[1]
