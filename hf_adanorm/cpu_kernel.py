@@ -43,24 +43,23 @@ static inline uint16_t to_bf16(float f) {
 #define SIMD(clauses) _Pragma(#clauses)
 
 #define DEFINE(NAME, T, LOAD, STORE)                                                                              \
+static float mean_##NAME(const T *restrict x, int64_t H) {                                                        \
+  float mean = 0;                                                                                                 \
+  SIMD(omp simd reduction(+:mean))                                                                                \
+  for (int64_t j = 0; j < H; j++) mean += LOAD(x[j]);                                                             \
+  return mean / H;                                                                                                \
+}                                                                                                                 \
 void adanorm_forward_##NAME(const T *restrict X, T *restrict Z, float *restrict MEAN, float *restrict RSTD,       \
                             int64_t rows, int64_t H, float eps, float C, float k, int threads) {                  \
   SIMD(omp parallel for num_threads(threads) if(threads > 1))                                                     \
   for (int64_t i = 0; i < rows; i++) {                                                                            \
     const T *restrict x = X + i * H; T *restrict z = Z + i * H;                                                   \
-    float mean = 0, var = 0;                                                                                      \
-    SIMD(omp simd reduction(+:mean))                                                                              \
-    for (int64_t j = 0; j < H; j++) mean += LOAD(x[j]);                                                           \
-    mean /= H;                                                                                                    \
-    if (!(fabsf(mean) < INFINITY)) { /* the sum overflowed, the mean need not */                                  \
-      mean = 0;                                                                                                   \
-      for (int64_t j = 0; j < H; j++) mean += LOAD(x[j]) / H;                                                     \
-    }                                                                                                             \
+    float mean = mean_##NAME(x, H), var = 0;                                                                      \
     SIMD(omp simd reduction(+:var))                                                                               \
     for (int64_t j = 0; j < H; j++) { float d = LOAD(x[j]) - mean; var += d * d; }                                \
     float rstd = 1.0f / sqrtf(var / H + eps);                                                                     \
-    MEAN[i] = mean; RSTD[i] = rstd;                                                                               \
-    if (rstd == 0) { memset(z, 0, H * sizeof(T)); continue; } /* infinite variance: all zero, as in torch */      \
+    if (MEAN) MEAN[i] = mean;                                                                                     \
+    RSTD[i] = rstd;                                                                                               \
     SIMD(omp simd)                                                                                                \
     for (int64_t j = 0; j < H; j++) { float y = (LOAD(x[j]) - mean) * rstd; z[j] = STORE(C * (1 - k * y) * y); }  \
   }                                                                                                               \
@@ -72,8 +71,7 @@ void adanorm_backward_##NAME(const T *restrict X, const T *restrict DZ, T *restr
   SIMD(omp parallel for num_threads(threads) if(threads > 1))                                                     \
   for (int64_t i = 0; i < rows; i++) {                                                                            \
     const T *restrict x = X + i * H; const T *restrict dz = DZ + i * H; T *restrict dx = DX + i * H;              \
-    float mean = MEAN[i], rstd = RSTD[i], mean_dy = 0, mean_dyy = 0;                                              \
-    if (rstd == 0) { memset(dx, 0, H * sizeof(T)); continue; }                                                    \
+    float mean = MEAN ? MEAN[i] : mean_##NAME(x, H), rstd = RSTD[i], mean_dy = 0, mean_dyy = 0;                   \
     SIMD(omp simd reduction(+:mean_dy, mean_dyy))                                                                 \
     for (int64_t j = 0; j < H; j++) {                                                                             \
       float y = (LOAD(x[j]) - mean) * rstd, dy = C * (1 - k * y) * LOAD(dz[j]);                                   \
@@ -91,7 +89,7 @@ DEFINE(float32, float, AS_IS, AS_IS)
 DEFINE(bfloat16, uint16_t, from_bf16, to_bf16)
 """
 
-# -ffast-math itself is left out: it would drop the care for infinities, and linked it changes the whole process.
+# -ffast-math itself is left out: it drops infinities and NaN, and linking with it flushes the process's denormals.
 _FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
     *("-fassociative-math", "-funroll-loops"),
@@ -123,7 +121,7 @@ def supports(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
     )
 
 
-def adanorm_forward(x: Tensor, eps: float, C: float, k: float) -> tuple[Tensor, Tensor, Tensor]:
+def adanorm_forward(x: Tensor, eps: float, C: float, k: float) -> tuple[Tensor, Tensor]:
     """z = C * (1 - k * y) * y with y = (x - mean) * rstd, over the last axis.
 
     Args:
@@ -131,7 +129,9 @@ def adanorm_forward(x: Tensor, eps: float, C: float, k: float) -> tuple[Tensor, 
         eps, C, k: as in `AdaNorm`.
 
     Returns:
-        z of x's shape and dtype, contiguous; mean and rstd of each row, float32, (rows,).
+        z of x's shape and dtype, contiguous; and what the backward pass needs besides x, float32: for float32 input
+        the rows' rstd and mean, (2, rows); for bfloat16 their rstd, (1, rows), so that no more is saved than
+        nn.LayerNorm saves, whose statistics are bfloat16 then.
     """
     library = _library()
     assert library is not None
@@ -139,26 +139,32 @@ def adanorm_forward(x: Tensor, eps: float, C: float, k: float) -> tuple[Tensor, 
     H = x.shape[-1]
     rows = x.numel() // H
     z = torch.empty_like(x)
-    stats = torch.empty((2, rows), dtype=torch.float32)
-    address = stats.data_ptr()
+    stats = torch.empty((2 if x.dtype == torch.float32 else 1, rows), dtype=torch.float32)
     library["adanorm_forward", x.dtype](
-        x.data_ptr(), z.data_ptr(), address, address + 4 * rows, rows, H, eps, C, k, _num_threads(x)
+        *(x.data_ptr(), z.data_ptr(), *_addresses(stats)),
+        *(rows, H, eps, C, k, _num_threads(x)),
     )
-    return z, stats[0], stats[1]
+    return z, stats
 
 
-def adanorm_backward(dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, C: float, k: float) -> Tensor:
-    """dl/dx of AdaNorm from dl/dz (shape and dtype of x), with mean and rstd as `adanorm_forward` returned them."""
+def adanorm_backward(dz: Tensor, x: Tensor, stats: Tensor, C: float, k: float) -> Tensor:
+    """dl/dx of AdaNorm from dl/dz (shape and dtype of x), with the statistics that `adanorm_forward` returned."""
     library = _library()
     assert library is not None
     x, dz = x.contiguous(), dz.contiguous()
     H = x.shape[-1]
     dx = torch.empty_like(x)
     library["adanorm_backward", x.dtype](
-        *(x.data_ptr(), dz.data_ptr(), dx.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
+        *(x.data_ptr(), dz.data_ptr(), dx.data_ptr(), *_addresses(stats)),
         *(x.numel() // H, H, C, k, _num_threads(x)),
     )
     return dx
+
+
+def _addresses(stats: Tensor) -> tuple[int | None, int]:
+    """Of the means, if they are kept, and of the rstds."""
+    address = stats.data_ptr()
+    return (address + 4 * stats.shape[1] if stats.shape[0] == 2 else None), address
 
 
 def _num_threads(x: Tensor) -> int:

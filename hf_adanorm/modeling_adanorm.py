@@ -31,14 +31,16 @@ from transformers import PreTrainedModel
 
 __version__ = "0.1.0"
 FORMAT = 1  # of the spec; a reader refuses a higher one
+# Marks in the __dict__ of stock modules that a fold changed beyond their tensors, for the spec.
+ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"
 
 # ------------------------------------------------------------------------------------------------- the norms
 
 
 # Eager mode runs on torch's fused LayerNorm, with the backward passes given by hand, so that no more activations
 # are saved than nn.LayerNorm saves. Wherever operations are recorded (torch.compile, torch.export, torch.jit.trace,
-# torch.fx, torch.func) or differentiated twice, the formula is written out instead: a compiler fuses it into its
-# neighbours, and autograd knows every derivative of it.
+# torch.func) or differentiated twice, the formula is written out instead: a compiler fuses it into its neighbours,
+# and autograd knows every derivative of it.
 
 _HALF = (torch.float16, torch.bfloat16)  # computed in float32 inside, rounded once at the end
 
@@ -69,8 +71,8 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def _ones(x: Tensor, normalized_shape: tuple[int, ...]) -> Tensor | None:
-    """A gain of one where torch's LayerNorm wants one: its CPU kernel is faster with a gain than without, and keeps
-    the statistics of half types in float32 only if the gain is."""
+    """A gain of one where torch's LayerNorm wants one: its CPU kernel is faster with a gain than without in float32,
+    and keeps the statistics of half types in float32 only if the gain is."""
     if x.device.type != "cpu":
         return None
     return x.new_ones(normalized_shape, dtype=torch.float32 if x.dtype in _HALF else x.dtype)
@@ -80,7 +82,10 @@ def _normalize(x: Tensor, normalized_shape: tuple[int, ...], eps: float, centere
     """y = (x - mean(x)) / sqrt(var(x) + eps) over the trailing dimensions, biased variance; x / rms(x) uncentred."""
     if not centered:
         return F.rms_norm(x.to(_output_dtype(x)), normalized_shape, None, eps)
-    return F.layer_norm(x, normalized_shape, None if _is_recorded(x) else _ones(x, normalized_shape), None, eps)
+    if _is_recorded(x):
+        return F.layer_norm(_upcast(x), normalized_shape, None, None, eps).to(_output_dtype(x))
+    gain = None if x.dtype in _HALF else _ones(x, normalized_shape)
+    return F.layer_norm(x, normalized_shape, gain, None, eps)
 
 
 def _dims(normalized_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,7 +129,7 @@ def _adanorm_forward(
 
 
 class _AdaNormFunction(torch.autograd.Function):
-    """Saves the input alone (with the CPU kernel also mean and 1 / std); the backward pass normalises it again."""
+    """Saves the input alone (with the CPU kernel also the rows' statistics); the backward pass normalises it again."""
 
     @staticmethod
     def forward(
@@ -141,8 +146,8 @@ class _AdaNormFunction(torch.autograd.Function):
         ctx.arguments = (normalized_shape, eps, C, k, centered, dtype)
         ctx.kernel = kernel
         if kernel is not None:
-            z, mean, rstd = kernel.adanorm_forward(x, eps, C, k)
-            ctx.save_for_backward(x, mean, rstd)
+            z, stats = kernel.adanorm_forward(x, eps, C, k)
+            ctx.save_for_backward(x, stats)
             return cast(Tensor, z)
         ctx.save_for_backward(x)
         return _adanorm_forward(x, normalized_shape, eps, C, k, centered, dtype)
@@ -155,7 +160,7 @@ class _AdaNormFunction(torch.autograd.Function):
             z = _adanorm_written(x, normalized_shape, eps, C, k, centered, dtype)
             dx = torch.autograd.grad(z, x, dz, create_graph=True)[0]
         elif ctx.kernel is not None:
-            dx = ctx.kernel.adanorm_backward(dz, x, *stats, C, k)
+            dx = ctx.kernel.adanorm_backward(dz, x, stats[0], C, k)
         else:
             dx = _adanorm_backward(_upcast(dz), _upcast(x), normalized_shape, eps, C, k, centered).to(x.dtype)
         return (dx, *[None] * 7)
@@ -350,15 +355,66 @@ class SwappedNorm(nn.Module):
         """The arguments that belong to this kind of norm, by name (C and k, detach flags, centered)."""
         return {} if self.centered else {"centered": False}
 
+    def start_fade(self, gain: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Keep `gain` and `bias` (of normalized_shape) as constants that fade out as `fade_progress` goes from 0 to 1,
+        while C leaves 1 and k leaves 0. At 0 the norm is the one it replaced."""
+        for name, value in (("fade_gain", gain), ("fade_bias", bias)):
+            if value is not None:
+                self.register_buffer(name, value)
+        # float32 whatever the model's dtype, and a tensor, so that a compiled model is not compiled at every step
+        self.register_buffer("fade_progress", torch.zeros(1, dtype=torch.float32, device=self.weight.device))
+
+    def stop_fade(self) -> None:
+        """Forget the state: from here on this is a plain norm."""
+        for name in ("fade_gain", "fade_bias", "fade_progress"):
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+
+    @property
+    def fade(self) -> tuple[str, ...] | None:
+        """What is fading, ("gain", "bias") or less; () if it is only k and C; None for a plain norm."""
+        if "fade_progress" not in self._buffers:
+            return None
+        return tuple(name for name in ("gain", "bias") if f"fade_{name}" in self._buffers)
+
+    def _faded_affine(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """N(x) with the gain and bias of the moment, and that bias."""
+        progress = self._buffers["fade_progress"]
+        assert progress is not None
+        gain, bias = self._buffers.get("fade_gain"), self._buffers.get("fade_bias")
+        if gain is not None:  # lerp is exact at both ends
+            gain = torch.lerp(gain.float(), torch.ones_like(gain, dtype=torch.float32), progress).to(gain.dtype)
+        if bias is not None:
+            bias = torch.lerp(bias.float(), torch.zeros_like(bias, dtype=torch.float32), progress).to(bias.dtype)
+        if self.centered:
+            # Fused as the stock norm was: at progress 0 the same bits.
+            return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps), bias
+        h = F.rms_norm(x, self.normalized_shape, gain, self.eps)
+        return (h if bias is None else h + bias), bias
+
+    def _faded(self, x: Tensor) -> Tensor:
+        return self._faded_affine(x)[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SwappedNorm:
+        progress = self._buffers.get("fade_progress")
+        super()._apply(fn, recurse)
+        moved = self._buffers.get("fade_progress")
+        if progress is not None and moved is not None and moved.dtype != torch.float32:
+            # `model.half()` would round it, and with it every later step of the fade
+            empty = progress.is_meta or moved.is_meta
+            self._buffers["fade_progress"] = moved.float() if empty else progress.to(moved.device)
+        return self
+
     def _forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` of shape (*, *normalized_shape), or (N, C, *) with channels_first; same shape, and the
         dtype that `nn.LayerNorm` would give."""
+        forward = self._faded if "fade_progress" in self._buffers else self._forward
         if self.channels_first:
-            return self._forward(x.movedim(1, -1)).movedim(-1, 1)
-        return self._forward(x)
+            return forward(x.movedim(1, -1)).movedim(-1, 1)
+        return forward(x)
 
     def extra_repr(self) -> str:
         shown = {"eps": self.eps, **self.settings()}
@@ -366,6 +422,8 @@ class SwappedNorm(nn.Module):
             shown["channels_first"] = True
         if self.reference != "paper":
             shown["reference"] = self.reference
+        if self.fade is not None:
+            shown["fade"] = self.fade
         return ", ".join([str(self.normalized_shape), *(f"{key}={value}" for key, value in shown.items())])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -466,6 +524,15 @@ class AdaNorm(SwappedNorm):
             kernel = None
         return cast(Tensor, _AdaNormFunction.apply(x, *arguments, kernel))  # type: ignore[no-untyped-call]
 
+    def _faded(self, x: Tensor) -> Tensor:
+        h, bias = self._faded_affine(x)  # h = gain * y + bias
+        progress = cast(Tensor, self._buffers["fade_progress"])[0]
+        C, k = 1.0 + (self.C - 1.0) * progress, self.k * progress
+        y = _normalize(x.detach(), self.normalized_shape, self.eps, self.centered)
+        phi = (C - (C * k) * y).to(h.dtype)
+        z = phi * h  # phi * gain * y + bias, with the same bits as h while phi is 1
+        return z if bias is None else z + (1.0 - phi) * bias.to(h.dtype)
+
 
 class DetachNorm(SwappedNorm):
     """DetachNorm: the forward pass of LayerNorm-simple; mean and / or variance are constants in the backward pass.
@@ -525,6 +592,18 @@ class DetachNorm(SwappedNorm):
         return cast(Tensor, _DetachNormFunction.apply(x, *arguments))  # type: ignore[no-untyped-call]
 
 
+    def _faded(self, x: Tensor) -> Tensor:
+        h, bias = self._faded_affine(x)
+        # The forward pass of h, the backward pass of DetachNorm: their difference is zero but for its gradient.
+        y, plain = self._forward(x), _normalize(x, self.normalized_shape, self.eps, self.centered)
+        gain = self._buffers.get("fade_gain")
+        swap = y - plain
+        if gain is not None:
+            progress = cast(Tensor, self._buffers["fade_progress"])
+            swap = swap * torch.lerp(gain.float(), torch.ones_like(gain, dtype=torch.float32), progress).to(h.dtype)
+        return h + (swap - swap.detach())
+
+
 class NoNorm(SwappedNorm):
     """The paper's "w/o Norm": returns its input as it is."""
 
@@ -552,6 +631,7 @@ _SETTING_KEYS = {  # norm -> the settings that belong to it
     "none": (),
 }
 _OVERRIDE_KEYS = ("centered", "eps", "channels_first", "normalized_shape")
+_FADE_KEYS = ("gain", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -575,11 +655,15 @@ class NormGroup:
     eps: float | None = None
     channels_first: bool | None = None
     normalized_shape: tuple[int, ...] | None = None
+    fade: tuple[str, ...] | None = None
+    """In the middle of a fade: which of ("gain", "bias") the checkpoint holds, as `fade_gain` and `fade_bias` beside
+    `fade_progress`; () if only k and C are on their way."""
 
     def to_dict(self) -> dict[str, Any]:
         out = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        if self.normalized_shape is not None:
-            out["normalized_shape"] = list(self.normalized_shape)
+        for key in ("normalized_shape", "fade"):
+            if key in out:
+                out[key] = list(out[key])
         out["modules"] = list(out.pop("modules"))
         return out
 
@@ -591,7 +675,7 @@ class NormGroup:
         norm = data.get("norm")
         if not isinstance(norm, str) or norm not in NORM_CLASSES:
             raise ValueError(f"norm must be one of {sorted(NORM_CLASSES)}, got {_short(norm)}")
-        allowed = {"norm", "modules", *_SETTING_KEYS[norm], *_OVERRIDE_KEYS}
+        allowed = {"norm", "modules", "fade", *_SETTING_KEYS[norm], *_OVERRIDE_KEYS}
         if unknown := [key for key in data if key not in allowed]:
             raise ValueError(
                 f"{_short(unknown[0])} is no setting of norm {norm!r}; known are {sorted(allowed)}"
@@ -613,6 +697,11 @@ class NormGroup:
             settings["eps"] = _check_number("eps", settings["eps"], minimum=0.0, inclusive=True)
         if "normalized_shape" in settings:
             settings["normalized_shape"] = _check_shape(settings["normalized_shape"])
+        if "fade" in settings:
+            fade = settings["fade"]
+            if not isinstance(fade, (list, tuple)) or any(key not in _FADE_KEYS for key in fade) or norm == "none":
+                raise ValueError(f"fade must list some of {list(_FADE_KEYS)}, got {_short(fade)} for norm {norm!r}")
+            settings["fade"] = tuple(key for key in _FADE_KEYS if key in fade)
         if settings.get("detach_mean") is False and settings.get("detach_variance") is False:
             raise ValueError("detach_mean and detach_variance are both False: set at least one to True")
         return cls(norm=norm, modules=tuple(modules), **settings)
@@ -628,17 +717,27 @@ class AdaNormSpec:
     """
 
     groups: tuple[NormGroup, ...]
+    biases: tuple[str, ...] = ()
+    """Linear layers that were given a bias by a fold, named as in `NormGroup.modules`."""
+    eps: tuple[tuple[str, float], ...] = ()
+    """(name, eps) of norms that were not swapped but whose eps a fold adjusted."""
     format: int = FORMAT
     version: str = __version__
     """Of hf_adanorm, when the spec was written."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON types: {"format": 1, "version": "0.1.0", "groups": [{"norm": ..., "modules": [...]}]}."""
-        return {
+        """The spec as JSON types: {"format": 1, "version": "0.1.0", "groups": [{"norm": ..., "modules": [...]}]}, and
+        "biases": [...] and "eps": {name: value} where there are any."""
+        out: dict[str, Any] = {
             "format": self.format,
             "version": self.version,
             "groups": [group.to_dict() for group in self.groups],
         }
+        if self.biases:
+            out["biases"] = list(self.biases)
+        if self.eps:
+            out["eps"] = dict(self.eps)
+        return out
 
     @classmethod
     def from_dict(cls, data: Any) -> AdaNormSpec:
@@ -661,14 +760,29 @@ class AdaNormSpec:
                 f"config.adanorm has format {fmt}, written by hf_adanorm {version[:40]}; hf_adanorm {__version__} reads "
                 f"up to format {FORMAT}: pip install --upgrade hf_adanorm"
             )
-        if unknown := set(data) - {"format", "version", "groups"}:
+        if unknown := set(data) - {"format", "version", "groups", "biases", "eps"}:
             raise ValueError(f"unknown entry {_short(sorted(map(str, unknown))[0])} in config.adanorm")
         groups = data.get("groups")
         if not isinstance(groups, (list, tuple)):
             raise TypeError(f"groups of config.adanorm must be a list, got {_short(groups)}")
         if len(groups) > _MAX_GROUPS:
             raise ValueError(f"config.adanorm holds {len(groups)} groups, at most {_MAX_GROUPS} are read")
-        return cls(groups=tuple(NormGroup.from_dict(group) for group in groups), format=fmt, version=version)
+        biases, eps = data.get("biases", []), data.get("eps", {})
+        if not isinstance(biases, (list, tuple)) or not all(isinstance(name, str) for name in biases):
+            raise TypeError(f"biases of config.adanorm must be a list of names, got {_short(biases)}")
+        if not isinstance(eps, Mapping) or not all(isinstance(name, str) for name in eps):
+            raise TypeError(f"eps of config.adanorm must map names to numbers, got {_short(eps)}")
+        if max(len(biases), len(eps)) > _MAX_MODULES:
+            raise ValueError(f"biases or eps of config.adanorm hold more than {_MAX_MODULES} names")
+        for name in (*biases, *eps):
+            _check_name(name)
+        return cls(
+            groups=tuple(NormGroup.from_dict(group) for group in groups),
+            biases=tuple(biases),
+            eps=tuple((n, _check_number("eps", value, minimum=0.0, inclusive=True)) for n, value in eps.items()),
+            format=fmt,
+            version=version,
+        )
 
 
 def _short(value: Any) -> str:
@@ -725,6 +839,14 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
     where = {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
     centered = group.centered is not False
     new = NORM_CLASSES[group.norm](**{**found, **overrides}, **settings, centered=centered, **where)
+    if group.fade is not None:
+        if isinstance(source, SwappedNorm) and source.fade == group.fade:
+            state = [source._buffers.get(f"fade_{key}") for key in _FADE_KEYS]
+            new.start_fade(*state)
+            new._buffers["fade_progress"] = source._buffers["fade_progress"]
+        else:  # values come from the checkpoint, or from who patches
+            state = [torch.empty(new.normalized_shape, **where) if key in group.fade else None for key in _FADE_KEYS]
+            new.start_fade(*state)
     new.train(source.training)
     if getattr(source, "is_adanorm_module", False):
         overrides = {**source.__dict__["_overrides"], **overrides}
@@ -799,29 +921,53 @@ def apply_spec(model: nn.Module, spec: AdaNormSpec) -> None:
     by_template: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         by_template.setdefault(number_template(name), []).append((name, module))
+
+    def named(name: str) -> list[tuple[str, nn.Module]]:
+        if name.startswith("^"):
+            if prefix is None:
+                return []
+            name = name[1:]
+        else:
+            name = (prefix or "") + name
+        return [(found, m) for found, m in by_template.get(number_template(name), []) if _matches(name, found)]
+
+    def check_norm(found: str, module: nn.Module) -> None:
+        if not _may_be_norm(module):
+            raise ValueError(
+                f"config.adanorm names {found!r}, which is a {type(module).__name__} and no normalisation layer"
+            )
+
     replacements: dict[int, nn.Module] = {}
     for group in spec.groups:
-        for name in group.modules:
-            if name.startswith("^"):
-                if prefix is None:
-                    continue
-                name = name[1:]
-            else:
-                name = (prefix or "") + name
-            for found, module in by_template.get(number_template(name), []):
-                if not _matches(name, found) or is_as(module, group):
-                    continue
-                if not _may_be_norm(module):
-                    raise ValueError(
-                        f"config.adanorm names {found!r}, which is a {type(module).__name__} and no normalisation layer"
-                    )
-                replacements[id(module)] = make_norm(module, group)
+        for found, module in (pair for name in group.modules for pair in named(name)):
+            if is_as(module, group):
+                continue
+            check_norm(found, module)
+            replacements[id(module)] = make_norm(module, group)
+    without_bias: list[nn.Module] = []
+    for found, module in (pair for name in spec.biases for pair in named(name)):
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            raise ValueError(f"config.adanorm gives a bias to {found!r}, a {type(module).__name__} and no linear layer")
+        if module.bias is None:
+            without_bias.append(module)
+    for found, module in (pair for name, _ in spec.eps for pair in named(name)):
+        check_norm(found, module)
+    for module in without_bias:
+        weight = cast(Tensor, module.weight)
+        module.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
+        module.__dict__[ADDED_BIAS] = True
+    for name, value in spec.eps:
+        for _, module in named(name):
+            setattr(module, "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps", value)
+            module.__dict__[ADJUSTED_EPS] = True
     replace_modules(model, replacements)
 
 
 def is_as(module: nn.Module, group: NormGroup) -> bool:
     """Whether `module` is already swapped with the settings of `group`, by the base model inside a model say."""
     if not getattr(module, "is_adanorm_module", False) or module.norm != group.norm:
+        return False
+    if module.fade != group.fade:
         return False
     wanted = {key: getattr(group, key) for key in (*_SETTING_KEYS[group.norm], *_OVERRIDE_KEYS[1:])}
     same = all(value is None or getattr(module, key) == value for key, value in wanted.items())

@@ -1,0 +1,525 @@
+"""The norms' mathematics: against float64 references written from the paper, and by property."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hf_adanorm import AdaNorm, DetachNorm, LayerNormSimple, NoNorm, cpu_kernel, modeling_adanorm
+
+H = 24
+SIMPLE = ("layernorm-simple", {})
+ADANORM = ("adanorm", {"C": 1.3, "k": 0.07})
+DETACHED = ("detachnorm", {})
+MEAN_DETACHED = ("detachnorm", {"detach_variance": False})
+VARIANCE_DETACHED = ("detachnorm", {"detach_mean": False})
+NORMS = [SIMPLE, ADANORM, DETACHED, MEAN_DETACHED, VARIANCE_DETACHED]
+LAYOUTS = [
+    pytest.param((3, 5, H), H, {}, id="last"),
+    pytest.param((3, 4, 6), (4, 6), {}, id="two-trailing"),
+    pytest.param((3, H, 2, 5), H, {"channels_first": True}, id="channels-first"),
+]
+LAYOUT = pytest.mark.parametrize(("size", "shape", "layout"), LAYOUTS)
+NORM = pytest.mark.parametrize("norm", NORMS, ids=["simple", "adanorm", "detach", "detach-mean", "detach-variance"])
+
+
+def make(norm, shape=H, eps=1e-3, **kwargs) -> nn.Module:
+    name, arguments = norm
+    return modeling_adanorm.NORM_CLASSES[name](shape, eps=eps, **arguments, **kwargs)
+
+
+def reference(norm, x: Tensor, dims, eps: float, centered: bool = True) -> Tensor:
+    """The paper's definitions, word for word: section 2.1 for N, 3.2 for DetachNorm, 4.2 for AdaNorm."""
+    name, arguments = norm
+    mu = x.mean(dims, keepdim=True) if centered else torch.zeros((), dtype=x.dtype)
+    sigma = ((x - mu) ** 2).mean(dims, keepdim=True).add(eps).sqrt()
+    if name == "detachnorm":
+        mu = mu.detach() if arguments.get("detach_mean", True) else mu
+        sigma = sigma.detach() if arguments.get("detach_variance", True) else sigma
+    y = (x - mu) / sigma
+    if name == "adanorm":
+        phi = arguments["C"] * (1 - arguments["k"] * y)
+        return phi.detach() * y
+    return y
+
+
+def dims_of(shape, layout) -> tuple[int, ...]:
+    return (1,) if layout else tuple(range(-len(shape if isinstance(shape, tuple) else (shape,)), 0))
+
+
+def random(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def derivatives(function, x: Tensor, dz: Tensor, v: Tensor) -> list[Tensor]:
+    """Output, gradient, and the gradient of <gradient, v> with respect to x and to dz."""
+    x, dz = leaf(x), leaf(dz)
+    z = function(x)
+    (dx,) = torch.autograd.grad(z, x, dz, create_graph=True)
+    second = torch.autograd.grad((dx * v).sum(), (x, dz), allow_unused=True)
+    return [z, dx, *(torch.zeros_like(x) if g is None else g for g in second)]
+
+
+@NORM
+@LAYOUT
+@pytest.mark.parametrize("centered", [True, False])
+def test_output_gradient_and_double_backward_are_the_papers(norm, size, shape, layout, centered):
+    if norm == MEAN_DETACHED and not centered:
+        norm = SIMPLE  # nothing would be detached, and the arguments are refused (test_bad_arguments)
+    x, dz, v = random(*size, seed=1) + 0.3, random(*size, seed=2), random(*size, seed=3)
+    module = make(norm, shape, centered=centered, **layout)
+    ours = derivatives(module, x, dz, v)
+    theirs = derivatives(lambda x: reference(norm, x, dims_of(shape, layout), 1e-3, centered), x, dz, v)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@NORM
+@LAYOUT
+def test_first_order_backward_equals_the_differentiable_one(norm, size, shape, layout):
+    x, dz = random(*size, seed=4), random(*size, seed=5)
+    module = make(norm, shape, **layout)
+    first, second = leaf(x), leaf(x)
+    (plain,) = torch.autograd.grad(module(first), first, dz)
+    (graph,) = torch.autograd.grad(module(second), second, leaf(dz), create_graph=True)
+    assert not plain.requires_grad
+    torch.testing.assert_close(plain, graph, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [ADANORM, MEAN_DETACHED, VARIANCE_DETACHED, DETACHED])
+def test_double_backward_is_reached_through_a_network(norm):
+    x = leaf(random(4, H))
+    weight = random(H, H, seed=9)
+
+    def loss(apply):
+        h = torch.tanh(x @ weight)
+        (dx,) = torch.autograd.grad(apply(h).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    torch.testing.assert_close(loss(make(norm)), loss(lambda h: reference(norm, h, (-1,), 1e-3)), rtol=1e-9, atol=1e-9)
+
+
+rows = st.tuples(st.integers(2, 40), st.integers(0, 2**31), st.floats(-3, 3), st.floats(-50, 50), st.floats(0, 0.1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows)
+@pytest.mark.parametrize(
+    ("norm", "mean_kept", "variance_kept"),
+    [(DETACHED, True, True), (SIMPLE, False, False), (MEAN_DETACHED, True, False), (VARIANCE_DETACHED, False, True)],
+    ids=["both", "ordinary", "mean", "variance"],
+)
+def test_theorem_1(norm, mean_kept, variance_kept, row):
+    """The mean of the gradient is kept (g_bar / sigma) only if the mean is detached, or else zero; its variance is
+    kept (D_g / sigma^2) only if the variance is detached, or else at most that."""
+    width, seed, log_scale, offset, eps = row
+    x = leaf(random(1, width, seed=seed) * 10**log_scale + offset)
+    g = random(1, width, seed=seed + 1) + 0.5
+    (dx,) = torch.autograd.grad(make(norm, width, eps)(x), x, g)
+    sigma = (x.detach().var(correction=0) + eps).sqrt()
+    unit = (g.abs().max() / sigma).item()  # what errors are measured in
+    mean = (g.mean() / sigma).item() if mean_kept else 0.0
+    assert dx.mean().item() == pytest.approx(mean, abs=1e-6 * unit)
+    bound = (g.var(correction=0) / sigma**2).item()
+    variance = dx.var(correction=0).item()
+    if variance_kept:
+        assert variance == pytest.approx(bound, abs=1e-6 * unit**2)
+    else:
+        assert variance <= bound + 1e-6 * unit**2
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, st.floats(0.1, 10), st.floats(0, 1))
+def test_phi_averages_to_c(row, C, k):
+    """mean(phi(y)) = C, read off the gradient with respect to y: dl/dy = phi(y) for dl/dz = 1; and
+    mean(z) = -C k mean(y^2)."""
+    width, seed, log_scale, offset, eps = row
+    x = random(1, width, seed=seed) * 10**log_scale + offset
+    y, z = LayerNormSimple(width, eps)(x), AdaNorm(width, eps, C=C, k=k)(x)
+    large = y.abs() > 1e-3
+    torch.testing.assert_close((z / y)[large], (C * (1 - k * y))[large], rtol=1e-9, atol=1e-9 * C)
+    assert (C * (1 - k * y)).mean().item() == pytest.approx(C, rel=1e-9)
+    assert z.mean().item() == pytest.approx(-C * k * y.square().mean().item(), abs=1e-9 * C)
+
+
+def test_phi_is_a_constant_in_the_backward_pass():
+    x, dz = leaf(random(2, H)), random(2, H, seed=1)
+    (ours,) = torch.autograd.grad(make(ADANORM)(x), x, dz)
+    y = reference(SIMPLE, x, (-1,), 1e-3)
+    (attached,) = torch.autograd.grad(1.3 * (1 - 0.07 * y) * y, x, dz)
+    assert (ours - attached).abs().max() > 1e-2
+
+
+def test_k_zero_and_c_one_is_layernorm_simple():
+    x, dz = random(4, H), random(4, H, seed=1)
+    a, b = leaf(x), leaf(x)
+    za, zb = AdaNorm(H, k=0.0)(a), LayerNormSimple(H)(b)
+    torch.testing.assert_close(za, zb)
+    torch.testing.assert_close(torch.autograd.grad(za, a, dz), torch.autograd.grad(zb, b, dz))
+
+
+def authors_adanorm(x: Tensor, eps: float, C: float, k: float) -> Tensor:
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+    y = (x - mean) / (std + eps)
+    return C * (1 - k * y).detach() * y
+
+
+def test_the_authors_form():
+    x, dz, v = (random(3, H, seed=s) for s in (1, 2, 3))
+    module = AdaNorm(H, 1e-2, C=1.3, k=0.07, reference="lancopku")
+    theirs = derivatives(lambda x: authors_adanorm(x, 1e-2, 1.3, 0.07), x, dz, v)
+    for a, b in zip(derivatives(module, x, dz, v), theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert "lancopku" in repr(module)
+    assert (module(x) - AdaNorm(H, 1e-2, C=1.3, k=0.07)(x)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("norm", [SIMPLE, DETACHED])
+def test_the_authors_form_of_the_others(norm):
+    x = random(3, H)
+    expected = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-2)
+    torch.testing.assert_close(make(norm, eps=1e-2, reference="lancopku")(x), expected)
+
+
+# ---------------------------------------------------------------------------------------------------- numerics
+
+
+@pytest.fixture(params=["torch", "loop"])
+def kernel(request, monkeypatch):
+    """AdaNorm on torch's operators, and on the loop that serves training on a CPU."""
+    if request.param == "loop" and cpu_kernel._library() is None:
+        pytest.skip("no C compiler here")
+    monkeypatch.setattr(modeling_adanorm, "cpu_kernel", cpu_kernel if request.param == "loop" else None)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["plain", "autocast"])
+@NORM
+def test_dtype_is_nn_layernorms(norm, dtype, autocast):
+    x = random(3, H, dtype=dtype)
+    stock, module = nn.LayerNorm(H), make(norm)
+    if autocast is None:
+        stock.to(dtype)
+    elif dtype == torch.float64:
+        stock.double()  # torch mixes no other types with it
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        expected = stock(x).dtype
+        for each in (module.train(), module.eval()):
+            assert each(x).dtype == expected
+            assert each(leaf(x)).dtype == expected
+
+
+@NORM
+def test_under_cuda_autocast_the_dtype_is_float32(norm, monkeypatch):
+    """There, layer_norm runs in float32. Without a GPU at hand the same policy is registered for the CPU."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl(
+        "layer_norm",
+        lambda x, shape, weight=None, bias=None, eps=1e-5, cudnn=True: _without_autocast(
+            lambda: torch.layer_norm(x.float(), shape, weight, bias, eps, cudnn)
+        ),
+        "AutocastCPU",
+    )
+    try:
+        x, dz = leaf(random(3, H, dtype=torch.bfloat16)), random(3, H, dtype=torch.float32, seed=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert nn.LayerNorm(H)(x).dtype == torch.float32
+            z = make(norm)(x)
+        assert z.dtype == torch.float32
+        exact = leaf(x.double())
+        expected = reference(norm, exact, (-1,), 1e-3)
+        torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-5)
+        (dx,) = torch.autograd.grad(z, x, dz)
+        assert dx.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            dx.double(), torch.autograd.grad(expected, exact, dz.double())[0], rtol=1e-2, atol=1e-3
+        )
+    finally:
+        library._destroy()
+
+
+def _without_autocast(function):
+    with torch.autocast("cpu", enabled=False):
+        return function()
+
+
+def ulps(value: Tensor, exact: Tensor) -> float:
+    """The largest error in units in the last place of the exact value's binade."""
+    info = torch.finfo(value.dtype)
+    exponent = torch.floor(torch.log2(exact.abs().clamp_min(info.tiny)))
+    return ((value.double() - exact).abs() / (2.0**exponent * info.eps)).max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@NORM
+def test_half_types_are_within_one_ulp_of_nn_layernorm(norm, dtype, kernel):
+    x = (random(64, 512) * 3 + 1).to(dtype)
+    stock = ulps(nn.LayerNorm(512, dtype=dtype)(x), reference(SIMPLE, x.double(), (-1,), 1e-5))
+    for z in (make(norm, 512, 1e-5)(leaf(x)), make(norm, 512, 1e-5)(x)):
+        assert ulps(z.detach(), reference(norm, x.double(), (-1,), 1e-5)) <= stock + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@NORM
+def test_gradients_are_as_exact_as_nn_layernorms(norm, dtype, kernel):
+    x, dz = (random(64, 512) * 3 + 1).to(dtype), random(64, 512, seed=1).to(dtype)
+
+    def error(function, norm):
+        low, exact = leaf(x), leaf(x.double())
+        (dx,) = torch.autograd.grad(function(low), low, dz)
+        (expected,) = torch.autograd.grad(reference(norm, exact, (-1,), 1e-5), exact, dz.double())
+        return ((dx.double() - expected).abs().max() / expected.abs().max()).item()
+
+    assert error(make(norm, 512, 1e-5), norm) <= error(nn.LayerNorm(512, dtype=dtype), SIMPLE) + torch.finfo(dtype).eps
+
+
+@NORM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "row",
+    [[1.0] * 4, [0.0] * 4, [1e4, -1e4, 1e4, 1e4], [1e-30] * 4, [1e18] * 1000, [1e18, *[0.0] * 40]],
+    ids=["constant", "zero", "large", "tiny", "large-constant", "largest"],
+)
+def test_finite_wherever_torch_is(norm, dtype, row, kernel):
+    low = leaf(torch.tensor([row]).to(dtype))
+    width = (len(row),)
+    stock = F.layer_norm(low, width, torch.ones(width, dtype=dtype))
+    z = make(norm, width, 1e-5)(low)
+    still = make(norm, width, 1e-5).eval()(low.detach())
+    assert z.isfinite().logical_or(~stock.isfinite()).all()
+    assert still.isfinite().logical_or(~stock.isfinite()).all()
+    stock_dx, dx = (torch.autograd.grad(out.sum(), low)[0] for out in (stock, z))
+    assert dx.isfinite().logical_or(~stock_dx.isfinite()).all()
+
+
+@NORM
+def test_empty_batch_width_one_and_meta(norm, kernel):
+    empty = leaf(torch.empty(0, 3, H))
+    z = make(norm)(empty)
+    assert z.shape == (0, 3, H)
+    assert torch.autograd.grad(z.sum(), empty)[0].shape == (0, 3, H)
+    one = leaf(random(5, 1, dtype=torch.float32))
+    z = make(norm, 1)(one)
+    assert z.eq(0).all()
+    assert torch.autograd.grad(z.sum(), one)[0].isfinite().all()
+    meta = torch.empty(2, H, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    z = make(norm, device="meta")(meta)
+    assert (z.shape, z.dtype, z.device.type) == ((2, H), torch.bfloat16, "meta")
+
+
+@NORM
+def test_layout_of_input_and_gradient_does_not_matter(norm, kernel):
+    x, dz = random(6, H, 5, dtype=torch.float32), random(6, H, 5, dtype=torch.float32, seed=1)
+    strided, dense = leaf(x), leaf(x.transpose(1, 2).contiguous())
+    module = make(norm)
+    z, expected = module(strided.transpose(1, 2)), module(dense)
+    torch.testing.assert_close(z, expected)
+    (dx,) = torch.autograd.grad(z, strided, dz.transpose(1, 2))
+    (dx_dense,) = torch.autograd.grad(expected, dense, dz.transpose(1, 2).contiguous())
+    torch.testing.assert_close(dx, dx_dense.transpose(1, 2))
+    sliced = leaf(x)
+    torch.testing.assert_close(module(sliced.transpose(1, 2)[::2]), expected[::2])
+    (expanded,) = torch.autograd.grad(module(dense).sum(), dense)
+    (ones,) = torch.autograd.grad(module(dense), dense, torch.ones_like(dense))
+    torch.testing.assert_close(expanded, ones)
+
+
+def test_a_wrong_width_is_refused_as_torch_refuses_it(kernel):
+    for norm in NORMS:
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            make(norm)(leaf(torch.zeros(2, H + 1)))
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x)
+    return sum(saved.values())
+
+
+@NORM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saves_no_more_than_nn_layernorm(norm, dtype, kernel):
+    x = leaf(random(64, 256, dtype=dtype))
+    assert saved_bytes(make(norm, 256), x) <= saved_bytes(nn.LayerNorm(256, dtype=dtype), x)
+    assert saved_bytes(make(norm, 256), x) > 0
+
+
+def test_the_loop_agrees_with_torch_and_with_itself_on_threads():
+    if cpu_kernel._library() is None:
+        pytest.skip("no C compiler here")
+    x, dz = random(300, 257, dtype=torch.float32) + 5, random(300, 257, dtype=torch.float32, seed=1)
+    z, stats = cpu_kernel.adanorm_forward(x, 1e-5, 1.3, 0.07)
+    torch.testing.assert_close(z, modeling_adanorm._adanorm_forward(x, (257,), 1e-5, 1.3, 0.07, True, x.dtype))
+    torch.testing.assert_close(stats[1], x.mean(-1))
+    dx = cpu_kernel.adanorm_backward(dz, x, stats, 1.3, 0.07)
+    torch.testing.assert_close(dx, modeling_adanorm._adanorm_backward(dz, x, (257,), 1e-5, 1.3, 0.07, True))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(cpu_kernel.adanorm_forward(x, 1e-5, 1.3, 0.07)[0], z)
+        assert torch.equal(cpu_kernel.adanorm_backward(dz, x, stats, 1.3, 0.07), dx)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_a_compiler_the_loop_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpu_kernel._library.cache_clear()
+    try:
+        x = leaf(random(4, H, dtype=torch.float32))
+        z = AdaNorm(H).train()(x)
+        assert cpu_kernel._library() is None
+        (dx,) = torch.autograd.grad(z.sum(), x)
+        assert dx.isfinite().all()
+        assert not list(tmp_path.rglob("*.so"))
+    finally:
+        cpu_kernel._library.cache_clear()
+
+
+def test_eval_mode_gives_the_same_bits_with_and_without_a_graph():
+    x = random(16, H, dtype=torch.float32)
+    module = make(ADANORM).eval()
+    assert torch.equal(module(leaf(x)), module(x))
+
+
+# --------------------------------------------------------------------------------------- compilers and copies
+
+
+@pytest.fixture(scope="module")
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("norm", [ADANORM, DETACHED, SIMPLE], ids=["adanorm", "detach", "simple"])
+def test_compiles_whole_and_once_for_all_batch_sizes(norm):
+    """The graphs that Dynamo and AOTAutograd make; Inductor's own code is not what is tested here."""
+    module = make(norm)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+    for batch in (5, 7, 3):
+        x, dz = random(batch, H, dtype=torch.float32), random(batch, H, dtype=torch.float32, seed=1)
+        a, b = leaf(x), leaf(x)
+        za, zb = compiled(a), module(b)
+        torch.testing.assert_close(za, zb)
+        torch.testing.assert_close(torch.autograd.grad(za, a, dz), torch.autograd.grad(zb, b, dz))
+    assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_by_inductor_equals_eager():
+    x, dz = random(6, H, dtype=torch.float32), random(6, H, dtype=torch.float32, seed=1)
+    module = make(ADANORM)
+    a, b = leaf(x), leaf(x)
+    try:
+        za = torch.compile(module, fullgraph=True)(a)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        pytest.skip(f"Inductor finds no compiler here: {error}")
+    zb = module(b)
+    torch.testing.assert_close(za, zb)
+    torch.testing.assert_close(torch.autograd.grad(za, a, dz), torch.autograd.grad(zb, b, dz))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@NORM
+def test_exports(norm, strict):
+    module = make(norm)
+    batch = torch.export.Dim("batch", min=2)
+    x = random(4, H, dtype=torch.float32)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    larger = random(9, H, dtype=torch.float32, seed=1)
+    torch.testing.assert_close(program.module()(larger), module(larger))
+
+
+@NORM
+def test_traces_and_maps(norm):
+    module = make(norm)
+    x = random(4, H, dtype=torch.float32)
+    torch.testing.assert_close(torch.jit.trace(module, (x,))(x + 1), module(x + 1))
+    torch.testing.assert_close(torch.vmap(module)(x), module(x))
+    gradient = torch.func.grad(lambda x: module(x).pow(3).sum())(x)
+    low = leaf(x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(module(low).pow(3).sum(), low)[0])
+
+
+@pytest.mark.parametrize("norm", [*NORMS, ("none", {})])
+def test_copies_and_pickles(norm):
+    module = make(norm)
+    x = random(2, H, dtype=torch.float32)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(other) == repr(module)
+        assert torch.equal(other(x), module(x))
+
+
+def test_works_under_activation_checkpointing():
+    module = make(ADANORM)
+    x = leaf(random(4, H))
+    (expected,) = torch.autograd.grad(module(x).pow(2).sum(), x)
+    z = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(z.pow(2).sum(), x)[0], expected)
+
+
+def test_no_norm_returns_its_input():
+    x = random(2, H)
+    assert NoNorm(H)(x) is x
+
+
+# --------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("make_it", "error", "words"),
+    [
+        (lambda: AdaNorm(H, C=0.0), ValueError, "C must be .* > 0, got 0"),
+        (lambda: AdaNorm(H, C=-1), ValueError, "C must be"),
+        (lambda: AdaNorm(H, C=math.inf), ValueError, "C must be"),
+        (lambda: AdaNorm(H, C="1"), TypeError, "C must be a number"),
+        (lambda: AdaNorm(H, k=-0.1), ValueError, r"k must be .* >= 0, got -0\.1"),
+        (lambda: AdaNorm(H, k=math.nan), ValueError, "k must be"),
+        (lambda: AdaNorm(H, eps=-1e-5), ValueError, "eps must be"),
+        (lambda: AdaNorm(H, eps=True), TypeError, "eps must be a number"),
+        (lambda: LayerNormSimple(0), ValueError, "normalized_shape"),
+        (lambda: LayerNormSimple(()), ValueError, "normalized_shape"),
+        (lambda: LayerNormSimple("8"), TypeError, "normalized_shape"),
+        (lambda: LayerNormSimple(8.0), TypeError, "normalized_shape"),
+        (lambda: LayerNormSimple((8, -1)), ValueError, "normalized_shape"),
+        (lambda: LayerNormSimple((2, 4), channels_first=True), ValueError, "channels_first"),
+        (lambda: LayerNormSimple(8, centered=1), TypeError, "centered"),
+        (lambda: DetachNorm(8, detach_mean=False, detach_variance=False), ValueError, "layernorm-simple"),
+        (lambda: DetachNorm(8, detach_variance=False, centered=False), ValueError, "no mean"),
+        (lambda: DetachNorm(8, detach_mean=0), TypeError, "detach_mean"),
+        (lambda: AdaNorm(1, reference="lancopku"), ValueError, "H - 1"),
+        (lambda: AdaNorm(8, reference="authors"), ValueError, "lancopku"),
+        (lambda: AdaNorm(8, reference="lancopku", centered=False), ValueError, "centered"),
+    ],
+)
+def test_bad_arguments(make_it, error, words):
+    with pytest.raises(error, match=words):
+        make_it()
