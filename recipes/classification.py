@@ -146,7 +146,7 @@ def train(
                         loss = F.cross_entropy(logits, labels, reduction="sum") / num_examples
                         accelerator.backward(loss * undo_mean)
                     step_loss += loss.detach()
-                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options)
+                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options, batch)
                 progress.step += 1
                 progress.epoch_step += 1
                 progress.skipped_steps += not applied

@@ -218,7 +218,9 @@ def test_divergence_is_reported_with_its_step_and_the_checkpoint_stands(texts, t
     with pytest.raises(SystemExit) as ended:
         classification.main(arguments_for(texts, tmp_path, learning_rate=1e36, max_grad_norm=0, checkpointing_steps=1))
     assert ended.value.code == EXIT_DIVERGED
-    step = int(re.search(r"error: step (\d+): loss", capsys.readouterr().err)[1])
+    error = capsys.readouterr().err
+    step = int(re.search(r"error: step (\d+): loss", error)[1])
+    assert re.search(r"first in the output of bert\.\S+ \(\w+\)", error)
     assert (tmp_path / f"checkpoint-{step - 1}" / "model.safetensors").is_file() == (step > 1)
     assert f"step {step}" in json.loads((tmp_path / "diverged.json").read_text())["diverged"]
 
