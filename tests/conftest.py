@@ -6,5 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("any-machine", deadline=None)
+settings.load_profile("any-machine")
