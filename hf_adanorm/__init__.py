@@ -7,7 +7,11 @@
 Importing the package is what teaches stock `from_pretrained`, `pipeline` and `Trainer` to read patched checkpoints.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import cpu_kernel, modeling_adanorm
+from .fading import FadeCallback, calibrate_k, finish_fading, set_fade
+from .folding import fold_affine
 from .hooks import install as _install
 from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, LayerNormSimple, NoNorm, __version__
 from .patching import inspect_model, is_patched, patch_model, unpatch_model
@@ -16,14 +20,34 @@ __all__ = [
     "AdaNorm",
     "AdaNormSpec",
     "DetachNorm",
+    "FadeCallback",
     "LayerNormSimple",
     "NoNorm",
     "__version__",
+    "calibrate_k",
+    "finish_fading",
+    "fold_affine",
     "inspect_model",
     "is_patched",
     "patch_model",
+    "set_fade",
     "unpatch_model",
+    "write_model_card",
 ]
+
+if TYPE_CHECKING:
+    from .hub import write_model_card
+
+_LAZY = {"write_model_card": "hub"}  # name -> the module that is imported when it is first used
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
 
 _install()
 modeling_adanorm.cpu_kernel = cpu_kernel  # compiled on the first training step on a CPU, not here

@@ -1,13 +1,14 @@
 """Who reads a norm's output: found by watching one forward pass at the level of torch's dispatcher.
 
-Every element of a watched output carries two shadows: the channel it belongs to, and the factor with which that channel's
-bias would arrive there (1 at first). Operations that only move elements (views, slices, permutes, gathers, concatenation) or
-that are linear along every single channel (padding, masks, means over positions) are applied to the shadows as well, so when the
-tensor reaches a linear layer the shadows say which column of its weight reads which channel, and whether the bias arrives
-unchanged. Anything else that reads a watched tensor is recorded as a use that cannot be folded, with the operation's name.
+Every element of a watched output carries two shadows: the channel it belongs to, and the factor with which that
+channel's bias would arrive there (1 at first). Operations that only move elements (views, slices, permutes, gathers,
+concatenation) or that are linear along every single channel (padding, masks, means over positions) are applied to the
+shadows as well, so when the tensor reaches a linear layer the shadows say which column of its weight reads which
+channel, and whether the bias arrives unchanged. Anything else that reads a watched tensor is recorded as a use that
+cannot be folded, with the operation's name.
 
-Three kinds of tensors are watched: outputs of norms, outputs of linear layers (the branch that a residual connection adds), and
-sums of the two (which must go into the next norm and nowhere else for a post-norm fold).
+Three kinds of tensors are watched: outputs of norms, outputs of linear layers (the branch that a residual connection
+adds), and sums of the two (which must go into the next norm and nowhere else for a post-norm fold).
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ PADDING, FOREIGN = -1, -2  # channel numbers of zeros that were put in, and of e
 aten = torch.ops.aten
 # One tensor in, the same elements out: replayed on the shadows as they are.
 _MOVES = {
-    aten.permute, aten.transpose, aten.t, aten.numpy_T, aten.expand, aten.unsqueeze, aten.squeeze, aten.slice, aten.select,
-    aten.split, aten.split_with_sizes, aten.unbind, aten.chunk, aten.index_select, aten.gather, aten.index, aten.roll,
-    aten.flip, aten.repeat, aten.narrow, aten.movedim, aten.unfold, aten.masked_select, aten.repeat_interleave,
+    aten.permute, aten.transpose, aten.t, aten.numpy_T, aten.expand, aten.unsqueeze, aten.squeeze, aten.slice,
+    aten.select, aten.split, aten.split_with_sizes, aten.unbind, aten.chunk, aten.index_select, aten.gather,
+    aten.index, aten.roll, aten.flip, aten.repeat, aten.narrow, aten.movedim, aten.unfold, aten.masked_select,
+    aten.repeat_interleave,
 }  # fmt: skip
 _RESHAPES = {
     aten.view,
@@ -44,8 +46,8 @@ _SAME = {aten.clone, aten.detach, aten.alias, aten._to_copy, aten.contiguous, at
 # Read the shape, not the values.
 _SHAPE_ONLY = {
     aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like, aten.new_zeros,
-    aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.sym_size, aten.sym_stride, aten.sym_numel,
-    aten.size, aten.stride, aten.is_contiguous, aten.sym_storage_offset,
+    aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.sym_size, aten.sym_stride,
+    aten.sym_numel, aten.size, aten.stride, aten.is_contiguous, aten.sym_storage_offset,
 }  # fmt: skip
 # Fields of a model's output that are by-products when it has others: they may change in a fold and are listed.
 SIDE_OUTPUTS = {
@@ -72,7 +74,8 @@ class Trace:
 
 @dataclass(frozen=True)
 class LinearUse:
-    """A linear layer reads the norm; `columns[j]` is the channel that input feature j reads (FOREIGN: another tensor's)."""
+    """A linear layer reads the norm; `columns[j]` is the channel that input feature j reads (FOREIGN: another
+    tensor's)."""
 
     module: str
     columns: tuple[int, ...]
@@ -83,7 +86,8 @@ class LinearUse:
 
 @dataclass(frozen=True)
 class AddUse:
-    """A residual connection adds the norm's output to the output of the linear layer `branch`; `total` names the sum."""
+    """A residual connection adds the norm's output to the output of the linear layer `branch`; `total` names the
+    sum."""
 
     branch: str
     total: int
@@ -156,7 +160,7 @@ def _channel_dim(module: nn.Module, ndim: int) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -178,14 +182,12 @@ def _columns(trace: Trace, dim: int) -> tuple[int, ...] | None:
     return tuple(high.tolist()) if torch.equal(low, high) else None
 
 
-class _Watcher(TorchDispatchMode):
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, norms: Mapping[str, tuple[int, ...]], follow_sums: bool):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.norms, self.follow_sums = model, norms, follow_sums
         self.seen = Watched(uses={}, linear_calls={}, ran=set())
-        self.traces: dict[
-            int, tuple[Tensor, dict[Source, Trace]]
-        ] = {}  # the tensor is held, so its id stays its own
+        self.traces: dict[int, tuple[Tensor, dict[Source, Trace]]] = {}  # the tensor is held, so its id stays its own
         self.storages: set[int] = set()
         self.muted = 0
         self.stack: list[str] = []
@@ -247,9 +249,7 @@ class _Watcher(TorchDispatchMode):
             return
         if name in self.norms:
             shape = self.norms[name]
-            channel = torch.arange(
-                shape[0] if len(shape) == 1 else torch.Size(shape).numel(), device=output.device
-            )
+            channel = torch.arange(shape[0] if len(shape) == 1 else torch.Size(shape).numel(), device=output.device)
             dim = self.channel_dims[name]
             if len(shape) == 1:
                 view = [1] * output.ndim
@@ -257,9 +257,7 @@ class _Watcher(TorchDispatchMode):
                 channel = channel.view(view)
             else:
                 channel = channel.view(shape)
-            self.traces.pop(
-                id(output), None
-            )  # a norm that returned its input as it was is still a source of its own
+            self.traces.pop(id(output), None)  # a norm that returned its input as it was is still a source of its own
             self.tag(output, {("norm", name): self.fresh(channel, output)})
             self.seen.uses.setdefault(name, [])
         elif self.follow_sums and is_linear_map(module):
@@ -288,9 +286,7 @@ class _Watcher(TorchDispatchMode):
                 self.spoil(iter([tensor]), "another norm")
         self.seen.norm_reads.setdefault(name, []).append(read)
 
-    def enter_linear(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def enter_linear(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call: dict[str, tuple[int, ...]] = {}
         inputs = list(_tensors((args, kwargs)))
         for tensor in inputs:
@@ -328,9 +324,7 @@ class _Watcher(TorchDispatchMode):
         for tensor in inputs:
             owner = self.own_storage.get(_storage(tensor))
             if owner is not None and func.overloadpacket not in _SHAPE_ONLY:
-                self.seen.weight_readers.setdefault(
-                    owner, f"{func.overloadpacket.__name__} in {self.where()}"
-                )
+                self.seen.weight_readers.setdefault(owner, f"{func.overloadpacket.__name__} in {self.where()}")
         if any(self.get(t) or _storage(t) in self.storages for t in inputs):
             self.follow(func, args, kwargs, out, inputs)
         return out
@@ -338,9 +332,7 @@ class _Watcher(TorchDispatchMode):
     def where(self) -> str:
         return repr(self.stack[-1]) if self.stack and self.stack[-1] else "the model's own forward"
 
-    def follow(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]
-    ) -> None:
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]) -> None:
         packet = func.overloadpacket
         if packet in _SHAPE_ONLY:
             return
@@ -398,8 +390,7 @@ class _Watcher(TorchDispatchMode):
                 for t, p in zip(found, parts, strict=True)
             ]
             factors = [
-                t.factor if t else torch.zeros_like(p, dtype=torch.float64)
-                for t, p in zip(found, parts, strict=True)
+                t.factor if t else torch.zeros_like(p, dtype=torch.float64) for t, p in zip(found, parts, strict=True)
             ]
             trace = Trace(
                 func(channels, *args[1:], **kwargs),
@@ -422,9 +413,7 @@ class _Watcher(TorchDispatchMode):
         for source, trace in self.get(tensor).items():
             factor = trace.factor * amount if packet is aten.mul else trace.factor / amount
             channel = trace.channel.expand(out.shape)
-            self.tag(
-                out, {source: Trace(channel, factor.expand(out.shape), trace.dropout, trace.unsure or ones)}
-            )
+            self.tag(out, {source: Trace(channel, factor.expand(out.shape), trace.dropout, trace.unsure or ones)})
         return True
 
     def reduce(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
@@ -494,11 +483,7 @@ def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
 def is_side_output(path: str) -> bool:
     """Hidden states and the outputs of towers inside a larger model, which are by-products when there are others."""
     head = path.split(".")[0]
-    return (
-        head in SIDE_OUTPUTS
-        or head.endswith("_model_output")
-        or head in ("encoder_outputs", "past_key_values")
-    )
+    return head in SIDE_OUTPUTS or head.endswith("_model_output") or head in ("encoder_outputs", "past_key_values")
 
 
 class _SeeDropout(TorchFunctionMode):
@@ -527,17 +512,17 @@ class _SeeDropout(TorchFunctionMode):
             return out
         given = args[0] if args else kwargs.get("input")
         rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-        if (
-            not isinstance(given, Tensor)
-            or not isinstance(out, Tensor)
-            or rate == 0
-            or not self.watcher.get(given)
-        ):
+        if not isinstance(given, Tensor) or not isinstance(out, Tensor) or rate == 0 or not self.watcher.get(given):
             return out
         out = out.view_as(out)  # a tensor of its own, so that other readers of `given` stay free of the mark
         traces = {s: Trace(t.channel, t.factor, True, t.unsure) for s, t in self.watcher.get(given).items()}
         self.watcher.tag(out, traces)
         return out
+
+
+def _set_training(flags: Mapping[nn.Module, bool]) -> None:
+    for module, flag in flags.items():
+        module.training = flag
 
 
 def watch_consumers(
@@ -573,7 +558,7 @@ def watch_consumers(
             stack.callback(before.remove)
             stack.callback(after.remove)
         model.eval()
-        stack.callback(lambda: [setattr(module, "training", flag) for module, flag in training.items()])
+        stack.callback(_set_training, training)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(0)

@@ -27,7 +27,8 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
 
 
 def _token_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    """int64 (rows, length): random tokens with the end token exactly once in each row, where some heads look for it."""
+    """int64 (rows, length): random tokens with the end token exactly once in each row, where some heads look for
+    it."""
     vocabulary = int(_setting(config, "vocab_size", default=100))
     ids = torch.randint(min(4, vocabulary - 1), vocabulary, (rows, length), generator=generator)
     end = _setting(config, "eos_token_id")
@@ -102,7 +103,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     model(**inputs)
                 return inputs
-            except Exception as exception:  # noqa: BLE001  whatever a model raises on inputs it does not like
+            except Exception as exception:
                 error = exception
     finally:
         for module, flag in training.items():

@@ -2,27 +2,34 @@
 
     W (g * y + b) + c  =  (W diag(g)) y + (W b + c)
 
-so a LayerNorm whose every reader is a linear layer of its own can become LayerNorm-simple (and AdaNorm with k = 0, C = 1)
-without the model's output changing. One forward pass shows who reads what (`consumers.py`); the whole plan is made before
-the first weight moves; the outputs before and after are compared, and a difference above the tolerance undoes everything.
+so a LayerNorm whose every reader is a linear layer of its own can become LayerNorm-simple (and AdaNorm with k = 0,
+C = 1) without the model's output changing. One forward pass shows who reads what (`consumers.py`); the whole plan is made
+before the first weight moves; the outputs before and after are compared, and a difference above the tolerance undoes
+everything.
 
-After a fold the norms hold gain 1 and bias 0, so folding again changes nothing. Linear layers that lacked a bias and needed one
-get it; where that happens, and where an eps was adjusted, it is marked on the module so that the saved spec can say so.
+After a fold the norms hold gain 1 and bias 0, so folding again changes nothing. Linear layers that lacked a bias and
+needed one get it; where that happens, and where an eps was adjusted, it is marked on the module so that the saved
+spec can say so.
 
-Post-norm layers add the norm's output h = g * y + b to a branch that ends in a linear layer (W, c), and feed the sum to the next
-norm, which does not see a common scale. `on_unfoldable="approximate"` then keeps the mean s of g:
+Post-norm layers add the norm's output h = g * y + b to a branch that ends in a linear layer (W, c), and feed the sum
+to the next norm, which does not see a common scale. `on_unfoldable="approximate"` then keeps the mean s of g:
 
     h + W a + c  ~  s * (y + (W / s) a + (c + b) / s),        next norm's eps / s^2
 
 which is exact when all of g is one number, and drops the deviation of g from its mean on that path otherwise.
+`on_unfoldable="calibrate"` takes s, and the gains and biases that the readers get, from a least-squares fit to the
+source's activations on a batch of real data, norm after norm with all before it replaced. So errors do not add up,
+outlier channels (which hardly vary from token to token) go into the bias, and for AdaNorm the fit makes up for what k
+does to the scale.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +51,10 @@ from .consumers import (
 )
 from .detection import NormInfo, iter_norms
 from .dummy_inputs import dummy_inputs
+from .modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS, AdaNorm
+from .specs import own_configs, write_specs
 
-ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"
-
-OnUnfoldable = Literal["keep", "fade", "approximate", "raise"]
+OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -80,7 +87,7 @@ class FoldReport:
         return [norm.name for norm in self.norms if norm.action in actions]
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        rows = []
+        rows: list[tuple[str, str, str]] = []
         for norm in self.norms:
             detail = norm.reason or ", ".join(norm.consumers)
             if norm.deviation is not None:
@@ -89,10 +96,7 @@ class FoldReport:
         return rows
 
     def _summary(self) -> str:
-        counts = {
-            action: len(self.names(action))
-            for action in ("folded", "approximated", "kept", "nothing to fold")
-        }
+        counts = {action: len(self.names(action)) for action in ("folded", "approximated", "kept", "nothing to fold")}
         text = ", ".join(f"{count} {action}" for action, count in counts.items() if count) or "no norms"
         text += f"; largest relative difference of the outputs {self.difference:.1e}"
         if self.changed:
@@ -104,15 +108,12 @@ class FoldReport:
     def __str__(self) -> str:
         rows = self._rows()
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
-        lines = [
-            f"{name:<{widths[0]}}  {action:<{widths[1]}}  {detail}".rstrip() for name, action, detail in rows
-        ]
+        lines = [f"{name:<{widths[0]}}  {action:<{widths[1]}}  {detail}".rstrip() for name, action, detail in rows]
         return "\n".join([*lines, self._summary()])
 
     def _repr_html_(self) -> str:
         cells = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self._rows()
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
         )
         head = "<tr><th>norm</th><th>action</th><th>consumers, or why not</th></tr>"
         return f"<table>{head}{cells}</table><p>{html.escape(self._summary())}</p>"
@@ -122,7 +123,7 @@ def fold_affine(
     model: nn.Module,
     *,
     fold_inputs: Mapping[str, Any] | None = None,
-    on_unfoldable: Literal["keep", "approximate", "raise"] = "keep",
+    on_unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = "keep",
     tolerance: float | None = None,
 ) -> FoldReport:
     """Fold gain and bias of every LayerNorm and RMSNorm into the linear layers that read it, in place.
@@ -132,10 +133,12 @@ def fold_affine(
 
     Args:
         model: with its weights in memory; not wrapped by DDP, FSDP or torch.compile.
-        fold_inputs: keyword arguments of one forward pass, by default made from the model's config. Give a real batch, with
+        fold_inputs: keyword arguments of one forward pass, by default made from the model's config. Give a real
+        batch, with
             padding if the model takes it, where the default does not run or does not reach every part of the model.
         on_unfoldable: for norms that something else reads too. "keep" leaves them, "approximate" folds a post-norm
-            residual norm but for the deviation of its gain, "raise" stops before anything was changed.
+            residual norm but for the deviation of its gain, "calibrate" does so with gains and biases fitted to the
+            source's activations on `fold_inputs`, norm after norm, "raise" stops before anything was changed.
         tolerance: largest difference of a task output, relative to its largest value; by default 1e-4 in float32.
 
     Returns:
@@ -145,15 +148,13 @@ def fold_affine(
         ValueError: a bad argument; no dummy inputs; a norm that cannot be folded with `on_unfoldable="raise"`.
         RuntimeError: the outputs moved by more than the tolerance. The model is then as it was.
     """
-    if on_unfoldable not in ("keep", "approximate", "raise"):
-        raise ValueError(f'on_unfoldable must be "keep", "approximate" or "raise", got {on_unfoldable!r}')
+    if on_unfoldable not in ("keep", "approximate", "calibrate", "raise"):
+        raise ValueError(f'on_unfoldable must be "keep", "approximate", "calibrate" or "raise", got {on_unfoldable!r}')
     names = [name for name, _, info in iter_norms(model) if info.kind != "other"]
-    report = fold_norms(
-        model, names, fold_inputs=fold_inputs, on_unfoldable=on_unfoldable, tolerance=tolerance
-    )
-    from .patching import record_spec  # patching imports this module
-
-    record_spec(model)
+    report = fold_norms(model, names, fold_inputs=fold_inputs, on_unfoldable=on_unfoldable, tolerance=tolerance)
+    if report.names("folded", "approximated"):
+        own_configs(model)
+        write_specs(model)
     return report
 
 
@@ -164,11 +165,22 @@ def fold_norms(
     fold_inputs: Mapping[str, Any] | None = None,
     on_unfoldable: OnUnfoldable = "keep",
     tolerance: float | None = None,
+    settings: Mapping[str, tuple[float, float]] | None = None,
 ) -> FoldReport:
-    """`fold_affine` for the norms called `names`; leaves the config alone."""
+    """`fold_affine` for the norms called `names`; leaves the config alone. `settings` gives the (C, k) that each will
+    have, for "calibrate" (by default 1 and 0: layernorm-simple)."""
     _check_model(model)
+    if on_unfoldable == "calibrate" and fold_inputs is None:
+        raise ValueError(
+            'on_unfoldable="calibrate" fits to real activations: pass fold_inputs, one batch of real data'
+        )
+    if fold_inputs is not None and not isinstance(fold_inputs, Mapping):
+        raise TypeError(
+            f"fold_inputs must map argument names of the model's forward to tensors, got {type(fold_inputs).__name__}"
+        )
     inputs = dict(fold_inputs) if fold_inputs is not None else dummy_inputs(model)
-    plan = _Plan(model, names, inputs, approximate=on_unfoldable == "approximate")
+    calibrate = on_unfoldable == "calibrate"
+    plan = _Plan(model, names, inputs, approximate=calibrate or on_unfoldable == "approximate")
     kept = [norm for norm in plan.norms if norm.action == "kept"]
     if kept and on_unfoldable == "raise":
         listed = "; ".join(f"{norm.name}: {norm.reason}" for norm in kept[:5])
@@ -179,15 +191,18 @@ def fold_norms(
         )
     if all(norm.action in ("kept", "nothing to fold") for norm in plan.norms):
         return FoldReport(tuple(plan.norms))
-    undo = plan.apply()
+    replacements = _replacements(plan, settings or {})
+    undo = plan.apply(_Fit(plan, inputs, replacements) if calibrate else None)
     try:
-        after = dict(named_outputs(_run(model, inputs)))
+        with _replaced(plan, replacements if calibrate else {}):
+            after = dict(named_outputs(_run(model, inputs)))
         difference, changed = _compare(dict(named_outputs(plan.watched.outputs)), after)
         limit = tolerance if tolerance is not None else _default_tolerance(model)
-        exact = all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
+        exact = not calibrate and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
         if exact and not difference <= limit:
             raise RuntimeError(
-                f"folding moved the outputs by {difference:.2e} of their largest value, above the tolerance {limit:.0e}; "
+                f"folding moved the outputs by {difference:.2e} of their largest value, "
+                f"above the tolerance {limit:.0e}; "
                 f"the model is as it was. Pass a larger tolerance if that is rounding (a half-precision model), or a "
                 f"real batch as fold_inputs"
             )
@@ -197,7 +212,38 @@ def fold_norms(
         undo()
         raise
     side = {path: value for path, value in changed.items() if value > limit}
-    return FoldReport(tuple(plan.norms), difference, side, tuple(plan.added_biases))
+    return FoldReport(tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases))
+
+
+def _replacements(plan: _Plan, settings: Mapping[str, tuple[float, float]]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What takes the place of each folded norm, as a function of its input."""
+
+    def make(name: str) -> Callable[[Tensor], Tensor]:
+        info, module = plan.infos[name], plan.modules[name]
+        C, k = settings.get(name, (1.0, 0.0))
+        centered = info.kind == "layernorm"
+
+        def norm(x: Tensor) -> Tensor:
+            eps = getattr(module, key) if (key := _eps_name(module)) else info.eps  # as adjusted by then
+            swapped = AdaNorm(info.normalized_shape, eps, C, k, centered=centered, channels_first=info.channels_first)
+            return cast(Tensor, swapped(x))
+
+        return norm
+
+    return {name: make(name) for name in plan.folds}
+
+
+@contextlib.contextmanager
+def _replaced(plan: _Plan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    hooks = [
+        plan.modules[name].register_forward_hook(lambda module, args, output, new=new: new(args[0]))
+        for name, new in replacements.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_model(model: nn.Module) -> None:
@@ -250,17 +296,17 @@ class _Fold:
     gain: Tensor  # float64, flat
     bias: Tensor
     readers: dict[str, tuple[int, ...]]  # linear layer -> channel of each column
+    branch_bias: Tensor  # what the residual path adds to the branch, before the division by `scale`
     branches: tuple[str, ...] = ()
     next_norms: tuple[str, ...] = ()
     scale: float = 1.0
+    lost: float = 0.0  # by a fit: share of the source's variation that is not reproduced
 
 
 class _Plan:
     """Decides for every norm; then `apply()` carries it all out and returns the way back."""
 
-    def __init__(
-        self, model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], approximate: bool
-    ):
+    def __init__(self, model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], approximate: bool):
         self.model = model
         self.modules = dict(model.named_modules())
         self.infos: dict[str, NormInfo] = {n: i for n, _, i in iter_norms(model) if i.kind != "other"}
@@ -272,6 +318,7 @@ class _Plan:
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(parameter.untyped_storage()._cdata, set()).add(name)
         self.added_biases: list[str] = []
+        self.masters: dict[str, tuple[Tensor, Tensor]] = {}
         self.folds: dict[str, _Fold] = {}
         self.norms: list[FoldedNorm] = [self._decide(name) for name in names]
 
@@ -288,8 +335,8 @@ class _Plan:
         linear = [use for use in uses if isinstance(use, LinearUse)]
         adds = [use for use in uses if isinstance(use, AddUse)]
         rest = [use for use in uses if not isinstance(use, (LinearUse, AddUse))]
-        for use in rest:
-            if (refusal := _refuse_use(use)) is not None:
+        for other in rest:
+            if (refusal := _refuse_use(other)) is not None:
                 return FoldedNorm(name=name, action="kept", reason=refusal)
         if adds and not self.approximate:
             reason = f"added to the residual stream (to the output of {adds[0].branch})"
@@ -299,14 +346,12 @@ class _Plan:
                 return FoldedNorm(name=name, action="kept", reason=refusal)
         readers = {use.module: use.columns for use in linear}
         if (unseen := self._unseen(info, readers)) is not None:
-            reason = (
-                f"{unseen} did not run on these inputs and may read it too: give fold_inputs that reach it"
-            )
+            reason = f"{unseen} did not run on these inputs and may read it too: give fold_inputs that reach it"
             return FoldedNorm(name=name, action="kept", reason=reason)
         if not adds:
             if not readers:
                 return FoldedNorm(name=name, action="kept", reason="nothing reads it")
-            self.folds[name] = _Fold(gain, bias, readers)
+            self.folds[name] = _Fold(gain, bias, readers, torch.zeros_like(bias))
             if bool(bias.any()) and any(use.dropout for use in linear):
                 reason = "exact but for dropout, which in training no longer acts on the bias"
                 return FoldedNorm(
@@ -318,7 +363,7 @@ class _Plan:
             return FoldedNorm(name=name, action="kept", reason=refusal)
         branches = tuple(dict.fromkeys(use.branch for use in adds))
         following = tuple(dict.fromkeys(n for use in adds for n in self.watched.sum_readers[use.total]))
-        self.folds[name] = _Fold(gain, bias, readers, branches, following, scale)
+        self.folds[name] = _Fold(gain, bias, readers, bias, branches, following, scale)
         reason = "residual: mean of the gain and the bias into " + ", ".join(branches)
         if bool(bias.any()) and any(use.dropout or use.branch_dropout for use in adds):
             reason += "; in training dropout acts on the folded bias"
@@ -335,7 +380,7 @@ class _Plan:
     def _affine(module: nn.Module, info: NormInfo) -> tuple[Tensor, Tensor]:
         """Gain and bias in effect, float64, flat."""
         width = torch.Size(info.normalized_shape).numel()
-        tensors = [t for t in (*module.parameters(), *module.buffers())]
+        tensors = [*module.parameters(), *module.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
         gain = torch.ones(width, dtype=torch.float64, device=device)
         bias = torch.zeros(width, dtype=torch.float64, device=device)
@@ -428,9 +473,7 @@ class _Plan:
             following = self.watched.sum_readers[use.total]
             if not following or any(reader.startswith("!") for reader in following):
                 what = following[0].lstrip("!") if following else "nothing"
-                return (
-                    f"the sum with {use.branch} goes on in the residual stream ({what}), not only into a norm"
-                )
+                return f"the sum with {use.branch} goes on in the residual stream ({what}), not only into a norm"
             sums.add(use.total)
         for following_norm in {n for total in sums for n in self.watched.sum_readers[total]}:
             if any(read not in sums for read in self.watched.norm_reads[following_norm]):
@@ -455,86 +498,168 @@ class _Plan:
                 continue
             numbered = _is_numbered(name[len(owner) + 1 :])
             for reader in readers:
-                if reader.startswith(owner + ".") and (
-                    numbered or not _is_numbered(reader[len(owner) + 1 :])
-                ):
+                if reader.startswith(owner + ".") and (numbered or not _is_numbered(reader[len(owner) + 1 :])):
                     return name
         return None
+
+    def result(self, calibrated: bool) -> list[FoldedNorm]:
+        """The norms as decided, with what a fit lost in place of the deviation of the gain."""
+        if not calibrated:
+            return self.norms
+        return [
+            replace(norm, action="approximated", deviation=self.folds[norm.name].lost, reason="fitted to the inputs")
+            if norm.name in self.folds
+            else norm
+            for norm in self.norms
+        ]
 
     # -- carrying it out ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def apply(self) -> _Undo:
-        """Float64 arithmetic per linear layer, rounded once to its dtype. Raises before writing if that overflows."""
-        weights: dict[str, tuple[Tensor, Tensor]] = {}
-        needs_bias: set[str] = set()
+    def apply(self, fit: _Fit | None = None) -> _Undo:
+        """Change weights, biases, eps, and set the norms' gains to 1 and biases to 0. Float64 arithmetic, rounded
+        once.
 
-        def matrix(name: str) -> tuple[Tensor, Tensor]:
-            if name not in weights:
-                module = self.modules[name]
-                weight: Tensor = module.weight.detach().double()  # type: ignore[union-attr, operator]
-                outputs = weight.shape[1] if _is_conv1d(module) else weight.shape[0]
-                bias = getattr(module, "bias", None)
-                zeros = torch.zeros(outputs, dtype=torch.float64, device=weight.device)
-                weights[name] = weight, zeros if bias is None else bias.detach().double()
-            return weights[name]
-
-        for fold in self.folds.values():
-            for name, columns in fold.readers.items():
-                weight, bias = matrix(name)
-                index = torch.tensor(columns, device=weight.device)
-                own = index >= 0
-                gain = torch.where(own, fold.gain.to(weight.device)[index.clamp_min(0)], 1.0)
-                shift = torch.where(own, fold.bias.to(weight.device)[index.clamp_min(0)], 0.0)
-                weights[name] = _absorb(self.modules[name], weight, bias, gain, shift)
-                if bool(fold.bias.any()):
-                    needs_bias.add(name)
-        for fold in self.folds.values():
-            for name in fold.branches:
-                weight, bias = matrix(name)
-                weights[name] = weight / fold.scale, (bias + fold.bias.to(bias.device)) / fold.scale
-                if bool(fold.bias.any()):
-                    needs_bias.add(name)
-        rounded: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for name, (weight, bias) in weights.items():
-            dtype = self.modules[name].weight.dtype  # type: ignore[union-attr]
-            keep_bias = name in needs_bias or getattr(self.modules[name], "bias", None) is not None
-            rounded[name] = weight.to(dtype), bias.to(dtype) if keep_bias else None
-            if not all(bool(t.isfinite().all()) for t in rounded[name] if t is not None):
-                raise RuntimeError(
-                    f"folding into {name} overflows {dtype}; nothing was changed. Fold in float32 first"
-                )
+        With `fit`, norm after norm in the order they run, each fitted to the source with all before it replaced.
+        """
         undo = _Undo()
-        for name, (new_weight, new_bias) in rounded.items():
-            module = self.modules[name]
-            undo.keep(module.weight)  # type: ignore[arg-type]
-            module.weight.copy_(new_weight)  # type: ignore[union-attr, operator]
-            if new_bias is None:
-                continue
-            if getattr(module, "bias", None) is None:
-                module.bias = nn.Parameter(new_bias, requires_grad=module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
-                module.__dict__[ADDED_BIAS] = True
-                undo.added.append(module)
-                self.added_biases.append(name)
-            else:
-                undo.keep(module.bias)  # type: ignore[arg-type]
-                module.bias.copy_(new_bias)  # type: ignore[union-attr, operator]
-        for name, fold in self.folds.items():
-            info, module = self.infos[name], self.modules[name]
-            if info.has_gain and info.gain_name:
-                undo.keep(getattr(module, info.gain_name))
-                getattr(module, info.gain_name).fill_(1.0 - info.gain_offset)
-            if info.has_bias and info.bias_name:
-                undo.keep(getattr(module, info.bias_name))
-                getattr(module, info.bias_name).zero_()
-            for following in fold.next_norms:
-                norm = self.modules[following]
-                key = _eps_name(norm)
-                assert key is not None  # checked in _refuse_residual
-                undo.eps.append((norm, key, getattr(norm, key), norm.__dict__.get(ADJUSTED_EPS)))
-                setattr(norm, key, getattr(norm, key) / fold.scale**2)
-                norm.__dict__[ADJUSTED_EPS] = True
+        try:
+            order = [name for name in self.watched.norm_reads if name in self.folds]
+            for name in order:
+                fold = self.folds[name]
+                if fit is not None:
+                    fit.update(name, fold)
+                self._absorb(fold, undo)
+            if fit is not None:
+                fit.close()
+            for name in order:
+                info, module = self.infos[name], self.modules[name]
+                for key, value in ((info.gain_name, 1.0 - info.gain_offset), (info.bias_name, 0.0)):
+                    if key is not None and isinstance(tensor := getattr(module, key, None), Tensor):
+                        undo.keep(tensor)
+                        tensor.fill_(value)
+        except BaseException:
+            if fit is not None:
+                fit.close()
+            undo()
+            raise
         return undo
+
+    def _absorb(self, fold: _Fold, undo: _Undo) -> None:
+        """Fold one norm into its readers, its branches and the eps of the norms that follow."""
+        has_bias = bool(fold.bias.any()) or bool(fold.branch_bias.any())
+        for name, columns in fold.readers.items():
+            weight, bias = self._master(name)
+            index = torch.tensor(columns, device=weight.device)
+            own = index >= 0
+            gain = torch.where(own, fold.gain.to(weight.device)[index.clamp_min(0)], 1.0)
+            shift = torch.where(own, fold.bias.to(weight.device)[index.clamp_min(0)], 0.0)
+            self._write(name, *_absorb(self.modules[name], weight, bias, gain, shift), has_bias, undo)
+        for name in fold.branches:
+            weight, bias = self._master(name)
+            bias = (bias + fold.branch_bias.to(bias.device)) / fold.scale
+            self._write(name, weight / fold.scale, bias, has_bias, undo)
+        for name in fold.next_norms:
+            norm = self.modules[name]
+            key = _eps_name(norm)
+            assert key is not None  # checked in _refuse_residual
+            undo.eps.append((norm, key, getattr(norm, key), ADJUSTED_EPS in norm.__dict__))
+            setattr(norm, key, getattr(norm, key) / fold.scale**2)
+            norm.__dict__[ADJUSTED_EPS] = True
+
+    def _master(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear layer in float64, as folded so far."""
+        if name not in self.masters:
+            module: Any = self.modules[name]
+            weight = module.weight.detach().double()
+            outputs = weight.shape[1] if _is_conv1d(module) else weight.shape[0]
+            bias = getattr(module, "bias", None)
+            zeros = torch.zeros(outputs, dtype=torch.float64, device=weight.device)
+            self.masters[name] = weight, zeros if bias is None else bias.detach().double()
+        return self.masters[name]
+
+    def _write(self, name: str, weight: Tensor, bias: Tensor, needs_bias: bool, undo: _Undo) -> None:
+        self.masters[name] = weight, bias
+        module: Any = self.modules[name]
+        old_weight, old_bias = module.weight, getattr(module, "bias", None)
+        new_weight, new_bias = weight.to(old_weight.dtype), bias.to(old_weight.dtype)
+        if not bool(new_weight.isfinite().all() and new_bias.isfinite().all()):
+            raise RuntimeError(
+                f"folding into {name} overflows {old_weight.dtype}; the model is as it was. Fold in float32"
+            )
+        undo.keep(old_weight)
+        old_weight.copy_(new_weight)
+        if old_bias is not None:
+            undo.keep(old_bias)
+            old_bias.copy_(new_bias)
+        elif needs_bias:
+            module.bias = nn.Parameter(new_bias, requires_grad=old_weight.requires_grad)
+            module.__dict__[ADDED_BIAS] = True
+            undo.added.append(module)
+            self.added_biases.append(name)
+
+
+class _Fit:
+    """Fits gain and bias by least squares, for a norm that is more than a change of scale (k > 0), or that follows on
+    norms whose fold dropped something: its new output z is what the model gives with every norm before it replaced,
+    and per channel the readers get the gain and bias that bring z closest to the source's output h."""
+
+    def __init__(self, plan: _Plan, inputs: Mapping[str, Any], replacements: Mapping[str, Callable[[Tensor], Tensor]]):
+        self.plan, self.inputs, self.replacements = plan, inputs, replacements
+        self.mask = inputs.get("attention_mask")
+        self.hooks: list[Any] = []
+        self.targets = self._capture(list(plan.folds))
+
+    def _rows(self, name: str, output: Tensor) -> Tensor:
+        """(rows, channels), float64, without padding."""
+        shape, dims = self.plan.infos[name].normalized_shape, len(self.plan.infos[name].normalized_shape)
+        if self.plan.infos[name].channels_first:
+            output = output.movedim(1, -1)
+        rows = output.double().reshape(-1, torch.Size(shape).numel())
+        if isinstance(self.mask, Tensor) and output.shape[:-dims] == self.mask.shape:
+            rows = rows[self.mask.reshape(-1).bool()]
+        return rows
+
+    def _capture(self, names: Sequence[str]) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        hooks = [
+            self.plan.modules[name].register_forward_hook(
+                lambda module, args, output, name=name: found[name].append(self._rows(name, output))
+            )
+            for name in names
+        ]
+        try:
+            _run(self.plan.model, self.inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: torch.cat(rows) for name, rows in found.items()}
+
+    def update(self, name: str, fold: _Fold) -> None:
+        replacement = self.replacements[name]
+        self.hooks.append(
+            self.plan.modules[name].register_forward_hook(lambda module, args, output: replacement(args[0]))
+        )
+        z, h = self._capture([name])[name], self.targets[name]
+        z_mean, h_mean = z.mean(0), h.mean(0)
+        z0, h0 = z - z_mean, h - h_mean
+        variance, covariance = z0.square().sum(0), (z0 * h0).sum(0)
+        moves = variance > 1e-8 * len(z)  # a channel that stands still has no slope: it keeps its gain
+        fold.gain = torch.where(moves, covariance / variance.clamp_min(1e-30), fold.gain)
+        fold.bias = h_mean - fold.gain * z_mean
+        if fold.branches:
+            scale = float(covariance.sum() / variance.sum())
+            if scale <= 0:
+                raise RuntimeError(
+                    f"{name} at these settings has nothing in common with its source: choose a smaller k"
+                )
+            fold.scale, fold.branch_bias = scale, h_mean - scale * z_mean
+        lost = h - (fold.scale * z + fold.branch_bias if fold.branches else fold.gain * z + fold.bias)
+        fold.lost = float(lost.norm() / h0.norm().clamp_min(1e-30))
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 class _Undo:
@@ -543,10 +668,11 @@ class _Undo:
     def __init__(self) -> None:
         self.tensors: list[tuple[Tensor, Tensor]] = []
         self.added: list[nn.Module] = []
-        self.eps: list[tuple[nn.Module, str, float, bool | None]] = []
+        self.eps: list[tuple[nn.Module, str, float, bool]] = []
 
     def keep(self, tensor: Tensor) -> None:
-        self.tensors.append((tensor, tensor.detach().clone()))
+        if not any(kept is tensor for kept, _ in self.tensors):
+            self.tensors.append((tensor, tensor.detach().clone()))
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -555,15 +681,13 @@ class _Undo:
         for module in self.added:
             module.bias = None  # type: ignore[assignment]
             del module.__dict__[ADDED_BIAS]
-        for norm, key, eps, mark in reversed(self.eps):
+        for norm, key, eps, marked in reversed(self.eps):
             setattr(norm, key, eps)
-            if mark is None:
+            if not marked:
                 norm.__dict__.pop(ADJUSTED_EPS, None)
 
 
-def _absorb(
-    module: nn.Module, weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor]:
+def _absorb(module: nn.Module, weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """(W diag(g), W b + c) for a linear layer, Conv1D (its weight is transposed) or (grouped) convolution."""
     if _is_conv1d(module):
         return weight * gain[:, None], bias + shift @ weight
@@ -591,9 +715,10 @@ def _is_numbered(path: str) -> bool:
 
 
 def _eps_name(module: nn.Module) -> str | None:
-    return next(
-        (key for key in ("eps", "variance_epsilon") if isinstance(module.__dict__.get(key), float)), None
-    )
+    for key in ("eps", "variance_epsilon"):
+        if isinstance(module.__dict__.get(key), float):
+            return key
+    return None
 
 
 def _refuse_use(use: Use) -> str | None:

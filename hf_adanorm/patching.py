@@ -15,14 +15,15 @@ stock saving and loading:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .detection import NormInfo, iter_norms, recognize
+from .folding import fold_norms
 from .modeling_adanorm import (
     NORM_CLASSES,
     AdaNorm,
@@ -51,7 +52,7 @@ def patch_model(
     norm: str = "adanorm",
     *,
     C: float = 1.0,
-    k: float = 0.1,
+    k: float | Mapping[str, float] = 0.1,
     detach_mean: bool = True,
     detach_variance: bool = True,
     eps: float | None = None,
@@ -62,7 +63,8 @@ def patch_model(
     targets: Targets = "layernorm",
     affine: str = "drop",
     on_unfoldable: str = "keep",
-    fold_inputs: Any = None,
+    fold_inputs: Mapping[str, Any] | None = None,
+    ramp: bool = True,
 ) -> ModelT:
     """Swap the norms of `model` in place and return it.
 
@@ -74,7 +76,7 @@ def patch_model(
             by DDP, FSDP, DeepSpeed or `torch.compile`.
         norm: `"adanorm"`, `"layernorm-simple"`, `"detachnorm"` or `"none"` (the paper's "w/o Norm").
         C: AdaNorm's C in phi(y) = C * (1 - k * y); > 0. The other norms take no notice of it.
-        k: AdaNorm's k; >= 0.
+        k: AdaNorm's k; >= 0. One number, or one for each norm by its name (`calibrate_k(model, batches).k`).
         detach_mean: DetachNorm: no gradient flows through the mean.
         detach_variance: DetachNorm: none flows through the standard deviation. Not both False.
         eps: None keeps that of each replaced norm.
@@ -84,11 +86,14 @@ def patch_model(
         exclude: all but these, in the same way.
         layers: only norms inside these layers, counted from 0 within every stack of layers, negative from the end.
         targets: `"layernorm"`, `"rmsnorm"` or `"all"`.
-        affine: what becomes of trained gains and biases: `"drop"`, `"fold"` (into the layers that read the norm) or
-            `"fade"` (kept as constants that training fades out).
-        on_unfoldable: for `affine="fold"`, what to do with a norm that cannot be folded: `"keep"`, `"fade"`,
-            `"approximate"` or `"raise"`.
+        affine: what becomes of trained gains and biases: `"drop"`, `"fold"` (into the linear layers that read the
+            norm, see `fold_affine`) or `"fade"` (kept as constants that `FadeCallback` or `set_fade` fade out).
+        on_unfoldable: for `affine="fold"`, what to do with a norm that something else reads too: `"keep"` leaves it
+            as it is, `"fade"` fades it, `"approximate"` folds a post-norm residual norm but for the deviation of its
+            gain, `"calibrate"` folds every norm by a fit to `fold_inputs`, with C and k as they will be, `"raise"`.
         fold_inputs: for `affine="fold"`, a batch for the model to run on, if its own dummy inputs do not suit.
+        ramp: for `affine="fold"`, start AdaNorm at k = 0, C = 1 and let `FadeCallback` or `set_fade` take them to
+            their values; False sets them at once, with a warning. `"calibrate"` needs no ramp.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, a pattern that matches no norm, nothing
@@ -104,7 +109,7 @@ def patch_model(
     options = Options(
         norm=norm,
         C=C,
-        k=k,
+        k=dict(k) if isinstance(k, Mapping) else k,
         detach_mean=detach_mean,
         detach_variance=detach_variance,
         eps=eps,
@@ -115,10 +120,18 @@ def patch_model(
         targets=targets,
     )
     _check_choice("affine", affine, ("drop", "fold", "fade"))
-    _check_choice("on_unfoldable", on_unfoldable, ("keep", "fade", "approximate", "raise"))
+    _check_choice("on_unfoldable", on_unfoldable, ("keep", "fade", "approximate", "calibrate", "raise"))
+    if affine != "drop" and norm == "none":
+        raise ValueError(
+            f'affine={affine!r} does not go with norm="none", which normalises nothing: use affine="drop"'
+        )
     plan = make_plan(model, options)
     if affine == "drop":
         _warn_of_dropped(plan)
+    elif affine == "fade":
+        plan.swaps = [(*swap[:3], _fading(*swap[1:])) for swap in plan.swaps]
+    else:
+        _fold(plan, on_unfoldable, fold_inputs, ramp)
     apply_plan(plan)
     _warn_of_untouched_rmsnorms(plan)
     return model
@@ -148,6 +161,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     replace_modules(model, {id(module): _restored(module) for _, module in swapped})
     own_configs(model)
     clear_specs(model)
+    write_specs(model)  # biases that a fold added stay, and loading has to know of them
     if fresh:
         warnings.warn(
             f"the trained gains and biases of {fresh} of {len(swapped)} norms are not at hand (a saved model does not "
@@ -208,7 +222,7 @@ class Options:
 
     norm: str = "adanorm"
     C: float = 1.0
-    k: float = 0.1
+    k: float | dict[str, float] = 0.1
     detach_mean: bool = True
     detach_variance: bool = True
     eps: float | None = None
@@ -222,7 +236,8 @@ class Options:
         _check_choice("norm", self.norm, list(NORM_CLASSES))
         _check_choice("targets", self.targets, ("layernorm", "rmsnorm", "all"))
         # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
-        AdaNorm(1, C=self.C, k=self.k)
+        for k in self.k.values() if isinstance(self.k, dict) else (self.k,):
+            AdaNorm(1, C=self.C, k=k)
         DetachNorm(1, detach_mean=self.detach_mean, detach_variance=self.detach_variance)
         if self.eps is not None:
             NoNorm(1, eps=self.eps)
@@ -231,8 +246,9 @@ class Options:
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
 
-    def group(self, source: nn.Module, info: NormInfo) -> NormGroup:
-        """What `source` becomes. Only what cannot be read off `source` without running it is spelled out."""
+    def group(self, name: str, source: nn.Module, info: NormInfo) -> NormGroup:
+        """What `source`, called `name`, becomes. Only what cannot be read off `source` without running it is
+        spelled out."""
         readable = source_settings(source)
         facts = {
             "eps": info.eps,
@@ -245,7 +261,11 @@ class Options:
         centered = self.centered if self.centered is not None else info.kind == "layernorm"
         settings: dict[str, Any] = {}
         if self.norm == "adanorm":
-            settings = {"C": float(self.C), "k": float(self.k)}
+            if isinstance(self.k, dict) and name not in self.k:
+                raise ValueError(
+                    f"k has no value for the norm {name!r}; it has {len(self.k)}: {sorted(self.k)[:3]} ..."
+                )
+            settings = {"C": float(self.C), "k": float(self.k[name] if isinstance(self.k, dict) else self.k)}
         elif self.norm == "detachnorm":
             settings = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
         return NormGroup(norm=self.norm, modules=(), centered=None if centered else False, **settings, **overrides)
@@ -275,7 +295,7 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
                 f"{row.name} is under torch.nn.utils.parametrize: replacing it would lose the parametrization. Call "
                 f"torch.nn.utils.parametrize.remove_parametrizations first, or exclude={[row.name]!r}"
             )
-        plan.swaps.append((row.name, row.module, row.info, options.group(row.module, row.info)))
+        plan.swaps.append((row.name, row.module, row.info, options.group(row.name, row.module, row.info)))
     if not plan.swaps:
         skipped = next((f" ({row.name}: {row.reason})" for row in plan.rows if row.reason), "")
         raise ValueError(
@@ -382,7 +402,7 @@ def apply_plan(plan: Plan) -> None:
     """Replace the modules and write the specs. Nothing before the first replacement changes the model."""
     fallback = next((t for t in plan.model.parameters() if t.is_floating_point()), None)
     replacements: dict[int, nn.Module] = {}
-    for _, module, _, group in plan.swaps:
+    for _, module, info, group in plan.swaps:
         if is_as(module, group):
             continue
         new = make_norm(module, group)
@@ -390,6 +410,7 @@ def apply_plan(plan: Plan) -> None:
             new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
         if not getattr(module, "is_adanorm_module", False):
             new.__dict__["_source_has_values"] = True
+        _fill_fade(new, module, info)
         _carry_dispatch_hook(module, new)
         replacements[id(module)] = new
     if not replacements:
@@ -397,6 +418,73 @@ def apply_plan(plan: Plan) -> None:
     replace_modules(plan.model, replacements)
     own_configs(plan.model)
     write_specs(plan.model)
+
+
+def _fading(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
+    """The group with gain and bias fading; a norm that was swapped before keeps the state it has."""
+    if getattr(module, "is_adanorm_module", False):
+        return replace(group, fade=module.fade)  # type: ignore[arg-type]
+    present = (("gain", info.has_gain), ("bias", info.has_bias))
+    return replace(group, fade=tuple(key for key, there in present if there))
+
+
+@torch.no_grad()
+def _fill_fade(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
+    """Take over gain and bias of the norm that is replaced as constants that fade out."""
+    if new.fade is None or getattr(source, "is_adanorm_module", False):
+        return
+    for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
+        if key in new.fade and name is not None:
+            getattr(new, f"fade_{key}").copy_(getattr(source, name).detach().add(offset))
+
+
+def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp: bool) -> None:
+    """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
+    fresh = [swap for swap in plan.swaps if not getattr(swap[1], "is_adanorm_module", False)]
+    if not fresh:  # a second call: what was folded has no gain and bias any more
+        plan.swaps = [(*swap[:3], replace(swap[3], fade=swap[1].fade)) for swap in plan.swaps]  # type: ignore[arg-type]
+        return
+    settings = {name: (group.C, group.k) for name, _, _, group in fresh if group.C is not None and group.k is not None}
+    report = fold_norms(
+        plan.model,
+        [name for name, *_ in fresh],
+        fold_inputs=inputs,
+        on_unfoldable=on_unfoldable,  # type: ignore[arg-type]
+        settings=settings,
+    )
+    kept = set(report.names("kept"))
+    if len(kept) == len(plan.swaps) and on_unfoldable != "fade":
+        why = report.norms[0]
+        raise ValueError(
+            f"none of the {len(kept)} norms can be folded ({why.name}: {why.reason}); nothing was changed. "
+            f'on_unfoldable="approximate", "calibrate" or "fade" may do'
+        )
+    at_once = on_unfoldable == "calibrate" or not ramp
+    swaps = []
+    for name, module, info, group in plan.swaps:
+        if name in kept and on_unfoldable != "fade":
+            continue
+        if name in kept:
+            group = _fading(module, info, group)
+        elif getattr(module, "is_adanorm_module", False):
+            group = replace(group, fade=module.fade)  # type: ignore[arg-type]
+        elif not at_once and group.norm == "adanorm" and (group.C, group.k) != (1.0, 0.0):
+            group = replace(group, fade=())
+        swaps.append((name, module, info, group))
+    plan.swaps = swaps
+    if kept and on_unfoldable != "fade":
+        first = next(norm for norm in report.norms if norm.name in kept)
+        warnings.warn(
+            f"{len(kept)} of {len(report.norms)} norms cannot be folded and stay as they are ({first.name}: "
+            f"{first.reason}, ...): fold_affine(model) lists each; on_unfoldable says what else can be done",
+            stacklevel=3,
+        )
+    if not ramp and on_unfoldable != "calibrate" and plan.options.norm == "adanorm":
+        warnings.warn(
+            "ramp=False sets k and C at once: the outputs of a pretrained model change a lot until it is trained "
+            "again",
+            stacklevel=3,
+        )
 
 
 def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:

@@ -15,12 +15,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .hooks import all_configs
 from .modeling_adanorm import (
+    ADDED_BIAS,
+    ADJUSTED_EPS,
     AdaNormSpec,
     NormGroup,
     SwappedNorm,
     base_prefix,
     is_own_reference,
     number_template,
+    source_settings,
 )
 
 
@@ -84,9 +87,18 @@ def resolved_spec(model: PreTrainedModel) -> AdaNormSpec | None:
     for name, module in swapped_norms(model):
         centered = None if module.centered else False
         settings = {key: value for key, value in module.settings().items() if key != "centered"}
-        group = NormGroup(norm=module.norm, modules=(), centered=centered, **settings, **module.__dict__["_overrides"])
+        group = NormGroup(
+            norm=module.norm,
+            modules=(),
+            centered=centered,
+            fade=module.fade,
+            **settings,
+            **module.__dict__["_overrides"],
+        )
         groups.setdefault(group, []).append(name)
-    if not groups:
+    biases = [name for name, module in model.named_modules() if ADDED_BIAS in module.__dict__]
+    eps = {name: module for name, module in model.named_modules() if ADJUSTED_EPS in module.__dict__}
+    if not groups and not biases and not eps:
         return None
     by_template: dict[str, set[str]] = {}
     for name, _ in model.named_modules():
@@ -97,7 +109,9 @@ def resolved_spec(model: PreTrainedModel) -> AdaNormSpec | None:
                 group, modules=tuple(_relative(name, prefix) for name in _with_stars(names, by_template))
             )
             for group, names in groups.items()
-        )
+        ),
+        biases=tuple(_relative(name, prefix) for name in _with_stars(biases, by_template)),
+        eps=tuple((_relative(name, prefix), source_settings(module)["eps"]) for name, module in eps.items()),
     )
 
 
