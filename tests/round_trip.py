@@ -26,10 +26,15 @@ SWAPS: dict[str, dict[str, Any]] = {
 
 _ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 _SEQ2SEQ = {
-    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 99, "pad_token_id": 1, "decoder_start_token_id": 1,
+    **{f"{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")},
+    "d_model": 32,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 99,
     "max_position_embeddings": 64,
-}  # fmt: skip
+    "pad_token_id": 1,
+    "decoder_start_token_id": 1,
+}
 
 
 def _bert() -> PreTrainedConfig:

@@ -1,0 +1,229 @@
+"""Which norms `include`, `exclude`, `layers` and `targets` mean."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConfig, LlamaModel
+
+from hf_adanorm import inspect_model, patch_model
+from hf_adanorm.selection import match_layers, match_names
+
+
+def bert(layers: int = 3) -> BertModel:
+    with torch.device("meta"):
+        return BertModel(
+            BertConfig(
+                hidden_size=8, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=16, vocab_size=9
+            )
+        )
+
+
+def bart(encoder_layers: int, decoder_layers: int) -> BartModel:
+    config = BartConfig(
+        d_model=8,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        vocab_size=9,
+    )
+    with torch.device("meta"):
+        return BartModel(config)
+
+
+def swapped(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if getattr(module, "is_adanorm_module", False)}
+
+
+def chosen(model: nn.Module, **options: Any) -> set[str]:
+    """What a patch swaps; the report of the same options must foretell it."""
+    foretold = {row.name for row in inspect_model(model, **options).rows if row.chosen}
+    found = swapped(patch_model(model, **options))
+    assert foretold == found
+    return found
+
+
+ALL = {"embeddings.LayerNorm"} | {
+    f"encoder.layer.{i}.{part}.LayerNorm" for i in range(3) for part in ("attention.output", "output")
+}
+
+
+def test_default_is_every_norm() -> None:
+    assert chosen(bert()) == ALL
+
+
+def test_string_is_a_regular_expression_for_the_whole_name() -> None:
+    assert chosen(bert(), include=r"encoder\.layer\.[02]\.output\.LayerNorm") == {
+        "encoder.layer.0.output.LayerNorm",
+        "encoder.layer.2.output.LayerNorm",
+    }
+
+
+def test_string_that_matches_a_part_of_the_name_only_raises() -> None:
+    with pytest.raises(ValueError, match="regular expression for the whole name"):
+        patch_model(bert(), include="attention")
+
+
+def test_list_holds_name_endings() -> None:
+    assert chosen(bert(), include=["attention.output.LayerNorm", "embeddings.LayerNorm"]) == {
+        name for name in ALL if "attention" in name or "embeddings" in name
+    }
+
+
+def test_ending_starts_at_a_dot() -> None:
+    with pytest.raises(ValueError, match="'Norm' is the ending of no norm's name"):
+        patch_model(bert(), include=["Norm"])
+
+
+def test_exclude_wins_over_include() -> None:
+    got = chosen(bert(), include=r"encoder.*", exclude=["attention.output.LayerNorm"])
+    assert got == {f"encoder.layer.{i}.output.LayerNorm" for i in range(3)}
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("patterns", [["output.LayerNorm", "atention.output.LayerNorm"], r"encoder\.layers.*"])
+def test_pattern_that_matches_nothing_raises_though_others_match(option: str, patterns: Any) -> None:
+    model = bert()
+    with pytest.raises(ValueError, match=rf"{option}.*Closest: ") as error:
+        patch_model(model, **{option: patterns})
+    closest = re.findall(r"'([^']*)'", str(error.value).rpartition("Closest: ")[2])
+    assert closest
+    assert all(any(name.endswith(found) for name in ALL) for found in closest)
+    assert not swapped(model)
+
+
+def test_closest_names_help_with_a_typing_error() -> None:
+    with pytest.raises(ValueError, match=r"Closest: 'attention\.output\.LayerNorm'"):
+        patch_model(bert(), include=["atention.output.LayerNorm"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "error"),
+    [("(", ValueError), ([], ValueError), ([""], ValueError), (3, TypeError), ([1], TypeError)],
+)
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_bad_patterns_raise_and_name_the_option(option: str, patterns: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=option):
+        patch_model(bert(), **{option: patterns})
+
+
+def test_everything_excluded_raises() -> None:
+    with pytest.raises(ValueError, match=r"no norm to swap.*embeddings\.LayerNorm: exclude"):
+        patch_model(bert(), exclude=".*")
+
+
+def test_layers_count_from_both_ends() -> None:
+    assert chosen(bert(), layers=[0]) == {n for n in ALL if ".0." in n}
+    assert chosen(bert(), layers=-1) == {n for n in ALL if ".2." in n}
+    assert chosen(bert(), layers=[0, -1]) == {n for n in ALL if ".0." in n or ".2." in n}
+
+
+def test_layers_count_within_every_stack() -> None:
+    got = chosen(bart(2, 3), layers=[-1])
+    assert {".".join(name.split(".")[:3]) for name in got} == {"encoder.layers.1", "decoder.layers.2"}
+
+
+def test_layer_that_only_one_stack_has() -> None:
+    got = chosen(bart(2, 3), layers=[2])
+    assert {".".join(name.split(".")[:3]) for name in got} == {"decoder.layers.2"}
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_layer_that_no_stack_has_raises(layer: int) -> None:
+    with pytest.raises(ValueError, match=rf"layer {layer}.*3"):
+        patch_model(bert(), layers=[0, layer])
+
+
+@pytest.mark.parametrize(
+    ("layers", "error"), [([], ValueError), ("0", TypeError), ([0.0], TypeError), ([True], TypeError)]
+)
+def test_bad_layers_raise(layers: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="layers"):
+        patch_model(bert(), layers=layers)
+
+
+def test_layers_without_a_stack_raises() -> None:
+    with pytest.raises(ValueError, match="stack of layers"):
+        patch_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), layers=[0])
+
+
+@pytest.mark.parametrize("stack", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks)])
+def test_stack_at_the_root_of_the_model(stack: Any) -> None:
+    model = stack([nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)])
+    assert chosen(model, layers=[-1]) == {"2.0"}
+
+
+def test_layers_go_together_with_include() -> None:
+    assert chosen(bert(), layers=[1], include=["attention.output.LayerNorm"]) == {
+        "encoder.layer.1.attention.output.LayerNorm"
+    }
+
+
+def llama() -> LlamaModel:
+    config = LlamaConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=9,
+    )
+    return LlamaModel(config)
+
+
+def test_targets_default_leaves_rmsnorms_alone_and_says_so() -> None:
+    with pytest.raises(ValueError, match="targets='layernorm'"):
+        patch_model(llama())
+
+
+@pytest.mark.parametrize("targets", ["rmsnorm", "all"])
+def test_targets_that_mean_rmsnorms(targets: str) -> None:
+    model = llama()
+    assert len(chosen(model, targets=targets)) == 5
+    assert not any(m.centered for m in model.modules() if getattr(m, "is_adanorm_module", False))
+
+
+def test_include_that_targets_leaves_out_names_targets() -> None:
+    with pytest.raises(ValueError, match="targets"):
+        patch_model(llama(), include=["input_layernorm"])
+
+
+@pytest.mark.parametrize(
+    "option", [{"targets": "layer_norm"}, {"norm": "ada"}, {"affine": "keep"}, {"on_unfoldable": "x"}]
+)
+def test_unknown_choice_raises_with_the_choices(option: dict[str, str]) -> None:
+    (value,) = option.values()
+    with pytest.raises(ValueError, match=rf"must be one of \[.*got '{value}'"):
+        patch_model(bert(), **option)
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "norm", "0", "1"]), min_size=1, max_size=4).map(".".join)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=8, unique=True), st.data())
+def test_endings_match_exactly_at_dots(names: list[str], data: st.DataObject) -> None:
+    ending = data.draw(st.sampled_from([".".join(n.split(".")[-k:]) for n in names for k in (1, 2)]))
+    found = match_names("include", [ending], names)
+    parts = ending.split(".")
+    assert found == {name for name in names if name.split(".")[-len(parts) :] == parts}
+    assert found
+
+
+@given(st.integers(1, 5), st.lists(st.integers(-6, 6), min_size=1, max_size=4))
+def test_layers_are_those_of_python_indexing(size: int, layers: list[int]) -> None:
+    model = nn.ModuleList([nn.Sequential(nn.LayerNorm(2)) for _ in range(size)])
+    names = [f"{i}.0" for i in range(size)]
+    if all(-size <= layer < size for layer in layers):
+        assert match_layers(model, tuple(layers), names) == {names[layer] for layer in layers}
+    else:
+        with pytest.raises(ValueError, match="layers"):
+            match_layers(model, tuple(layers), names)
