@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from sacrebleu.metrics import BLEU, CHRF
 from sacremoses import MosesDetokenizer, MosesTokenizer
 
-# `sacrebleu`: sacreBLEU's default, of plain text as it is written. `sacrebleu_lowercase`: the same of lower-cased text.
-# `bleu_tokenized_lowercase`: of lower-cased text in Moses's tokens. `chrf`: chrF2 of plain text.
+# `sacrebleu`: sacreBLEU's default, of plain text as it is written. `sacrebleu_lowercase`: the same, lower-cased.
+# `bleu_tokenized_lowercase`: of Moses's tokens, lower-cased. `chrf`: chrF2 of plain text.
 SCORES = ("sacrebleu", "sacrebleu_lowercase", "bleu_tokenized_lowercase", "chrf")
 
 

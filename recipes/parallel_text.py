@@ -1,9 +1,9 @@
 """Sentence pairs from the Hub or from local files, and the usual cleaning of IWSLT14.
 
 A local file is a table with a column for each language (.json, .jsonl, .csv, .tsv, .parquet), or plain text, one
-sentence a line: then its name holds `{lang}`, which stands for either language (`train.{lang}.gz`). Such a name may be a
-pattern; the files that match are read in the order of their names. The XML and the `train.tags` files of IWSLT are read
-as they are.
+sentence a line: then its name holds `{lang}`, which stands for either language (`train.{lang}.gz`). Such a name may be
+a pattern; the files that match are read in the order of their names. The XML and the `train.tags` files of IWSLT are
+read as they are.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def _columns(data: Dataset, split: str, options: ParallelOptions) -> Dataset:
     if column is not None:
         if column not in data.column_names:
             raise DataError(
-                f"--translation_column {column!r}: the {split} split has only {', '.join(map(repr, data.column_names))}"
+                f"--translation_column {column!r}: the {split} split has only "
+                f"{', '.join(map(repr, data.column_names))}"
             )
         data = data.flatten().rename_columns(
             {
@@ -152,8 +153,7 @@ def _read_text_pair(pattern: str, split: str, options: ParallelOptions) -> Datas
 
 def _sentences(path: Path) -> Iterator[str]:
     """The sentences of a file, by its name: IWSLT's XML, IWSLT's `train.tags`, or one a line."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-    with opened as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         # Only "\n" ends a line: others, U+2028 say, occur inside sentences and would shift the alignment.
         lines = file.read().decode("utf-8").split("\n")
     if lines and not lines[-1]:
@@ -196,6 +196,6 @@ def _clean(data: Dataset, options: ParallelOptions) -> list[int]:
     kept = []
     for number, (source, target) in enumerate(zip(data[SOURCE], data[TARGET], strict=True)):
         a, b = len(source.split()), len(target.split())
-        if 1 <= min(a, b) and max(a, b) <= longest and max(a, b) <= ratio * min(a, b):
+        if min(a, b) >= 1 and max(a, b) <= longest and max(a, b) <= ratio * min(a, b):
             kept.append(number)
     return kept

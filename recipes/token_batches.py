@@ -111,7 +111,7 @@ def token_batches(
 ) -> Iterator[tuple[int, list[Any]]]:
     """Yield `(target_tokens, micro_batches)` for every optimiser step of an epoch after the first `skip`.
 
-    `target_tokens` counts the step's over all micro-batches and processes; `micro_batches` are this process's, collated.
+    `target_tokens` counts those of all micro-batches and processes; `micro_batches` are this process's, collated.
     """
     batches = train_batches(dataset, plan, epoch, collate=collate, rank=rank, skip=skip, workers=workers)
     for step, (_, micro_batches) in zip(plan.steps(epoch)[skip:], batches, strict=True):

@@ -3,8 +3,8 @@
     python recipes/translate.py --model outputs/run/best --input source.txt --output translations.txt
 
 One sentence a line; gzip is read by its ending. Beam size, length penalty and language tokens are those saved with the
-model. The translation recipe runs this in a fresh process, so that its test scores are those of the model as others load
-it.
+model. The translation recipe runs this in a fresh process, so that its test scores are those of the model as others
+load it.
 """
 
 import argparse

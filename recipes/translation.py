@@ -3,9 +3,9 @@
     accelerate launch recipes/translation.py --config recipes/configs/demo_en_de.yaml --norm adanorm --output_dir out/a
     accelerate launch --multi_gpu recipes/translation.py --config recipes/configs/iwslt14_de_en.yaml
 
-A fresh model from `model_config` with a joint BPE tokeniser, or a pretrained one by name or folder; data by Hub id, from
-tables or from plain text files; every option of `patch_model`. Batches are filled by `max_tokens`; a step's loss is
-divided by its target tokens over all micro-batches and processes. The same command, started again, goes on from the
+A fresh model from `model_config` with a joint BPE tokeniser, or a pretrained one by name or folder; data by Hub id,
+from tables or from plain text files; every option of `patch_model`. Batches are filled by `max_tokens`; a step's loss
+is divided by its target tokens over all micro-batches and processes. The same command, started again, goes on from the
 newest complete checkpoint in `output_dir`, in the middle of an epoch too.
 
 In `output_dir`: `results.json`; the best model as `best/` (model, tokeniser and the settings of its search: translate

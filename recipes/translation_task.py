@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,8 +56,8 @@ class TranslationModelOptions:
     activation_dropout: float | None = option(None, "dropout after the feed-forward activation")
     initialization: Literal["model", "xavier", "kaiming"] = option(
         "model",
-        "initialisation of a fresh model: the model's own; Xavier as in fairseq; or, as in the paper's De-En runs, Xavier "
-        "with Kaiming for the attention",
+        "initialisation of a fresh model: the model's own; Xavier, as in fairseq; or, as in the paper's De-En runs, "
+        "Xavier with Kaiming for the attention",
     )
 
 
@@ -65,8 +65,8 @@ class TranslationModelOptions:
 class TranslationTask:
     """What the training loop needs to know.
 
-    `raw` holds the text columns of every split, `splits` their `input_ids` and `labels`, `lengths` the number of tokens
-    on each side.
+    `raw` holds the text columns of every split, `splits` their `input_ids` and `labels`, `lengths` the numbers of
+    tokens of sources and of targets. `restore` makes plain text of what was decoded.
     """
 
     raw: dict[str, Dataset]
@@ -76,7 +76,6 @@ class TranslationTask:
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
     build_model: Callable[[], PreTrainedModel]
     restore: Callable[[list[str]], list[str]]
-    generation: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare_translation(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> TranslationTask:
