@@ -7,6 +7,7 @@ config file (options ending in `_file`) are relative to that file, paths on the 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 T = TypeVar("T")
 
@@ -117,9 +118,14 @@ FREE_OPTIONS = frozenset(
 )
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's types and defaults, the description as it is laid out."""
+
+
 def build_parser(options_class: type[Any], description: str | None = None) -> ArgumentParser:
     """A parser with one flag for each field of `options_class`, and `--config`."""
-    parser = ArgumentParser(usage="%(prog)s [--config FILE] [--OPTION VALUE ...]", description=description)
+    usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
+    parser = ArgumentParser(usage=usage, description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", type=str | None, default=None, help="YAML file that sets any of the options below")
     hints = typing.get_type_hints(options_class)
     groups = {}
@@ -182,7 +188,7 @@ def parse_options(options_class: type[T], argv: list[str] | None = None, descrip
             parser.error(str(error))
         base = parser.parse_object(values, namespace=base)
     for argument in argv:
-        name = argument[2:].split("=", 1)[0].split(".", 1)[0]
+        name = argument[2:].split("=", 1)[0].split(".", 1)[0].rstrip("+")
         if argument.startswith("--") and name and name not in names | {"config", "help"}:
             close = difflib.get_close_matches(name, names, n=1)
             parser.error(f"unknown option --{name}" + (f"; did you mean --{close[0]}?" if close else ""))
