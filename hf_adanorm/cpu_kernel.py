@@ -1,8 +1,8 @@
-"""AdaNorm's forward and backward pass as one loop each over a row, for training on a CPU.
+"""The forward and the backward pass of AdaNorm and DetachNorm as one loop each, for training on a CPU.
 
 The norm is bound by memory: made of torch's own operators it reads and writes the activations twice as often as a
 fused loop has to. The loop is plain C, compiled on first use with the system's C compiler (well under a second) and
-kept in the user's cache folder; without a compiler, or for a dtype that it does not serve, AdaNorm runs on torch's
+kept in the user's cache folder; without a compiler, or for a dtype that it does not serve, the norms run on torch's
 operators as everywhere else. The threads are those of torch: the OpenMP symbols resolve to the runtime that torch has
 loaded already, so there is no second pool of threads, and `torch.set_num_threads` holds.
 """
@@ -49,8 +49,8 @@ static float mean_##NAME(const T *restrict x, int64_t H) {                      
   for (int64_t j = 0; j < H; j++) mean += LOAD(x[j]);                                                             \
   return mean / H;                                                                                                \
 }                                                                                                                 \
-void adanorm_forward_##NAME(const T *restrict X, T *restrict Z, float *restrict MEAN, float *restrict RSTD,       \
-                            int64_t rows, int64_t H, float eps, float C, float k, int threads) {                  \
+void forward_##NAME(const T *restrict X, T *restrict Z, float *restrict MEAN, float *restrict RSTD,               \
+                    int64_t rows, int64_t H, float eps, float C, float k, int threads) {                          \
   SIMD(omp parallel for num_threads(threads) if(threads > 1))                                                     \
   for (int64_t i = 0; i < rows; i++) {                                                                            \
     const T *restrict x = X + i * H; T *restrict z = Z + i * H;                                                   \
@@ -64,10 +64,11 @@ void adanorm_forward_##NAME(const T *restrict X, T *restrict Z, float *restrict 
     for (int64_t j = 0; j < H; j++) { float y = (LOAD(x[j]) - mean) * rstd; z[j] = STORE(C * (1 - k * y) * y); }  \
   }                                                                                                               \
 }                                                                                                                 \
-/* dy = phi(y) * dz with phi constant; dx = rstd * (dy - mean(dy) - y * mean(dy * y)) */                          \
-void adanorm_backward_##NAME(const T *restrict X, const T *restrict DZ, T *restrict DX,                           \
-                             const float *restrict MEAN, const float *restrict RSTD,                              \
-                             int64_t rows, int64_t H, float C, float k, int threads) {                            \
+/* dy = phi(y) * dz with phi constant; dx = rstd * (dy - mean(dy) - y * mean(dy * y)). The second term comes      \
+   from the mean and the third from the standard deviation: a factor of 0 takes that one for a constant. */       \
+void backward_##NAME(const T *restrict X, const T *restrict DZ, T *restrict DX,                                   \
+                     const float *restrict MEAN, const float *restrict RSTD, int64_t rows, int64_t H,             \
+                     float C, float k, float through_mean, float through_std, int threads) {                      \
   SIMD(omp parallel for num_threads(threads) if(threads > 1))                                                     \
   for (int64_t i = 0; i < rows; i++) {                                                                            \
     const T *restrict x = X + i * H; const T *restrict dz = DZ + i * H; T *restrict dx = DX + i * H;              \
@@ -77,12 +78,23 @@ void adanorm_backward_##NAME(const T *restrict X, const T *restrict DZ, T *restr
       float y = (LOAD(x[j]) - mean) * rstd, dy = C * (1 - k * y) * LOAD(dz[j]);                                   \
       mean_dy += dy; mean_dyy += dy * y;                                                                          \
     }                                                                                                             \
-    mean_dy /= H; mean_dyy /= H;                                                                                  \
+    mean_dy *= through_mean / H; mean_dyy *= through_std / H;                                                     \
     SIMD(omp simd)                                                                                                \
     for (int64_t j = 0; j < H; j++) {                                                                             \
       float y = (LOAD(x[j]) - mean) * rstd, dy = C * (1 - k * y) * LOAD(dz[j]);                                   \
       dx[j] = STORE(rstd * (dy - mean_dy - y * mean_dyy));                                                        \
     }                                                                                                             \
+  }                                                                                                               \
+}                                                                                                                 \
+/* The same for phi = 1 and a constant standard deviation, which needs no x. */                                   \
+void backward_constant_std_##NAME(const T *restrict DZ, T *restrict DX, const float *restrict RSTD,               \
+                                  int64_t rows, int64_t H, float through_mean, int threads) {                     \
+  SIMD(omp parallel for num_threads(threads) if(threads > 1))                                                     \
+  for (int64_t i = 0; i < rows; i++) {                                                                            \
+    const T *restrict dz = DZ + i * H; T *restrict dx = DX + i * H;                                               \
+    float rstd = RSTD[i], mean_dy = through_mean ? through_mean * mean_##NAME(dz, H) : 0;                         \
+    SIMD(omp simd)                                                                                                \
+    for (int64_t j = 0; j < H; j++) dx[j] = STORE(rstd * (LOAD(dz[j]) - mean_dy));                                \
   }                                                                                                               \
 }
 DEFINE(float32, float, AS_IS, AS_IS)
@@ -106,8 +118,12 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _MIN_PARALLEL = 32_768  # elements: below, waking threads up costs more than they save (torch's own grain size)
 
 _pointer, _long, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_FORWARD_TYPES = [*[_pointer] * 4, _long, _long, _float, _float, _float, _int]
-_BACKWARD_TYPES = [*[_pointer] * 5, _long, _long, _float, _float, _int]
+_ARGUMENTS = {
+    "forward": [*[_pointer] * 4, _long, _long, _float, _float, _float, _int],
+    "backward": [*[_pointer] * 5, _long, _long, _float, _float, _float, _float, _int],
+    "backward_constant_std": [*[_pointer] * 3, _long, _long, _float, _int],
+}
+_Library = dict[tuple[str, torch.dtype], Callable[..., None]]
 
 
 def supports(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
@@ -121,12 +137,12 @@ def supports(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
     )
 
 
-def adanorm_forward(x: Tensor, eps: float, C: float, k: float) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, eps: float, C: float = 1.0, k: float = 0.0) -> tuple[Tensor, Tensor]:
     """z = C * (1 - k * y) * y with y = (x - mean) * rstd, over the last axis.
 
     Args:
         x: (*, H), float32 or bfloat16, in any layout (a copy is made of one that is not contiguous).
-        eps, C, k: as in `AdaNorm`.
+        eps, C, k: as in `AdaNorm`; the defaults give z = y.
 
     Returns:
         z of x's shape and dtype, contiguous; and what the backward pass needs besides x, float32: for float32 input
@@ -140,24 +156,44 @@ def adanorm_forward(x: Tensor, eps: float, C: float, k: float) -> tuple[Tensor, 
     rows = x.numel() // H
     z = torch.empty_like(x)
     stats = torch.empty((2 if x.dtype == torch.float32 else 1, rows), dtype=torch.float32)
-    library["adanorm_forward", x.dtype](
+    library["forward", x.dtype](
         *(x.data_ptr(), z.data_ptr(), *_addresses(stats)),
         *(rows, H, eps, C, k, _num_threads(x)),
     )
     return z, stats
 
 
-def adanorm_backward(dz: Tensor, x: Tensor, stats: Tensor, C: float, k: float) -> Tensor:
-    """dl/dx of AdaNorm from dl/dz (shape and dtype of x), with the statistics that `adanorm_forward` returned."""
+def backward(
+    dz: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    C: float = 1.0,
+    k: float = 0.0,
+    through_mean: bool = True,
+    through_std: bool = True,
+) -> Tensor:
+    """dl/dx from dl/dz (of x's shape and dtype), phi taken for a constant.
+
+    Args:
+        x, stats: what `forward` was given and what it returned; x may be None with k = 0, C = 1 and a constant std.
+        through_mean, through_std: False takes the statistic for a constant, as DetachNorm does.
+    """
     library = _library()
     assert library is not None
-    x, dz = x.contiguous(), dz.contiguous()
-    H = x.shape[-1]
-    dx = torch.empty_like(x)
-    library["adanorm_backward", x.dtype](
-        *(x.data_ptr(), dz.data_ptr(), dx.data_ptr(), *_addresses(stats)),
-        *(x.numel() // H, H, C, k, _num_threads(x)),
-    )
+    dz = dz.contiguous()
+    H = dz.shape[-1]
+    dx = torch.empty_like(dz)
+    rows, threads = dz.numel() // H, _num_threads(dz)
+    if x is None:
+        library["backward_constant_std", dz.dtype](
+            dz.data_ptr(), dx.data_ptr(), stats.data_ptr(), rows, H, through_mean, threads
+        )
+    else:
+        x = x.contiguous()
+        library["backward", x.dtype](
+            *(x.data_ptr(), dz.data_ptr(), dx.data_ptr(), *_addresses(stats)),
+            *(rows, H, C, k, through_mean, through_std, threads),
+        )
     return dx
 
 
@@ -172,15 +208,15 @@ def _num_threads(x: Tensor) -> int:
 
 
 @functools.cache
-def _library() -> dict[tuple[str, torch.dtype], Callable[..., None]] | None:
+def _library() -> _Library | None:
     """The compiled functions by name and dtype, or None where they cannot be had; tried once a process."""
     try:
         handle = ctypes.CDLL(str(_compiled()), mode=os.RTLD_NOW)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.info("AdaNorm runs on torch's operators, its CPU loop is not available: %s", error)
+        logger.info("The norms run on torch's operators, their CPU loops are not available: %s", error)
         return None
-    library: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
-    for name, types in (("adanorm_forward", _FORWARD_TYPES), ("adanorm_backward", _BACKWARD_TYPES)):
+    library: _Library = {}
+    for name, types in _ARGUMENTS.items():
         for dtype, suffix in _NAMES.items():
             function = getattr(handle, f"{name}_{suffix}")
             function.argtypes, function.restype = types, None
@@ -188,11 +224,11 @@ def _library() -> dict[tuple[str, torch.dtype], Callable[..., None]] | None:
     return library if _agrees(library) else None
 
 
-def _agrees(library: dict[tuple[str, torch.dtype], Callable[..., None]]) -> bool:
+def _agrees(library: _Library) -> bool:
     """One small row by hand: a compiler that gets it wrong must not train anyone's model."""
     x = torch.tensor([-1.0, 1.0, -1.0, 1.0])
     z, stats = torch.empty_like(x), torch.empty(2)
-    library["adanorm_forward", torch.float32](
+    library["forward", torch.float32](
         x.data_ptr(), z.data_ptr(), stats.data_ptr(), stats.data_ptr() + 4, 1, 4, 0.0, 1.0, 0.1, 1
     )
     return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(z.tolist(), [-1.1, 0.9, -1.1, 0.9], strict=True))
@@ -229,7 +265,7 @@ def _compiled() -> Path:
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
-        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
 
 
 def _cache_folder() -> Path:

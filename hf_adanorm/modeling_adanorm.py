@@ -44,7 +44,7 @@ ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"
 
 _HALF = (torch.float16, torch.bfloat16)  # computed in float32 inside, rounded once at the end
 
-# A fused AdaNorm for training on a CPU, or None: importing the package puts `hf_adanorm.cpu_kernel` here.
+# Fused loops for training on a CPU, or None: importing the package puts `hf_adanorm.cpu_kernel` here.
 cpu_kernel: Any = None
 
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -146,7 +146,7 @@ class _AdaNormFunction(torch.autograd.Function):
         ctx.arguments = (normalized_shape, eps, C, k, centered, dtype)
         ctx.kernel = kernel
         if kernel is not None:
-            z, stats = kernel.adanorm_forward(x, eps, C, k)
+            z, stats = kernel.forward(x, eps, C, k)
             ctx.save_for_backward(x, stats)
             return cast(Tensor, z)
         ctx.save_for_backward(x)
@@ -160,7 +160,7 @@ class _AdaNormFunction(torch.autograd.Function):
             z = _adanorm_written(x, normalized_shape, eps, C, k, centered, dtype)
             dx = torch.autograd.grad(z, x, dz, create_graph=True)[0]
         elif ctx.kernel is not None:
-            dx = ctx.kernel.adanorm_backward(dz, x, stats[0], C, k)
+            dx = ctx.kernel.backward(dz, x, stats[0], C, k)
         else:
             dx = _adanorm_backward(_upcast(dz), _upcast(x), normalized_shape, eps, C, k, centered).to(x.dtype)
         return (dx, *[None] * 7)
@@ -224,9 +224,15 @@ class _DetachNormFunction(torch.autograd.Function):
         detach_mean: bool,
         detach_variance: bool,
         dtype: torch.dtype,
+        kernel: Any,
     ) -> Tensor:
         ctx.arguments = (normalized_shape, eps, centered, detach_mean, detach_variance, dtype)
         ctx.input_dtype = x.dtype
+        ctx.kernel = kernel
+        if kernel is not None:
+            y, stats = kernel.forward(x, eps)
+            ctx.save_for_backward(stats, *(() if detach_variance else (x,)))
+            return cast(Tensor, y)
         if centered:
             y, mean, rstd = torch.native_layer_norm(
                 x.to(dtype), normalized_shape, _ones(x, normalized_shape), None, eps
@@ -238,27 +244,32 @@ class _DetachNormFunction(torch.autograd.Function):
         if detach_variance:
             ctx.save_for_backward(rstd)
         else:
-            ctx.save_for_backward(rstd, mean, x)
+            ctx.save_for_backward(rstd, x, mean)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         normalized_shape, eps, centered, detach_mean, detach_variance, dtype = ctx.arguments
         rstd, *rest = ctx.saved_tensors
-        if detach_variance:
+        if not detach_variance and torch.is_grad_enabled():  # to be differentiated again
+            y = _detachnorm_written(rest[0], normalized_shape, eps, centered, detach_mean, detach_variance, dtype)
+            dx = torch.autograd.grad(y, rest[0], dy, create_graph=True)[0]
+        elif ctx.kernel is not None and not torch.is_grad_enabled():
+            x = None if detach_variance else rest[0]
+            dx = ctx.kernel.backward(dy, x, rstd, through_mean=not detach_mean, through_std=not detach_variance)
+        elif detach_variance:
+            if ctx.kernel is not None:
+                rstd = rstd[0].view(*dy.shape[:-1], 1)
             if centered and not detach_mean:
                 dy = _upcast(dy)
                 dy = dy - dy.mean(_dims(normalized_shape), keepdim=True)
             dx = dy * rstd
-        elif torch.is_grad_enabled():  # to be differentiated again
-            y = _detachnorm_written(rest[1], normalized_shape, eps, centered, detach_mean, detach_variance, dtype)
-            dx = torch.autograd.grad(y, rest[1], dy, create_graph=True)[0]
         else:  # the gradient of an ordinary LayerNorm, and what its mean took away
-            mean, x = rest
+            x, mean = rest
             dy = _upcast(dy)
             dx = _layer_norm_backward(dy, _upcast(x), normalized_shape, mean, rstd)
             dx = dx.add_(dy.mean(_dims(normalized_shape), keepdim=True).mul_(rstd))
-        return (dx.to(ctx.input_dtype), *[None] * 6)
+        return (dx.to(ctx.input_dtype), *[None] * 7)
 
 
 def _check_number(name: str, value: Any, *, minimum: float, inclusive: bool) -> float:
@@ -408,6 +419,13 @@ class SwappedNorm(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _kernel(self, x: Tensor, dtype: torch.dtype) -> Any:
+        """The fused loops where they serve. Not in eval mode, so that a model computes the same bits there with and
+        without the package."""
+        if cpu_kernel is None or not (self.training and self.centered and dtype == x.dtype and x.requires_grad):
+            return None
+        return cpu_kernel if cpu_kernel.supports(x, self.normalized_shape) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` of shape (*, *normalized_shape), or (N, C, *) with channels_first; same shape, and the
         dtype that `nn.LayerNorm` would give."""
@@ -518,11 +536,7 @@ class AdaNorm(SwappedNorm):
             return _adanorm_written(x, *arguments)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return _adanorm_forward(x, *arguments)
-        # Not in eval mode, so that a model computes the same bits there with and without the package.
-        kernel = cpu_kernel if self.training and self.centered and dtype == x.dtype else None
-        if kernel is not None and not kernel.supports(x, self.normalized_shape):
-            kernel = None
-        return cast(Tensor, _AdaNormFunction.apply(x, *arguments, kernel))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _AdaNormFunction.apply(x, *arguments, self._kernel(x, dtype)))  # type: ignore[no-untyped-call]
 
     def _faded(self, x: Tensor) -> Tensor:
         h, bias = self._faded_affine(x)  # h = gain * y + bias
@@ -589,7 +603,7 @@ class DetachNorm(SwappedNorm):
         arguments = (self.normalized_shape, self.eps, self.centered, *flags, dtype)
         if _is_recorded(x):
             return _detachnorm_written(x, *arguments)
-        return cast(Tensor, _DetachNormFunction.apply(x, *arguments))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _DetachNormFunction.apply(x, *arguments, self._kernel(x, dtype)))  # type: ignore[no-untyped-call]
 
 
     def _faded(self, x: Tensor) -> Tensor:
@@ -854,6 +868,8 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
         new.__dict__["_source_has_values"] = source.__dict__["_source_has_values"]
     else:
         new.__dict__["_source"] = source
+        if source.__dict__.get(ADJUSTED_EPS):  # the config's eps is another
+            overrides.setdefault("eps", new.eps)
     new.__dict__["_overrides"] = overrides
     for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         new.__dict__[key] = source.__dict__[key]
@@ -947,7 +963,9 @@ def apply_spec(model: nn.Module, spec: AdaNormSpec) -> None:
     without_bias: list[nn.Module] = []
     for found, module in (pair for name in spec.biases for pair in named(name)):
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            raise ValueError(f"config.adanorm gives a bias to {found!r}, a {type(module).__name__} and no linear layer")
+            raise ValueError(
+                f"config.adanorm gives a bias to {found!r}, a {type(module).__name__} and no linear layer"
+            )
         if module.bias is None:
             without_bias.append(module)
     for found, module in (pair for name, _ in spec.eps for pair in named(name)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import shutil
+import sys
 
 import pytest
 import torch
@@ -196,11 +198,17 @@ def test_the_authors_form_of_the_others(norm):
 # ---------------------------------------------------------------------------------------------------- numerics
 
 
+def need_compiler() -> None:
+    if not (sys.platform == "linux" and shutil.which("gcc")):
+        pytest.skip("the loops need gcc on Linux")
+    assert cpu_kernel._library() is not None, "the loops did not compile"
+
+
 @pytest.fixture(params=["torch", "loop"])
 def kernel(request, monkeypatch):
     """AdaNorm on torch's operators, and on the loop that serves training on a CPU."""
-    if request.param == "loop" and cpu_kernel._library() is None:
-        pytest.skip("no C compiler here")
+    if request.param == "loop":
+        need_compiler()
     monkeypatch.setattr(modeling_adanorm, "cpu_kernel", cpu_kernel if request.param == "loop" else None)
     return request.param
 
@@ -364,19 +372,18 @@ def test_saves_no_more_than_nn_layernorm(norm, dtype, kernel):
 
 
 def test_the_loop_agrees_with_torch_and_with_itself_on_threads():
-    if cpu_kernel._library() is None:
-        pytest.skip("no C compiler here")
+    need_compiler()
     x, dz = random(300, 257, dtype=torch.float32) + 5, random(300, 257, dtype=torch.float32, seed=1)
-    z, stats = cpu_kernel.adanorm_forward(x, 1e-5, 1.3, 0.07)
+    z, stats = cpu_kernel.forward(x, 1e-5, 1.3, 0.07)
     torch.testing.assert_close(z, modeling_adanorm._adanorm_forward(x, (257,), 1e-5, 1.3, 0.07, True, x.dtype))
     torch.testing.assert_close(stats[1], x.mean(-1))
-    dx = cpu_kernel.adanorm_backward(dz, x, stats, 1.3, 0.07)
+    dx = cpu_kernel.backward(dz, x, stats, 1.3, 0.07)
     torch.testing.assert_close(dx, modeling_adanorm._adanorm_backward(dz, x, (257,), 1e-5, 1.3, 0.07, True))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert torch.equal(cpu_kernel.adanorm_forward(x, 1e-5, 1.3, 0.07)[0], z)
-        assert torch.equal(cpu_kernel.adanorm_backward(dz, x, stats, 1.3, 0.07), dx)
+        assert torch.equal(cpu_kernel.forward(x, 1e-5, 1.3, 0.07)[0], z)
+        assert torch.equal(cpu_kernel.backward(dz, x, stats, 1.3, 0.07), dx)
     finally:
         torch.set_num_threads(before)
 
@@ -394,6 +401,22 @@ def test_without_a_compiler_the_loop_is_left_out(monkeypatch, tmp_path):
         assert not list(tmp_path.rglob("*.so"))
     finally:
         cpu_kernel._library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [DETACHED, MEAN_DETACHED, VARIANCE_DETACHED])
+def test_the_loops_of_detachnorm_agree_with_torch(norm, dtype, monkeypatch):
+    need_compiler()
+    x, dz = random(3, 50, 65, dtype=dtype), random(3, 50, 65, dtype=dtype, seed=1)
+    results = []
+    for kernel in (cpu_kernel, None):
+        monkeypatch.setattr(modeling_adanorm, "cpu_kernel", kernel)
+        low = leaf(x)
+        y = make(norm, 65)(low)
+        (dx,) = torch.autograd.grad(y, low, dz, retain_graph=True)
+        (again,) = torch.autograd.grad(y, low, dz, create_graph=True)
+        results.append((y, dx, again))
+    torch.testing.assert_close(*results)
 
 
 def test_eval_mode_gives_the_same_bits_with_and_without_a_graph():
