@@ -65,6 +65,9 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
         log_with=list(run.report_to) or None,
         project_dir=run.output_dir,
     )
+    if accelerator.state.deepspeed_plugin is not None:
+        # DeepSpeed asks for the size of a batch where no data loader is prepared; it only enters its own reports.
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     set_seed(run.seed)
     if not (accelerator.is_main_process and run.progress_bar and sys.stderr.isatty()):
         # In a log file bars are noise; the loop's own lines tell where it stands.

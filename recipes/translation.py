@@ -47,6 +47,7 @@ from options import (
 from parallel_text import SOURCE
 from results import versions
 from token_batches import TokenPlan, token_batches
+from torch.distributed.fsdp import register_fsdp_forward_method
 from training import (
     EXIT_DIVERGED,
     NonFiniteError,
@@ -61,6 +62,7 @@ from training import (
     optimizer_step,
     set_learning_rate,
 )
+from transformers import AutoModelForSeq2SeqLM
 from translation_task import (
     IGNORED,
     TranslationDataOptions,
@@ -72,6 +74,8 @@ from translation_task import (
     source_texts,
 )
 from weight_average import load_average
+
+from hf_adanorm.fading import fade_at, finish_fading, set_fade
 
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
@@ -97,6 +101,9 @@ class TranslationOptions(
         None, "stop after so many evaluations in a row without a better best_metric"
     )
     average_checkpoints: int = option(0, "also test the mean of the weights of the last so many checkpoints")
+    fade_ratio: float = option(
+        0.6, "with --affine fade: share of all steps over which trained gains and biases fade out"
+    )
 
 
 def check_options(options: TranslationOptions, accelerator: Accelerator) -> None:
@@ -106,6 +113,8 @@ def check_options(options: TranslationOptions, accelerator: Accelerator) -> None
         value = getattr(options, name)
         if value is not None and value < 1:
             raise OptionError(f"--{name} must be positive, got {value}")
+    if not 0 < options.fade_ratio <= 1:
+        raise OptionError(f"--fade_ratio must be in (0, 1], got {options.fade_ratio}")
     if not 0 <= options.label_smoothing < 1:
         raise OptionError(f"--label_smoothing must be in [0, 1), got {options.label_smoothing}")
     if options.average_checkpoints < 0 or options.average_checkpoints == 1:
@@ -219,6 +228,7 @@ def train(
             for num_tokens, micro_batches in steps:
                 lr = learning_rate_at(progress.step, total_steps, options)
                 set_learning_rate(optimizer, lr)
+                fade(unwrapped, progress.step, total_steps, options)
                 step_loss = torch.zeros((), device=accelerator.device)
                 for batch in micro_batches:
                     batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
@@ -235,7 +245,8 @@ def train(
                         )
                         accelerator.backward(loss / num_tokens * undo_mean)
                     step_loss += loss.detach() / num_tokens
-                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options)
+                batch["decoder_input_ids"] = inputs
+                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options, batch)
                 progress.step += 1
                 progress.epoch_step += 1
                 progress.skipped_steps += not applied
@@ -261,8 +272,9 @@ def train(
                 )
                 if evaluate_now:
                     stopwatch.pause()
+                    faded = fade(unwrapped, progress.step, total_steps, options)
                     scores = evaluate(accelerator, model, task, options)
-                    note_scores(accelerator, model, task, checkpoints, progress, scores, options)
+                    note_scores(accelerator, model, task, checkpoints, progress, scores, options, eligible=faded)
                     last |= should_stop(progress, options)
                     stopwatch.resume()
                 interrupted = interruption.requested()
@@ -280,6 +292,15 @@ def train(
                 if last:
                     break
     return progress
+
+
+def fade(model: torch.nn.Module, step: int, total_steps: int, options: TranslationOptions) -> bool:
+    """Move a fade to where it is after `step` steps; whether it has arrived (always, where nothing fades)."""
+    if options.affine != "fade" or options.norm == "layernorm":
+        return True
+    progress = fade_at(step, max(round(options.fade_ratio * total_steps), 1))
+    set_fade(model, progress)
+    return progress == 1
 
 
 def should_stop(progress: Progress, options: TranslationOptions) -> bool:
@@ -308,8 +329,10 @@ def note_scores(
     progress: Progress,
     scores: dict[str, float],
     options: TranslationOptions,
+    *,
+    eligible: bool,
 ) -> None:
-    """Record an evaluation; save the model when it is the best so far (the earlier one of equals)."""
+    """Record an evaluation; save the model when it is eligible and the best so far (the earlier one of equals)."""
     progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
     accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
     shown = ", ".join(
@@ -318,10 +341,17 @@ def note_scores(
     accelerator.print(f"step {progress.step}: validation {shown}")
     sign = -1 if options.best_metric == "loss" else 1
     best = progress.best_metrics.get(options.best_metric)
-    if best is not None and sign * scores[options.best_metric] <= sign * best:
+    if not eligible or (best is not None and sign * scores[options.best_metric] <= sign * best):
         return
     checkpoints.save_best(progress.step, lambda folder: save_model(accelerator, model, task, folder))
     progress.best_step, progress.best_metrics = progress.step, scores
+
+
+def finish_saved_fade(folder: Path) -> None:
+    """Drop the state of a completed fade from a saved model: a plain patched model remains."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    finish_fading(model)
+    model.save_pretrained(folder)
 
 
 def test_scores(
@@ -377,6 +407,8 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(options.seed, device_specific=True)  # other dropout masks on every process
     optimizer = make_optimizer(model, options)
     model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2:  # beam search enters below the forward pass, where parameters would be left in shards
+        register_fsdp_forward_method(model, "generate")
     if options.report_to:
         accelerator.init_trackers("translation", config={k: str(v) for k, v in asdict(options).items()})
     num_pairs, num_tokens = len(task.splits["train"]), sum(task.lengths["train"][1])
@@ -408,6 +440,9 @@ def main(argv: list[str] | None = None) -> None:
         scores = evaluate(accelerator, model, task, options)
         save_model(accelerator, model, task, folders["average_"])
         results |= {"average_steps": steps, "average_validation": scores}
+    if options.affine == "fade" and options.norm != "layernorm" and accelerator.is_main_process:
+        for folder in {*folders.values(), output_dir / "last"}:
+            finish_saved_fade(folder)
     precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
     accelerator.end_training()  # the other processes are done: they need not wait for the test
     if not is_main:
