@@ -9,11 +9,12 @@ trivial ones (so that a lost gain or a lost norm shows in the output), `inputs` 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +120,9 @@ _CAPS = {"max_position_embeddings": 128, "n_positions": 128, "max_source_positio
          "shape_vocab_size": 40, "pronunciation_vocab_size": 40}  # fmt: skip
 
 
+_STAGES = ("depths", "hidden_sizes", "embed_dims", "stage_dims")
+
+
 def _sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
@@ -142,6 +146,7 @@ def shrink(config: PreTrainedConfig, width: int | None, factor: int | None, laye
     """Make `config` small in place: widths all equal to `width`, or all divided by `factor`."""
     for part in _whole(config):
         _shrink_part(part, width, factor, layers)
+        _fit_rope(part)
 
 
 def _width(name: str, value: int, width: int | None, factor: int | None) -> int:
@@ -165,7 +170,12 @@ def _shrink_part(config: PreTrainedConfig, width: int | None, factor: int | None
     depth = next(
         (old[k] for k in ("num_hidden_layers", "n_layer", "num_layers", "depth") if isinstance(old.get(k), int)), None
     )
-    special = {}
+    if any(isinstance(old.get(k), (list, tuple)) and len(old[k]) == depth for k in _STAGES):
+        depth = None  # it counts stages: lists of that length must keep it
+    wanted = old.get("_out_indices") or ()
+    if "stage_names" in old and depth is not None:
+        layers = max(layers, len(wanted))  # a backbone that hands out several layers needs that many
+    special: dict[str, int] = {}
     next_id = 0
     for name, value in old.items():
         if name.startswith("_") or isinstance(value, (bool, str, PreTrainedConfig)) or value is None:
@@ -178,13 +188,14 @@ def _shrink_part(config: PreTrainedConfig, width: int | None, factor: int | None
             _set(config, name, _shrink_int(name, value, width, factor, layers, old))
         elif isinstance(value, (list, tuple)) and value:
             _set(config, name, _shrink_list(name, value, width, factor, layers, depth))
-        elif isinstance(value, dict) and width is not None:
-            _shrink_rope(value, width // 8)
-        elif isinstance(value, dict) and factor is not None:
-            _shrink_rope(value, None, factor)
     for name in special:  # ids of special tokens move below the vocabulary's new end, all different
         _set(config, name, VOCAB - 10 - next_id)
         next_id += 1
+    if "stage_names" in old and depth is not None:
+        names = list(old["stage_names"])[: layers + 1]
+        count = max(1, len(wanted))
+        config.stage_names = names
+        config._out_features, config._out_indices = names[-count:], list(range(len(names)))[-count:]
     if isinstance(old.get("eos_token_id"), (list, tuple)):
         _set(config, "eos_token_id", 2)
 
@@ -194,19 +205,29 @@ def _shrink_int(name: str, value: int, width: int | None, factor: int | None, la
         return min(value, _EXPERTS[name])
     if name in _CAPS:
         return min(value, _CAPS[name])
-    if re.fullmatch(r"(\w+_)?vocab_size|vocabulary_size|n_tokens", name):
+    if re.fullmatch(r"(\w+_)?vocab_size\w*|vocabulary_size|n_tokens", name):
         return min(value, VOCAB)
     if _LAYERS.match(name) and not _KEEP_LAYERS.search(name):
-        stages = old.get("depths") or old.get("hidden_sizes") or old.get("embed_dims")
-        return value if isinstance(stages, (list, tuple)) and len(stages) == value else min(value, layers)
+        stages = [old[k] for k in _STAGES if isinstance(old.get(k), (list, tuple))]
+        return value if any(len(stage) == value for stage in stages) else min(value, layers)
     if name == "first_k_dense_replace":
         return min(value, 1)
     if _HEADS.match(name):
         if width is None:
             return value
+        if name == "num_key_value_heads" and value == old.get("num_attention_heads"):
+            return min(value, 4)
         return min(value, 2 if "key_value" in name or "kv" in name else 4)
     if name == "image_size":
         return _image_size(value, old)
+    if name == "image_embedding_size":
+        return 4
+    if name == "num_kv_shared_layers":
+        return 0
+    if name == "upsample_groups":
+        return _width(name, value, width, factor)
+    if name == "window_size" and "depths" in old:
+        return 2  # windows must tile every stage of the smaller image
     if (_WIDTH.search(name) or _ALSO_WIDTH.match(name)) and not _NOT_WIDTH.search(name):
         return _width(name, value, width, factor)
     return value
@@ -244,26 +265,60 @@ def _shrink_list(name: str, value: Any, width: int | None, factor: int | None, l
     return value
 
 
-def _shrink_rope(value: dict[str, Any], half: int | None, factor: int | None = None) -> None:
-    """`mrope_section` must add up to half a head."""
-    for key, item in value.items():
-        if isinstance(item, dict):
-            _shrink_rope(item, half, factor)
-        elif key in ("mrope_section", "xdrope_section") and isinstance(item, (list, tuple)):
-            if half is not None:
-                parts = [max(1, half // len(item))] * len(item)
-                parts[0] += half - sum(parts)
-            else:
-                parts = [max(1, int(v) // (factor or 1)) for v in item]
-            value[key] = parts
+def _fit_rope(config: PreTrainedConfig) -> None:
+    """Where the model's code reads an `mrope_section`, make it add up to half the rotated part of a head."""
+    rope = getattr(config, "rope_parameters", None)
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(rope, dict) or not isinstance(heads, int) or not isinstance(hidden, int):
+        return
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        for key in ("mrope_section", "xdrope_section"):
+            if key in part or (key in _source(type(config)) and part is rope):
+                count = len(part.get(key) or (0, 0, 0))
+                half = int(head_dim * part.get("partial_rotary_factor", 1.0)) // 2
+                part[key] = [half // count + (1 if i < half % count else 0) for i in range(count)]
+
+
+@functools.cache
+def _source(config_class: type) -> str:
+    """Text of the model file that stands next to the config's."""
+    path = Path(inspect.getfile(config_class))
+    model_file = path.with_name(path.name.replace("configuration_", "modeling_"))
+    return model_file.read_text() if model_file.exists() else ""
 
 
 # --- what names do not tell ------------------------------------------------------------------------------------------
 
+_SERIES = {"prediction_length": 4, "context_length": 12, "num_time_features": 1}
+_RESNET = {"use_timm_backbone": False, "use_pretrained_backbone": False}
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "time_series_transformer": {"prediction_length": 4, "context_length": 12},
-    "informer": {"prediction_length": 4, "context_length": 12},
-    "autoformer": {"prediction_length": 4, "context_length": 12},
+    "time_series_transformer": _SERIES,
+    "informer": _SERIES,
+    "autoformer": _SERIES,
+    "bamba": {"attn_layer_indices": [1], "layer_types": ["mamba", "attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
+    "align": {"vision_config.width_coefficient": 0.25, "vision_config.depth_coefficient": 0.3},
+    "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blip-2": {"image_token_index": VOCAB - 1},
+    "instructblip": {"image_token_index": VOCAB - 1},
+    "instructblipvideo": {"video_token_index": VOCAB - 1},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "ffn_config.ffn_hidden_size": 32, "attn_config.kv_n_heads": 2},
+    "depth_pro": {
+        "patch_size": 32,
+        "image_model_config.image_size": 32,
+        "fov_model_config.image_size": 32,
+        "patch_model_config.image_size": 32,
+        "image_model_config.patch_size": 8,
+        "fov_model_config.patch_size": 8,
+        "patch_model_config.patch_size": 8,
+    },
+    "videomae": {"num_frames": 4},
+    "vivit": {"num_frames": 4, "image_size": 32},
 }
 """Fields to set after shrinking, by type; dotted names reach into sub-configs."""
 
@@ -324,22 +379,52 @@ def configs(model_type: str) -> Iterator[tuple[str, PreTrainedConfig]]:
     if model_type in COMPOSED:
         yield "composed", COMPOSED[model_type]()
         return
-    ways = {
-        "width 32": (32, None),
-        "width 64": (64, None),
-        "widths / 8": (None, 8),
-        "widths / 4": (None, 4),
-        "layers": (None, None),
+    ways: dict[str, tuple[int | None, int | None, bool]] = {
+        "width 32": (32, None, False),
+        "width 32, unset fields filled": (32, None, True),
+        "width 64": (64, None, False),
+        "widths / 8": (None, 8, False),
+        "widths / 4": (None, 4, False),
+        "fewer layers": (None, None, False),
     }
-    for way, (width, factor) in ways.items():
+    for way, (width, factor, fill) in ways.items():
         try:
             config = CONFIG_MAPPING[model_type]()
         except Exception as error:
             raise Unsupported(f"its config has no defaults: {type(error).__name__}: {str(error)[:150]}") from error
         shrink(config, width, factor)
+        if fill:
+            for part in _whole(config):
+                _fill(part)
         for name, value in OVERRIDES.get(model_type, {}).items():
             _assign(config, name, value)
         yield way, config
+
+
+_FILL = {"vocab_size": VOCAB, "num_experts_per_tok": 2, "n_routed_experts": 4, "num_experts": 4, "top_k_experts": 2,
+         "n_shared_experts": 1, "topk_group": 1, "n_group": 1, "moe_intermediate_size": 32, "sliding_window": 8,
+         "initializer_range": 0.02, "dropout_rate": 0.0, "dropout": 0.0, "shared_expert_intermediate_size": 32,
+         "moe_layer_freq": 1, "pad_token_id": 0, "prediction_length": 4}  # fmt: skip
+
+
+def _fill(config: PreTrainedConfig) -> None:
+    """Give values to fields that default configs leave at None (or do not have) though the model cannot do without."""
+    for name, value in _FILL.items():
+        if getattr(config, name, None) is None:
+            _set(config, name, value)
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if isinstance(heads, int) and isinstance(hidden, int):
+        for name, number in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
+            if vars(config).get(name, number) is None:
+                _set(config, name, number)
+    depth = getattr(config, "num_hidden_layers", None)
+    if isinstance(depth, int):
+        for name, kind in (("layer_types", "full_attention"), ("mlp_layer_types", "sparse")):
+            if getattr(config, name, 0) is None:
+                _set(config, name, [kind] * depth)
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None or (isinstance(rope, dict) and rope.get("rope_theta", 0) is None):
+        _set(config, "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -392,9 +477,6 @@ def num_parameters(cls: type[PreTrainedModel], config: PreTrainedConfig) -> int:
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
-
-INPUTS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {}
-"""Inputs of types for which the guess below does not work."""
 
 
 def _first(config: Any, *names: str, default: Any = None, within: str = "") -> Any:
@@ -505,10 +587,49 @@ class _Maker:
                     else self.floats(self.rows, steps, features)
                 )
             )
+        if name in ("grid_thw", "image_grid_thw"):
+            return torch.tensor([[1, 4, 4]] * self.rows)
+        if name in ("image_grid_hws", "grid_hws", "spatial_shapes", "tgt_sizes", "target_sizes"):
+            return torch.tensor([[4, 4]] * self.rows)
+        if name in ("qformer_input_ids", "task_inputs"):
+            return self.ids()
+        if name in ("image", "prompt_pixel_values", "prompt_masks", "pixel_values_images"):
+            return self.floats(self.rows, *self.image_shape())
+        if name == "aspect_ratio_ids":
+            return torch.ones(self.rows, 1, dtype=torch.long)
+        if name == "aspect_ratio_mask":
+            return torch.ones(self.rows, 1, 1, dtype=torch.long)
+        if name in ("states", "actions"):
+            width = int(config.state_dim if name == "states" else config.act_dim)
+            return self.floats(self.rows, LENGTH, width)
+        if name in ("rewards", "returns_to_go"):
+            return self.floats(self.rows, LENGTH, 1)
+        if name == "timesteps":
+            return torch.arange(LENGTH).expand(self.rows, LENGTH)
+        if name == "is_longer":
+            return torch.zeros(self.rows, 1, dtype=torch.bool)
+        if name == "visual_feats":
+            return self.floats(self.rows, 4, int(config.visual_feat_dim))
+        if name == "visual_pos":
+            return torch.rand(self.rows, 4, 4, generator=self.generator)
+        if name in ("audio_mel",):
+            return self.features()
+        if name in ("flattened_patches",):
+            width = int(_first(config, "patch_embed_hidden_size", default=32))
+            flat = self.floats(self.rows, 16, width + 2)
+            flat[..., :2] = torch.arange(1, 17)[:, None] % 4 + 1
+            return flat
         if name in ("image_sizes",):
             _, height, width = self.image_shape()
             return torch.tensor([[height, width]] * self.rows)
         return None
+
+    def patches(self, frames: int, count: int = 16) -> Tensor:
+        """(rows * count, channels * frames * patch * patch): the flat patches of image-grid vision towers."""
+        patch = _first(self.config, "patch_size", within="vision", default=14)
+        patch = patch if isinstance(patch, int) else patch[-1]
+        channels = int(_first(self.config, "in_channels", "num_channels", "in_chans", within="vision", default=3))
+        return self.floats(self.rows * count, channels * frames * patch * patch)
 
     def sound(self) -> Tensor:
         bins = _first(self.config, "num_mel_bins", default=None)
@@ -521,7 +642,7 @@ class _Maker:
 
     def features(self) -> Tensor:
         bins = int(_first(self.config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim",
-                          "n_mels", "input_dim", "feature_size", within="audio|encoder", default=80))  # fmt: skip
+                          "n_mels", "input_dim", "feature_size", "input_feat_size", within="audio|encoder", default=80))  # fmt: skip
         positions = _first(self.config, "max_source_positions", within="audio|encoder", default=None)
         if positions and hasattr(self.config, "max_source_positions") or _first(self.config, "n_window", default=None):
             return self.floats(self.rows, bins, 2 * int(positions or 32))
@@ -544,6 +665,34 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     made = {n: maker.make(n) for n in base}
     made = {n: v for n, v in made.items() if v is not None}
     extra: dict[str, Any] = {}
+    if "grid_thw" in base or (base[0] in ("hidden_states", "pixel_values") and "image_grid_thw" in base):
+        for frames in (_first(maker.config, "temporal_patch_size", default=1), 1):  # a vision tower on flat patches
+            yield {**made, base[0]: maker.patches(int(frames))}
+    if "returns_to_go" in names:
+        extra |= {n: maker.make(n) for n in ("states", "actions", "rewards", "returns_to_go", "timesteps")}
+    if "spatial_shapes" in names and "pixel_attention_mask" in names:  # images as ragged patches
+        flat = maker.patches(1).reshape(maker.rows, 16, -1)
+        ragged = {"pixel_values": flat, "pixel_attention_mask": torch.ones(maker.rows, 16, dtype=torch.long),
+                  "spatial_shapes": maker.make("spatial_shapes")}  # fmt: skip
+        yield {**({"input_ids": maker.ids()} if "input_ids" in names else {}), **ragged}
+    if "is_longer" in names:
+        size = int(_first(maker.config, "spec_size", default=256))
+        bins = int(_first(maker.config, "num_mel_bins", default=64))
+        yield {
+            **made,
+            "input_features": maker.floats(maker.rows, 1, size * size // bins, bins),
+            "is_longer": maker.make("is_longer"),
+        }
+    if "visual_feats" in names:
+        extra |= {n: maker.make(n) for n in ("visual_feats", "visual_pos")}
+    if "encoder_hidden_states" in names and "query_embeds" in made:
+        width = int(_first(maker.config, "encoder_hidden_size", default=32))
+        extra["encoder_hidden_states"] = maker.floats(maker.rows, 5, width)
+    for name in required:
+        if name.endswith("mask") and made.get(name) is None:
+            first = next((v for v in made.values() if isinstance(v, Tensor)), None)
+            length = LENGTH if first is None else first.shape[-1 if "features" in name and first.shape[1] < 130 else 1]
+            extra[name] = torch.ones(maker.rows, length, dtype=torch.long)
     if "bbox" in names and "input_ids" in made:
         extra["bbox"] = maker.make("bbox")
     if "decoder_input_ids" in names:
@@ -563,6 +712,8 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if extra:
         yield {**made, **extra}
     yield made
+    if "input_ids" in made:
+        yield {"input_ids": made["input_ids"]}
     if main == "input_features" or "input_features" in made:
         for shape in ((2, 80, 128), (2, 64, 80), (2, 128, 128), (2, 128, 80)):
             yield {**made, **extra, "input_features": maker.floats(*shape)}
@@ -572,7 +723,9 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if "pixel_values" in made:
         for size in (32, 64, 128, 224, 256):
             yield {**made, **extra, "pixel_values": maker.floats(2, 3, size, size)}
-        yield {**made, **extra, "pixel_values": maker.floats(2, 4, 3, *maker.image_shape()[1:])}
+        for frames in dict.fromkeys((2, 4, int(_first(maker.config, "num_frames", default=2)))):
+            yield {**made, **extra, "pixel_values": maker.floats(2, frames, *maker.image_shape())}
+        yield {**made, **extra, "pixel_values": maker.patches(1).reshape(2, 16, -1)}
 
 
 def _with_images(maker: _Maker, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -587,15 +740,12 @@ def _with_images(maker: _Maker, base: dict[str, Any]) -> Iterator[dict[str, Any]
         ids[:, 2] = token
     grid_name = next((n for n in ("image_grid_thw", "image_grid_hws", "grid_thw") if n in names), None)
     if grid_name:
-        patch = int(_first(config, "patch_size", within="vision", default=14))
         frames = int(_first(config, "temporal_patch_size", within="vision", default=1))
         for depth in dict.fromkeys((frames, 1)):
-            yield {
-                **base,
-                "input_ids": ids,
-                "pixel_values": maker.floats(maker.rows * 16, channels * depth * patch * patch),
-                grid_name: torch.tensor([[1, 4, 4]] * maker.rows),
-            }
+            whole = {**base, "input_ids": ids, "pixel_values": maker.patches(depth), grid_name: maker.make(grid_name)}
+            if "mm_token_type_ids" in names:
+                whole["mm_token_type_ids"] = (ids == token).long()
+            yield whole
     pixels = maker.floats(maker.rows, channels, height, width)
     sizes = {"image_sizes": torch.tensor([[height, width]] * maker.rows)} if "image_sizes" in names else {}
     yield {**base, "input_ids": ids, "pixel_values": pixels, **sizes}
@@ -626,12 +776,14 @@ def _call(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any
         text = torch.where(text == token, torch.tensor(4), text) if have else text
         ids = torch.cat([text[:, :2], torch.full((rows, each), token), text[:, 2:]], dim=1)
         inputs = {**inputs, "input_ids": ids}
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = (ids == token).long()
         return inputs, model(**inputs)
 
 
 def run(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
     """Inputs the model accepts and its output for them; the first error if there are none."""
-    makers = [INPUTS[model.config.model_type](model)] if model.config.model_type in INPUTS else _guesses(model)
+    makers = _guesses(model)
     first: Exception | None = None
     for inputs in makers:
         try:
