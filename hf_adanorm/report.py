@@ -100,8 +100,8 @@ class Report:
             ],
         }
 
-    def _table(self) -> list[tuple[str, str, str, str, str]]:
-        """Norms that differ only in their number share a line: (how many, class, computes, status, an example)."""
+    def table(self) -> list[tuple[str, str, str, str, str]]:
+        """Norms that differ only in their number share a line: (count, class, computes, status, first name)."""
         counts: Counter[tuple[str, str, str]] = Counter()
         example: dict[tuple[str, str, str], str] = {}
         for row in self.rows:
@@ -117,7 +117,7 @@ class Report:
 
     def __str__(self) -> str:
         header = ("count", "class", "computes", "status", "first name")
-        table = [header, *self._table()]
+        table = [header, *self.table()]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
@@ -129,7 +129,7 @@ class Report:
     def _repr_html_(self) -> str:
         cells = "".join(
             "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-            for line in self._table()
+            for line in self.table()
         )
         head = "".join(f"<th>{name}</th>" for name in ("count", "class", "computes", "status", "first name"))
         return (

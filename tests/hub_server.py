@@ -53,7 +53,7 @@ class HubServer:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.storage = f"http://localhost:{self.server.server_port}/_lfs"  # another host, as for large files in the open
+        self.storage = f"http://localhost:{self.server.server_port}/_lfs"  # on another host
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

@@ -1,0 +1,346 @@
+"""The command line: `hf-adanorm inspect | patch | card | bench`.
+
+An error is one line on stderr and exit code 2. `--json` prints one JSON object on stdout instead of text for people.
+Tokens come from `hf auth login` or HF_TOKEN, as everywhere in huggingface_hub; no option takes one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+except ImportError:  # the library itself needs torch and transformers only
+    sys.exit('error: the command line needs typer and rich: pip install "hf_adanorm[cli]"')
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from .report import Report
+
+app = typer.Typer(
+    help="Swap the LayerNorms of transformers models for AdaNorm and its relatives.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A model's id on the Hub, or its folder.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")]
+Include = Annotated[list[str] | None, typer.Option(help="Only norms whose name ends so; may be given several times.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Not the norms whose name ends so.")]
+IncludeRegex = Annotated[str | None, typer.Option(help="Only norms whose whole name matches.")]
+ExcludeRegex = Annotated[str | None, typer.Option(help="Not the norms whose whole name matches.")]
+Layers = Annotated[list[int] | None, typer.Option(help="Only norms of this layer, negative from the end.")]
+Targets = Annotated[str, typer.Option(help='"layernorm", "rmsnorm" or "all".')]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def inspect(
+    name: Name,
+    revision: Revision = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    include_regex: IncludeRegex = None,
+    exclude_regex: ExcludeRegex = None,
+    layers: Layers = None,
+    targets: Targets = "layernorm",
+    as_json: Json = False,
+) -> None:
+    """List every norm of a model and what would become of it, from its config alone: no weights are downloaded."""
+    from . import inspect_model
+
+    report = inspect_model(
+        _empty_model(_load_config(name, revision)),
+        include=_patterns("include", include, include_regex),
+        exclude=_patterns("exclude", exclude, exclude_regex),
+        layers=layers or None,
+        targets=targets,  # type: ignore[arg-type]
+    )
+    _print_json({"model": name, **report.to_dict()}) if as_json else _print_report(report)
+
+
+@app.command()
+def patch(
+    name: Name,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")],
+    norm: Annotated[str, typer.Option(help='"adanorm", "layernorm-simple", "detachnorm" or "none".')] = "adanorm",
+    C: Annotated[float, typer.Option("--C", help="AdaNorm's C.")] = 1.0,
+    k: Annotated[float, typer.Option("--k", help="AdaNorm's k.")] = 0.1,
+    detach_mean: Annotated[bool, typer.Option(help="DetachNorm: the mean is a constant.")] = True,
+    detach_variance: Annotated[bool, typer.Option(help="DetachNorm: the standard deviation is a constant.")] = True,
+    eps: Annotated[float | None, typer.Option(help="By default that of each replaced norm.")] = None,
+    centered: Annotated[bool | None, typer.Option(help="By default as the replaced norm.")] = None,
+    revision: Revision = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    include_regex: IncludeRegex = None,
+    exclude_regex: ExcludeRegex = None,
+    layers: Layers = None,
+    targets: Targets = "layernorm",
+    affine: Annotated[str, typer.Option(help='"drop", "fold" or "fade" trained gains and biases.')] = "drop",
+    on_unfoldable: Annotated[str, typer.Option(help='"keep", "fade", "approximate" or "raise".')] = "keep",
+    push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Push the result to this repository.")] = None,
+    private: Annotated[bool, typer.Option(help="Make that repository private if it is new.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Swap the norms of a model and save it, with its tokenizer or processor, in the dtype of its checkpoint."""
+    from . import patch_model
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
+    config = _load_config(name, revision)
+    options: dict[str, Any] = {
+        "C": C,
+        "k": k,
+        "detach_mean": detach_mean,
+        "detach_variance": detach_variance,
+        "eps": eps,
+        "centered": centered,
+        "include": _patterns("include", include, include_regex),
+        "exclude": _patterns("exclude", exclude, exclude_regex),
+        "layers": layers or None,
+        "targets": targets,
+        "affine": affine,
+        "on_unfoldable": on_unfoldable,
+    }
+    # A wrong option is found before the weights are downloaded. Folding runs the model: not on the meta device.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch_model(_empty_model(config), norm, **{**options, "affine": "drop", "on_unfoldable": "keep"})
+    model = _model_class(config).from_pretrained(name, config=config, revision=revision, dtype="auto")
+    patch_model(model, norm, **options)
+    num_swapped = sum(getattr(module, "is_adanorm_module", False) for module in model.modules())
+    with_processor = _save(model, name, revision, out)
+    url = _push(out, push_to_hub, private) if push_to_hub else None
+    if as_json:
+        _print_json({"model": name, "out": str(out), "norm": norm, "swapped": num_swapped, "pushed": url})
+        return
+    print(
+        f"{out}: {type(model).__name__} with {num_swapped} swapped norms{'' if with_processor else ', no tokenizer'}"
+    )
+    if url:
+        print(f"pushed: {url}")
+
+
+@app.command()
+def card(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder of a patched model.")],
+    model_id: Annotated[str | None, typer.Option(help="Its name on the Hub.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The model that was patched, by id.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="A data set's id; may be given several times.")] = None,
+    dataset_name: Annotated[str | None, typer.Option(help="A readable name for the data of the results.")] = None,
+    dataset_split: Annotated[str | None, typer.Option(help='Such as "test".')] = None,
+    result: Annotated[list[str] | None, typer.Option(metavar="METRIC=VALUE", help="A result.")] = None,
+    command: Annotated[str | None, typer.Option(help="The command line that made the model.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A further tag.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model card of a saved patched model, or refresh our section of the card that is there."""
+    from . import write_model_card
+
+    written = write_model_card(
+        path,
+        model_id=model_id,
+        base_model=base_model,
+        datasets=dataset,
+        dataset_name=dataset_name,
+        dataset_split=dataset_split,
+        results=_results(result or []),
+        command=command,
+        tags=tag,
+    )
+    _print_json({"card": str(written)}) if as_json else print(written)
+
+
+if importlib.util.find_spec("hf_adanorm.bench") is not None:
+
+    @app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    )
+    def bench(context: typer.Context) -> None:
+        """Measure the swapped norms against LayerNorm on this machine."""
+        importlib.import_module("hf_adanorm.bench").main(context.args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The entry point; ends with SystemExit: 0, or 2 after an error."""
+    warnings.showwarning = _show_warning
+    try:
+        # Exceptions arrive here as they are, those of the argument parser included.
+        code = app(args=argv, standalone_mode=False, prog_name="hf-adanorm")
+    except KeyboardInterrupt:
+        code = 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        code = _fail(str(error) or type(error).__name__)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not the argument parser's: a bug, whose traceback is wanted
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
+        code = _fail(error.format_message())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+# ------------------------------------------------------------------------------------------------------- small parts
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bars()
+    if (Path(name).is_dir() or name.startswith((".", "/", "~"))) and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name} is no folder with a config.json")
+    return AutoConfig.from_pretrained(name, revision=revision)  # type: ignore[no-any-return]
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class that the config names, so that the head stays; the Auto class of the bare model otherwise."""
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
+
+
+def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: every module, no memory for weights."""
+    import torch
+
+    model_class = _model_class(config)
+    with torch.device("meta"):
+        build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
+        return build(config)  # type: ignore[no-any-return]
+
+
+def _patterns(option: str, endings: list[str] | None, regex: str | None) -> str | list[str] | None:
+    if endings and regex:
+        raise ValueError(f"--{option} and --{option}-regex exclude each other: give one of them")
+    return regex or endings or None
+
+
+# What a tokenizer or a processor is made of; copied as it is, code excepted.
+_PROCESSOR_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "chat_template*",
+)
+
+
+def _save(model: PreTrainedModel, name: str, revision: str | None, out: Path) -> bool:
+    """Write the folder, under a temporary name until it is complete. Whether a tokenizer or processor went with it."""
+    from huggingface_hub import snapshot_download
+
+    if Path(name).is_dir():
+        source = Path(name)
+    else:
+        patterns = list(_PROCESSOR_FILES)
+        source = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.py"]))
+    files = {file for pattern in _PROCESSOR_FILES for file in source.glob(pattern) if file.suffix != ".py"}
+    files = {file for file in files if file.is_file()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        model.save_pretrained(temporary)
+        for file in files:
+            shutil.copyfile(file, temporary / file.name)
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return bool(files)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _push(folder: Path, repo_id: str, private: bool) -> str:
+    from huggingface_hub import HfApi
+
+    from . import hub
+
+    api = HfApi(library_name="hf_adanorm")
+    # No wish is not the same as "public": an organisation may make new repositories private.
+    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+    has_card = api.file_exists(repo_id, hub.CARD_NAME)
+    if not has_card:
+        hub.write_model_card(folder, model_id=repo_id)
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message="Upload patched model",
+        ignore_patterns=[hub.CARD_NAME] if has_card else None,
+    )
+    return f"{api.endpoint}/{repo_id}"
+
+
+def _results(pairs: list[str]) -> dict[str, float] | None:
+    results = {}
+    for pair in pairs:
+        metric, _, value = pair.partition("=")
+        try:
+            results[metric] = float(value)
+        except ValueError:
+            raise ValueError(f"--result {pair!r} is not of the form METRIC=VALUE, such as accuracy=0.77") from None
+    return results or None
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+def _print_report(report: Report) -> None:
+    if not sys.stdout.isatty():
+        print(report)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    title, *_ = str(report).splitlines()
+    table = Table("count", "class", "computes", "status", "first name", title=title, title_justify="left")
+    for line in report.table():
+        table.add_row(*(cell.replace("[", r"\[") for cell in line))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
