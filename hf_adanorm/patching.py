@@ -331,6 +331,8 @@ def _choose(model: nn.Module, options: Options) -> list[NormRow]:
             row.reason = "not in include"
         elif layers is not None and row.name not in layers:
             row.reason = "not in layers"
+        elif not row.name:
+            row.reason = "it is the norm itself, and a swap happens inside a model: make the new norm directly"
         elif (inside := getattr(row.info, "inside", "")) and row.name not in included:
             row.reason = f"part of the conditioned norm {inside}; name it in include to swap it"
         else:
