@@ -23,8 +23,10 @@ __all__ = [
     "FadeCallback",
     "LayerNormSimple",
     "NoNorm",
+    "WatchNormsCallback",
     "__version__",
     "calibrate_k",
+    "compare_outputs",
     "finish_fading",
     "fold_affine",
     "inspect_model",
@@ -32,13 +34,22 @@ __all__ = [
     "patch_model",
     "set_fade",
     "unpatch_model",
+    "watch_norms",
     "write_model_card",
 ]
 
 if TYPE_CHECKING:
+    from .comparison import compare_outputs
+    from .diagnostics import WatchNormsCallback, watch_norms
     from .hub import write_model_card
 
-_LAZY = {"write_model_card": "hub"}  # name -> the module that is imported when it is first used
+# name -> the module that is imported when it is first used
+_LAZY = {
+    "WatchNormsCallback": "diagnostics",
+    "compare_outputs": "comparison",
+    "watch_norms": "diagnostics",
+    "write_model_card": "hub",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,187 @@
+"""What `watch_norms` records: one `NormRecord` for every norm and recorded step, in a `NormLog`.
+
+Statistics are per row, where a row is what is normalised together (H values of one position), then averaged over the
+rows of a step; rows of padding count like others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HISTOGRAM_RANGE = (-12.0, 12.0)
+HISTOGRAM_BINS = 96
+
+FORWARD_FIELDS = ("input_mean", "input_std", "share_negative", "share_falling")
+OUTPUT_FIELDS = ("grad_output_mean", "grad_output_var", "grad_detached_mean", "grad_detached_var")
+INPUT_FIELDS = ("grad_input_mean", "grad_input_var")
+FIELDS = (*FORWARD_FIELDS, *OUTPUT_FIELDS, *INPUT_FIELDS, "grad_norm_before", "grad_norm_after")
+"""The statistics of a `NormRecord`, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormRecord:
+    """One norm at one step. x is its input, y = N(x), sigma what x is divided by; NaN: nothing to measure."""
+
+    step: int
+    """Optimizer steps done when this one ended, counted from 1."""
+    name: str
+    norm: str
+    """`"layernorm"` or `"rmsnorm"`, or the name of the swapped norm such as `"adanorm"`."""
+    num_rows: int
+    """Rows that a gradient came back for, over all micro-batches."""
+    input_mean: float
+    """Mean of x."""
+    input_std: float
+    """Standard deviation of x within a row, averaged over rows."""
+    share_negative: float
+    """Share of entries with y >= 1/k, where AdaNorm's phi(y) = C (1 - k y) is not positive."""
+    share_falling: float
+    """Share of entries with y > 1/(2k), beyond which AdaNorm's z = phi(y) y falls as y grows."""
+    grad_output_mean: float
+    """|mean of dl/d(output)| over a row, averaged over rows."""
+    grad_output_var: float
+    """Variance of dl/d(output) within a row, averaged over rows."""
+    grad_detached_mean: float
+    """|mean(dl/dy)| / sigma: what grad_input_mean would be with mean and variance detached (Theorem 1, row 1)."""
+    grad_detached_var: float
+    """var(dl/dy) / sigma^2: what grad_input_var would be with mean and variance detached."""
+    grad_input_mean: float
+    """|mean of dl/dx| over a row, averaged over rows, of the norm's own gradient: 0 where it re-centres."""
+    grad_input_var: float
+    """Variance of dl/dx within a row, averaged over rows; at most grad_detached_var where the norm re-scales it."""
+    grad_norm_before: float
+    """Norm of the parameters' gradients in the layer that ran last before this norm, as the optimizer got them."""
+    grad_norm_after: float
+    """The same for the layer that ran next."""
+
+
+class NormLog:
+    """What `watch_norms` recorded: one `NormRecord` for each norm and recorded step.
+
+    Attributes:
+        records: in order of steps, and within a step in the order in which the norms ran.
+        histograms: per norm, counts of y in 96 bins from -12 to 12 (the outer bins hold what lies beyond), with
+            `histogram=True`; float64.
+        skipped: names of norms that are not watched, as they compute neither LayerNorm nor RMSNorm.
+    """
+
+    def __init__(self, model_class: str, every: int, k: float):
+        self.model_class = model_class
+        self.every = every
+        self.k = k
+        self.records: list[NormRecord] = []
+        self.histograms: dict[str, Tensor] = {}
+        self.skipped: tuple[str, ...] = ()
+        self._end_step: Callable[[], None] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps."""
+        return list(dict.fromkeys(record.step for record in self.records))
+
+    @property
+    def names(self) -> list[str]:
+        """The norms that ran, in the order in which they ran."""
+        return list(dict.fromkeys(record.name for record in self.records))
+
+    def values(self, field: str) -> Tensor:
+        """One statistic as a float64 tensor (steps, norms); NaN where a norm did not run.
+
+        Raises:
+            ValueError: no such field.
+        """
+        if field not in FIELDS:
+            raise ValueError(f"no statistic {field!r}; there are {', '.join(FIELDS)}")
+        rows = {step: i for i, step in enumerate(self.steps)}
+        columns = {name: i for i, name in enumerate(self.names)}
+        out = torch.full((len(rows), len(columns)), math.nan, dtype=torch.float64)
+        for record in self.records:
+            out[rows[record.step], columns[record.name]] = getattr(record, field)
+        return out
+
+    def scalars(self, step: int | None = None) -> dict[str, float]:
+        """The finite statistics of one step (None: the last) as `{"norms/grad_input_var/encoder.layer.0.norm": 1e-9}`,
+        the form that trackers take."""
+        steps = self.steps
+        if not steps:
+            return {}
+        step = steps[-1] if step is None else step
+        return {
+            f"norms/{field}/{record.name}": value
+            for field in FIELDS
+            for record in self.records
+            if record.step == step and math.isfinite(value := getattr(record, field))
+        }
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The records as dictionaries of JSON types (None for NaN), for `json.dump` or a data frame."""
+        return [
+            {key: None if value != value else value for key, value in dataclasses.asdict(record).items()}
+            for record in self.records
+        ]
+
+    def end_step(self) -> None:
+        """End a step by hand, for an optimizer that is no `torch.optim.Optimizer`, or with none at all.
+
+        Raises:
+            RuntimeError: outside the `with` block.
+        """
+        if self._end_step is None:
+            raise RuntimeError("end_step was called outside the watch_norms block: nothing is being watched")
+        self._end_step()
+
+    def gather(self) -> NormLog:
+        """The log over all processes of a distributed run, every process's rows counted. Every process must call it,
+        with the same norms watched; without processes, a copy."""
+        parts: list[Any] = [(self.records, self.histograms)]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, (self.records, self.histograms))
+        merged = NormLog(self.model_class, self.every, self.k)
+        merged.skipped = self.skipped
+        together: dict[tuple[int, str], list[NormRecord]] = {}
+        for records, histograms in parts:
+            for record in records:
+                together.setdefault((record.step, record.name), []).append(record)
+            for name, counts in histograms.items():
+                merged.histograms[name] = merged.histograms.get(name, 0) + counts
+        merged.records = [_merge(records) for records in together.values()]
+        return merged
+
+    def _table(self) -> list[tuple[str, ...]]:
+        values = {field: _mean_over_steps(self.values(field)) for field in FIELDS}
+        kinds = {record.name: record.norm for record in self.records}
+        return [
+            (name, kinds[name], *(f"{values[field][i]:.3g}" for field in FIELDS)) for i, name in enumerate(self.names)
+        ]
+
+    def __str__(self) -> str:
+        header = ("name", "norm", *FIELDS)
+        table = [header, *self._table()]
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        summary = (
+            f"{self.model_class}: {len(self.names)} norms, {len(self.steps)} steps recorded (averages over steps)"
+        )
+        return "\n".join([summary, *lines])
+
+    __repr__ = __str__
+
+
+def _mean_over_steps(values: Tensor) -> list[float]:
+    return values.nanmean(0).tolist() if values.numel() else []
+
+
+def _merge(records: list[NormRecord]) -> NormRecord:
+    rows = sum(record.num_rows for record in records)
+    fields = {field: sum(getattr(record, field) * record.num_rows for record in records) / rows for field in FIELDS}
+    return dataclasses.replace(records[0], num_rows=rows, **fields)
