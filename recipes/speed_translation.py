@@ -2,10 +2,14 @@
 
     python recipes/speed_translation.py --config recipes/configs/multi30k_de_en.yaml
 
-The usual ones are those of transformers' `run_translation` example: a fixed number of sentences, drawn in random order,
-padded to the longest on either side; here as many sentences as give the same mean number of target tokens. Model, data,
-optimiser, loss and threads are the same. Both take turns in blocks of updates within one process, so that whatever else
-the machine does falls on both; the speed of a block is its target tokens, padding apart, over its time.
+The usual ones are those of transformers' `run_translation` example: a fixed number of sentences, drawn in random
+order, padded to the longest on either side; here as many sentences as give the same mean number of target tokens.
+Model, data, optimiser, loss and threads are the same. Both take turns in blocks of updates within one process, so that
+whatever else the machine does falls on both; the speed of a block is its target tokens, padding apart, over its time.
+
+Multi30k De-En with that config, one thread of a busy machine of two cores, 10 blocks of 5 updates: 1,374 against 592
+target tokens a second, 2.2 times (quartiles of the ratio over blocks 2.0 and 2.8); padding in sources and targets 4 and
+0.1 per cent against 54 and 52.
 """
 
 from __future__ import annotations

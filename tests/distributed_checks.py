@@ -1,0 +1,137 @@
+"""What `test_distributed.py` launches under torchrun with two processes: writes what it found as JSON.
+
+Losses of sharded and of data-parallel training beside those of one whole model on the same global batch, the whole
+state dict, and what accelerate's loader makes of a patched model.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForSeq2SeqLM, M2M100Config
+
+import hf_adanorm
+
+STEPS, ROWS, LENGTH, VOCAB = 4, 8, 6, 40
+CONFIG = {
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "decoder_start_token_id": 2,
+}
+NORMS = {"adanorm": {"C": 1.3, "k": 0.07}, "detachnorm": {"detach_mean": False}}
+
+
+def build(norm: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(M2M100Config(**CONFIG))
+    return hf_adanorm.patch_model(model, norm, eps=1e-3, **NORMS[norm])
+
+
+def batch(step: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    source = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=draw)
+    return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": source.flip(1)}
+
+
+def train(model: torch.nn.Module, rank: int | None) -> list[float]:
+    """The mean loss over the global batch at every step; with a rank, on this process's half."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for step in range(STEPS):
+        rows = batch(step)
+        if rank is not None:
+            rows = {name: tensor[rank::2].contiguous() for name, tensor in rows.items()}
+        loss = model(**rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        if rank is not None:
+            dist.all_reduce(loss)
+            loss = loss / 2
+        losses.append(loss.item())
+    return losses
+
+
+def shard(model: torch.nn.Module, mesh: object) -> torch.nn.Module:
+    for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def check_fsdp(norm: str, rank: int, mesh: object, folder: Path) -> dict[str, object]:
+    whole, sharded = build(norm), shard(build(norm), mesh)
+    found = {"whole": train(whole, None), "sharded": train(sharded, rank)}
+    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    register_fsdp_forward_method(sharded, "generate")
+    inputs = batch(99)["input_ids"][:2]
+    sharded.eval()
+    found["generated"] = sharded.generate(inputs, num_beams=2, max_length=8, synced_gpus=True).tolist()
+    if rank == 0:
+        sharded.save_pretrained(folder / norm, state_dict=state)
+        torch.save(whole.state_dict(), folder / f"{norm}.pt")
+    return found
+
+
+def check_accelerate_loader(rank: int, mesh: object) -> str:
+    """What accelerate's RAM-efficient loading for FSDP2 raises on a patched model; empty when it works."""
+    from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+
+    full = build("adanorm").state_dict()
+    sharded = shard(build("adanorm").to("meta"), mesh)
+    accelerator = SimpleNamespace(is_main_process=rank == 0, device=torch.device("cpu"))
+    try:
+        fsdp2_load_full_state_dict(accelerator, sharded, full if rank == 0 else {})
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def check_ddp(norm: str, rank: int) -> dict[str, object]:
+    whole, copy = build(norm), build(norm)
+    wrapped = DistributedDataParallel(copy)
+    tripwires = {id(buffer) for name, buffer in copy.named_buffers() if name.endswith("norm.weight")}
+    return {
+        "whole": train(whole, None),
+        "parallel": train(wrapped, rank),
+        "tripwires": len(tripwires),
+        "broadcast_tripwires": sum(id(buffer) in tripwires for buffer in wrapped.modules_buffers),
+        "broadcast_others": sum(id(buffer) not in tripwires for buffer in wrapped.modules_buffers),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    folder, rank = Path(sys.argv[1]), dist.get_rank()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {
+        "processes": dist.get_world_size(),
+        "fsdp": {norm: check_fsdp(norm, rank, mesh, folder) for norm in NORMS},
+        "ddp": {norm: check_ddp(norm, rank) for norm in NORMS},
+        "accelerate_loader": check_accelerate_loader(rank, mesh),
+    }
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
