@@ -357,6 +357,8 @@ class _Watcher:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             state.clear()
+            if module is not watched.module:  # patched since, and the hooks came along: looked at anew after this step
+                return None
             self.note_order(watched)
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not (torch.is_grad_enabled() and isinstance(x, Tensor)):
