@@ -63,6 +63,11 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
+    def create_repo(self, name: str, files: dict[str, bytes]) -> None:
+        """A public repository with one commit."""
+        self.repos[name] = Repo()
+        self.repos[name].commit({".gitattributes": b"", **files})
+
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
         """For a fresh process: this server as the Hub, and caches of its own in `home`."""
         env = {
@@ -139,8 +144,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if name in hub.repos:
                 self.answer(409, {"error": "it exists", "url": f"{hub.url}/{name}"})
                 return
-            hub.repos[name] = Repo(private=asked.get("visibility") == "private")
-            hub.repos[name].commit({".gitattributes": b""})
+            hub.create_repo(name, {})
+            hub.repos[name].private = asked.get("visibility") == "private"
             self.answer(200, {"url": f"{hub.url}/{name}", "name": name})
 
         def whoami(self) -> None:
@@ -191,7 +196,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             for model in data.get("model-index") or []:
                 results = model.get("results") or []
                 complete = [r for r in results if r["task"]["type"] and r["dataset"]["type"] and r["dataset"]["name"]]
-                if not model.get("name") or not results or len(complete) < len(results):
+                if not model.get("name") or len(complete) < len(results):
                     errors.append(
                         {"message": "model-index: a name, and results with a task and a dataset, are needed"}
                     )
