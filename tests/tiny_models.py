@@ -290,8 +290,12 @@ def _source(config_class: type) -> str:
 
 # --- what names do not tell ------------------------------------------------------------------------------------------
 
-_SERIES = {"prediction_length": 4, "context_length": 12, "num_time_features": 1}
+_SERIES = {"prediction_length": 4, "context_length": 12}
 _RESNET = {"use_timm_backbone": False, "use_pretrained_backbone": False}
+_HIERA = {
+    "vision_config.backbone_config.window_size_per_stage": [2, 2, 2, 1],
+    "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "time_series_transformer": _SERIES,
     "informer": _SERIES,
@@ -304,10 +308,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "align": {"vision_config.width_coefficient": 0.25, "vision_config.depth_coefficient": 0.3},
     "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
     "blt": {"encoder_hash_byte_group_vocab": 50},
+    "seggpt": {"image_size": [64, 32], "patch_size": 8, "pretrain_image_size": 32},
+    "oneformer": {"task_seq_len": LENGTH, "max_seq_len": LENGTH},
+    "vitmatte": {"convstream_hidden_sizes": [8, 16, 32], "fusion_hidden_sizes": [32, 32, 32, 32]},
+    "chameleon": {"vocabulary_map": {"<image>": VOCAB - 1, "IMGIMGA": 5}},
+    "emu3": {"vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": 4, "<|visual token 0|>": 5}},
+    "sam2": _HIERA,
+    "sam2_vision_model": {k.removeprefix("vision_config."): v for k, v in _HIERA.items() if k.startswith("vision_")},
+    "sam2_hiera_det_model": {"window_size_per_stage": [2, 2, 2, 1]},
     "blip-2": {"image_token_index": VOCAB - 1},
     "instructblip": {"image_token_index": VOCAB - 1},
     "instructblipvideo": {"video_token_index": VOCAB - 1},
-    "dbrx": {"attn_config.rope_theta": 10000.0, "ffn_config.ffn_hidden_size": 32, "attn_config.kv_n_heads": 2},
+    "dbrx": {
+        "attn_config.rope_theta": 10000.0,
+        "ffn_config.ffn_hidden_size": 32,
+        "attn_config.kv_n_heads": 2,
+        "attn_config.clip_qkv": 8.0,
+    },
     "depth_pro": {
         "patch_size": 32,
         "image_model_config.image_size": 32,
@@ -535,8 +552,16 @@ class _Maker:
     def make(self, name: str) -> Any:
         """A value for the argument `name`, None if its name says nothing."""
         config = self.config
+        if name == "inputs" and _first(config, "conv_kernel", default=None):
+            return self.sound()
+        if "musicgen" in config.model_type and name in ("input_ids", "decoder_input_ids"):
+            books = int(_first(config, "num_codebooks", default=4))
+            is_text = name == "input_ids" and config.model_type in ("musicgen", "musicgen_melody")
+            return self.ids() if is_text else self.ids().repeat(books, 1)
         if name in ("input_ids", "decoder_input_ids", "text_input_ids", "inputs"):
             return self.ids()
+        if name == "merge_sizes":
+            return torch.full((self.rows,), 2)
         if name == "pixel_values":
             return self.floats(self.rows, *self.image_shape())
         if name in ("pixel_values_videos", "videos", "video_values"):
@@ -577,7 +602,7 @@ class _Maker:
             lags = _first(config, "lags_sequence", default=None)
             past = length + (max(lags) if lags else 0)
             steps = past if name.startswith("past") else int(_first(config, "prediction_length", default=4) or 4)
-            features = int(_first(config, "num_time_features", default=1) or 1)
+            features = int(_first(config, "num_time_features", default=0))
             return (
                 torch.ones(self.rows, past)
                 if name.endswith("mask")
@@ -683,6 +708,32 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             "input_features": maker.floats(maker.rows, 1, size * size // bins, bins),
             "is_longer": maker.make("is_longer"),
         }
+    if "context_input_ids" in names:  # retrieval-augmented generation without its retriever
+        docs = int(_first(maker.config, "n_docs", default=5))
+        yield {**made, "context_input_ids": maker.ids().repeat_interleave(docs, 0), "doc_scores": maker.floats(maker.rows, docs),
+               "context_attention_mask": torch.ones(maker.rows * docs, LENGTH, dtype=torch.long),
+               "decoder_input_ids": maker.ids(3)}  # fmt: skip
+    if "feature_lens" in names:  # audio encoders on ragged, concatenated spectrograms
+        bins = int(_first(maker.config, "num_mel_bins", default=128))
+        lengths = {"feature_lens": torch.tensor([40, 40]), "aftercnn_lens": torch.tensor([20, 20])}
+        yield {"input_features": maker.floats(bins, 80), **{k: v for k, v in lengths.items() if k in names}}
+    if "prompt_pixel_values" in names:
+        halves = {
+            n: maker.floats(maker.rows, 3, 32, 32) for n in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+        }
+        yield halves
+    if "image_embeds_position_mask" in names:
+        count = int(_first(maker.config, "latent_query_num", default=4))
+        mask = torch.zeros(maker.rows, count + 4, dtype=torch.long)
+        mask[:, 1 : count + 1] = 1
+        yield {
+            "pixel_values": maker.make("pixel_values"),
+            "input_ids": maker.ids(count + 4),
+            "image_embeds_position_mask": mask,
+        }
+    if "input_ids" in names and "input_features" in names and "input_features" not in made:
+        yield {**made, **extra, "input_features": maker.features()}
+        yield {**made, **extra, "input_features": maker.features().transpose(1, 2)}
     if "visual_feats" in names:
         extra |= {n: maker.make(n) for n in ("visual_feats", "visual_pos")}
     if "encoder_hidden_states" in names and "query_embeds" in made:
@@ -696,7 +747,7 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if "bbox" in names and "input_ids" in made:
         extra["bbox"] = maker.make("bbox")
     if "decoder_input_ids" in names:
-        extra["decoder_input_ids"] = maker.ids()
+        extra["decoder_input_ids"] = maker.make("decoder_input_ids")
     if main == "past_values" or "past_values" in names:
         extra |= {
             n: maker.make(n)
@@ -715,8 +766,28 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if "input_ids" in made:
         yield {"input_ids": made["input_ids"]}
     if main == "input_features" or "input_features" in made:
-        for shape in ((2, 80, 128), (2, 64, 80), (2, 128, 128), (2, 128, 80)):
-            yield {**made, **extra, "input_features": maker.floats(*shape)}
+        for shape in (
+            (2, 80, 128),
+            (2, 64, 80),
+            (2, 128, 128),
+            (2, 128, 80),
+            (2, 128, 200),
+            (2, 64, 128),
+            (2, 64, 560),
+        ):
+            given = {**made, **extra, "input_features": maker.floats(*shape)}
+            yield given
+            for axis in (1, 2):
+                yield {
+                    n: torch.ones(2, shape[axis], dtype=torch.bool) if n.endswith("mask") else v
+                    for n, v in given.items()
+                }
+    if "hidden_states" in made and "mask" in names:
+        yield {"hidden_states": maker.floats(2, 64, 80), "mask": torch.ones(2, 64, dtype=torch.bool)}
+    if "aspect_ratio_ids" in made:
+        tiles = int(_first(maker.config, "max_num_tiles", default=4))
+        yield {**made, "pixel_values": maker.floats(2, 1, tiles, *maker.image_shape()),
+               "aspect_ratio_mask": torch.ones(2, 1, tiles, dtype=torch.long)}  # fmt: skip
     if main == "input_values" or "input_values" in made:
         for shape in ((2, 1, 2400), (2, 2400), (2, 2400, 80), (2, 1, 9600), (2, 2, 2400), (1, 16000)):
             yield {**made, **extra, "input_values": maker.floats(*shape)}
@@ -749,7 +820,12 @@ def _with_images(maker: _Maker, base: dict[str, Any]) -> Iterator[dict[str, Any]
     pixels = maker.floats(maker.rows, channels, height, width)
     sizes = {"image_sizes": torch.tensor([[height, width]] * maker.rows)} if "image_sizes" in names else {}
     yield {**base, "input_ids": ids, "pixel_values": pixels, **sizes}
-    yield {**base, "input_ids": ids, "pixel_values": pixels[:, None], **sizes}
+    one = {**base, "input_ids": ids, "pixel_values": pixels[:, None], **sizes}
+    yield one
+    if "image_attention_mask" in names:
+        yield {**one, "image_attention_mask": torch.ones(maker.rows, ids.shape[1], 1, dtype=torch.long)}
+    if frames := _first(config, "num_frames", default=None):
+        yield {**one, "pixel_values": pixels[:, None].repeat(1, int(frames), 1, 1, 1)}
 
 
 _MISMATCH = re.compile(r"tokens:? *(\d+).*?features:? *(\d+)", re.DOTALL)
