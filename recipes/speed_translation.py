@@ -8,8 +8,8 @@ Model, data, optimiser, loss and threads are the same. Both take turns in blocks
 whatever else the machine does falls on both; the speed of a block is its target tokens, padding apart, over its time.
 
 Multi30k De-En with that config, one thread of a busy machine of two cores, 10 blocks of 5 updates: 1,374 against 592
-target tokens a second, 2.2 times (quartiles of the ratio over blocks 2.0 and 2.8); padding in sources and targets 4 and
-0.1 per cent against 54 and 52.
+target tokens a second, 2.2 times (quartiles of the ratio over blocks 2.0 and 2.8); padding in sources and targets 4
+and 0.1 per cent against 54 and 52.
 """
 
 from __future__ import annotations
