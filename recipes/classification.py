@@ -29,6 +29,7 @@ from accelerate.utils import set_seed
 from batching import StepPlan, eval_batches, train_batches
 from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
 from evaluation import gather_by_index, load_metric, main_first, mean, peak_memory_mb, run_fresh_process
+from fade import fade, finish_saved_fade, is_fading
 from options import (
     FREE_OPTIONS,
     OptimizationOptions,
@@ -54,6 +55,7 @@ from training import (
     optimizer_step,
     set_learning_rate,
 )
+from transformers import AutoModelForSequenceClassification
 
 
 @dataclass(kw_only=True)
@@ -137,6 +139,7 @@ def train(
             for num_examples, micro_batches in steps:
                 lr = learning_rate_at(progress.step, total_steps, options)
                 set_learning_rate(optimizer, lr)
+                fade(model, progress.step, total_steps, options)
                 step_loss = torch.zeros((), device=accelerator.device)
                 for batch in micro_batches:
                     batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
@@ -172,8 +175,9 @@ def train(
                 )
                 if evaluate_now:
                     stopwatch.pause()
+                    faded = fade(model, progress.step, total_steps, options)
                     scores = evaluate(accelerator, model, task, "validation", metric, options)
-                    note_scores(accelerator, model, task, checkpoints, progress, scores)
+                    note_scores(accelerator, model, task, checkpoints, progress, scores, options, eligible=faded)
                     stopwatch.resume()
                 interrupted = interruption.requested()
                 save_now = evaluate_now or interrupted
@@ -199,12 +203,15 @@ def note_scores(
     checkpoints: Checkpoints,
     progress: Progress,
     scores: dict[str, float],
+    options: ClassificationOptions,
+    *,
+    eligible: bool,
 ) -> None:
-    """Record an evaluation; save the model when it is the best so far (the earlier one of equals)."""
+    """Record an evaluation; save the model when it is eligible and the best so far (the earlier one of equals)."""
     progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
     accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
     accelerator.print(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-    if progress.best_step is not None and scores["accuracy"] <= progress.best_metrics["accuracy"]:
+    if not eligible or (progress.best_step and scores["accuracy"] <= progress.best_metrics["accuracy"]):
         return
     state_dict = accelerator.get_state_dict(model)  # a collective call: on every process
 
@@ -213,6 +220,8 @@ def note_scores(
             folder, state_dict=state_dict, is_main_process=accelerator.is_main_process
         )
         if accelerator.is_main_process:
+            if is_fading(options):
+                finish_saved_fade(folder, AutoModelForSequenceClassification)
             task.processor.save_pretrained(folder)
 
     checkpoints.save_best(progress.step, save)

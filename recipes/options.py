@@ -53,6 +53,7 @@ class PatchOptions:
     layers: list[int] | None = option(None, "swap only norms in these layers, negative from the end")
     targets: Literal["layernorm", "rmsnorm", "all"] = option("layernorm", "kind of norm to swap")
     affine: Literal["drop", "fold", "fade"] = option("drop", "what becomes of trained gains and biases")
+    fade_ratio: float = option(0.6, "with --affine fade: share of all steps over which they fade out")
 
 
 @dataclass(kw_only=True)
@@ -226,6 +227,9 @@ def check_ranges(options: OptimizationOptions) -> None:
             raise OptionError(f"--{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
     if options.warmup_ratio > 1:
         raise OptionError(f"--warmup_ratio must be between 0 and 1, got {options.warmup_ratio}")
+    fade_ratio = getattr(options, "fade_ratio", 1.0)
+    if not 0 < fade_ratio <= 1:
+        raise OptionError(f"--fade_ratio must be in (0, 1], got {fade_ratio}")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(f"--{name} must be in [0, 1), got {getattr(options, name)}")

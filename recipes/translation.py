@@ -34,6 +34,7 @@ from batching import eval_batches
 from bleu import SCORES, translation_scores
 from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json, write_text
 from evaluation import gather_by_index, main_first, peak_memory_mb, run_fresh_process
+from fade import fade, finish_saved_fade, is_fading
 from options import (
     FREE_OPTIONS,
     OptimizationOptions,
@@ -75,8 +76,6 @@ from translation_task import (
 )
 from weight_average import load_average
 
-from hf_adanorm.fading import fade_at, finish_fading, set_fade
-
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
 
@@ -101,9 +100,6 @@ class TranslationOptions(
         None, "stop after so many evaluations in a row without a better best_metric"
     )
     average_checkpoints: int = option(0, "also test the mean of the weights of the last so many checkpoints")
-    fade_ratio: float = option(
-        0.6, "with --affine fade: share of all steps over which trained gains and biases fade out"
-    )
 
 
 def check_options(options: TranslationOptions, accelerator: Accelerator) -> None:
@@ -113,8 +109,6 @@ def check_options(options: TranslationOptions, accelerator: Accelerator) -> None
         value = getattr(options, name)
         if value is not None and value < 1:
             raise OptionError(f"--{name} must be positive, got {value}")
-    if not 0 < options.fade_ratio <= 1:
-        raise OptionError(f"--fade_ratio must be in (0, 1], got {options.fade_ratio}")
     if not 0 <= options.label_smoothing < 1:
         raise OptionError(f"--label_smoothing must be in [0, 1), got {options.label_smoothing}")
     if options.average_checkpoints < 0 or options.average_checkpoints == 1:
@@ -294,15 +288,6 @@ def train(
     return progress
 
 
-def fade(model: torch.nn.Module, step: int, total_steps: int, options: TranslationOptions) -> bool:
-    """Move a fade to where it is after `step` steps; whether it has arrived (always, where nothing fades)."""
-    if options.affine != "fade" or options.norm == "layernorm":
-        return True
-    progress = fade_at(step, max(round(options.fade_ratio * total_steps), 1))
-    set_fade(model, progress)
-    return progress == 1
-
-
 def should_stop(progress: Progress, options: TranslationOptions) -> bool:
     """Whether the last `early_stopping_patience` evaluations all were no better than the best before them."""
     if options.early_stopping_patience is None or progress.best_step is None:
@@ -345,13 +330,6 @@ def note_scores(
         return
     checkpoints.save_best(progress.step, lambda folder: save_model(accelerator, model, task, folder))
     progress.best_step, progress.best_metrics = progress.step, scores
-
-
-def finish_saved_fade(folder: Path) -> None:
-    """Drop the state of a completed fade from a saved model: a plain patched model remains."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    finish_fading(model)
-    model.save_pretrained(folder)
 
 
 def test_scores(
@@ -440,9 +418,9 @@ def main(argv: list[str] | None = None) -> None:
         scores = evaluate(accelerator, model, task, options)
         save_model(accelerator, model, task, folders["average_"])
         results |= {"average_steps": steps, "average_validation": scores}
-    if options.affine == "fade" and options.norm != "layernorm" and accelerator.is_main_process:
+    if is_fading(options) and accelerator.is_main_process:
         for folder in {*folders.values(), output_dir / "last"}:
-            finish_saved_fade(folder)
+            finish_saved_fade(folder, AutoModelForSeq2SeqLM)
     precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
     accelerator.end_training()  # the other processes are done: they need not wait for the test
     if not is_main:
