@@ -280,26 +280,26 @@ def _check_number(name: str, value: Any, *, minimum: float, inclusive: bool) -> 
     value = float(value)
     if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
         raise ValueError(
-            f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}, got {value!r}"
+            f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}, got {_short(value)}"
         )
     return value
 
 
 def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {_short(value)} of type {type(value).__name__}")
     return value
 
 
 def _check_shape(value: Any) -> tuple[int, ...]:
     shape = (value,) if isinstance(value, int) else value
     if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
-        raise TypeError(f"normalized_shape must be an integer or integers, got {value!r}")
+        raise TypeError(f"normalized_shape must be an integer or integers, got {_short(value)}")
     shape = tuple(shape)
     if any(isinstance(n, bool) or not isinstance(n, int) for n in shape):
-        raise TypeError(f"normalized_shape must be an integer or integers, got {value!r}")
+        raise TypeError(f"normalized_shape must be an integer or integers, got {_short(value)}")
     if not shape or min(shape) < 1:
-        raise ValueError(f"normalized_shape must hold at least one dimension, each >= 1, got {value!r}")
+        raise ValueError(f"normalized_shape must hold at least one dimension, each >= 1, got {_short(value)}")
     return shape
 
 
@@ -801,7 +801,9 @@ class AdaNormSpec:
 
 def _short(value: Any) -> str:
     """A value for an error message, never long (deep nesting would even raise in repr)."""
-    if isinstance(value, (str, int, float, bool, type(None))):
+    plain = (str, int, float, bool, type(None))
+    short_list = isinstance(value, (list, tuple)) and len(value) <= 8 and all(isinstance(v, plain) for v in value)
+    if isinstance(value, plain) or short_list:
         text = repr(value)
         return text if len(text) <= 80 else text[:77] + "..."
     return f"a value of type {type(value).__name__}"
