@@ -34,12 +34,12 @@ def build(norm: str | None = "adanorm", seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     model = transformers.BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
     if norm is not None:
         import hf_adanorm
 
         hf_adanorm.patch_model(model, norm, **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -73,9 +73,6 @@ def run_pipeline(repo: str, **options: Any) -> Any:
 
 
 def push(folder: Path) -> dict[str, Any]:
-    import warnings
-
-    warnings.simplefilter("ignore")
     reference = {}
     for repo in REPOS:
         norm, form = repo.removeprefix("me/").rsplit("-", 1)
@@ -118,9 +115,9 @@ def pull_with_package(folder: Path) -> dict[str, Any]:
     first = json.loads((folder / "first-commit.json").read_text())
     out["revision"] = {name: load("me/revised", revision=name) for name in ("main", "wide", first)}
     out["private"] = {
+        "wrong token": load("me/private", token="hf_wrong"),
+        "no token": load("me/private", token=False),
         "token of the environment": load("me/private"),
-        "wrong token": load("me/private", token="hf_wrong", force_download=True),
-        "no token": load("me/private", token=False, force_download=True),
     }
     return out
 
