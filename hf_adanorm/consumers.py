@@ -160,7 +160,8 @@ def _channel_dim(module: nn.Module, ndim: int) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    """Where the tensor's memory begins; 0 if it has none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -200,6 +201,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if traces:
             self.traces[id(tensor)] = (tensor, {**self.get(tensor), **traces})
             self.storages.add(_storage(tensor))
+            self.storages.discard(0)
 
     def get(self, tensor: Tensor) -> dict[Source, Trace]:
         return self.traces.get(id(tensor), (None, {}))[1]
@@ -222,7 +224,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for source in traces:
                 self.use(source, OtherUse(operation, where))
             if not traces and _storage(tensor) in self.storages:
-                # The same memory through a door we did not see (`.data`): blame every source that lives there.
+                # The same memory through a door we did not see (NumPy, say): blame every source that lives there.
                 shared = _storage(tensor)
                 for other, others in self.traces.values():
                     if _storage(other) == shared:
@@ -293,6 +295,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not self.get(tensor):
                 self.spoil(iter([tensor]), "a linear layer")
             for source, trace in self.get(tensor).items():
+                if not tensor.numel():
+                    self.use(source, OtherUse("a linear layer that got no rows, which shows nothing", name))
+                    continue
                 dim = _channel_dim(module, tensor.ndim)
                 columns = _columns(trace, dim) if len(inputs) == 1 and dim >= 0 else None
                 if columns is None or len(columns) != num_inputs(module):
@@ -360,7 +365,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             handled = self.concatenate(func, args, kwargs, out)
         elif packet in (aten.mul, aten.div) and len(args) == 2 and len(traced) == 1:
             handled = self.scale(packet, args, out)
-        elif packet in (aten.sum, aten.mean) and single and len(args) > 1 and args[1]:
+        elif packet in (aten.sum, aten.mean) and single and out.numel() and len(args) > 1 and args[1]:
             handled = self.reduce(packet, args, kwargs, out)
         elif packet is aten.add and self.follow_sums and not kwargs and len(args) == 2 and len(inputs) == 2:
             handled = self.add(inputs, out)

@@ -316,7 +316,7 @@ class _Plan:
         self.owners: dict[int, set[str]] = {}
         for name, module in self.modules.items():
             for parameter in module.parameters(recurse=False):
-                self.owners.setdefault(parameter.untyped_storage()._cdata, set()).add(name)
+                self.owners.setdefault(parameter.data_ptr(), set()).add(name)
         self.added_biases: list[str] = []
         self.masters: dict[str, tuple[Tensor, Tensor]] = {}
         self.folds: dict[str, _Fold] = {}
@@ -407,7 +407,7 @@ class _Plan:
 
     def _tied(self, tensor: Tensor, name: str) -> str:
         module = self.modules[name]
-        others = self.owners.get(tensor.untyped_storage()._cdata, set())
+        others = self.owners.get(tensor.data_ptr(), set())
         return ", ".join(sorted(other for other in others if self.modules[other] is not module))
 
     def _refuse_reader(self, norm: str, use: LinearUse, has_bias: bool) -> str | None:
@@ -717,7 +717,7 @@ def _is_numbered(path: str) -> bool:
 def _eps_name(module: nn.Module) -> str | None:
     for key in ("eps", "variance_epsilon"):
         if isinstance(module.__dict__.get(key), float):
-            return key
+            return str(key)
     return None
 
 
@@ -728,6 +728,6 @@ def _refuse_use(use: Use) -> str | None:
     where = f" in {use.module}" if use.module else ""
     if use.operation in ("add", "add_"):
         return f"added to the residual stream{where}"
-    if use.operation in ("another norm", "a linear layer", "a linear layer that mixes its channels"):
+    if use.operation.startswith(("another norm", "a linear layer")):
         return f"read by {use.operation} ({use.module})"
     return f"read by the operation {use.operation}{where}"
