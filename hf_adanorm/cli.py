@@ -120,7 +120,7 @@ def patch(
         patch_model(_empty_model(config), norm, **{**options, "affine": "drop", "on_unfoldable": "keep"})
     model = _model_class(config).from_pretrained(name, config=config, revision=revision, dtype="auto")
     patch_model(model, norm, **options)
-    num_swapped = sum(getattr(module, "is_adanorm_module", False) for module in model.modules())
+    num_swapped = sum(getattr(type(module), "is_adanorm_module", False) for module in model.modules())
     with_processor = _save(model, name, revision, out)
     url = _push(out, push_to_hub, private) if push_to_hub else None
     if as_json:
@@ -163,14 +163,24 @@ def card(
     _print_json({"card": str(written)}) if as_json else print(written)
 
 
-if importlib.util.find_spec("hf_adanorm.bench") is not None:
+@app.command()
+def bench(
+    output_dir: Annotated[Path, typer.Option(help="Where bench.csv, bench.txt and bench.png go.")] = Path("bench"),
+    level: Annotated[list[str] | None, typer.Option(help='"op", "model" or "patch"; may be given several times.')] = None,
+    mode: Annotated[list[str] | None, typer.Option(help='"eager" or "compiled"; may be given several times.')] = None,
+    device: Annotated[str | None, typer.Option(help='Such as "cpu" or "cuda:0"; a GPU if there is one.')] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch on the CPU.")] = None,
+    quick: Annotated[bool, typer.Option(help="Whether it runs, not what it costs: the smallest sizes.")] = False,
+) -> None:
+    """Measure the norms against nn.LayerNorm: the operator, whole models, and patching, saving and loading."""
+    from .bench import LEVELS, MODES, run_bench
 
-    @app.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    )
-    def bench(context: typer.Context) -> None:
-        """Measure the swapped norms against LayerNorm on this machine."""
-        importlib.import_module("hf_adanorm.bench").main(context.args)
+    def report(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    options = {"device": device, "threads": threads, "quick": quick}
+    run_bench(output_dir, levels=level or LEVELS, modes=mode or MODES, report=report, **options)
+    print((output_dir / "bench.txt").read_text())
 
 
 def main(argv: list[str] | None = None) -> None:

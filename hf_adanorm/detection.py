@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .modeling_adanorm import is_swapped
+
 __all__ = ["NormInfo", "iter_norms", "recognize"]
 
 
@@ -106,7 +108,7 @@ _MAX_NUMEL = 1 << 20
 
 
 def _recognize(module: nn.Module, name: str, cache: dict[Any, NormInfo | None]) -> NormInfo | None:
-    if getattr(module, "is_adanorm_module", False):
+    if is_swapped(module):
         return _of_swapped(module)
     cls = _source_class(module)
     info: NormInfo | None

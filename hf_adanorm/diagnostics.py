@@ -31,6 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from .detection import NormInfo, iter_norms
+from .modeling_adanorm import is_swapped
 from .norm_log import (
     FORWARD_FIELDS,
     HISTOGRAM_BINS,
@@ -239,7 +240,7 @@ class _Watcher:
             if info.kind == "other":
                 skipped.append(name)
                 continue
-            swapped = getattr(module, "is_adanorm_module", False)
+            swapped = is_swapped(module)
             found = _Watched(name, module, info, str(module.norm) if swapped else info.kind)
             if name in known:
                 old = known[name]

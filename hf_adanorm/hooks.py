@@ -12,6 +12,7 @@
    in its place does not count as one.
 4. Two methods of `Trainer`, once it is in use: the card that it writes gets our section, and the pushes of its
    checkpoints the file of 2, as both would do without.
+5. Three methods of PEFT, once it is imported: see adapters.py.
 
 A config or model without a spec passes through unchanged. All wrappers call whatever they found in place, so they
 compose with other libraries that wrap the same methods; `uninstall()` removes them.
@@ -40,32 +41,39 @@ _MARK = "_hf_adanorm_original"
 
 def install() -> None:
     """Wrap the methods; does nothing when they are wrapped already."""
-    _wrap(PreTrainedModel, "post_init", _post_init)
-    _wrap(PreTrainedConfig, "to_json_file", _to_json_file)
-    _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
-    _wrap(PreTrainedModel, "_upload_modified_files", _upload_modified_files)
+    wrap_method(PreTrainedModel, "post_init", _post_init)
+    wrap_method(PreTrainedConfig, "to_json_file", _to_json_file)
+    wrap_method(PreTrainedModel, "save_pretrained", _save_pretrained)
+    wrap_method(PreTrainedModel, "_upload_modified_files", _upload_modified_files)
+    from . import adapters
+
+    adapters.install()
 
 
 def uninstall() -> None:
     """Take the wrappers off. Where another library has wrapped on top of ours, ours becomes a plain pass-through."""
-    for name, owner in list(_ACTIVE.items()):
-        del _ACTIVE[name]
+    from . import adapters
+
+    adapters.uninstall()
+    for owner, name in list(_ACTIVE):
+        _ACTIVE.discard((owner, name))
         current = owner.__dict__[name]
         if hasattr(current, _MARK):
             setattr(owner, name, getattr(current, _MARK))
 
 
-_ACTIVE: dict[str, type] = {}
+_ACTIVE: set[tuple[type, str]] = set()
 
 
-def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
-    if name in _ACTIVE:
+def wrap_method(owner: type, name: str, around: Callable[..., Any]) -> None:
+    """Make `owner.name(...)` call `around(original, self, ...)`, until `uninstall`; nothing if it does already."""
+    if (owner, name) in _ACTIVE:
         return
-    _ACTIVE[name] = owner
+    _ACTIVE.add((owner, name))
     original = getattr(owner, name)
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if name not in _ACTIVE:
+        if (owner, name) not in _ACTIVE:
             return original(self, *args, **kwargs)
         return around(original, self, *args, **kwargs)
 
@@ -256,8 +264,8 @@ def _wrap_trainer() -> None:
     """`Trainer` is not imported for our sake: by the time that it saves a patched model it is there."""
     module = sys.modules.get("transformers.trainer")
     if module is not None:
-        _wrap(module.Trainer, "create_model_card", _create_model_card)
-        _wrap(module.Trainer, "_push_from_checkpoint", _push_from_checkpoint)
+        wrap_method(module.Trainer, "create_model_card", _create_model_card)
+        wrap_method(module.Trainer, "_push_from_checkpoint", _push_from_checkpoint)
 
 
 def _create_model_card(original: Callable[..., Any], trainer: Any, *args: Any, **kw: Any) -> Any:

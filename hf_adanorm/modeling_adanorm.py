@@ -462,6 +462,12 @@ class SwappedNorm(nn.Module):
         return new
 
 
+def is_swapped(module: Any) -> bool:
+    """Whether `module` is one of these norms, made by whichever copy of this file. The class is asked, as wrappers
+    such as PEFT's hand attributes through."""
+    return bool(getattr(type(module), "is_adanorm_module", False))
+
+
 class LayerNormSimple(SwappedNorm):
     """LayerNorm-simple: y = N(x) = (x - mean(x)) / sqrt(var(x) + eps), no gain, no bias (Xu et al. 2019, sec. 3).
 
@@ -822,7 +828,7 @@ def _check_name(name: str) -> None:
 
 def source_settings(module: nn.Module) -> dict[str, Any]:
     """What can be read off a norm without running it: eps, normalized_shape, channels_first (missing: not known)."""
-    if getattr(module, "is_adanorm_module", False):
+    if is_swapped(module):
         return {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
     found: dict[str, Any] = {"channels_first": getattr(module, "data_format", None) == "channels_first"}
     for key in ("eps", "variance_epsilon"):
@@ -864,7 +870,7 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
             state = [torch.empty(new.normalized_shape, **where) if key in group.fade else None for key in _FADE_KEYS]
             new.start_fade(*state)
     new.train(source.training)
-    if getattr(source, "is_adanorm_module", False):
+    if is_swapped(source):
         overrides = {**source.__dict__["_overrides"], **overrides}
         new.__dict__["_source"] = source.__dict__["_source"]
         new.__dict__["_source_has_values"] = source.__dict__["_source_has_values"]
@@ -905,7 +911,7 @@ def _choose_encoder_path(model: nn.Module) -> None:
             flag = "use_nested_tensor"
         else:
             continue
-        if any(getattr(child, "is_adanorm_module", False) for child in module.modules()):
+        if any(is_swapped(child) for child in module.modules()):
             module.__dict__.setdefault("_adanorm_" + flag, getattr(module, flag))
             setattr(module, flag, 0)
         elif "_adanorm_" + flag in module.__dict__:
@@ -924,7 +930,8 @@ def number_template(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern`, in which `*` stands for a number, means `name`, of as many parts."""
     pairs = zip(pattern.split("."), name.split("."), strict=True)
     return all(want == part or (want == "*" and part.isdigit()) for want, part in pairs)
 
@@ -947,7 +954,7 @@ def apply_spec(model: nn.Module, spec: AdaNormSpec) -> None:
             name = name[1:]
         else:
             name = (prefix or "") + name
-        return [(found, m) for found, m in by_template.get(number_template(name), []) if _matches(name, found)]
+        return [(found, m) for found, m in by_template.get(number_template(name), []) if matches(name, found)]
 
     def check_norm(found: str, module: nn.Module) -> None:
         if not _may_be_norm(module):
@@ -985,7 +992,7 @@ def apply_spec(model: nn.Module, spec: AdaNormSpec) -> None:
 
 def is_as(module: nn.Module, group: NormGroup) -> bool:
     """Whether `module` is already swapped with the settings of `group`, by the base model inside a model say."""
-    if not getattr(module, "is_adanorm_module", False) or module.norm != group.norm:
+    if not is_swapped(module) or module.norm != group.norm:
         return False
     if module.fade != group.fade:
         return False
@@ -996,7 +1003,7 @@ def is_as(module: nn.Module, group: NormGroup) -> bool:
 
 def _may_be_norm(module: nn.Module) -> bool:
     """A cheap check against a spec that names a linear layer, an embedding or a whole block."""
-    if getattr(module, "is_adanorm_module", False):
+    if is_swapped(module):
         return True
     tensors = list(module.parameters())
     if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
@@ -1012,7 +1019,7 @@ def _ignore_in_ddp(model: nn.Module) -> None:
     ours = [
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if getattr(module, "is_adanorm_module", False)
+        if is_swapped(module)
         for key in module._buffers
     ]
     if ours or theirs or hasattr(model, "_ddp_params_and_buffers_to_ignore"):

@@ -32,6 +32,7 @@ from .modeling_adanorm import (
     NormGroup,
     SwappedNorm,
     is_as,
+    is_swapped,
     make_norm,
     replace_modules,
     source_settings,
@@ -177,7 +178,7 @@ def is_patched(model: nn.Module) -> bool:
     >>> is_patched(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
     False
     """
-    return any(getattr(module, "is_adanorm_module", False) for module in model.modules())
+    return any(is_swapped(module) for module in model.modules())
 
 
 def inspect_model(
@@ -358,7 +359,7 @@ def _out_of_reach(options: Options, rows: list[NormRow], kinds: Sequence[str]) -
 
 def _kind(module: nn.Module, info: NormInfo) -> str:
     """The kind of the norm, for a swapped one that of the norm which it replaced."""
-    source = module.__dict__.get("_source") if getattr(module, "is_adanorm_module", False) else None
+    source = module.__dict__.get("_source") if is_swapped(module) else None
     if source is not None and (found := recognize(source)) is not None and found.kind != "other":
         return found.kind
     return info.kind
@@ -410,7 +411,7 @@ def apply_plan(plan: Plan) -> None:
         new = make_norm(module, group)
         if fallback is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
             new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
-        if not getattr(module, "is_adanorm_module", False):
+        if not is_swapped(module):
             new.__dict__["_source_has_values"] = True
         _fill_fade(new, module, info)
         _carry_dispatch_hook(module, new)
@@ -424,7 +425,7 @@ def apply_plan(plan: Plan) -> None:
 
 def _fading(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
     """The group with gain and bias fading; a norm that was swapped before keeps the state it has."""
-    if getattr(module, "is_adanorm_module", False):
+    if is_swapped(module):
         return replace(group, fade=module.fade)  # type: ignore[arg-type]
     present = (("gain", info.has_gain), ("bias", info.has_bias))
     return replace(group, fade=tuple(key for key, there in present if there))
@@ -433,7 +434,7 @@ def _fading(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
 @torch.no_grad()
 def _fill_fade(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
     """Take over gain and bias of the norm that is replaced as constants that fade out."""
-    if new.fade is None or getattr(source, "is_adanorm_module", False):
+    if new.fade is None or is_swapped(source):
         return
     for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
         if key in new.fade and name is not None:
@@ -442,7 +443,7 @@ def _fill_fade(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
 
 def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp: bool) -> None:
     """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
-    fresh = [swap for swap in plan.swaps if not getattr(swap[1], "is_adanorm_module", False)]
+    fresh = [swap for swap in plan.swaps if not is_swapped(swap[1])]
     if not fresh:  # a second call: what was folded has no gain and bias any more
         plan.swaps = [(*swap[:3], replace(swap[3], fade=swap[1].fade)) for swap in plan.swaps]  # type: ignore[arg-type]
         return
@@ -468,7 +469,7 @@ def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp
             continue
         if name in kept:
             group = _fading(module, info, group)
-        elif getattr(module, "is_adanorm_module", False):
+        elif is_swapped(module):
             group = replace(group, fade=module.fade)  # type: ignore[arg-type]
         elif not at_once and group.norm == "adanorm" and (group.C, group.k) != (1.0, 0.0):
             group = replace(group, fade=())
@@ -537,7 +538,7 @@ def _reset_affine(norm: nn.Module) -> None:
 def _warn_of_dropped(plan: Plan) -> None:
     trained = 0
     for _, module, info, _ in plan.swaps:
-        if getattr(module, "is_adanorm_module", False):
+        if is_swapped(module):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             neutral = 0.0 if name == info.bias_name else 1.0 - info.gain_offset

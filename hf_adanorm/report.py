@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .detection import NormInfo
+from .modeling_adanorm import is_swapped
 
 _FORMULAS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "other": "-"}
 
@@ -30,7 +31,7 @@ class NormRow:
 
     @property
     def is_swapped(self) -> bool:
-        return bool(getattr(self.module, "is_adanorm_module", False))
+        return is_swapped(self.module)
 
     @property
     def num_affine_parameters(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ from .modeling_adanorm import (
     SwappedNorm,
     base_prefix,
     is_own_reference,
+    is_swapped,
+    matches,
     number_template,
     source_settings,
 )
@@ -29,7 +32,7 @@ from .modeling_adanorm import (
 
 def swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
     """Name and module of every swapped norm, in the order of `named_modules`."""
-    return [(name, module) for name, module in model.named_modules() if getattr(module, "is_adanorm_module", False)]
+    return [(name, module) for name, module in model.named_modules() if is_swapped(module)]
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
@@ -80,11 +83,64 @@ def clear_specs(model: nn.Module) -> None:
             config.__dict__.pop("auto_map", None)
 
 
-def resolved_spec(model: PreTrainedModel) -> AdaNormSpec | None:
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """`model.named_modules()` by the names that the modules have, or will have again, without PEFT: its wrappers are
+    looked through, and the adapters' own layers and copies left out."""
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if type(module).__module__.startswith("peft."):
+            for key in ("original_module", "base_layer"):
+                if (inner := module._modules.get(key)) is not None:
+                    yield from walk(name, inner)
+            return
+        yield name, module
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from walk(f"{name}.{key}" if name else key, child)
+
+    return walk("", model)
+
+
+def describes(spec: AdaNormSpec, model: nn.Module) -> bool:
+    """Whether `model`, if built with `spec`, would have the norms that it has; names of another head aside."""
+    here = resolved_spec(model)
+    modules = {_relative(name, base_prefix(model)): module for name, module in plain_modules(model)}
+    return _settings_by_name(spec, modules) == ({} if here is None else _settings_by_name(here, modules))
+
+
+def _settings_by_name(spec: AdaNormSpec, modules: dict[str, nn.Module]) -> dict[tuple[str, str], Any]:
+    by_template: dict[str, list[str]] = {}
+    for name in modules:
+        by_template.setdefault(number_template(name), []).append(name)
+
+    def named(pattern: str) -> list[str]:
+        return [name for name in by_template.get(number_template(pattern), []) if matches(pattern, name)]
+
+    found: dict[tuple[str, str], Any] = {}
+    for group in spec.groups:
+        for name in (name for pattern in group.modules for name in named(pattern)):
+            source = modules[name].__dict__.get("_source") or modules[name]
+            eps = source_settings(source).get("eps") if group.eps is None else group.eps
+            # The shape and the layout follow from the architecture, whether or not they are spelled out.
+            found["norm", name] = dataclasses.replace(
+                group, modules=(), eps=eps, normalized_shape=None, channels_first=None
+            )
+    found |= {("bias", name): True for pattern in spec.biases for name in named(pattern)}
+    return found | {("eps", name): value for pattern, value in spec.eps for name in named(pattern)}
+
+
+def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     """The spec of what is swapped in `model`: names relative to its base model, one group a set of settings."""
     prefix = base_prefix(model)
     groups: dict[NormGroup, list[str]] = {}
-    for name, module in swapped_norms(model):
+    modules = list(plain_modules(model))
+    for name, module in modules:
+        if not is_swapped(module):
+            continue
         centered = None if module.centered else False
         settings = {key: value for key, value in module.settings().items() if key != "centered"}
         group = NormGroup(
@@ -96,12 +152,12 @@ def resolved_spec(model: PreTrainedModel) -> AdaNormSpec | None:
             **module.__dict__["_overrides"],
         )
         groups.setdefault(group, []).append(name)
-    biases = [name for name, module in model.named_modules() if ADDED_BIAS in module.__dict__]
-    eps = {name: module for name, module in model.named_modules() if ADJUSTED_EPS in module.__dict__}
+    biases = [name for name, module in modules if ADDED_BIAS in module.__dict__]
+    eps = {name: module for name, module in modules if ADJUSTED_EPS in module.__dict__}
     if not groups and not biases and not eps:
         return None
     by_template: dict[str, set[str]] = {}
-    for name, _ in model.named_modules():
+    for name, _ in modules:
         by_template.setdefault(number_template(name), set()).add(name)
     return AdaNormSpec(
         groups=tuple(

@@ -129,10 +129,10 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     model.eval()
     entering: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.retain_grad()
-            entering.append(output)
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()  # frozen embeddings count as well
+        entering.append(output)
+        return output
 
     handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, nn.Embedding)]
     batch = {key: value.clone() for key, value in batch.items()}
@@ -156,4 +156,4 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def norms(model: nn.Module) -> dict[str, str]:
     """Name and all settings (class, shape, eps, C, k, flags) of every swapped norm."""
-    return {name: str(m) for name, m in model.named_modules() if getattr(m, "is_adanorm_module", False)}
+    return {name: str(m) for name, m in model.named_modules() if getattr(type(m), "is_adanorm_module", False)}
