@@ -1,7 +1,7 @@
 """Pictures of what norms do. They need matplotlib (`pip install "hf-adanorm[plots]"`), imported on the first call.
 
 Every function draws into `ax` (a new figure by default) and returns the Axes; `ax.figure.savefig("name.svg")` writes
-PNG, SVG or PDF. Colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines differ in style and
+PNG, SVG or PDF. The colours are Okabe and Ito's, which colour-blind readers can tell apart; lines differ in style and
 marker as well, so that they can be told apart in black and white.
 """
 
@@ -23,19 +23,20 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
+# Activations have no unit, so a gradient has that of the loss (nats for a cross-entropy).
 LABELS = {
     "input_mean": "mean of the input",
     "input_std": "standard deviation of the input, per row",
     "share_negative": "share of entries with y ≥ 1/k",
     "share_falling": "share of entries with y > 1/(2k)",
-    "grad_output_mean": "|mean| of the gradient at the output, per row",
-    "grad_output_var": "variance of the gradient at the output, per row",
-    "grad_detached_mean": "|mean| of the gradient at the input if detached, per row",
-    "grad_detached_var": "variance of the gradient at the input if detached, per row",
-    "grad_input_mean": "|mean| of the gradient at the input, per row",
-    "grad_input_var": "variance of the gradient at the input, per row",
-    "grad_norm_before": "gradient norm of the layer before",
-    "grad_norm_after": "gradient norm of the layer after",
+    "grad_output_mean": "|mean| of gradient at output, per row (loss)",
+    "grad_output_var": "variance of gradient at output, per row (loss²)",
+    "grad_detached_mean": "|mean| at input if detached, per row (loss)",
+    "grad_detached_var": "variance at input if detached, per row (loss²)",
+    "grad_input_mean": "|mean| of gradient at input, per row (loss)",
+    "grad_input_var": "variance of gradient at input, per row (loss²)",
+    "grad_norm_before": "gradient norm of the layer before (loss)",
+    "grad_norm_after": "gradient norm of the layer after (loss)",
 }
 DEPTH = "norm, in the order of the forward pass"
 
@@ -57,7 +58,7 @@ def _figure(ax: Axes | Sequence[Axes] | None, columns: int = 1, size: tuple[floa
 
 def _finish(ax: Axes, xlabel: str, ylabel: str, legend: Any = None) -> Axes:
     ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
+    ax.set_ylabel(ylabel, fontsize=9 if len(ylabel) > 40 else None)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(visible=True, which="major", linewidth=0.5, alpha=0.35)
     if legend is not None and len(ax.get_legend_handles_labels()[0]) > 0:
@@ -156,8 +157,8 @@ def plot_theorem(
             axes.plot(range(1, len(values) + 1), values.numpy(), label=label, **_style(index))
         axes.set_yscale("log")
         _depth_ticks(axes, len(values))
-        what = "|mean| of the gradient" if kind == "mean" else "variance of the gradient"
-        _finish(axes, DEPTH, f"{what}, per row", "best" if kind == "mean" else None)
+        what = "|mean| of gradient, per row (loss)" if kind == "mean" else "variance of gradient, per row (loss²)"
+        _finish(axes, DEPTH, what, "best" if kind == "mean" else None)
     return left, right
 
 
@@ -174,10 +175,10 @@ def _chosen(log: NormLog, field: str, steps: tuple[int, int] | None) -> Tensor:
 
 def plot_heatmap(log: NormLog, field: str = "grad_input_var", *, ax: Axes | None = None) -> Axes:
     """One statistic over steps (to the right) and depth (upwards), brighter is larger. Arguments: see `plot_depth`."""
-    from matplotlib.colors import LogNorm
-
     log = _logs(log)[""]
     ax = _figure(ax)
+    from matplotlib.colors import LogNorm
+
     values = log.values(field).T
     positive = values[values > 0]
     scale = None
@@ -192,7 +193,7 @@ def plot_heatmap(log: NormLog, field: str = "grad_input_var", *, ax: Axes | None
         cmap="cividis",
         shading="nearest" if len(steps) > 1 and len(values) > 1 else "auto",
     )
-    ax.figure.colorbar(mesh, ax=ax, label=LABELS[field])
+    ax.figure.colorbar(mesh, ax=ax).set_label(LABELS[field], fontsize=9)
     _finish(ax, "training step", DEPTH)
     ax.grid(visible=False)
     return ax
