@@ -46,6 +46,7 @@ from options import (
     parse_options,
 )
 from parallel_text import SOURCE
+from publishing import prepare_push, publish
 from results import versions
 from token_batches import TokenPlan, token_batches
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -198,7 +199,6 @@ def train(
     progress = checkpoints.resume()
     if progress.step:
         accelerator.print(f"resuming from step {progress.step}")
-    interruption = Interruption(accelerator)
     stopwatch = Stopwatch(progress)  # counts target tokens
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     # accelerate divides by the number of micro-batches, DDP by the number of processes: undo both, as the loss is
@@ -208,7 +208,8 @@ def train(
     running_steps = 0
     model.train()
     shown = options.progress_bar and accelerator.is_main_process
-    with ProgressBar(total_steps, shown=shown, first_step=progress.step, unit="target tokens/s") as bar:
+    bar = ProgressBar(total_steps, shown=shown, first_step=progress.step, unit="target tokens/s")
+    with bar, Interruption(accelerator) as interruption:
         while progress.step < total_steps and not should_stop(progress, options):
             steps = token_batches(
                 task.splits["train"],
@@ -366,8 +367,13 @@ def main(argv: list[str] | None = None) -> None:
             overwrite=options.overwrite_output_dir,
         )
         resuming = checkpoints.check_resumable() is not None
+        if accelerator.is_main_process:
+            prepare_push(options)
         if resuming and (output_dir / "results.json").exists():
             accelerator.print(f"{output_dir} holds a finished run with these options; nothing to do")
+            if options.push_to_hub and accelerator.is_main_process:
+                finished = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
+                publish(output_dir / "best", finished, options, "translation")
             return
         task = prepare_translation(options, accelerator, output_dir, resuming)
         set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
@@ -449,6 +455,7 @@ def main(argv: list[str] | None = None) -> None:
         if results.get(name):
             shown = ", ".join(f"{score} {results[name][score]:.2f}" for score in SCORES)
             print(f"{options.norm}, seed {options.seed}: {name} {shown}", flush=True)
+    publish(output_dir / "best", results, options, "translation")
 
 
 if __name__ == "__main__":
