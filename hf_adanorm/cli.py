@@ -6,8 +6,6 @@ Tokens come from `hf auth login` or HF_TOKEN, as everywhere in huggingface_hub; 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -166,8 +164,8 @@ def card(
 @app.command()
 def bench(
     output_dir: Annotated[Path, typer.Option(help="Where bench.csv, bench.txt and bench.png go.")] = Path("bench"),
-    level: Annotated[list[str] | None, typer.Option(help='"op", "model" or "patch"; may be given several times.')] = None,
-    mode: Annotated[list[str] | None, typer.Option(help='"eager" or "compiled"; may be given several times.')] = None,
+    level: Annotated[list[str] | None, typer.Option(help='"op", "model" or "patch"; may be repeated.')] = None,
+    mode: Annotated[list[str] | None, typer.Option(help='"eager" or "compiled"; may be repeated.')] = None,
     device: Annotated[str | None, typer.Option(help='Such as "cpu" or "cuda:0"; a GPU if there is one.')] = None,
     threads: Annotated[int | None, typer.Option(help="Of torch on the CPU.")] = None,
     quick: Annotated[bool, typer.Option(help="Whether it runs, not what it costs: the smallest sizes.")] = False,
@@ -178,8 +176,8 @@ def bench(
     def report(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    options = {"device": device, "threads": threads, "quick": quick}
-    run_bench(output_dir, levels=level or LEVELS, modes=mode or MODES, report=report, **options)
+    levels, modes = level or LEVELS, mode or MODES
+    run_bench(output_dir, levels=levels, modes=modes, device=device, threads=threads, quick=quick, report=report)
     print((output_dir / "bench.txt").read_text())
 
 

@@ -1,0 +1,178 @@
+"""The files of `hf-adanorm bench`: a CSV of every measurement, a table and a plot."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .bench import Measurement
+
+_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def check_installed() -> None:
+    """Raise ImportError, naming the extra, before anything is measured."""
+    try:
+        import matplotlib
+        import rich
+    except ImportError as error:
+        raise ImportError(f"the benchmark needs {error.name}: pip install 'hf-adanorm[cli,plots]'") from error
+    del matplotlib, rich
+
+
+def write(results: Sequence[Measurement], folder: Path, device: torch.device) -> None:
+    """Write bench.csv, bench.txt and bench.png into `folder`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = describe(device)
+    _replace(folder / "bench.csv", to_csv(results, where).encode())
+    _replace(folder / "bench.txt", to_text(results, where).encode())
+    _replace(folder / "bench.png", to_png(results, where))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What the figures hold for."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def to_csv(results: Sequence[Measurement], where: dict[str, Any]) -> str:
+    out = io.StringIO()
+    rows = [{**dataclasses.asdict(result), **where} for result in results]
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def to_text(results: Sequence[Measurement], where: dict[str, Any]) -> str:
+    """One table a level and mode: a row a norm and task, a column a case, each cell "ratio (lower..upper) time"."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=220, color_system=None)
+    for table in tables(results, where):
+        console.print(table)
+    return out.getvalue()
+
+
+def tables(results: Sequence[Measurement], where: dict[str, Any]) -> list[Any]:
+    """The same as `rich` tables."""
+    from rich.table import Table
+
+    caption = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
+    out = []
+    for level, mode in dict.fromkeys((r.level, r.mode) for r in results):
+        chosen = [result for result in results if (result.level, result.mode) == (level, mode)]
+        cases = list(dict.fromkeys((result.case, result.dtype) for result in chosen))
+        table = Table(title=f"{level}, {mode}: ratio to nn.LayerNorm (quartiles) median time", caption=caption)
+        if level == "patch":
+            table.title = "patching, saving, loading: ratio to the smallest model, per module; to the stock checkpoint"
+        table.add_column("task")
+        table.add_column("norm")
+        for case, dtype in cases:
+            table.add_column(case if dtype == "float32" else f"{case} {dtype}", justify="right")
+        cells = {(r.task, r.norm, r.case, r.dtype): _cell(r) for r in chosen}
+        previous: str | None = None
+        for task, norm in sorted(dict.fromkeys((r.task, r.norm) for r in chosen), key=lambda pair: pair[0]):
+            if previous is not None and task != previous:
+                table.add_section()
+            previous = task
+            table.add_row(task, norm, *(cells.get((task, norm, *case), "") for case in cases))
+        out.append(table)
+        if any(result.bytes for result in chosen):
+            out.append(_memory_table(chosen, cases, level, mode))
+    return out
+
+
+def _memory_table(chosen: Sequence[Measurement], cases: Sequence[tuple[str, str]], level: str, mode: str) -> Any:
+    from rich.table import Table
+
+    what = (
+        "saved for the backward pass" if level == "op" else "peak of a training step beyond parameters and optimizer"
+    )
+    table = Table(title=f"{level}, {mode}: MB {what} (ratio to nn.LayerNorm)" + ("; parameters" * (level == "model")))
+    table.add_column("norm")
+    for case, dtype in cases:
+        table.add_column(case if dtype == "float32" else f"{case} {dtype}", justify="right")
+    task = "forward" if level == "op" else "training step"
+    byte_counts = {(r.norm, r.case, r.dtype): r for r in chosen if r.task == task}
+    for norm in dict.fromkeys(result.norm for result in chosen):
+        row = []
+        for key in cases:
+            result, base = byte_counts.get((norm, *key)), byte_counts.get(("layernorm", *key))
+            if result is None or base is None or result.bytes is None or not base.bytes:
+                row.append("")
+                continue
+            text = f"{result.bytes / 1e6:.3f} ({result.bytes / base.bytes:.3f})"
+            row.append(f"{text}; {result.parameters:,}" if level == "model" else text)
+        table.add_row(norm, *row)
+    return table
+
+
+def _cell(result: Measurement) -> str:
+    text = f"{result.ratio:.3f} ({result.ratio_low:.3f}..{result.ratio_high:.3f}) {_time(result.seconds)}"
+    return text if result.tokens_per_second is None else f"{text}, {result.tokens_per_second:,.0f} tok/s"
+
+
+def _time(seconds: float) -> str:
+    for unit, name in _UNITS:
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def to_png(results: Sequence[Measurement], where: dict[str, Any]) -> bytes:
+    """Ratios to nn.LayerNorm, a panel for each level, mode and task; whiskers are quartiles."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((r.level, r.mode, r.task) for r in results))
+    figure = Figure(figsize=(13, 3.2 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        chosen = [r for r in results if (r.level, r.mode, r.task) == panel]
+        cases = list(dict.fromkeys((r.case, r.dtype) for r in chosen))
+        norms = list(dict.fromkeys(r.norm for r in chosen))
+        width = 0.8 / len(norms)
+        for number, norm in enumerate(norms):
+            by_case = {(r.case, r.dtype): r for r in chosen if r.norm == norm}
+            at = [(index, by_case[case]) for index, case in enumerate(cases) if case in by_case]
+            ratios = [r.ratio for _, r in at]
+            whiskers = [
+                [max(0.0, r.ratio - r.ratio_low) for _, r in at],
+                [max(0.0, r.ratio_high - r.ratio) for _, r in at],
+            ]
+            where_x = [index + (number - (len(norms) - 1) / 2) * width for index, _ in at]
+            axis.bar(where_x, ratios, width, yerr=whiskers, error_kw={"linewidth": 0.7}, label=norm)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_yscale("log")
+        axis.set_ylabel("ratio of time")
+        axis.set_title(", ".join(panel), fontsize=10)
+        axis.set_xticks(range(len(cases)))
+        axis.set_xticklabels([case if dtype == "float32" else f"{case}\n{dtype}" for case, dtype in cases], fontsize=8)
+        axis.legend(fontsize=7, ncols=min(5, len(norms)))
+    figure.supxlabel(", ".join(f"{key} {value}" for key, value in where.items() if value is not None), fontsize=8)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
