@@ -39,6 +39,7 @@ from options import (
     option,
     parse_options,
 )
+from publishing import prepare_push, publish
 from results import format_results, versions
 from text_task import ModelOptions, Task, TextOptions, prepare_text
 from training import (
@@ -166,6 +167,7 @@ def train(
                     running_loss.zero_()
                     running_steps = 0
                     speed = stopwatch.samples_per_second
+                    progress.train_history.append({"step": progress.step, "loss": train_loss})
                     accelerator.log({"train/loss": train_loss, "learning_rate": lr}, step=progress.step)
                     bar.log(progress.step, speed, train_loss, lr)
                 bar.update(progress.step, stopwatch.samples_per_second)
@@ -228,7 +230,9 @@ def note_scores(
     progress.best_step, progress.best_metrics = progress.step, scores
 
 
-def test_scores(model_dir: Path, task: Task, options: ClassificationOptions, precision: str) -> dict[str, float]:
+def test_scores(
+    model_dir: Path, task: Task, options: ClassificationOptions, precision: str, write_to: Path
+) -> dict[str, float]:
     """Accuracy on the test split of the saved model, loaded by stock `from_pretrained` in a fresh process."""
     columns = [options.text_column, *([options.text_pair_column] if options.text_pair_column else [])]
     with tempfile.TemporaryDirectory() as folder:
@@ -240,7 +244,9 @@ def test_scores(model_dir: Path, task: Task, options: ClassificationOptions, pre
             Path(__file__).with_name("predict.py"), [*arguments, "--batch_size", str(options.eval_batch_size)]
         )
         predictions = json.loads(output.read_text(encoding="utf-8"))
-    return load_metric("accuracy").compute(predictions=predictions, references=task.splits["test"]["labels"][:])
+    labels = task.splits["test"]["labels"][:]
+    write_json(write_to, {"predictions": predictions, "labels": labels})
+    return load_metric("accuracy").compute(predictions=predictions, references=labels)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -259,8 +265,13 @@ def main(argv: list[str] | None = None) -> None:
             overwrite=options.overwrite_output_dir,
         )
         resuming = checkpoints.check_resumable() is not None
+        if accelerator.is_main_process:
+            prepare_push(options)
         if resuming and (output_dir / "results.json").exists():
             accelerator.print(f"{output_dir} holds a finished run with these options; nothing to do")
+            if options.push_to_hub and accelerator.is_main_process:
+                finished = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
+                publish(output_dir / "best", finished, options, "text-classification")
             return
         task = TASKS[options.task](options, accelerator, output_dir, resuming)
         set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
@@ -289,12 +300,13 @@ def main(argv: list[str] | None = None) -> None:
         "num_processes": accelerator.num_processes,
         "command": shlex.join(["recipes/classification.py", *(sys.argv[1:] if argv is None else argv)]),
         "versions": versions(),
+        "options": asdict(options),
     }
     try:
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
     except NonFiniteError as error:
         if accelerator.is_main_process:
-            write_json(output_dir / "diverged.json", {**results, "diverged": str(error)})
+            write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_DIVERGED)
     best = checkpoints.promote_best(progress.best_step)
@@ -302,19 +314,26 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()  # the other processes are done: they need not wait for the test
     if not is_main:
         return
+    results |= {"validation": progress.best_metrics, "test": None}
+    if task.raw_test is not None:
+        write_to = output_dir / "test_predictions.json"
+        results["test"] = test_scores(best, task, options, precision, write_to)
     results |= {
-        "validation": progress.best_metrics,
-        "test": test_scores(best, task, options, precision) if task.raw_test is not None else None,
+        "train_samples": len(task.splits["train"]),
+        "train_tokens": sum(task.lengths["train"]),
         "train_samples_per_second": Stopwatch(progress).samples_per_second,
         "steps": progress.step,
+        "steps_per_epoch": plan.num_steps,
+        "seconds_per_step": Stopwatch(progress).seconds_per_step,
         "best_step": progress.best_step,
         "skipped_steps": progress.skipped_steps,
         "peak_memory_mb": peak_memory_mb(),
         "history": progress.history,
-        "options": asdict(options),
+        "train_history": progress.train_history,
     }
     write_json(output_dir / "results.json", results)
     print(format_results([results]), flush=True)
+    publish(best, results, options, "text-classification")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,9 @@ class RunOptions:
     compile: bool = option(False, "run the model through torch.compile")
     progress_bar: bool = option(True, "show a progress bar on the main process")
     dataloader_workers: int = option(0, "worker processes that collate batches; the result does not depend on it")
+    push_to_hub: bool = option(False, "push the best model, with its card and results, to the Hub")
+    hub_model_id: str | None = option(None, "the repository to push to, such as me/my-model")
+    hub_private: bool = option(False, "make that repository private if it is new")
 
 
 # Options that may differ between a run and its resumption: they change nothing in the trained weights.
@@ -114,6 +117,9 @@ FREE_OPTIONS = frozenset(
         "report_to",
         "progress_bar",
         "dataloader_workers",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private",
         "preprocessing_workers",
     }
 )

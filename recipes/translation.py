@@ -258,6 +258,7 @@ def train(
                     running_loss.zero_()
                     running_steps = 0
                     speed = stopwatch.samples_per_second
+                    progress.train_history.append({"step": progress.step, "loss": train_loss})
                     accelerator.log({"train/loss": train_loss, "learning_rate": lr}, step=progress.step)
                     bar.log(progress.step, speed, train_loss, lr)
                 bar.update(progress.step, stopwatch.samples_per_second)
@@ -408,12 +409,13 @@ def main(argv: list[str] | None = None) -> None:
         "num_processes": accelerator.num_processes,
         "command": shlex.join(["recipes/translation.py", *(sys.argv[1:] if argv is None else argv)]),
         "versions": versions(),
+        "options": asdict(options),
     }
     try:
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
     except NonFiniteError as error:
         if accelerator.is_main_process:
-            write_json(output_dir / "diverged.json", {**results, "diverged": str(error)})
+            write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_DIVERGED)
     folders = {"": checkpoints.promote_best(progress.best_step)}
@@ -438,13 +440,17 @@ def main(argv: list[str] | None = None) -> None:
         # Sentence pairs: target tokens a second by the mean length of a training target.
         "train_samples_per_second": tokens_per_second and tokens_per_second * num_pairs / num_tokens,
         "train_target_tokens_per_second": tokens_per_second,
+        "train_samples": num_pairs,
+        "train_tokens": num_tokens,
         "target_tokens": progress.samples,
         "steps": progress.step,
+        "steps_per_epoch": plan.num_steps,
+        "seconds_per_step": Stopwatch(progress).seconds_per_step,
         "best_step": progress.best_step,
         "skipped_steps": progress.skipped_steps,
         "peak_memory_mb": peak_memory_mb(),
         "history": progress.history,
-        "options": asdict(options),
+        "train_history": progress.train_history,
     }
     if "test" in task.raw:
         for prefix, folder in folders.items():
