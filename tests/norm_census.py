@@ -1,6 +1,6 @@
 """Counts the mean-subtracting norms of a model by running it, independently of `hf_adanorm.detection`.
 
-During one real forward pass every call of `F.layer_norm` is attributed to the module that made it, and every leaf
+During one real forward pass every call of `F.layer_norm` is attributed to the module that made it, and every small
 module whose output has the shape of its input is noted. Each of those is then called once more, where it stands and
 with its own parameters, on random rows with different means and scales: it subtracts the mean if its output is, per
 channel, an affine function of the rows' (x - mean) / std and not one of the rows themselves.
@@ -18,6 +18,9 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["census"]
 
 
+_SMALL = 4  # modules, itself included: a norm may hold an activation or a quantiser
+
+
 class _LayerNormCalls(TorchFunctionMode):
     """Notes which module is innermost when `torch.nn.functional.layer_norm` is called."""
 
@@ -33,7 +36,10 @@ class _LayerNormCalls(TorchFunctionMode):
 
 
 def census(model: nn.Module, call: Any) -> tuple[set[str], set[str]]:
-    """Names of the modules that subtract a mean and normalise, and of all leaf modules that `call()` ran."""
+    """Names of the modules that subtract a mean and normalise, and of all small modules that `call()` ran.
+
+    A module around another that does so is not counted a second time.
+    """
     stack: list[nn.Module] = []
     seen: dict[int, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -42,7 +48,12 @@ def census(model: nn.Module, call: Any) -> tuple[set[str], set[str]]:
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
-        if module._modules or id(module) in seen or not args or not isinstance(args[0], Tensor):
+        if (
+            id(module) in seen
+            or sum(1 for _ in module.modules()) > _SMALL
+            or not args
+            or not isinstance(args[0], Tensor)
+        ):
             return
         result = output[0] if isinstance(output, tuple) and output else output
         if isinstance(result, Tensor) and result.shape == args[0].shape and result.is_floating_point():
@@ -62,6 +73,7 @@ def census(model: nn.Module, call: Any) -> tuple[set[str], set[str]]:
         found |= {
             names[key] for key, (module, args, _) in seen.items() if key in names and _subtracts_mean(module, args)
         }
+    found = {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
     return found, {names[key] for key in (*seen, *mode.callers) if key in names}
 
 

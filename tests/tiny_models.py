@@ -424,15 +424,22 @@ _FILL = {"vocab_size": VOCAB, "num_experts_per_tok": 2, "n_routed_experts": 4, "
          "moe_layer_freq": 1, "pad_token_id": 0, "prediction_length": 4}  # fmt: skip
 
 
+def _get(config: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception as error:  # fields that differ by layer refuse to be read
+        return error
+
+
 def _fill(config: PreTrainedConfig) -> None:
     """Give values to fields that default configs leave at None (or do not have) though the model cannot do without."""
     for name, value in _FILL.items():
-        if getattr(config, name, None) is None:
+        if _get(config, name) is None:
             _set(config, name, value)
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if isinstance(heads, int) and isinstance(hidden, int):
         for name, number in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
-            if vars(config).get(name, number) is None:
+            if _get(config, name) is None:
                 _set(config, name, number)
     depth = getattr(config, "num_hidden_layers", None)
     if isinstance(depth, int):
