@@ -1,0 +1,377 @@
+"""The translation recipe as users run it: tiny models, real data files, real processes."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import translation
+from accelerate.commands.config.config_args import load_config_from_file
+from checkpoints import EXIT_RESUME
+from options import parse_options
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
+from translation_task import decoder_inputs, initialize
+
+import hf_adanorm
+
+SCRIPT = Path(translation.__file__)
+RECIPES = SCRIPT.parent
+TINY = {
+    "model_type": "m2m_100",
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+}
+NUM_NORMS = 7
+SCORES = {"sacrebleu", "sacrebleu_lowercase", "bleu_tokenized_lowercase", "chrf"}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A language whose words have other names and stand in reverse order; an odd number of validation pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    draw = random.Random(0)
+    files = {}
+    for split, size in {"train": 160, "validation": 21, "test": 12}.items():
+        rows = []
+        for _ in range(size):
+            numbers = draw.choices(range(12), k=draw.randrange(1, 9))
+            rows.append(
+                {
+                    "de": " ".join(f"wort{chr(97 + n)}" for n in numbers),
+                    "en": " ".join(f"{chr(97 + n)}word" for n in reversed(numbers)),
+                }
+            )
+        files[split] = folder / f"{split}.jsonl"
+        files[split].write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return files
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def arguments(pairs, cache):
+    return lambda folder, **changes: arguments_for(pairs, cache, folder, **changes)
+
+
+def arguments_for(pairs, cache, folder, **changes):
+    options = {
+        "train_file": pairs["train"],
+        "validation_file": pairs["validation"],
+        "model_config": json.dumps(TINY),
+        "dropout": 0.1,
+        "vocab_size": 80,
+        "max_source_length": 32,
+        "max_target_length": 32,
+        "max_tokens": 128,
+        "max_steps": 40,
+        "eval_steps": 20,
+        "learning_rate": 0.01,
+        "num_beams": 2,
+        "cache_dir": cache,
+        "output_dir": folder,
+        **changes,
+    }
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def finished(pairs, cache, tmp_path_factory):
+    """A finished run tested on its own validation file: both scores must agree."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    changes = {"C": 1.3, "k": 0.07, "test_file": pairs["validation"], "average_checkpoints": 2, "max_steps": 300}
+    changes |= {"eval_steps": 100, "warmup_steps": 20, "lr_schedule": "inverse_sqrt", "initialization": "kaiming"}
+    translation.main(arguments_for(pairs, cache, folder, **changes))
+    return folder
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def weights(folder, step):
+    return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
+def test_results_hold_what_others_script_against(finished):
+    results = read_results(finished)
+    assert (results["norm"], results["norm_modules"], results["seed"]) == ("adanorm", NUM_NORMS, 1)
+    assert set(results["validation"]) == SCORES | {"loss"}
+    assert set(results["test"]) == set(results["signatures"]) == SCORES
+    assert (results["steps"], results["num_processes"]) == (300, 1)
+    assert results["best_step"] in {100, 200, 300}
+    for name in ("train_samples_per_second", "train_target_tokens_per_second", "peak_memory_mb", "parameters"):
+        assert results[name] > 0
+    assert results["validation"]["loss"] < results["history"][0]["loss"]
+    assert {"python", "torch", "transformers"} <= set(results["versions"])
+
+
+def test_scores_in_a_fresh_process_equal_those_in_memory(finished):
+    results = read_results(finished)
+    for prefix in ("", "average_"):
+        for name in SCORES:
+            assert results[f"{prefix}test"][name] == pytest.approx(results[f"{prefix}validation"][name]), name
+    assert results["validation"]["chrf"] > 20  # it learned something: the comparison is not of empty texts
+
+
+def test_translations_stand_beside_their_references(finished, pairs):
+    rows = [json.loads(line) for line in (finished / "test_translations.jsonl").read_text().splitlines()]
+    original = [json.loads(line) for line in pairs["validation"].read_text().splitlines()]
+    assert [(row["source"], row["reference"]) for row in rows] == [(row["de"], row["en"]) for row in original]
+    assert len({row["translation"] for row in rows}) > 5
+
+
+@pytest.mark.parametrize("name", ["best", "last", "average"])
+def test_the_saved_model_translates_by_stock_calls_with_its_norms(finished, name):
+    model = AutoModelForSeq2SeqLM.from_pretrained(finished / name)
+    tokenizer = AutoTokenizer.from_pretrained(finished / name)
+    norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
+    assert {(norm.norm, norm.C, norm.k) for norm in norms} == {("adanorm", 1.3, 0.07)}
+    assert len(norms) == NUM_NORMS
+    assert model.generation_config.num_beams == 2
+    output = model.generate(**tokenizer("worta wortb", return_tensors="pt"))
+    assert "word" in tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def test_the_average_is_the_mean_of_the_last_checkpoints(finished):
+    assert read_results(finished)["average_steps"] == [200, 300]
+    left, right = weights(finished, 200), weights(finished, 300)
+    average = load_file(finished / "average" / "model.safetensors")
+    checked = [name for name in average if name in left and left[name].is_floating_point()]
+    assert len(checked) > 30
+    for name in checked:
+        assert torch.allclose(average[name], (left[name] + right[name]) / 2, atol=1e-7), name
+
+
+def test_a_run_stopped_in_the_middle_of_an_epoch_ends_as_an_undisturbed_one(arguments, tmp_path, capsys):
+    # Dropout, gradient accumulation, epochs of several updates, a checkpoint that is not at an evaluation.
+    settings = {"max_steps": 30, "eval_steps": 12, "checkpointing_steps": 7, "gradient_accumulation_steps": 2}
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    translation.main(arguments(undisturbed, **settings))
+
+    threading.Thread(target=terminate_at, args=(disturbed / "checkpoint-14",), daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        translation.main(arguments(disturbed, **settings))
+    assert ended.value.code == EXIT_RESUME
+    stopped = max(int(path.name.split("-")[1]) for path in disturbed.glob("checkpoint-*"))
+    assert 14 <= stopped < 30
+    capsys.readouterr()
+    translation.main(arguments(disturbed, **settings))
+    assert f"resuming from step {stopped}" in capsys.readouterr().out
+    left, right = weights(undisturbed, 30), weights(disturbed, 30)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not left[name].equal(right[name])] == []
+    for key in ("validation", "history", "best_step", "target_tokens"):
+        assert read_results(undisturbed)[key] == read_results(disturbed)[key]
+
+
+def terminate_at(folder):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if folder.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def _default_signal():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_two_processes_do_what_one_does(arguments, tmp_path):
+    # Without dropout, whose masks are drawn per process. One process takes two micro-batches where two take one each.
+    common = {"dropout": 0.0, "attention_dropout": 0.0, "max_steps": 12, "eval_steps": 4}
+    one, two = tmp_path / "one", tmp_path / "two"
+    translation.main(arguments(one, gradient_accumulation_steps=2, **common))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+    launched = subprocess.run(
+        [*launcher, str(SCRIPT), *arguments(two, logging_steps=4, **common)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert launched.returncode == 0, launched.stderr
+    left, right = read_results(one), read_results(two)
+    assert right["num_processes"] == 2
+    assert right["target_tokens"] == left["target_tokens"]
+    # Sums of floats in another order: 1e-5 on losses of about 3 after 12 updates.
+    for a, b in zip(left["history"], right["history"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert b["chrf"] == pytest.approx(a["chrf"])  # of 21 sentences, an odd number: none counted twice
+    for name, value in weights(one, 12).items():
+        assert value.sub(weights(two, 12)[name]).abs().max() < 1e-4, name
+    lines = [line for line in launched.stdout.splitlines() if line.startswith("step 4")]
+    assert len(lines) == 2, launched.stdout  # one of training, one of validation, from one process
+
+
+def test_early_stopping_counts_evaluations_without_a_better_score(arguments, tmp_path):
+    # Updates of no effect: the first evaluation stays the best.
+    settings = {"learning_rate": 1e-30, "warmup_steps": 0, "eval_steps": 3, "early_stopping_patience": 2}
+    translation.main(arguments(tmp_path, best_metric="loss", **settings))
+    results = read_results(tmp_path)
+    assert (results["best_step"], results["steps"]) == (3, 9)
+
+
+@pytest.mark.parametrize("sizes", [{"model_type": "marian"}, {"model_type": "mbart"}, {"model_type": "t5"}])
+def test_other_architectures_start_from_a_config(arguments, tmp_path, sizes):
+    changes = {"norm": "layernorm-simple"}
+    if sizes["model_type"] == "t5":
+        config = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        changes |= {"targets": "rmsnorm", "source_prefix": "translate: "}
+    else:
+        config = {**TINY, **sizes}
+    translation.main(arguments(tmp_path, model_config=json.dumps(config), max_steps=2, **changes))
+    assert read_results(tmp_path)["norm_modules"] > 0
+    config = AutoConfig.from_pretrained(tmp_path / "best")
+    assert config.decoder_start_token_id == config.eos_token_id == 2
+
+
+def test_a_pretrained_model_goes_on_and_its_gains_fade_out(arguments, tmp_path):
+    control, faded = tmp_path / "control", tmp_path / "faded"
+    translation.main(arguments(control, norm="layernorm", max_steps=10, eval_steps=10))
+    start = {"model_config": "{}", "model_name_or_path": control / "best", "affine": "fade", "fade_ratio": 0.5}
+    translation.main(arguments(faded, max_steps=8, eval_steps=2, **start))
+    results = read_results(faded)
+    assert results["history"][0]["loss"] == pytest.approx(read_results(control)["validation"]["loss"], abs=0.3)
+    assert results["best_step"] in {4, 6, 8}  # not before the fade has arrived
+    model = AutoModelForSeq2SeqLM.from_pretrained(faded / "best")
+    norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
+    assert len(norms) == NUM_NORMS
+    assert all(norm.fade is None for norm in norms)
+
+
+def test_a_multilingual_model_is_told_its_languages(arguments, tmp_path):
+    """NLLB's tokeniser: the source begins with its language, the target is forced to begin with its own."""
+    letters = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"wortabcdefghijkl"]
+    tokenizer = NllbTokenizer(vocab={text: n for n, text in enumerate(letters)}, merges=[])
+    tokenizer.save_pretrained(tmp_path / "base")
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    sizes = {name: value for name, value in TINY.items() if name != "model_type"}
+    config = AutoConfig.for_model("m2m_100", vocab_size=len(tokenizer), **special, **sizes)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "base")
+    codes = {"source_lang_code": "deu_Latn", "target_lang_code": "eng_Latn"}
+    start = {"model_config": "{}", "model_name_or_path": tmp_path / "base", **codes}
+    translation.main(arguments(tmp_path / "run", max_steps=2, max_validation_samples=3, **start))
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "best")
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "run" / "best")
+    english = reloaded.convert_tokens_to_ids("eng_Latn")
+    assert model.generation_config.forced_bos_token_id == english
+    reloaded.src_lang = "deu_Latn"
+    inputs = reloaded("worta", return_tensors="pt")
+    assert inputs["input_ids"][0, 0] == reloaded.convert_tokens_to_ids("deu_Latn")
+    assert model.generate(**inputs)[0, 1] == english
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_file": "absent.{lang}.gz"}, "--train_file absent.{lang}.gz: no such file for {lang} = de"),
+        ({"target_lang": "fr"}, "--target_lang 'fr': the train split has no such column"),
+        ({"target_lang": "de"}, "--source_lang and --target_lang are both 'de'"),
+        ({"model_config": "{}"}, "give either --model_name_or_path or model_config"),
+        ({"model_config": '{"d_model": 8}'}, "model_config needs a model_type"),
+        ({"max_tokens": 5}, "--max_tokens 5: the longest training sentence alone has"),
+        ({"label_smoothing": 1}, "--label_smoothing must be in [0, 1), got 1"),
+        ({"num_beams": 0}, "--num_beams must be positive, got 0"),
+        ({"average_checkpoints": 1}, "--average_checkpoints must be 0 or at least 2"),
+        ({"include": "nothing"}, "--norm adanorm: "),
+        ({"model_config": json.dumps({**TINY, "model_type": "marian"}), "max_source_length": 99}, "32 positions"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_training(changes, said, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        translation.main(arguments(tmp_path / "run", **changes))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_the_loss_of_shifted_labels_is_the_models_own(finished):
+    model = AutoModelForSeq2SeqLM.from_pretrained(finished / "best").eval()
+    source = torch.tensor([[5, 6, 7, 2], [8, 9, 2, 1]])
+    labels = torch.tensor([[9, 8, 2], [7, 2, -100]])
+    with torch.no_grad():
+        own = model(input_ids=source, labels=labels).loss
+        logits = model(input_ids=source, decoder_input_ids=decoder_inputs(model, labels)).logits
+    assert torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()) == pytest.approx(own.item())
+
+
+def test_initialisation_is_that_of_the_papers_runs():
+    width = 64
+    config = AutoConfig.for_model(
+        **{**TINY, "d_model": width, "encoder_ffn_dim": 96, "vocab_size": 500, "encoder_attention_heads": 4}
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    initialize(model, "kaiming")
+    layer = model.model.encoder.layers[0]
+    for module in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.self_attn.out_proj):
+        assert 0.95 * width**-0.5 < module.weight.abs().max() <= width**-0.5
+        assert module.bias.abs().max() == 0
+    bound = (6 / (width + 96)) ** 0.5
+    assert 0.95 * bound < layer.fc1.weight.abs().max() <= bound
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
+    assert model.get_input_embeddings().weight[1].abs().max() == 0  # padding
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    initialize(model, "xavier")
+    bound = (6 / (4 * width)) ** 0.5
+    assert 0.95 * bound < layer.self_attn.q_proj.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "millions"),
+    [
+        ("iwslt14_de_en", 32, 36),
+        ("iwslt15_en_vi", 32, 36),
+        ("wmt14_en_de", 32, 61),
+        ("multi30k_de_en", 17, 1.5),
+        ("demo_en_de", 12, 1.2),
+        ("demo_en_vi", 12, 1.0),
+    ],
+)
+def test_every_config_is_read_and_builds_the_model_it_speaks_of(name, norms, millions):
+    options = parse_options(translation.TranslationOptions, ["--config", str(RECIPES / "configs" / f"{name}.yaml")])
+    with torch.device("meta"):
+        config = AutoConfig.for_model(**options.model_config, vocab_size=options.vocab_size)
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    hf_adanorm.patch_model(model, options.norm, C=options.C, k=options.k)
+    assert sum(getattr(module, "is_adanorm_module", False) for module in model.modules()) == norms
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.05)
+    if name.startswith("demo"):
+        assert all(Path(getattr(options, f"{split}_file")).is_file() for split in ("train", "validation", "test"))
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_launch_file_is_read_by_accelerate(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"one_gpu": 1, "two_nodes": 16}.get(path.stem, 8)
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
