@@ -492,15 +492,14 @@ def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp
 
 def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
     """accelerate's `device_map` replaces `forward` and moves inputs and offloaded weights in a hook. The new norm has
-    no weight to bring in: it needs the devices only."""
+    no weight to bring in: it needs the devices only. The old one keeps its hook, which knows where its values are."""
     hook = getattr(source, "_hf_hook", None)
     if hook is None:
         return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     device = getattr(hook, "execution_device", None)
     same = getattr(hook, "io_same_device", False)
-    remove_hook_from_module(source)  # puts offloaded weights back under its own control
     if device is not None:
         new.to_empty(device=device) if new.weight.is_meta else new.to(device)
         new.weight.fill_(1.0)  # type: ignore[operator]
@@ -517,7 +516,8 @@ def _restored(module: SwappedNorm) -> nn.Module:
         if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
             source = source.to_empty(device=weight.device)
         _reset_affine(source)
-    source.to(device=weight.device, dtype=weight.dtype)
+    if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
+        source.to(device=weight.device, dtype=weight.dtype)
     source.train(module.training)
     return source  # type: ignore[no-any-return]
 
