@@ -117,7 +117,7 @@ class FadeCallback(TrainerCallback):
 
     Example:
         >>> callback = FadeCallback(fade_steps=0.6, schedule="cosine")
-        >>> callback.progress(step=30, max_steps=100)
+        >>> round(callback.progress(step=30, max_steps=100), 6)
         0.5
     """
 
