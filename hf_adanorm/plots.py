@@ -296,7 +296,7 @@ def plot_phi(
             ax.axvline(value, color="#555555", linewidth=0.8, linestyle=":")
             ax.text(value, 0.02, f" y = {text}", transform=ax.get_xaxis_transform(), fontsize=9, color="#333333")
     _finish(
-        ax, "normalised activation y = N(x), in standard deviations", f"value (C = {C:g}, k = {k:g})", "upper left"
+        ax, "normalised activation y = N(x), in standard deviations", f"value (C = {C:g}, k = {k:g})", "center right"
     )
     if counts is not None:
         ax.spines["right"].set_visible(True)
