@@ -78,7 +78,7 @@ def find_runnable(model_type: str, row: dict[str, Any]) -> tuple[torch.nn.Module
                 if size > MAX_PARAMETERS:
                     reasons.append(f"{cls.__name__} ({way}) has {size / 1e6:.0f}M parameters")
                     continue
-                type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))  # does it survive saving?
+                type(config).from_dict(config.to_dict())  # does it survive saving?
                 model = tiny_models.build(cls, config)
                 row["built"] = "yes"
                 stage = "forward before"

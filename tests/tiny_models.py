@@ -267,11 +267,12 @@ def _shrink_list(name: str, value: Any, width: int | None, factor: int | None, l
 
 def _fit_rope(config: PreTrainedConfig) -> None:
     """Where the model's code reads an `mrope_section`, make it add up to half the rotated part of a head."""
-    rope = getattr(config, "rope_parameters", None)
-    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    rope, heads, hidden = (_get(config, name) for name in ("rope_parameters", "num_attention_heads", "hidden_size"))
     if not isinstance(rope, dict) or not isinstance(heads, int) or not isinstance(hidden, int):
         return
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    head_dim = _get(config, "head_dim") or hidden // heads
+    if not isinstance(head_dim, int):
+        return
     for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
         for key in ("mrope_section", "xdrope_section"):
             if key in part or (key in _source(type(config)) and part is rope):
@@ -300,8 +301,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "time_series_transformer": _SERIES,
     "informer": _SERIES,
     "autoformer": _SERIES,
-    "bamba": {"attn_layer_indices": [1], "layer_types": ["mamba", "attention"]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
@@ -309,6 +310,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "seggpt": {"image_size": [64, 32], "patch_size": 8, "pretrain_image_size": 32},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "oneformer": {"task_seq_len": LENGTH, "max_seq_len": LENGTH},
     "vitmatte": {"convstream_hidden_sizes": [8, 16, 32], "fusion_hidden_sizes": [32, 32, 32, 32]},
     "chameleon": {"vocabulary_map": {"<image>": VOCAB - 1, "IMGIMGA": 5}},
@@ -436,17 +438,17 @@ def _fill(config: PreTrainedConfig) -> None:
     for name, value in _FILL.items():
         if _get(config, name) is None:
             _set(config, name, value)
-    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    heads, hidden = _get(config, "num_attention_heads"), _get(config, "hidden_size")
     if isinstance(heads, int) and isinstance(hidden, int):
         for name, number in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
             if _get(config, name) is None:
                 _set(config, name, number)
-    depth = getattr(config, "num_hidden_layers", None)
+    depth = _get(config, "num_hidden_layers")
     if isinstance(depth, int):
         for name, kind in (("layer_types", "full_attention"), ("mlp_layer_types", "sparse")):
-            if getattr(config, name, 0) is None:
+            if hasattr(type(config), name) and _get(config, name) is None:
                 _set(config, name, [kind] * depth)
-    rope = getattr(config, "rope_parameters", None)
+    rope = _get(config, "rope_parameters")
     if rope is None or (isinstance(rope, dict) and rope.get("rope_theta", 0) is None):
         _set(config, "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
 
@@ -592,7 +594,8 @@ class _Maker:
             "features",
             "hidden_state",
         ):
-            width = int(_first(config, "hidden_size", "d_model", "embed_dim", "dim", default=32))
+            width = _first(config, "hidden_size", "d_model", "embed_dim", "dim", default=32)
+            width = width if isinstance(width, int) else int(width[0])
             return self.floats(self.rows, LENGTH, width)
         if name == "past_values":
             length = int(_first(config, "context_length", default=16))
@@ -789,6 +792,12 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
                     n: torch.ones(2, shape[axis], dtype=torch.bool) if n.endswith("mask") else v
                     for n, v in given.items()
                 }
+    if "input_features_mask" in names and isinstance(made.get("input_features"), Tensor):
+        for axis in (1, 2):
+            length = made["input_features"].shape[axis]
+            yield {**made, **extra, "input_features_mask": torch.ones(2, length, dtype=torch.long)}
+    if any(n.endswith("mask") for n in extra):
+        yield {n: v.bool() if n.endswith("mask") else v for n, v in {**made, **extra}.items()}
     if "hidden_states" in made and "mask" in names:
         yield {"hidden_states": maker.floats(2, 64, 80), "mask": torch.ones(2, 64, dtype=torch.bool)}
     if "aspect_ratio_ids" in made:
