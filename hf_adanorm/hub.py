@@ -91,8 +91,8 @@ def write_model_card(
 
     Raises:
         FileNotFoundError: `folder` has no config.json.
-        ValueError: its config.json describes no patched model; results without a name of their data; an existing
-            card whose front matter cannot be read, or that holds only one of the markers.
+        TypeError, ValueError: its config.json describes no patched model, or its spec is none; results without a name
+            of their data; an existing card whose front matter cannot be read, or that holds only one of the markers.
 
     Example:
         >>> write_model_card("out", base_model="google-bert/bert-base-uncased", results={"accuracy": 0.9},
@@ -269,16 +269,22 @@ def _section(
     command: str | None,
 ) -> str:
     kinds = ", ".join(_NAMES[norm].partition(" (")[0] for norm in norms)
+    groups = [group for spec in specs.values() for group in spec.groups]
+    about = "The swapped layers have no gain and no bias."
+    if any(group.fade is not None for group in groups):
+        about = "It was saved in the middle of a fade: what is left of gains and biases is in the checkpoint."
     out = [
-        f"## Swapped norms: {kinds}",
+        f"## Swapped norms: {kinds}" if norms else "## Folded norms",
         "",
         "Normalisation layers of this model were replaced by those of "
         "[Understanding and Improving Layer Normalization](https://arxiv.org/abs/1911.07013) (Xu et al., NeurIPS "
-        "2019) with hf_adanorm. The swapped layers have no gain and no bias.",
+        f"2019) with hf_adanorm. {about}"
+        if norms
+        else "Gains and biases of this model's norms were folded into the layers that read them, with hf_adanorm.",
         "",
-        "| norm | settings | modules |",
-        "|---|---|---|",
     ]
+    if groups:
+        out += ["| norm | settings | modules |", "|---|---|---|"]
     for prefix, spec in specs.items():
         out += [_row(group, prefix) for group in spec.groups]
     out += [
