@@ -4,7 +4,7 @@ Three levels: the operator alone (widths x rows x dtypes), whole models (trainin
 Marian- and ViT-like models), and what patching, saving and loading take. All contenders of a case live in one process
 and take turns, in another order every round, so that whatever else the machine does meets them alike. Every time is
 a median over the rounds; every ratio is the median of the ratios to `nn.LayerNorm` within a round, given with its
-quartiles. On a GPU the times are those of CUDA events.
+quartiles. The clock is that of CUDA events on a GPU, CPU time with one thread, and wall time with several.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from . import modeling_adanorm
-from .modeling_adanorm import AdaNorm, DetachNorm, LayerNormSimple
+from .bench_contenders import BASELINE, MODELS, SIZES, Size, build_model, contenders, count_norms, with_norm
 from .patching import patch_model
 
-BASELINE = "layernorm"
 LEVELS = ("op", "model", "patch")
 MODES = ("eager", "compiled")
 
@@ -63,54 +62,18 @@ class Measurement:
     """Norm modules that the model has."""
 
 
-class WrittenOut(nn.Module):
-    """AdaNorm as its formula reads: the mean, the variance, N(x), phi and the product, each with its own tensor."""
-
-    def __init__(self, eps: float, C: float = 1.0, k: float = 0.1) -> None:
-        super().__init__()
-        self.eps, self.C, self.k = eps, C, k
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(-1, keepdim=True)
-        var = ((x - mean) ** 2).mean(-1, keepdim=True)
-        y = (x - mean) / torch.sqrt(var + self.eps)
-        phi = self.C * (1 - self.k * y)
-        return phi.detach() * y
-
-
-class DyT(nn.Module):
-    """gain * tanh(alpha * x) + bias: the "dynamic tanh" that was proposed in place of normalisation."""
-
-    def __init__(self, width: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.full((1,), 0.5, dtype=dtype))
-        self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(width, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.alpha * x) * self.weight + self.bias
-
-
-def contenders(width: int, dtype: torch.dtype, eps: float = 1e-5) -> dict[str, nn.Module]:
-    """The norms that are compared, by name; the baseline comes first. "adanorm-torch" is AdaNorm on torch's operators
-    also where the fused CPU loop would serve it."""
-    return {
-        BASELINE: nn.LayerNorm(width, eps, dtype=dtype),
-        "adanorm": AdaNorm(width, eps),
-        "adanorm-torch": AdaNorm(width, eps),
-        "layernorm-simple": LayerNormSimple(width, eps),
-        "detachnorm": DetachNorm(width, eps),
-        "adanorm-lancopku": AdaNorm(width, eps, reference="lancopku"),
-        "adanorm-written": WrittenOut(eps),
-        "dyt": DyT(width, dtype),
-        "rmsnorm": nn.RMSNorm(width, eps, dtype=dtype),
-    }
-
-
 # -------------------------------------------------------------------------------------------------------- timing
 
 
-def _seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def clock_name(device: torch.device) -> str:
+    """With what `device` is timed. One thread on a CPU is timed by what it computes, as its wall time would hold the
+    turns of other processes as well."""
+    if device.type == "cuda":
+        return "CUDA events"
+    return "CPU time" if torch.get_num_threads() == 1 else "wall time"
+
+
+def _seconds(function: Callable[[], Any], device: torch.device, repeats: int, wall: bool = False) -> float:
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
@@ -119,31 +82,37 @@ def _seconds(function: Callable[[], Any], device: torch.device, repeats: int) ->
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / repeats
-    begin = time.perf_counter()
+    now = time.process_time if not wall and clock_name(device) == "CPU time" else time.perf_counter
+    begin = now()
     for _ in range(repeats):
         function()
-    return (time.perf_counter() - begin) / repeats
+    return (now() - begin) / repeats
 
 
 def take_turns(
-    functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, min_seconds: float = 0.0
+    functions: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    min_seconds: float = 0.0,
+    wall: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of one call of every function, per round, after a warm-up that is not counted.
 
     Args:
         min_seconds: a call is repeated until it is expected to take this long, and averaged.
+        wall: wall time in any case, for what waits on a disk.
     """
     names = list(functions)
     repeats = {}
     for name in names:
         functions[name]()
-        once = _seconds(functions[name], device, 1)
+        once = _seconds(functions[name], device, 1, wall)
         repeats[name] = max(1, min(1000, math.ceil(min_seconds / max(once, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            times[name].append(_seconds(functions[name], device, repeats[name]))
+            times[name].append(_seconds(functions[name], device, repeats[name], wall))
     return times
 
 
@@ -284,69 +253,6 @@ def _name(dtype: torch.dtype) -> str:
 # --------------------------------------------------------------------------------------------------------- models
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """Of the models that are timed: "small" fits two slow cores, "base" a GPU."""
-
-    width: int
-    layers: int
-    heads: int
-    vocabulary: int
-    batch: int
-    length: int
-    """Tokens in a sequence; a ViT gets the square image whose patches come closest."""
-
-
-SIZES = {
-    "tiny": Size(width=32, layers=2, heads=2, vocabulary=128, batch=2, length=16),
-    "small": Size(width=256, layers=4, heads=4, vocabulary=8192, batch=8, length=128),
-    "base": Size(width=768, layers=12, heads=12, vocabulary=32768, batch=32, length=256),
-}
-MODELS = ("bert", "gpt2", "marian", "vit")
-
-
-def build_model(kind: str, size: Size) -> tuple[nn.Module, dict[str, Tensor], int]:
-    """A randomly initialised model of `kind` (one of MODELS), a batch with labels, and the tokens in that batch."""
-    import transformers as tf
-
-    width, layers, heads, vocabulary = size.width, size.layers, size.heads, size.vocabulary
-    tokens = torch.randint(5, vocabulary, (size.batch, size.length))
-    batch = {"input_ids": tokens, "labels": tokens}
-    if kind == "bert":
-        sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-        bert = tf.BertConfig(vocab_size=vocabulary, intermediate_size=4 * width, **sizes)
-        return tf.BertForMaskedLM(bert), batch, tokens.numel()
-    if kind == "gpt2":
-        gpt2 = tf.GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads)
-        return tf.GPT2LMHeadModel(gpt2), batch, tokens.numel()
-    if kind == "marian":
-        side = {"layers": max(1, layers // 2), "attention_heads": heads, "ffn_dim": 4 * width}
-        sizes = {f"{name}_{key}": value for name in ("encoder", "decoder") for key, value in side.items()}
-        sizes |= {"vocab_size": vocabulary, "d_model": width}
-        marian = tf.MarianConfig(pad_token_id=0, decoder_start_token_id=0, eos_token_id=0, **sizes)
-        return tf.MarianMTModel(marian), batch, 2 * tokens.numel()
-    if kind == "vit":
-        patches = max(1, math.isqrt(size.length))
-        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-        vit = tf.ViTConfig(image_size=8 * patches, patch_size=8, intermediate_size=4 * width, **sizes)
-        images = torch.randn(size.batch, 3, 8 * patches, 8 * patches)
-        labels = torch.randint(0, 2, (size.batch,))  # a config has two classes by default
-        return tf.ViTForImageClassification(vit), {"pixel_values": images, "labels": labels}, size.batch * patches**2
-    raise ValueError(f"model must be one of {', '.join(MODELS)}, got {kind!r}")
-
-
-def with_norm(model: nn.Module, norm: str) -> nn.Module:
-    """`model` with every `nn.LayerNorm` replaced by the contender called `norm`."""
-    if norm in ("adanorm", "layernorm-simple", "detachnorm"):
-        return patch_model(model, norm, eps=None)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.LayerNorm) and norm != BASELINE:
-                replacement = contenders(child.normalized_shape[0], child.weight.dtype, child.eps)[norm]
-                setattr(parent, name, replacement)
-    return model
-
-
 def bench_models(
     *,
     device: torch.device,
@@ -392,7 +298,7 @@ def bench_models(
                             tokens_per_second=num_tokens / stats["seconds"],
                             bytes=peak_bytes(run.task(task), device),
                             parameters=sum(p.numel() for p in run.model.parameters()),
-                            modules=_count_norms(run.model),
+                            modules=count_norms(run.model),
                             **stats,
                         )
                     )
@@ -428,11 +334,6 @@ class _Run:
         self.model.eval()
         with torch.inference_mode(), self.autocast:
             self.call(**self.batch)
-
-
-def _count_norms(model: nn.Module) -> int:
-    kinds = (nn.LayerNorm, nn.RMSNorm, WrittenOut, DyT)
-    return sum(isinstance(m, kinds) or getattr(m, "is_adanorm_module", False) for m in model.modules())
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
@@ -476,7 +377,7 @@ def bench_patching(
         report(f"patching: {layers} layers")
         with torch.device("meta"):
             models = [tf.BertModel(tf.BertConfig(num_hidden_layers=layers, **sizes)) for _ in range(rounds + 1)]
-        modules = _count_norms(models[0])
+        modules = count_norms(models[0])
         patch_model(models.pop(), "adanorm")  # what happens once a process
         times = [_seconds(functools.partial(patch_model, m, "adanorm"), torch.device("cpu"), 1) for m in models]
         per_norm[str(layers)] = [seconds / modules for seconds in times]
@@ -494,10 +395,10 @@ def bench_patching(
         save = {name: functools.partial(model.save_pretrained, paths[name]) for name, model in models_by_norm.items()}
         load = {name: functools.partial(tf.BertModel.from_pretrained, paths[name]) for name in models_by_norm}
         for task, calls in (("save_pretrained", save), ("from_pretrained", load)):
-            for name, stats in summarize(take_turns(calls, torch.device("cpu"), rounds)).items():
+            for name, stats in summarize(take_turns(calls, torch.device("cpu"), rounds, wall=True)).items():
                 model = models_by_norm[name]
                 count = sum(p.numel() for p in model.parameters())
-                results.append(_patch_row("bert", task, name, stats, count, _count_norms(model)))
+                results.append(_patch_row("bert", task, name, stats, count, count_norms(model)))
     return results
 
 

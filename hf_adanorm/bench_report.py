@@ -7,7 +7,7 @@ import dataclasses
 import io
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +46,13 @@ def _replace(path: Path, content: bytes) -> None:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What the figures hold for."""
+    from .bench import clock_name
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
+        "clock": clock_name(device),
         "torch": torch.__version__,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
@@ -65,72 +68,66 @@ def to_csv(results: Sequence[Measurement], where: dict[str, Any]) -> str:
 
 
 def to_text(results: Sequence[Measurement], where: dict[str, Any]) -> str:
-    """One table a level and mode: a row a norm and task, a column a case, each cell "ratio (lower..upper) time"."""
+    """The tables as plain text."""
     from rich.console import Console
 
     out = io.StringIO()
-    console = Console(file=out, width=220, color_system=None)
-    for table in tables(results, where):
+    console = Console(file=out, width=1000, color_system=None)
+    for table in tables(results):
         console.print(table)
-    return out.getvalue()
+    console.print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def tables(results: Sequence[Measurement], where: dict[str, Any]) -> list[Any]:
-    """The same as `rich` tables."""
-    from rich.table import Table
-
-    caption = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
+def tables(results: Sequence[Measurement]) -> list[Any]:
+    """One `rich` table for each level, mode, dtype and task: a row a norm, a column a case, in each cell the ratio to
+    nn.LayerNorm, its quartiles and the median time. After those of a level and mode, one of the memory."""
     out = []
-    for level, mode in dict.fromkeys((r.level, r.mode) for r in results):
-        chosen = [result for result in results if (result.level, result.mode) == (level, mode)]
-        cases = list(dict.fromkeys((result.case, result.dtype) for result in chosen))
-        table = Table(title=f"{level}, {mode}: ratio to nn.LayerNorm (quartiles) median time", caption=caption)
-        if level == "patch":
-            table.title = "patching, saving, loading: ratio to the smallest model, per module; to the stock checkpoint"
-        table.add_column("task")
-        table.add_column("norm")
-        for case, dtype in cases:
-            table.add_column(case if dtype == "float32" else f"{case} {dtype}", justify="right")
-        cells = {(r.task, r.norm, r.case, r.dtype): _cell(r) for r in chosen}
-        previous: str | None = None
-        for task, norm in sorted(dict.fromkeys((r.task, r.norm) for r in chosen), key=lambda pair: pair[0]):
-            if previous is not None and task != previous:
-                table.add_section()
-            previous = task
-            table.add_row(task, norm, *(cells.get((task, norm, *case), "") for case in cases))
-        out.append(table)
-        if any(result.bytes for result in chosen):
-            out.append(_memory_table(chosen, cases, level, mode))
+    for level, mode, dtype in dict.fromkeys((r.level, r.mode, r.dtype) for r in results):
+        chosen = [r for r in results if (r.level, r.mode, r.dtype) == (level, mode, dtype)]
+        to = {"patch": "the stock checkpoint, or per module to the smallest model"}.get(level, "nn.LayerNorm")
+        for task in dict.fromkeys(r.task for r in chosen):
+            title = f"{level}, {mode}, {dtype}, {task}: ratio to {to} (quartiles), median time"
+            out.append(_table(title, [r for r in chosen if r.task == task], _cell))
+        if any(r.bytes for r in chosen):
+            out.append(_memory_table(chosen))
     return out
 
 
-def _memory_table(chosen: Sequence[Measurement], cases: Sequence[tuple[str, str]], level: str, mode: str) -> Any:
+def _table(title: str, chosen: Sequence[Measurement], cell: Callable[[Measurement], str]) -> Any:
     from rich.table import Table
 
-    what = (
-        "saved for the backward pass" if level == "op" else "peak of a training step beyond parameters and optimizer"
-    )
-    table = Table(title=f"{level}, {mode}: MB {what} (ratio to nn.LayerNorm)" + ("; parameters" * (level == "model")))
-    table.add_column("norm")
-    for case, dtype in cases:
-        table.add_column(case if dtype == "float32" else f"{case} {dtype}", justify="right")
-    task = "forward" if level == "op" else "training step"
-    byte_counts = {(r.norm, r.case, r.dtype): r for r in chosen if r.task == task}
-    for norm in dict.fromkeys(result.norm for result in chosen):
-        row = []
-        for key in cases:
-            result, base = byte_counts.get((norm, *key)), byte_counts.get(("layernorm", *key))
-            if result is None or base is None or result.bytes is None or not base.bytes:
-                row.append("")
-                continue
-            text = f"{result.bytes / 1e6:.3f} ({result.bytes / base.bytes:.3f})"
-            row.append(f"{text}; {result.parameters:,}" if level == "model" else text)
-        table.add_row(norm, *row)
+    table = Table("norm", title=title, title_justify="left")
+    cases = list(dict.fromkeys(r.case for r in chosen))
+    for case in cases:
+        table.add_column(case, justify="right", no_wrap=True)
+    cells = {(r.norm, r.case): cell(r) for r in chosen}
+    for norm in dict.fromkeys(r.norm for r in chosen):
+        table.add_row(norm, *(cells.get((norm, case), "") for case in cases))
     return table
 
 
+def _memory_table(chosen: Sequence[Measurement]) -> Any:
+    first = chosen[0]
+    task = "forward" if first.level == "op" else "training step"
+    what = "saved for the backward pass" if first.level == "op" else "peak beyond parameters and optimizer; parameters"
+    chosen = [r for r in chosen if r.task == task]
+    base = {r.case: r.bytes for r in chosen if r.norm == "layernorm"}
+
+    def cell(result: Measurement) -> str:
+        stock = base.get(result.case)
+        if result.bytes is None or not stock:
+            return ""
+        text = f"{result.bytes / 1e6:.3f} ({result.bytes / stock:.3f})"
+        return text if first.level == "op" else f"{text}; {result.parameters:,}"
+
+    return _table(f"{first.level}, {first.mode}, {first.dtype}: MB {what} (ratio to nn.LayerNorm)", chosen, cell)
+
+
 def _cell(result: Measurement) -> str:
-    text = f"{result.ratio:.3f} ({result.ratio_low:.3f}..{result.ratio_high:.3f}) {_time(result.seconds)}"
+    text = f"{result.ratio:.2f} ({result.ratio_low:.2f}..{result.ratio_high:.2f}) {_time(result.seconds)}"
+    if result.level == "model":  # where a hundredth matters
+        text = f"{result.ratio:.3f} ({result.ratio_low:.3f}..{result.ratio_high:.3f}) {_time(result.seconds)}"
     return text if result.tokens_per_second is None else f"{text}, {result.tokens_per_second:,.0f} tok/s"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("typer")
 
-from hf_adanorm import AdaNorm, bench, bench_report, modeling_adanorm
+from hf_adanorm import AdaNorm, bench, bench_contenders, bench_report, modeling_adanorm
 from hf_adanorm.cli import main
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def rows(written):
 
 def test_every_contender_is_measured_at_every_level(rows):
     at = {level: {row["norm"] for row in rows if row["level"] == level} for level in bench.LEVELS}
-    assert at["op"] == set(bench.contenders(8, torch.float32))
+    assert at["op"] == set(bench_contenders.contenders(8, torch.float32))
     assert at["model"] == at["op"] - {"adanorm-torch"}
     assert at["patch"] == {"layernorm", "adanorm"}
     tasks = {(row["level"], row["task"]) for row in rows}
@@ -93,7 +93,7 @@ def test_ratios_are_taken_within_a_round():
 
 def test_the_written_out_formula_is_adanorm():
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
-    ours, written = AdaNorm(12, 1e-5)(x), bench.WrittenOut(1e-5)(x)
+    ours, written = AdaNorm(12, 1e-5)(x), bench_contenders.WrittenOut(1e-5)(x)
     torch.testing.assert_close(ours, written)
     torch.testing.assert_close(
         torch.autograd.grad(ours.pow(2).sum(), x)[0], torch.autograd.grad(written.pow(2).sum(), x)[0]
@@ -109,13 +109,13 @@ def test_the_contender_on_torch_operators_does_not_use_the_loops(monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["dyt", "rmsnorm", "adanorm-lancopku", "adanorm-written", "adanorm"])
-@pytest.mark.parametrize("kind", bench.MODELS)
+@pytest.mark.parametrize("kind", bench_contenders.MODELS)
 def test_models_with_every_norm_train(kind, norm):
-    model, batch, num_tokens = bench.build_model(kind, bench.SIZES["tiny"])
-    stock = bench._count_norms(model)
-    model = bench.with_norm(model, norm)
+    model, batch, num_tokens = bench_contenders.build_model(kind, bench_contenders.SIZES["tiny"])
+    stock = bench_contenders.count_norms(model)
+    model = bench_contenders.with_norm(model, norm)
     assert not any(isinstance(module, nn.LayerNorm) for module in model.modules())
-    assert bench._count_norms(model) == stock > 0
+    assert bench_contenders.count_norms(model) == stock > 0
     assert num_tokens > 0
     run = bench._Run(model, batch, CPU, torch.float32, "eager")
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -153,7 +153,7 @@ def test_bad_arguments_measure_nothing(tmp_path, arguments, words):
 
 def test_an_unknown_model_is_named():
     with pytest.raises(ValueError, match="bert, gpt2, marian, vit, got 'resnet'"):
-        bench.build_model("resnet", bench.SIZES["tiny"])
+        bench_contenders.build_model("resnet", bench_contenders.SIZES["tiny"])
 
 
 def test_report_of_nothing_measured_twice_is_the_same_file(tmp_path):
