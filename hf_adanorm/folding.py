@@ -308,7 +308,7 @@ class _Plan:
 
     def __init__(self, model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], approximate: bool):
         self.model = model
-        self.modules = dict(model.named_modules())
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.infos: dict[str, NormInfo] = {n: i for n, _, i in iter_norms(model) if i.kind != "other"}
         watchable = {n: (i.normalized_shape, i.channels_first) for n, i in self.infos.items()}
         self.watched: Watched = watch_consumers(model, watchable, inputs, follow_sums=approximate)

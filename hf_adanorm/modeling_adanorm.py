@@ -408,7 +408,7 @@ class SwappedNorm(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SwappedNorm:
         progress = self._buffers.get("fade_progress")
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self._buffers.get("fade_progress")
         if progress is not None and moved is not None and moved.dtype != torch.float32:
             # `model.half()` would round it, and with it every later step of the fade
@@ -613,7 +613,7 @@ class DetachNorm(SwappedNorm):
 
 
     def _faded(self, x: Tensor) -> Tensor:
-        h, bias = self._faded_affine(x)
+        h = self._faded_affine(x)[0]
         # The forward pass of h, the backward pass of DetachNorm: their difference is zero but for its gradient.
         y, plain = self._forward(x), _normalize(x, self.normalized_shape, self.eps, self.centered)
         gain = self._buffers.get("fade_gain")
@@ -720,7 +720,9 @@ class NormGroup:
         if "fade" in settings:
             fade = settings["fade"]
             if not isinstance(fade, (list, tuple)) or any(key not in _FADE_KEYS for key in fade) or norm == "none":
-                raise ValueError(f"fade must list some of {list(_FADE_KEYS)}, got {_short(fade)} for norm {norm!r}")
+                raise ValueError(
+                    f"fade must list some of {list(_FADE_KEYS)}, got {_short(fade)} for norm {norm!r}"
+                )
             settings["fade"] = tuple(key for key in _FADE_KEYS if key in fade)
         if settings.get("detach_mean") is False and settings.get("detach_variance") is False:
             raise ValueError("detach_mean and detach_variance are both False: set at least one to True")
@@ -858,7 +860,7 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
         key: getattr(group, key) for key in _SETTING_KEYS[group.norm] if getattr(group, key) is not None
     }
     tensor = next((t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point()), None)
-    where = {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
+    where: dict[str, Any] = {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
     centered = group.centered is not False
     new = NORM_CLASSES[group.norm](**{**found, **overrides}, **settings, centered=centered, **where)
     if group.fade is not None:
@@ -998,7 +1000,7 @@ def is_as(module: nn.Module, group: NormGroup) -> bool:
         return False
     wanted = {key: getattr(group, key) for key in (*_SETTING_KEYS[group.norm], *_OVERRIDE_KEYS[1:])}
     same = all(value is None or getattr(module, key) == value for key, value in wanted.items())
-    return same and module.centered == (group.centered is not False)
+    return same and bool(module.centered == (group.centered is not False))
 
 
 def _may_be_norm(module: nn.Module) -> bool:

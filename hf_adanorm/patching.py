@@ -548,8 +548,9 @@ def _warn_of_dropped(plan: Plan) -> None:
     if trained:
         warnings.warn(
             f"the trained gains and biases of {trained} norms are dropped: the model's outputs change until it is "
-            'trained again. affine="fold" keeps what can be folded into the layers that read the norm, affine="fade" '
-            "fades them out during training",
+            'trained again. affine="fold" keeps what it learned, for a post-norm model (BERT, BART) with '
+            'on_unfoldable="calibrate" and k=calibrate_k(model, batches).k; affine="fade" fades them out during '
+            "training",
             stacklevel=3,
         )
 

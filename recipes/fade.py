@@ -12,7 +12,9 @@ from hf_adanorm.fading import fade_at, finish_fading, set_fade
 
 
 def is_fading(options: PatchOptions) -> bool:
-    """Whether this run fades anything."""
+    """Whether this run fades anything: gain and bias, or k and C alone after a fold."""
+    if options.norm == "adanorm" and options.affine == "fold":
+        return (options.C, options.k) != (1.0, 0.0)
     return options.affine == "fade" and options.norm != "layernorm"
 
 

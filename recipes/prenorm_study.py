@@ -1,0 +1,172 @@
+"""A trained pre-norm LayerNorm model, changed to layernorm-simple or AdaNorm by dropping or by folding.
+
+    python recipes/prenorm_study.py --text FILE [FILE ...] --output_dir OUT
+
+Trains a small GPT-2 with LayerNorm on the bytes of the files, then swaps its norms in four ways and trains each on:
+
+    drop x layernorm-simple     gains and biases are lost
+    drop x adanorm              ... and k is there at once
+    fold x layernorm-simple     the same function, to rounding (the final norm, whose head is tied, fades)
+    fold x adanorm              the same function at first, then k rises over as many steps as the first training's
+    half
+
+and LayerNorm itself goes on as the yardstick. Reported: validation loss right after the swap, after a tenth of the
+original steps, and after as many again. Files may be gzipped. Raises FileNotFoundError for a missing one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_adanorm import patch_model, set_fade
+from hf_adanorm.fading import fade_at
+
+WAYS = ("layernorm", "drop layernorm-simple", "drop adanorm", "fold layernorm-simple", "fold adanorm")
+
+
+def read_bytes(paths: list[Path]) -> Tensor:
+    """uint8 (N,)"""
+    parts = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        raw = path.read_bytes()
+        parts.append(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+    return torch.frombuffer(bytearray(b"\n".join(parts)), dtype=torch.uint8)
+
+
+def batches(data: Tensor, size: int, length: int, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(0, len(data) - length, (size,), generator=generator).tolist()
+        yield torch.stack([data[start : start + length] for start in starts]).long()  # (B, T)
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, data: Tensor, args: argparse.Namespace) -> float:
+    """Nats per byte over a fixed sample."""
+    model.eval()
+    source = batches(data, args.batch_size, args.length, seed=1234)
+    losses = [float(model(input_ids=ids, labels=ids).loss) for ids, _ in zip(source, range(8), strict=False)]
+    model.train()
+    return mean(losses)
+
+
+def train(
+    model: nn.Module,
+    data: Tensor,
+    held_out: Tensor,
+    args: argparse.Namespace,
+    *,
+    seed: int,
+    report_at: list[int],
+    fade_steps: int = 0,
+) -> tuple[list[float], list[float]]:
+    """(training losses, validation losses after the steps of `report_at`), constant rate after a short warm-up."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    losses, reported = [], []
+    model.train()
+    for step, ids in zip(range(max(report_at)), batches(data, args.batch_size, args.length, seed), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min((step + 1) / 10, 1.0)
+        if fade_steps:
+            set_fade(model, fade_at(step + 1, fade_steps))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step + 1 in report_at:
+            reported.append(validation_loss(model, held_out, args))
+    return losses, reported
+
+
+def swap(model: nn.Module, way: str) -> bool:
+    """Swap in place; whether anything fades."""
+    if way == "layernorm":
+        return False
+    affine, norm = way.split()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what dropping does is what is measured
+        patch_model(model, norm, affine=affine, on_unfoldable="fade")
+    return affine == "fold"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=300, help="of the first training, and of each that follows")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64, help="bytes of context")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    data = read_bytes(args.text)
+    split = len(data) * 9 // 10
+    training, held_out = data[:split], data[split:]
+    torch.manual_seed(args.seed)
+    config = GPT2Config(
+        vocab_size=256, n_positions=args.length, n_embd=args.width, n_layer=args.layers, n_head=4,
+        bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    source = GPT2LMHeadModel(config)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = args.output_dir / f"source-steps{args.steps}-seed{args.seed}"
+    if (folder / "config.json").is_file():
+        source = GPT2LMHeadModel.from_pretrained(folder).train()
+    else:
+        train(source, training, held_out, args, seed=args.seed, report_at=[args.steps])
+        source.save_pretrained(folder)
+    gains = torch.cat([m.weight.detach() for m in source.modules() if isinstance(m, nn.LayerNorm)])
+    spread = f"{gains.mean():.2f} +- {gains.std():.2f}"
+    print(f"{source.num_parameters():,} parameters, {len(training):,} bytes, gains {spread}", flush=True)
+    path = args.output_dir / f"results-steps{args.steps}-seed{args.seed}.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    tenth = max(args.steps // 10, 1)
+    for way in WAYS:
+        if way in results:
+            continue
+        started = time.time()
+        model = copy.deepcopy(source)
+        fades = swap(model, way)
+        after = validation_loss(model, held_out, args)
+        losses, reported = train(
+            model,
+            training,
+            held_out,
+            args,
+            seed=args.seed + 1,
+            report_at=[tenth, args.steps],
+            fade_steps=args.steps // 2 if fades else 0,
+        )
+        results[way] = {"after": after, "tenth": reported[0], "end": reported[1], "losses": losses}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(results))
+        os.replace(partial, path)
+        print(f"{way}: {after:.3f} {reported[0]:.3f} {reported[1]:.3f} ({time.time() - started:.0f} s)", flush=True)
+    print(f"| way | right after | after {tenth} steps | after {args.steps} steps |\n|---|---|---|---|")
+    for way in WAYS:
+        row = results[way]
+        print(f"| {way} | {row['after']:.3f} | {row['tenth']:.3f} | {row['end']:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
