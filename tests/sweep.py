@@ -33,11 +33,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny_inputs
 import tiny_models
 import torch
 import transformers
 from norm_census import census
-from tiny_models import tensors
+from tiny_inputs import tensors
 from torch import Tensor
 
 from hf_adanorm import patch_model, unpatch_model
@@ -50,7 +51,7 @@ FIELDS = ["model_type", "class", "way", "parameters", "targets", *STAGES, "count
           "changed", "control exact", "seconds", "cpu seconds", "failed at", "reason", "inputs", "norms"]  # fmt: skip
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """A stage went wrong: its name and what happened."""
 
     def __init__(self, stage: str, reason: str) -> None:
@@ -66,13 +67,12 @@ def find_runnable(model_type: str, row: dict[str, Any]) -> tuple[torch.nn.Module
     ways = list(tiny_models.configs(model_type))
     num_classes = len(tiny_models.model_classes(model_type, ways[0][1]))
     if not num_classes:
-        raise Failed("built", "no class of its own in transformers")
+        raise FailedError("built", "no class of its own in transformers")
     reasons: list[str] = []
     for index in range(min(num_classes, 4)):
         for way, fresh in ways:
             config = copy.deepcopy(fresh)
             cls = tiny_models.model_classes(model_type, config)[index]
-            stage = "built"
             try:
                 size = tiny_models.num_parameters(cls, config)
                 if size > MAX_PARAMETERS:
@@ -81,15 +81,14 @@ def find_runnable(model_type: str, row: dict[str, Any]) -> tuple[torch.nn.Module
                 type(config).from_dict(config.to_dict())  # does it survive saving?
                 model = tiny_models.build(cls, config)
                 row["built"] = "yes"
-                stage = "forward before"
-                inputs, _ = tiny_models.run(model)
+                inputs, _ = tiny_inputs.run(model)
             except Exception as error:
                 reasons.append(f"{cls.__name__} ({way}): {_short(error)}")
                 continue
             row |= {"class": cls.__name__, "way": way, "parameters": size, "forward before": "yes"}
             row["inputs"] = " ".join(inputs)
             return model, inputs
-    raise Failed("forward before" if row.get("built") else "built", reasons[0])
+    raise FailedError("forward before" if row.get("built") else "built", reasons[0])
 
 
 def _short(error: BaseException) -> str:
@@ -138,10 +137,10 @@ def formula(info: NormInfo) -> str:
 def stage(name: str, row: dict[str, Any], action: Callable[[], Any]) -> Any:
     try:
         result = action()
-    except Failed:
+    except FailedError:
         raise
     except Exception as error:
-        raise Failed(name, _short(error)) from error
+        raise FailedError(name, _short(error)) from error
     row[name] = "yes"
     return result
 
@@ -182,9 +181,9 @@ def patch_and_save(model_type: str, folder: Path, row: dict[str, Any]) -> None:
         unpatch_model(model)
         after = model.state_dict()
         if list(after) != list(state) or any(not torch.equal(after[k], v) for k, v in state.items()):
-            raise Failed("unpatch", "weights differ from the original's")
+            raise FailedError("unpatch", "weights differ from the original's")
         if (gap := distance(original, forward(model, inputs))) > noise:
-            raise Failed("unpatch", f"outputs differ from the original's by {gap:.1e}")
+            raise FailedError("unpatch", f"outputs differ from the original's by {gap:.1e}")
 
     stage("unpatch", row, undo)
 
@@ -198,9 +197,9 @@ def _check_count(
     wrong = sorted(name for name in swapped & ran - found if row["targets"] == "layernorm")
     row |= {"explained": len(explained), "missed": " ".join(missed)}
     if missed:
-        raise Failed("forward after", f"not recognised: {missed[:3]}")
+        raise FailedError("forward after", f"not recognised: {missed[:3]}")
     if wrong:
-        raise Failed("forward after", f"swapped, though the probe says they subtract no mean: {wrong[:3]}")
+        raise FailedError("forward after", f"swapped, though the probe says they subtract no mean: {wrong[:3]}")
 
 
 def _is_explained(name: str, infos: dict[str, tuple[Any, NormInfo]]) -> bool:
@@ -213,15 +212,17 @@ def backward(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
     model.requires_grad_(True)
     outputs = [t for t in tensors(model(**copy.deepcopy(inputs))) if t.requires_grad]
     if not outputs:
-        raise Failed("backward", "no output requires a gradient (unpatched neither, if the forward turns them off)")
+        raise FailedError(
+            "backward", "no output requires a gradient (unpatched neither, if the forward turns them off)"
+        )
     sum(t.nan_to_num(posinf=0, neginf=0).square().mean() for t in outputs).backward()  # type: ignore[union-attr]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if not grads:
-        raise Failed("backward", "no parameter received a gradient")
+        raise FailedError("backward", "no parameter received a gradient")
     bad = sum(not bool(torch.isfinite(g).all()) for g in grads)
     model.zero_grad(set_to_none=True)
     if bad:
-        raise Failed("backward", f"{bad} gradients are not finite")
+        raise FailedError("backward", f"{bad} gradients are not finite")
 
 
 def load_and_compare(folder: Path, row: dict[str, Any]) -> None:
@@ -237,14 +238,16 @@ def load_and_compare(folder: Path, row: dict[str, Any]) -> None:
         control_gap = distance(expected["original"], forward(control, expected["inputs"]))
         row["control exact"] = "yes" if control_gap == 0 else f"{control_gap:.1e}"
         if norm_settings(patched) != expected["settings"]:
-            raise Failed("round trip", "norm settings differ")
+            raise FailedError("round trip", "norm settings differ")
         off_in_control = _differing(control.state_dict(), expected["control_state"])
         off = [k for k in _differing(patched.state_dict(), expected["state"]) if k not in off_in_control]
         if off:
-            raise Failed("round trip", f"weights differ: {off[:3]}")
+            raise FailedError("round trip", f"weights differ: {off[:3]}")
         gap = distance(expected["patched"], forward(patched, expected["inputs"]))
         if gap > max(10 * control_gap, expected["noise"]):
-            raise Failed("round trip", f"outputs differ by {gap:.1e} (the unpatched control's by {control_gap:.1e})")
+            raise FailedError(
+                "round trip", f"outputs differ by {gap:.1e} (the unpatched control's by {control_gap:.1e})"
+            )
 
     stage("round trip", row, compare)
 
@@ -278,7 +281,7 @@ def in_fork(action: Callable[[dict[str, Any]], None], row: dict[str, Any], secon
         signal.alarm(20 * seconds)
         try:
             action(row)
-        except Failed as failure:
+        except FailedError as failure:
             row |= {"failed at": failure.stage, "reason": str(failure)}
         except BaseException as error:
             row |= {"failed at": _next_stage(row), "reason": _short(error)}
@@ -416,7 +419,7 @@ def main() -> None:
     for model_type in [] if args.report else todo:
         if model_type in rows and not args.again and not (args.failed and rows[model_type]["failed at"]):
             continue
-        row = rows[model_type] = {field: "" for field in FIELDS} | sweep_type(model_type, args.seconds)
+        row = rows[model_type] = dict.fromkeys(FIELDS, "") | sweep_type(model_type, args.seconds)
         write_rows(args.out, rows)
         verdict = (
             f"{row['failed at']}: {row['reason'][:160]}" if row["failed at"] else f"{row['swapped'] or 0} swapped"

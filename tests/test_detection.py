@@ -93,7 +93,8 @@ def test_each_family_gets_its_formula(
 @pytest.mark.parametrize(("path", "args", "reason"), LEFT_ALONE, ids=family_id)
 def test_what_is_not_one_of_the_formulas_is_left_alone_with_the_reason(path: str, args: Any, reason: str) -> None:
     info = recognize(transformers_class(path)(*args))
-    assert info is not None and info.kind == "other"
+    assert info is not None
+    assert info.kind == "other"
     assert reason in info.reason
 
 
@@ -179,7 +180,8 @@ def test_a_users_layernorm_is_recognised_without_a_telling_name() -> None:
 @pytest.mark.parametrize(("cls", "reason"), [(Unbiased, "unbiased"), (EpsOutside, "eps is not added to the variance")])
 def test_near_misses_are_named(cls: type[nn.Module], reason: str) -> None:
     info = recognize(cls())
-    assert info is not None and info.kind == "other" and reason in info.reason
+    assert info is not None
+    assert info.kind == "other" and reason in info.reason
 
 
 def test_an_affine_module_is_not_a_norm() -> None:
@@ -191,7 +193,8 @@ def test_several_trailing_axes() -> None:
         pass
 
     info = recognize(AnyNorm())
-    assert info is not None and (info.kind, info.normalized_shape, info.eps) == ("layernorm", (4, 6), 1e-4)
+    assert info is not None
+    assert (info.kind, info.normalized_shape, info.eps) == ("layernorm", (4, 6), 1e-4)
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-8, 1e-6, 3.7e-5, 1e-3, 0.1])
@@ -205,21 +208,24 @@ def test_a_hidden_eps_is_measured(eps: float) -> None:
             return nn.functional.layer_norm(x, (WIDTH,), self.weight, None, eps)
 
     info = recognize(HiddenEpsNorm())
-    assert info is not None and math.isclose(info.eps, eps, rel_tol=1e-6)
+    assert info is not None
+    assert math.isclose(info.eps, eps, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 def test_torch_layernorm_is_read_off(affine: bool, bias: bool) -> None:
     info = recognize(nn.LayerNorm((3, 5), eps=1e-3, elementwise_affine=affine, bias=bias))
-    assert info is not None and info.kind == "layernorm"
+    assert info is not None
+    assert info.kind == "layernorm"
     assert (info.normalized_shape, info.eps) == ((3, 5), 1e-3)
     assert (info.has_gain, info.has_bias) == (affine, affine and bias)
 
 
 def test_torch_rmsnorm_default_eps_is_that_of_its_dtype() -> None:
     info = recognize(nn.RMSNorm(8, dtype=torch.bfloat16))
-    assert info is not None and info.kind == "rmsnorm" and info.eps == torch.finfo(torch.bfloat16).eps
+    assert info is not None
+    assert info.kind == "rmsnorm" and info.eps == torch.finfo(torch.bfloat16).eps
 
 
 def test_nothing_is_changed_and_no_random_number_is_drawn() -> None:
@@ -281,14 +287,16 @@ def test_parametrized_norms_are_marked(cls: type[nn.Module]) -> None:
     module = cls(WIDTH)
     parametrize.register_parametrization(module, "weight", Double())
     info = recognize(module)
-    assert info is not None and info.kind == "layernorm" and info.parametrized
+    assert info is not None
+    assert info.kind == "layernorm" and info.parametrized
 
 
 def test_a_forward_replaced_on_the_instance_is_not_trusted() -> None:
     module = nn.LayerNorm(WIDTH)
     module.forward = lambda x: x  # type: ignore[method-assign]
     info = recognize(module)
-    assert info is not None and info.kind == "other" and "replaced" in info.reason
+    assert info is not None
+    assert info.kind == "other" and "replaced" in info.reason
 
 
 def test_a_forward_bound_to_the_instance_is_probed() -> None:
@@ -299,7 +307,8 @@ def test_a_forward_bound_to_the_instance_is_probed() -> None:
 
     module.forward = types.MethodType(rms, module)  # type: ignore[method-assign]
     info = recognize(module)
-    assert info is not None and (info.kind, info.eps) == ("rmsnorm", 1e-4)
+    assert info is not None
+    assert (info.kind, info.eps) == ("rmsnorm", 1e-4)
 
 
 def test_accelerate_hooks_do_not_hide_a_norm() -> None:
@@ -337,7 +346,8 @@ def test_swapped_norms_are_listed_in_place() -> None:
 def test_the_module_s_dtype_does_not_matter(dtype: torch.dtype) -> None:
     module = transformers_class("cohere.modeling_cohere:CohereLayerNorm")(WIDTH).to(dtype)
     info = recognize(module)
-    assert info is not None and (info.kind, info.eps) == ("layernorm", 1e-5)
+    assert info is not None
+    assert (info.kind, info.eps) == ("layernorm", 1e-5)
 
 
 def test_a_deep_model_is_walked_in_no_time() -> None:
