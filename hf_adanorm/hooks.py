@@ -270,12 +270,13 @@ def _wrap_trainer() -> None:
 
 def _create_model_card(original: Callable[..., Any], trainer: Any, *args: Any, **kw: Any) -> Any:
     result = original(trainer, *args, **kw)
-    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
-    if trainer.is_world_process_zero() and isinstance(config, PreTrainedConfig) and has_spec(config):
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Not for an adapter around a patched base: what it saves is no patched model.
+    if trainer.is_world_process_zero() and isinstance(model, PreTrainedModel) and has_spec(model.config):
         from . import hub
 
-        own = copy.deepcopy(config)
-        own.auto_map = _auto_map(config)
+        own = copy.deepcopy(model.config)
+        own.auto_map = _auto_map(model.config)
         path = Path(trainer.args.output_dir) / hub.CARD_NAME
         model_id = getattr(trainer, "hub_model_id", None)
         hub.write_text(path, hub.render_card(own.to_dict(), existing=hub.read_card(path), model_id=model_id))
