@@ -48,6 +48,7 @@ class Progress:
     best_step: int | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation
+    train_history: list[dict[str, Any]] = field(default_factory=list)  # the training loss whenever it was logged
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -49,6 +49,11 @@ def format_results(results: Sequence[dict[str, Any]]) -> str:
                 "-" if speed is None else f"{speed:,.0f}",
             )
         )
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """A plain table with a rule under its first row."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))

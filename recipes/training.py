@@ -32,7 +32,11 @@ UNTIMED_STEPS = 5
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or its gradient became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite at optimiser step `step`, counted from 1."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 @contextmanager
@@ -185,7 +189,8 @@ def optimizer_step(
             raise NonFiniteError(
                 f"step {step + 1}: loss {loss.item()}, gradient norm {float(norm)}: not finite"
                 f"{_first_nonfinite(model, inputs) if inputs else ''}. The last checkpoint "
-                "stands; lower the learning rate, clip harder, or leave such steps out with --on_nonfinite skip"
+                "stands; lower the learning rate, clip harder, or leave such steps out with --on_nonfinite skip",
+                step + 1,
             )
         accelerator.print(f"step {step + 1}: loss {loss.item()}, gradient norm {float(norm)}: step left out")
         optimizer.zero_grad()
@@ -249,6 +254,12 @@ class Stopwatch:
         """None while no step was timed."""
         seconds = self.progress.timed_seconds
         return self.progress.timed_samples / seconds if seconds else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """By the mean size of a step; None while no step was timed."""
+        speed = self.samples_per_second
+        return self.progress.samples / self.progress.step / speed if speed else None
 
 
 class ProgressBar:

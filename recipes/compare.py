@@ -1,0 +1,401 @@
+"""Compare norms over seeds with one of the recipes: tables beside the paper's, significance, curves, an HTML report.
+
+    python recipes/compare.py --config recipes/configs/rt.yaml \\
+        --norms layernorm layernorm-simple detachnorm adanorm none --seeds 5 --output_dir outputs/rt
+    python recipes/compare.py --config recipes/configs/rt.yaml --seeds 3 --grid learning_rate=2e-4,5e-4 C=0.8,1.0
+    python recipes/compare.py --config recipes/configs/iwslt14_de_en.yaml --estimate
+    python recipes/compare.py --config recipes/configs/iwslt14_de_en.yaml --launcher "accelerate launch --multi_gpu"
+
+Runs the recipe once for every norm and seed, with the same options and so the same budget; any option of the recipe
+that follows is passed on. With `--grid`, every norm first tries every point of the same grid with the first seed and
+without a test split; the point with the best validation score is taken for all its runs, and the test split is read
+once at the end of each. A run whose loss is not finite is recorded as diverged, with its step, and the comparison goes
+on. Started again, the same command keeps what is finished or diverged and continues what was interrupted.
+
+In `output_dir`: `report.html`, `table.md`, `table.tex`, `curves.png` and `.svg`, `runs.csv`, `curves.csv`,
+`comparison.json`; the runs in `runs/`, those of the grid in `search/`, each with its `log.txt`.
+
+Exit codes: 0 finished, 1 a run failed (the others are done), 2 bad input, 75 stopped by SIGTERM: start it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from checkpoints import EXIT_RESUME, write_json
+from comparison import BASELINE, RECIPES, Recipe, Run, outcome, summarize
+from comparison_report import write_report
+from options import FREE_OPTIONS, OptionError, parse_options
+from paper_results import COLUMNS, CONFIGS, ROWS
+from results import align
+
+OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
+# A norm that an option says nothing to need not try its values.
+ONLY_FOR = {"C": {"adanorm"}, "k": {"adanorm"}, "detach_mean": {"detachnorm"}, "detach_variance": {"detachnorm"}}
+ESTIMATE_STEPS = 25
+
+
+class RunInterrupted(Exception):  # noqa: N818  (no error: the comparison was asked to stop)
+    """SIGTERM was received; the run in progress has saved a checkpoint."""
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The comparison's own options, and those for the recipe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", help="YAML file of the recipe's options, for instance recipes/configs/rt.yaml")
+    add("--recipe", choices=list(RECIPES), help="by default the one that knows the options in --config")
+    add("--norms", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NORM", help="default: all five")
+    add("--seeds", nargs="+", type=int, default=[3], help="one number: that many, from 1; several: these seeds")
+    add("--output_dir", default=None, help="default: outputs/compare-NAME, after the config")
+    add("--grid", nargs="+", default=[], metavar="OPTION=A,B", help="values to try for each norm on validation")
+    add("--launcher", default=sys.executable, help='starts a script, for instance "accelerate launch --multi_gpu"')
+    add("--paper", choices=[*COLUMNS, "none"], help="column of the paper to show beside; by default after the config")
+    add("--resamples", type=int, default=2000, help="resamples of the bootstraps")
+    add(
+        "--estimate", action="store_true", help="measure a few steps of every norm, say what the whole takes, and stop"
+    )
+    add("--report_only", action="store_true", help="train nothing; report on the runs that are there")
+    own, rest = parser.parse_known_args(argv)
+    if own.config:
+        rest = ["--config", own.config, *rest]
+    own.norms = list(dict.fromkeys(own.norms))
+    own.seeds = list(range(1, own.seeds[0] + 1)) if len(own.seeds) == 1 else list(dict.fromkeys(own.seeds))
+    name = Path(own.config).stem if own.config else own.recipe
+    own.title = name
+    own.output_dir = Path(own.output_dir or f"outputs/compare-{name}")
+    own.paper = CONFIGS.get(name) if own.paper is None else None if own.paper == "none" else own.paper
+    return own, rest
+
+
+def choose_recipe(name: str | None, config: str | None) -> tuple[Recipe, type]:
+    """The recipe, given by name or as the only one that knows all options of the config, and its options class.
+
+    Raises OptionError when neither tells.
+    """
+    if name is None and config is None:
+        raise OptionError("give --config, or --recipe " + "|".join(RECIPES))
+    keys: set[str] = set()
+    if name is None and config is not None:
+        if not Path(config).is_file():
+            raise OptionError(f"--config {config}: no such file")
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        keys = {str(key) for key in values} if isinstance(values, dict) else set()
+    fitting = []
+    for candidate in RECIPES if name is None else [name]:
+        recipe = RECIPES[candidate]
+        options_class = getattr(importlib.import_module(candidate), recipe.options_class)
+        if keys <= {item.name for item in dataclasses.fields(options_class)}:
+            fitting.append((recipe, options_class))
+    if len(fitting) != 1:
+        raise OptionError(f"--config {config} fits {len(fitting)} recipes: name one with --recipe {'|'.join(RECIPES)}")
+    return fitting[0]
+
+
+def parse_grid(items: Sequence[str], names: set[str]) -> dict[str, list[str]]:
+    """`["learning_rate=1e-4,5e-4"]` as a mapping. Raises OptionError for an unknown option or an empty list."""
+    grid = {}
+    for item in items:
+        name, _, values = item.partition("=")
+        if name not in names or name in OWN:
+            raise OptionError(f"--grid {item}: {name!r} is no option of the recipe that a grid can vary")
+        grid[name] = [value for value in values.split(",") if value]
+        if not grid[name]:
+            raise OptionError(f"--grid {item}: expected {name}=VALUE,VALUE")
+    return grid
+
+
+def grid_points(grid: dict[str, list[str]], norm: str) -> list[dict[str, str]]:
+    """The points of the grid, without the options that say nothing to `norm`."""
+    used = {name: values for name, values in grid.items() if norm in ONLY_FOR.get(name, {norm})}
+    return [dict(zip(used, values, strict=True)) for values in itertools.product(*used.values())]
+
+
+class Comparison:
+    """The runs of one comparison: which there are, which command each takes, running and collecting them."""
+
+    def __init__(self, own: argparse.Namespace, rest: list[str]):
+        self.own, self.rest = own, rest
+        self.recipe, self.options_class = choose_recipe(own.recipe, own.config)
+        self.names = {item.name for item in dataclasses.fields(self.options_class)}
+        for name in OWN:
+            if any(argument.split("=", 1)[0] == f"--{name}" for argument in rest):
+                raise OptionError(
+                    f"--{name} is set by the comparison for each run; use --norms, --seeds, --output_dir"
+                )
+        if min(own.seeds, default=0) < 0 or not own.seeds:
+            raise OptionError(f"--seeds: expected a positive number of seeds, got {own.seeds}")
+        if own.resamples < 100:
+            raise OptionError(f"--resamples must be at least 100, got {own.resamples}")
+        self.grid = parse_grid(own.grid, self.names)
+        self.script = Path(__file__).with_name(self.recipe.script)
+        self.search: list[Run] = []
+        self.runs: list[Run] = []
+        self.failed: list[Run] = []
+        self.stopping = False
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def options(self, arguments: list[str]) -> Any:
+        """The recipe's options as these arguments set them. Raises OptionError for what the recipe refuses."""
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                return parse_options(self.options_class, arguments)
+        except SystemExit as error:
+            lines = said.getvalue().strip().splitlines() or ["bad options"]
+            raise OptionError(f"{self.recipe.script}: {lines[-1].removeprefix('error: ')}") from error
+
+    def arguments(self, run: Run, *, test: bool = True) -> list[str]:
+        """The recipe's command line for a run; without a test split for one of the search."""
+        arguments = [*self.rest, "--norm", run.norm, "--seed", str(run.seed), "--output_dir", str(run.folder)]
+        for name, value in run.choice.items():
+            arguments += [f"--{name}", value]
+        if not test:
+            hidden = ("test_file", "test_split", "test_characters")
+            arguments += [text for name in hidden if name in self.names for text in (f"--{name}", "null")]
+        return arguments
+
+    def execute(self, runs: Sequence[Run], *, test: bool = True) -> None:
+        """Run what is not finished, one after the other."""
+        for run in runs:
+            self.check_same_options(run, test=test)
+        for position, run in enumerate(runs, start=1):
+            if run.status == "unfinished" and not self.own.report_only:
+                started = time.perf_counter()
+                self.run_one(run, self.arguments(run, test=test))
+                took = f", {time.perf_counter() - started:,.0f} s"
+            else:
+                took = ", kept" if run.status != "unfinished" else ""
+            choice = "".join(f", {name} {value}" for name, value in run.choice.items())
+            stage = "run" if test else "search"
+            print(
+                f"{stage} {position}/{len(runs)}: {run.norm}, seed {run.seed}{choice}: {self.told(run)}{took}",
+                flush=True,
+            )
+
+    def told(self, run: Run) -> str:
+        """How a run ended, with its score."""
+        if run.status != "finished":
+            return outcome(run)
+        record = run.record
+        split = "test" if record["test"] else "validation"
+        score = record[split][self.recipe.score] * self.recipe.scale
+        return f"{split} {self.recipe.label} {score:.{self.recipe.decimals}f}"
+
+    def check_same_options(self, run: Run, *, test: bool = True) -> None:
+        """Raise OptionError when a run that ended had other options than it would be given now."""
+        saved = run.record.get("options")
+        if saved is None:
+            return
+        now = json.loads(json.dumps(dataclasses.asdict(self.options(self.arguments(run, test=test)))))
+        differing = [
+            f"{name}: {saved[name]!r} then, {value!r} now"
+            for name, value in now.items()
+            if name in saved and name not in FREE_OPTIONS | {"cache_dir"} and saved[name] != value
+        ]
+        if differing:
+            raise OptionError(
+                f"{run.folder} holds a run with other options ({'; '.join(differing)}); "
+                "give the same options, or another --output_dir"
+            )
+
+    def run_one(self, run: Run, arguments: list[str]) -> None:
+        """Start the recipe and wait for it.
+
+        Raises RunInterrupted when this process was asked to stop, OptionError when the recipe refused its input.
+        """
+        run.folder.mkdir(parents=True, exist_ok=True)
+        log = run.folder / "log.txt"
+        command = [*shlex.split(self.own.launcher), str(self.script), *arguments]
+        with open(log, "ab") as file:
+            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.flush()
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            self.child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+            try:
+                if self.stopping:  # the signal came while the process was being started
+                    self.child.terminate()
+                code = self.child.wait()
+            except BaseException:
+                self.child.terminate()
+                self.child.wait()
+                raise
+            finally:
+                self.child = None
+        if self.stopping:
+            raise RunInterrupted
+        if run.status != "unfinished":
+            return
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if code == 2:
+            raise OptionError(f"{self.recipe.script}: {lines[-1].removeprefix('error: ')}")
+        self.failed.append(run)
+        print(f"{run.folder} failed with exit code {code}; the end of {log}:", file=sys.stderr)
+        print("\n".join(f"    {line}" for line in lines[-5:]), file=sys.stderr, flush=True)
+
+    def stop(self, *_: object) -> None:
+        """On SIGTERM: hand it to the run, which saves a checkpoint."""
+        self.stopping = True
+        if self.child is not None:
+            self.child.terminate()
+
+    def choose(self) -> dict[str, dict[str, str]]:
+        """For every norm the point of the grid with the best validation score; the search is run first."""
+        seed = self.own.seeds[0]
+        for norm in self.own.norms:
+            points = grid_points(self.grid, norm)
+            for point in points if len(points) > 1 else []:
+                slug = ",".join(f"{name}={value}" for name, value in point.items()).replace("/", "_")
+                self.search.append(Run(norm, seed, self.own.output_dir / "search" / f"{norm},{slug}", point))
+        self.execute(self.search, test=False)
+        chosen = {}
+        for norm in self.own.norms:
+            tried = [run for run in self.search if run.norm == norm]
+            chosen[norm] = max(tried, key=self.rank).choice if tried else grid_points(self.grid, norm)[0]
+        return chosen
+
+    def rank(self, run: Run) -> tuple[int, float]:
+        """Orders the runs of a search; one that diverged late before one that diverged early, after all others."""
+        if run.status != "finished":
+            return (0, run.record.get("step", -1))
+        record = run.record
+        name, higher = self.recipe.selection(self.options(self.rest))
+        return (1, record["validation"][name] if higher else -record["validation"][name])
+
+    def plan_runs(self, chosen: dict[str, dict[str, str]]) -> None:
+        """Seed by seed, so that a comparison that is stopped early has compared like with like."""
+        folder = self.own.output_dir / "runs"
+        self.runs = [
+            Run(norm, seed, folder / f"{norm}-seed{seed}", chosen[norm])
+            for seed in self.own.seeds
+            for norm in self.own.norms
+        ]
+
+    def report(self, command: str) -> dict[str, Any]:
+        """Write all tables and figures of what there is."""
+        folder = self.own.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = summarize(
+            self.runs,
+            self.search,
+            self.recipe,
+            title=self.own.title,
+            column=self.own.paper,
+            command=command,
+            num_resamples=self.own.resamples,
+        )
+        write_json(folder / "comparison.json", summary)
+        write_report(folder, summary, self.runs, self.search)
+        return summary
+
+    def estimate(self) -> str:
+        """Steps, tokens, parameters and measured time of the whole comparison, from a few steps of every norm."""
+        rows = [("norm", "parameters", "samples", "tokens", "steps", "s a step", "runs", "hours in all")]
+        total = 0.0
+        with tempfile.TemporaryDirectory() as folder:
+            for norm in self.own.norms:
+                run = Run(norm, self.own.seeds[0], Path(folder) / norm, grid_points(self.grid, norm)[0])
+                short = {
+                    "max_steps": str(ESTIMATE_STEPS),
+                    "eval_steps": "null",
+                    "max_validation_samples": "32",
+                    "average_checkpoints": "0",
+                    "report_to": "[]",
+                    "push_to_hub": "false",
+                }
+                changes = [
+                    text for name, value in short.items() if name in self.names for text in (f"--{name}", value)
+                ]
+                self.run_one(run, [*self.arguments(run, test=False), *changes])
+                if run.status != "finished":
+                    rows.append((norm, *(["-"] * 6), outcome(run)))
+                    continue
+                record, options = run.record, self.options(self.rest)
+                steps = options.max_steps or options.num_epochs * record["steps_per_epoch"]
+                points = len(grid_points(self.grid, norm))
+                num_runs = len(self.own.seeds) + (points if points > 1 else 0)
+                hours = num_runs * steps * record["seconds_per_step"] / 3600
+                total += hours
+                rows.append(
+                    (
+                        norm,
+                        f"{record['parameters']:,}",
+                        f"{record['train_samples']:,}",
+                        f"{record['train_tokens']:,}",
+                        f"{steps:,}",
+                        f"{record['seconds_per_step']:.3f}",
+                        str(num_runs),
+                        f"{hours:.2f}",
+                    )
+                )
+        return (
+            f"{align(rows)}\n\nIn all about {total:.1f} hours of training on this machine as it is now "
+            f"({ESTIMATE_STEPS} steps of every norm measured); evaluation, saving and start-up come on top."
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then report."""
+    argv = sys.argv[1:] if argv is None else argv
+    own, rest = parse_arguments(argv)
+    try:
+        comparison = Comparison(own, rest)
+        comparison.options(rest)
+    except OptionError as error:
+        sys.exit(_refuse(error))
+    command = shlex.join(["recipes/compare.py", *argv])
+    before = signal.signal(signal.SIGTERM, comparison.stop)
+    try:
+        if own.estimate:
+            print(comparison.estimate())
+            return
+        comparison.plan_runs(comparison.choose())
+        comparison.execute(comparison.runs)
+    except OptionError as error:
+        sys.exit(_refuse(error))
+    except RunInterrupted:
+        if comparison.runs:
+            comparison.report(command)
+        print("stopped by SIGTERM; start the same command to go on", flush=True)
+        sys.exit(EXIT_RESUME)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not any(run.status == "finished" for run in comparison.runs):
+        print("no run finished: there is nothing to compare", file=sys.stderr)
+    comparison.report(command)
+    print((own.output_dir / "table.md").read_text(encoding="utf-8"))
+    print(f"report: {own.output_dir / 'report.html'}", flush=True)
+    if BASELINE not in own.norms:
+        print(f"without {BASELINE} among --norms no differences are tested", flush=True)
+    if comparison.failed:
+        sys.exit(1)
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The figures of the paper's tables ("Understanding and Improving Layer Normalization", NeurIPS 2019)."""
+
+from __future__ import annotations
+
+# The paper's names and order of rows.
+ROWS = {
+    "none": "w/o Norm",
+    "layernorm": "LayerNorm",
+    "layernorm-simple": "LayerNorm-simple",
+    "detachnorm": "DetachNorm",
+    "adanorm": "AdaNorm",
+}
+
+# Column: its metric, then the rows in the order above; None where training diverged.
+COLUMNS: dict[str, tuple[str, tuple[float | None, ...]]] = {
+    "En-De": ("BLEU", (None, 28.3, 28.4, None, 28.5)),
+    "De-En": ("BLEU", (34.0, 35.5, 35.5, 33.9, 35.6)),
+    "En-Vi": ("BLEU", (28.4, 31.2, 31.6, 27.7, 31.4)),
+    "Enwiki8": ("BPC", (1.04, 1.07, 1.07, 1.12, 1.07)),
+    "RT": ("accuracy", (76.85, 77.21, 76.66, 76.40, 77.50)),
+    "SST5": ("accuracy", (38.55, 39.23, 40.54, 40.04, 40.54)),
+    "MNIST": ("accuracy", (99.14, 99.13, 99.09, 99.10, 99.35)),
+    "PTB": ("UAS", (88.31, 89.12, 89.19, 89.79, 89.23)),
+}
+
+# Which column a config of this folder is to be held against. A sample of the data is named as one in the report.
+CONFIGS = {
+    "wmt14_en_de": "En-De",
+    "iwslt14_de_en": "De-En",
+    "iwslt15_en_vi": "En-Vi",
+    "enwik8": "Enwiki8",
+    "enwik_sample": "Enwiki8",
+    "rt": "RT",
+    "sst5": "SST5",
+    "mnist": "MNIST",
+}
+
+
+def paper_score(column: str, norm: str) -> str:
+    """The paper's figure as printed there, "diverges" where it has none."""
+    value = COLUMNS[column][1][list(ROWS).index(norm)]
+    if value is None:
+        return "diverges"
+    return f"{value:.1f}" if COLUMNS[column][0] == "BLEU" else f"{value:.2f}"
