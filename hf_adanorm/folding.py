@@ -3,9 +3,9 @@
     W (g * y + b) + c  =  (W diag(g)) y + (W b + c)
 
 so a LayerNorm whose every reader is a linear layer of its own can become LayerNorm-simple (and AdaNorm with k = 0,
-C = 1) without the model's output changing. One forward pass shows who reads what (`consumers.py`); the whole plan is made
-before the first weight moves; the outputs before and after are compared, and a difference above the tolerance undoes
-everything.
+C = 1) without the model's output changing. One forward pass shows who reads what (`consumers.py`); the whole plan is
+made before the first weight moves; the outputs before and after are compared, and a difference above the tolerance
+undoes everything.
 
 After a fold the norms hold gain 1 and bias 0, so folding again changes nothing. Linear layers that lacked a bias and
 needed one get it; where that happens, and where an eps was adjusted, it is marked on the module so that the saved
@@ -451,7 +451,7 @@ class _Plan:
             or weight.dtype not in _TOLERANCES
             or type(weight) not in (nn.Parameter, Tensor)
         ):
-            return f"{name} is quantised or keeps its weight in another form ({type(weight).__name__}, {weight.dtype})"
+            return f"{name} is quantised or keeps its weight in another form ({type(weight).__name__})"
         for key, tensor in module._parameters.items():
             if tensor is not None and (others := self._tied(tensor, name)):
                 return f"the {key} of {name} is tied to {others}"

@@ -3,9 +3,9 @@
     python recipes/pretrained_study.py --model MODEL --data FOLDER_OF_JSONL --output_dir OUT
 
 For every way below: how far the pooled output moves before any training, then fine-tuning on a sentence classification
-task with the same budget. Every way is run with the first learning rate and every seed, then with the others on seed 0;
-where one of those has the better validation accuracy on seed 0, the other seeds follow with it. The table takes for each
-way the learning rate that validated best on seed 0. Every finished run is a file in OUT/runs, so that a killed study
+task with the same budget. Every way is run with the first learning rate and every seed, then with the others on
+seed 0; where one of those has the better validation accuracy on seed 0, the other seeds follow with it. The table
+takes for each way the learning rate that validated best on seed 0. Every finished run is a file in OUT/runs, so that a killed study
 continues where it was, and the table can be made from what is there (--summary_only).
 
     layernorm                 the model as it is
@@ -248,8 +248,8 @@ def summarize(args: argparse.Namespace) -> str:
         if any(run["seed"] == 0 for run in runs)
     }
     lines = [
-        "| way | cosine at start | relative error | validation along the way | validation | test | learning rate (tried) "
-        "| seeds |",
+        "| way | cosine at start | relative error | validation along the way | validation | test "
+        "| learning rate (tried) | seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for way in WAYS:
@@ -265,9 +265,10 @@ def summarize(args: argparse.Namespace) -> str:
             f"{mean(points):.3f}"
             for points in zip(*([value for _, value in r["curve"][:-1]] for r in runs), strict=True)
         )
+        tried = len({run["lr"] for run in everything[way]})
         lines.append(
             f"| {way} | {runs[0]['start']['cosine']:.3f} | {runs[0]['start']['relative_error']:.2f} | {along} "
-            f"| {spread['validation']} | {spread['test']} | {runs[0]['lr']:g} ({len({r['lr'] for r in everything[way]})}) | {len(runs)} |"
+            f"| {spread['validation']} | {spread['test']} | {runs[0]['lr']:g} ({tried}) | {len(runs)} |"
         )
     table = "\n".join(lines)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
