@@ -164,8 +164,11 @@ def _write_own_file(folder: Path) -> None:
     source = Path(modeling_adanorm.__file__).read_bytes()
     target = folder / FILE_NAME
     temporary = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
-    temporary.write_bytes(source)
-    os.replace(temporary, target)
+    try:
+        temporary.write_bytes(source)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _remove_own_file(folder: Path) -> None:
@@ -195,6 +198,9 @@ _SAVING: ContextVar[_Saving | None] = ContextVar("hf_adanorm_saving", default=No
 
 
 def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kw: Any) -> Any:
+    from .specs import refresh_specs
+
+    refresh_specs(model)
     if not has_spec(model.config):
         return original(model, *args, **kw)
     token = _SAVING.set(_Saving(model.config))

@@ -71,6 +71,17 @@ def write_specs(model: nn.Module) -> None:
             models[0].config.adanorm = specs[0].to_dict()
 
 
+def refresh_specs(model: PreTrainedModel) -> None:
+    """Bring `config.adanorm` up to what `model` holds, where a part was patched or unpatched by itself (only that
+    part's config was written then), or a norm was swapped by hand."""
+    data = getattr(model.config, "adanorm", None)
+    if data is None and not any(is_swapped(module) for module in model.modules()):
+        return
+    if data is None or not describes(AdaNormSpec.from_dict(data), model):
+        own_configs(model)
+        write_specs(model)
+
+
 def clear_specs(model: nn.Module) -> None:
     """Take `config.adanorm` and our `auto_map` entries out of every config of the model."""
     for config in configs_of(model):
@@ -87,6 +98,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """`model.named_modules()` by the names that the modules have, or will have again, without PEFT: its wrappers are
     looked through, and the adapters' own layers and copies left out."""
     seen: set[int] = set()
+    wrapped = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
         if id(module) in seen:
@@ -100,7 +112,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield name, module
         for key, child in module._modules.items():
             if child is not None:
-                yield from walk(f"{name}.{key}" if name else key, child)
+                yield from walk(name if key in wrapped else f"{name}.{key}" if name else key, child)
 
     return walk("", model)
 
@@ -149,7 +161,7 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
             centered=centered,
             fade=module.fade,
             **settings,
-            **module.__dict__["_overrides"],
+            **_overrides(module),
         )
         groups.setdefault(group, []).append(name)
     biases = [name for name, module in modules if ADDED_BIAS in module.__dict__]
@@ -169,6 +181,18 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
         biases=tuple(_relative(name, prefix) for name in _with_stars(biases, by_template)),
         eps=tuple((_relative(name, prefix), source_settings(module)["eps"]) for name, module in eps.items()),
     )
+
+
+def _overrides(module: SwappedNorm) -> dict[str, Any]:
+    """The settings that loading cannot read off the stock norm: all, for a norm that was put in by hand."""
+    if module.__dict__["_source"] is None:
+        return {
+            "eps": module.eps,
+            "normalized_shape": module.normalized_shape,
+            "channels_first": module.channels_first,
+        }
+    overrides: dict[str, Any] = module.__dict__["_overrides"]
+    return overrides
 
 
 def _relative(name: str, prefix: str | None) -> str:

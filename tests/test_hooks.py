@@ -141,6 +141,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "modeling_adanorm.py").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 IMPORTS = """

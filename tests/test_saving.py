@@ -173,6 +173,37 @@ def test_composite_of_patched_parts_is_patched(saved: Path, tmp_path: Path) -> N
     assert len(norms(again)) == 10  # the new cross-attention was in neither part: it stays stock
 
 
+def test_part_patched_by_itself_saves_with_the_whole(tmp_path: Path) -> None:
+    """The part's config is its own copy then; the whole must not be saved as if nothing had happened."""
+    config = CASES["bert"].config()
+    model, sibling = (transformers.BertForMaskedLM(config) for _ in range(2))
+    patch_model(model.bert, **SWAPS["adanorm"])
+    model.save_pretrained(tmp_path)
+    assert norms(AutoModelForMaskedLM.from_pretrained(tmp_path)) == norms(model)
+    assert len(norms(model)) == 5
+    patch_model(model.bert, **{**SWAPS["adanorm"], "C": 1.7})
+    model.save_pretrained(tmp_path)
+    assert norms(AutoModelForMaskedLM.from_pretrained(tmp_path)) == norms(model)
+    unpatch_model(model.bert)
+    model.save_pretrained(tmp_path)
+    assert not is_patched(AutoModelForMaskedLM.from_pretrained(tmp_path))
+    assert getattr(sibling.config, "adanorm", None) is None
+
+
+def test_norm_put_in_by_hand_saves_and_loads(tmp_path: Path) -> None:
+    model = build("bert")
+    model.bert.encoder.layer[1].output.LayerNorm = hf_adanorm.AdaNorm(32, eps=1e-3, C=1.3)
+    model.save_pretrained(tmp_path)
+    after = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert norms(after) == norms(model)
+    assert difference(run(after, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
+
+
+def test_stock_config_on_a_patched_checkpoint_raises(saved: Path) -> None:
+    with pytest.raises(RuntimeError, match="size"):
+        AutoModelForMaskedLM.from_pretrained(saved / "bert" / "adanorm", config=CASES["bert"].config())
+
+
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     before = patched("bart")
     before.save_pretrained(tmp_path, max_shard_size="20KB")
