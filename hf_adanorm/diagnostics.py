@@ -129,7 +129,8 @@ class WatchNormsCallback(TrainerCallback):
             self._watcher.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer is None or self.log is None or self.log.steps[-1:] != [state.global_step]:
+        records = self.log.records if self.log is not None else []
+        if self.trainer is None or self.log is None or not records or records[-1].step != state.global_step:
             return
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 

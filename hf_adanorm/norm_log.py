@@ -109,10 +109,9 @@ class NormLog:
     def scalars(self, step: int | None = None) -> dict[str, float]:
         """The finite statistics of one step (None: the last) as `{"norms/grad_input_var/encoder.layer.0.norm": 1e-9}`,
         the form that trackers take."""
-        steps = self.steps
-        if not steps:
+        if not self.records:
             return {}
-        step = steps[-1] if step is None else step
+        step = self.records[-1].step if step is None else step
         return {
             f"norms/{field}/{record.name}": value
             for field in FIELDS

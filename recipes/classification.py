@@ -53,6 +53,7 @@ from training import (
     learning_rate_at,
     make_accelerator,
     make_optimizer,
+    norms_to_trackers,
     optimizer_step,
     set_learning_rate,
 )
@@ -126,7 +127,8 @@ def train(
     model.train()
     shown = options.progress_bar and accelerator.is_main_process
     bar = ProgressBar(total_steps, shown=shown, first_step=progress.step)
-    with bar, Interruption(accelerator) as interruption:
+    watching = norms_to_trackers(accelerator, model, options, progress.step)
+    with bar, Interruption(accelerator) as interruption, watching as send_norms:
         while progress.step < total_steps:
             steps = train_batches(
                 task.splits["train"],
@@ -152,6 +154,7 @@ def train(
                     step_loss += loss.detach()
                 applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options, batch)
                 progress.step += 1
+                send_norms(progress.step)
                 progress.epoch_step += 1
                 progress.skipped_steps += not applied
                 stopwatch.step(num_examples)

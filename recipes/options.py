@@ -95,6 +95,9 @@ class RunOptions:
     save_total_limit: int = option(1, "how many of the newest checkpoints to keep")
     logging_steps: int = option(50, "log the training loss every so many steps")
     report_to: list[str] = option([], "trackers, by accelerate's names, for instance [tensorboard]")
+    watch_norms: int | None = option(
+        None, "write to the trackers, every so many steps, what each norm does to activations and gradients"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision of the forward pass; by default what accelerate is configured to"
     )
@@ -115,6 +118,7 @@ FREE_OPTIONS = frozenset(
         "save_total_limit",
         "logging_steps",
         "report_to",
+        "watch_norms",
         "progress_bar",
         "dataloader_workers",
         "push_to_hub",
@@ -216,7 +220,7 @@ def _last_value(argv: list[str], flag: str) -> str | None:
 def check_ranges(options: OptimizationOptions) -> None:
     """Raise OptionError for a number of the optimisation or run group outside its range."""
     positive = ["learning_rate", "gradient_accumulation_steps", "num_epochs", "max_steps", "eval_steps"]
-    positive += ["checkpointing_steps", "save_total_limit", "logging_steps"]
+    positive += ["checkpointing_steps", "save_total_limit", "logging_steps", "watch_norms"]
     not_negative = [
         "warmup_steps",
         "warmup_ratio",

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -221,6 +221,25 @@ def _first_nonfinite(model: nn.Module, inputs: dict[str, torch.Tensor]) -> str:
         for handle in handles:
             handle.remove()
     return f", first in the output of {found[0]}" if found else ", though the forward pass is finite"
+
+
+@contextmanager
+def norms_to_trackers(
+    accelerator: Accelerator, model: nn.Module, options: RunOptions, step: int
+) -> Iterator[Callable[[int], None]]:
+    """Within the block, call what it yields with the number of every finished step: `--watch_norms` as scalars to the
+    trackers. On several processes they are those of the main process's share of the batch."""
+    if options.watch_norms is None:
+        yield lambda step: None
+        return
+    with hf_adanorm.watch_norms(model, every=options.watch_norms, start_step=step) as log:
+
+        def send(step: int) -> None:
+            if log.records:
+                accelerator.log(log.scalars(), step=step)
+                log.records.clear()
+
+        yield send
 
 
 class Stopwatch:
