@@ -150,6 +150,9 @@ def fold_affine(
     """
     if on_unfoldable not in ("keep", "approximate", "calibrate", "raise"):
         raise ValueError(f'on_unfoldable must be "keep", "approximate", "calibrate" or "raise", got {on_unfoldable!r}')
+    from .patching import refuse_wrapped  # patching imports this module
+
+    refuse_wrapped(model)
     names = [name for name, _, info in iter_norms(model) if info.kind != "other"]
     report = fold_norms(model, names, fold_inputs=fold_inputs, on_unfoldable=on_unfoldable, tolerance=tolerance)
     if report.names("folded", "approximated"):

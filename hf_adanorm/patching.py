@@ -154,7 +154,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         >>> is_patched(model)
         False
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     swapped = swapped_norms(model)
     if not swapped:
         raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
@@ -286,7 +286,7 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
     """Choose the norms and check that each can be swapped. Changes nothing; raises what `patch_model` raises."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     plan = Plan(model=model, options=options, rows=_choose(model, options))
     for row in plan.rows:
         if not row.chosen:
@@ -375,7 +375,7 @@ _WRAPPERS = {
 }
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module) -> None:
     wrapper = ""
     for module in model.modules():
         names = {cls.__name__ for cls in type(module).__mro__}

@@ -5,8 +5,8 @@
 For every way below: how far the pooled output moves before any training, then fine-tuning on a sentence classification
 task with the same budget. Every way is run with the first learning rate and every seed, then with the others on
 seed 0; where one of those has the better validation accuracy on seed 0, the other seeds follow with it. The table
-takes for each way the learning rate that validated best on seed 0. Every finished run is a file in OUT/runs, so that a killed study
-continues where it was, and the table can be made from what is there (--summary_only).
+takes for each way the learning rate that validated best on seed 0. Every finished run is a file in OUT/runs, so that
+a killed study continues where it was, and the table can be made from what is there (--summary_only).
 
     layernorm                 the model as it is
     simple-drop               layernorm-simple, gains and biases dropped
