@@ -431,6 +431,7 @@ def _cell(text: str) -> str:
 
 
 def read_card(path: Path) -> str | None:
+    """The text of a card with its line endings, None if there is no such file."""
     if not path.exists():
         return None
     with path.open(encoding="utf-8", newline="") as file:  # newline="": line endings stay as they are
@@ -438,7 +439,11 @@ def read_card(path: Path) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with its line endings as they are: the file is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
