@@ -109,8 +109,8 @@ def finish_fading(model: nn.Module) -> None:
 class FadeCallback(TrainerCallback):
     """Moves the fade of a model in `Trainer`, once per optimizer step.
 
-    Call `finish_fading(trainer.model)` when training has ended. With `load_best_model_at_end` the best checkpoint may be
-    one from the middle of the fade: evaluate from the end of it on (`eval_delay`), or choose by hand.
+    Call `finish_fading(trainer.model)` when training has ended. With `load_best_model_at_end` the best checkpoint may
+    be one from the middle of the fade: evaluate from the end of it on (`eval_delay`), or choose by hand.
 
     Args:
         fade_steps: optimizer steps from t = 0 to t = 1; a float up to 1.0 is a share of all steps.
