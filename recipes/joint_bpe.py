@@ -18,18 +18,19 @@ def train_joint_bpe(
     lowercase: bool,
     max_length: int,
     min_frequency: int = 2,
+    split_punctuation: bool = True,
 ) -> PreTrainedTokenizerFast:
     """A tokeniser for `text </s>`, whose `decode` gives plain text back; saved and loaded like any other.
 
-    A word carries a mark for the space before it; punctuation marks are never merged with letters. The same texts give
-    the same vocabulary.
+    A word carries a mark for the space before it; punctuation marks are never merged with letters, unless
+    `split_punctuation` is off, for text that is tokenised already. The same texts give the same vocabulary.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     steps = [normalizers.NFC(), normalizers.Replace(chr(160), " "), normalizers.Strip()]
     tokenizer.normalizer = normalizers.Sequence([*steps, *([normalizers.Lowercase()] if lowercase else [])])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
-    )
+    splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    punctuation = [pre_tokenizers.Punctuation()] if split_punctuation else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, *punctuation])
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

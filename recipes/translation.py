@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from batching import eval_batches
 from bleu import SCORES, translation_scores
-from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json, write_text
+from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, publish_folder, write_json, write_text
 from evaluation import gather_by_index, main_first, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
 from options import (
@@ -311,6 +312,18 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, task: Translati
         task.tokenizer.save_pretrained(folder)
 
 
+def publish_model(accelerator: Accelerator, model: torch.nn.Module, task: TranslationTask, target: Path) -> None:
+    """Write model and tokeniser to `target`: complete, or not at all."""
+    temporary = target.with_name(f".tmp-{target.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    save_model(accelerator, model, task, temporary)
+    if accelerator.is_main_process:
+        publish_folder(temporary, target)
+    accelerator.wait_for_everyone()
+
+
 def note_scores(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -422,12 +435,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_DIVERGED)
     folders = {"": checkpoints.promote_best(progress.best_step)}
-    save_model(accelerator, model, task, output_dir / "last")
+    publish_model(accelerator, model, task, output_dir / "last")
     if options.average_checkpoints:
         steps = load_average(accelerator.unwrap_model(model), output_dir, options.average_checkpoints)
         folders["average_"] = output_dir / "average"
         scores = evaluate(accelerator, model, task, options)
-        save_model(accelerator, model, task, folders["average_"])
+        publish_model(accelerator, model, task, folders["average_"])
         results |= {"average_steps": steps, "average_validation": scores}
     if is_fading(options) and accelerator.is_main_process:
         for folder in {*folders.values(), output_dir / "last"}:

@@ -122,7 +122,7 @@ def _tokenizer(data: Dataset, options: Any, accelerator: Accelerator, output_dir
         for attribute, name in (("src_lang", "source_lang_code"), ("tgt_lang", "target_lang_code")):
             code = getattr(options, name)
             if code is None:
-                if getattr(tokenizer, attribute, None) is not None and hasattr(tokenizer, "lang_code_to_id"):
+                if hasattr(type(tokenizer), "src_lang"):
                     raise OptionError(f"--{name} is missing: {options.model_name_or_path} translates many languages")
                 continue
             lang_token_id(tokenizer, code)
@@ -135,6 +135,7 @@ def _tokenizer(data: Dataset, options: Any, accelerator: Accelerator, output_dir
             vocab_size=options.vocab_size,
             lowercase=options.lowercase,
             max_length=max(options.max_source_length, options.max_target_length),
+            split_punctuation=options.text_preparation != "moses",
         )
         temporary = output_dir / ".tmp-tokenizer"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -267,9 +268,10 @@ def _build_model(options: Any, tokenizer: Any) -> PreTrainedModel:
     settings.max_length = options.max_target_length
     if options.target_lang_code is not None:
         target = lang_token_id(tokenizer, options.target_lang_code)
-        if model.config.decoder_start_token_id is None:  # mBART-25: the decoder starts with the language
+        example = tokenizer(text_target="a")["input_ids"]
+        if example[-1] == target:  # mBART-25: the language is what the decoder starts with
             model.config.decoder_start_token_id = settings.decoder_start_token_id = target
-        elif tokenizer(text_target="a")["input_ids"][0] == target:  # the others: the language comes first
+        elif example[0] == target:  # the others: it is the first token of every translation
             settings.forced_bos_token_id = target
     if model.config.decoder_start_token_id is None:
         raise OptionError("the model has no decoder_start_token_id; give --target_lang_code")

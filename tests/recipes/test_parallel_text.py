@@ -125,6 +125,13 @@ def test_scores_are_sacrebleus_and_the_tokenised_one_is_of_moses_tokens():
         translation_scores(hypotheses[:1], references, "en")
 
 
+def test_text_in_tokens_already_keeps_them():
+    texts = ["It 's talk , isn 't it ?"] * 3
+    tokenizer = train_joint_bpe(texts, vocab_size=60, lowercase=True, max_length=50, split_punctuation=False)
+    assert tokenizer.tokenize(texts[0]) == ["▁it", "▁'s", "▁talk", "▁,", "▁isn", "▁'t", "▁it", "▁?"]
+    assert tokenizer.decode(tokenizer(texts[0])["input_ids"], skip_special_tokens=True) == texts[0].lower()
+
+
 def test_mosess_tokens_become_plain_text_again():
     texts = ['He said: "It\'s 3.5 % (at most)."', "Well, don't!"]
     assert moses_detokenize(moses_tokenize(texts, "en"), "en") == ['He said: "It\'s 3.5% (at most)."', "Well, don't!"]

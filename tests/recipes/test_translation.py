@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from checkpoints import EXIT_RESUME
 from options import parse_options
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, MBartTokenizer, NllbTokenizer
 from translation_task import decoder_inputs, initialize
 
 import hf_adanorm
@@ -264,6 +264,34 @@ def test_a_pretrained_model_goes_on_and_its_gains_fade_out(arguments, tmp_path):
     norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
     assert len(norms) == NUM_NORMS
     assert all(norm.fade is None for norm in norms)
+
+
+def test_the_same_text_is_tokenised_once_for_all_runs(pairs, tmp_path):
+    cache = tmp_path / "cache"
+    translation.main(arguments_for(pairs, cache, tmp_path / "a", max_steps=1, preprocessing_workers=2))
+    written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(written) >= 2
+    translation.main(arguments_for(pairs, cache, tmp_path / "b", max_steps=1, norm="layernorm", seed=2))
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == written
+    alone = tmp_path / "alone"
+    translation.main(arguments_for(pairs, alone, tmp_path / "c", max_steps=1))
+    left, right = weights(tmp_path / "a", 1), weights(tmp_path / "c", 1)
+    assert left.keys() == right.keys()
+    assert all(left[name].equal(right[name]) for name in left)
+
+
+def test_mbarts_decoder_starts_with_the_language(arguments, tmp_path):
+    tokenizer = MBartTokenizer(src_lang="de_DE", tgt_lang="en_XX")
+    tokenizer.save_pretrained(tmp_path / "base")
+    sizes = {name: value for name, value in TINY.items() if name != "model_type"}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    config = AutoConfig.for_model("mbart", vocab_size=len(tokenizer), **special, **sizes)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "base")
+    codes = {"source_lang_code": "de_DE", "target_lang_code": "en_XX"}
+    start = {"model_config": "{}", "model_name_or_path": tmp_path / "base", **codes}
+    translation.main(arguments(tmp_path / "run", max_steps=2, max_validation_samples=3, **start))
+    settings = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "best").generation_config
+    assert settings.decoder_start_token_id == tokenizer.convert_tokens_to_ids("en_XX")
 
 
 def test_a_multilingual_model_is_told_its_languages(arguments, tmp_path):
