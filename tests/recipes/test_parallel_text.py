@@ -69,6 +69,9 @@ def test_tables_hold_both_languages_in_columns_or_in_one(tmp_path, nested):
     splits = load_pairs(ParallelOptions(train_file=file, validation_file=file, translation_column=column))
     assert splits["train"]["source"][:] == [row["de"] for row in rows]
     assert splits["validation"]["target"][:] == [row["en"] for row in rows]
+    splits = load_pairs(ParallelOptions(train_file=file, translation_column=column, hold_out_every=3))
+    assert splits["train"]["source"][:] == [f"Wort {n}" for n in (0, 1, 3, 4)]
+    assert splits["validation"]["source"][:] == ["Wort 2", "Wort 5"]
 
 
 def test_a_missing_column_names_those_there_are(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -200,23 +201,30 @@ def _default_signal():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_two_processes_do_what_one_does(arguments, tmp_path):
-    # Without dropout, whose masks are drawn per process. One process takes two micro-batches where two take one each.
-    common = {"dropout": 0.0, "attention_dropout": 0.0, "max_steps": 12, "eval_steps": 4}
-    one, two = tmp_path / "one", tmp_path / "two"
-    translation.main(arguments(one, gradient_accumulation_steps=2, **common))
+def launch_two(arguments):
+    """Run the recipe in two processes; what it printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
     launched = subprocess.run(
-        [*launcher, str(SCRIPT), *arguments(two, logging_steps=4, **common)],
+        [*launcher, str(SCRIPT), *arguments],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert launched.returncode == 0, launched.stderr
+    return launched.stdout
+
+
+def test_two_processes_do_what_one_does_and_resume(arguments, tmp_path):
+    # Without dropout, whose masks are drawn per process. One process takes two micro-batches where two take one each.
+    common = {"dropout": 0.0, "attention_dropout": 0.0, "max_steps": 12, "eval_steps": 4}
+    one, two = tmp_path / "one", tmp_path / "two"
+    translation.main(arguments(one, gradient_accumulation_steps=2, **common))
+    command = arguments(two, logging_steps=4, save_total_limit=3, **common)
+    printed = launch_two(command)
     left, right = read_results(one), read_results(two)
     assert right["num_processes"] == 2
     assert right["target_tokens"] == left["target_tokens"]
@@ -226,8 +234,17 @@ def test_two_processes_do_what_one_does(arguments, tmp_path):
         assert b["chrf"] == pytest.approx(a["chrf"])  # of 21 sentences, an odd number: none counted twice
     for name, value in weights(one, 12).items():
         assert value.sub(weights(two, 12)[name]).abs().max() < 1e-4, name
-    lines = [line for line in launched.stdout.splitlines() if line.startswith("step 4")]
-    assert len(lines) == 2, launched.stdout  # one of training, one of validation, from one process
+    lines = [line for line in printed.splitlines() if line.startswith("step 4")]
+    assert len(lines) == 2, printed  # one of training, one of validation, from one process
+
+    finished = weights(two, 12)
+    for name in ("checkpoint-12", "checkpoint-8"):
+        shutil.rmtree(two / name)
+    (two / "results.json").unlink()
+    assert "resuming from step 4" in launch_two(command)
+    resumed = weights(two, 12)
+    assert [name for name in finished if not finished[name].equal(resumed[name])] == []
+    assert read_results(two)["history"] == right["history"]
 
 
 def test_early_stopping_counts_evaluations_without_a_better_score(arguments, tmp_path):
