@@ -459,6 +459,8 @@ class _Watcher:
     @staticmethod
     def rows(info: NormInfo, tensor: Tensor) -> Tensor:
         """(rows, H) in at least float32."""
+        if (to_local := getattr(tensor, "to_local", None)) is not None:
+            tensor = to_local()  # a DTensor: tensor parallelism divides the rows
         if info.channels_first:
             tensor = tensor.movedim(1, -1)
         tensor = tensor.detach().flatten(-len(info.normalized_shape)).flatten(0, -2)
