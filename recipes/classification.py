@@ -1,4 +1,4 @@
-"""Train a classifier with AdaNorm, another norm of the paper, or LayerNorm as the control.
+"""Train a classifier of texts or images with AdaNorm, another norm of the paper, or LayerNorm as the control.
 
     accelerate launch recipes/classification.py --config recipes/configs/demo.yaml --norm adanorm
     accelerate launch --multi_gpu recipes/classification.py --config recipes/configs/rt.yaml --mixed_precision bf16
@@ -30,6 +30,7 @@ from batching import StepPlan, eval_batches, train_batches
 from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
 from evaluation import gather_by_index, load_metric, main_first, mean, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
+from image_task import ImageOptions, prepare_image
 from options import (
     FREE_OPTIONS,
     OptimizationOptions,
@@ -57,19 +58,19 @@ from training import (
     optimizer_step,
     set_learning_rate,
 )
-from transformers import AutoModelForSequenceClassification
 
 
 @dataclass(kw_only=True)
-class ClassificationOptions(RunOptions, OptimizationOptions, TextOptions, ModelOptions, PatchOptions):
+class ClassificationOptions(RunOptions, OptimizationOptions, TextOptions, ImageOptions, ModelOptions, PatchOptions):
     """Options of the classification recipe."""
 
-    task: Literal["text"] = option("text", "what is classified")
+    task: Literal["text", "image"] = option("text", "what is classified: texts, or pairs of them, or images")
     batch_size: int = option(32, "training examples a micro-batch on each process")
     eval_batch_size: int = option(64, "examples a batch on each process in evaluation")
 
 
-TASKS = {"text": prepare_text}
+TASKS = {"text": prepare_text, "image": prepare_image}
+PIPELINES = {"text": "text-classification", "image": "image-classification"}
 
 
 @torch.no_grad()
@@ -134,7 +135,7 @@ def train(
                 task.splits["train"],
                 plan,
                 progress.epoch,
-                collate=task.collate,
+                collate=task.train_collate(progress.epoch),
                 rank=accelerator.process_index,
                 skip=progress.epoch_step,
                 workers=options.dataloader_workers,
@@ -226,7 +227,7 @@ def note_scores(
         )
         if accelerator.is_main_process:
             if is_fading(options):
-                finish_saved_fade(folder, AutoModelForSequenceClassification)
+                finish_saved_fade(folder, task.auto_class)
             task.processor.save_pretrained(folder)
 
     checkpoints.save_best(progress.step, save)
@@ -237,12 +238,11 @@ def test_scores(
     model_dir: Path, task: Task, options: ClassificationOptions, precision: str, write_to: Path
 ) -> dict[str, float]:
     """Accuracy on the test split of the saved model, loaded by stock `from_pretrained` in a fresh process."""
-    columns = [options.text_column, *([options.text_pair_column] if options.text_pair_column else [])]
     with tempfile.TemporaryDirectory() as folder:
         data, output = Path(folder) / "test.parquet", Path(folder) / "predictions.json"
-        task.raw_test.select_columns(columns).to_parquet(data)
+        task.raw_test.select_columns(task.columns).to_parquet(data)
         arguments = ["--model", str(model_dir.resolve()), "--data", str(data), "--output", str(output)]
-        arguments += ["--columns", *columns, "--mixed_precision", precision]
+        arguments += ["--task", options.task, "--columns", *task.columns, "--mixed_precision", precision]
         run_fresh_process(
             Path(__file__).with_name("predict.py"), [*arguments, "--batch_size", str(options.eval_batch_size)]
         )
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.print(f"{output_dir} holds a finished run with these options; nothing to do")
             if options.push_to_hub and accelerator.is_main_process:
                 finished = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
-                publish(output_dir / "best", finished, options, "text-classification")
+                publish(output_dir / "best", finished, options, PIPELINES[options.task])
             return
         task = TASKS[options.task](options, accelerator, output_dir, resuming)
         set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     write_json(output_dir / "results.json", results)
     print(format_results([results]), flush=True)
-    publish(best, results, options, "text-classification")
+    publish(best, results, options, PIPELINES[options.task])
 
 
 if __name__ == "__main__":

@@ -170,8 +170,11 @@ class Comparison:
         for name, value in run.choice.items():
             arguments += [f"--{name}", value]
         if not test:
-            hidden = ("test_file", "test_split", "test_characters")
-            arguments += [text for name in hidden if name in self.names for text in (f"--{name}", "null")]
+            # Where the test split is a part of the training file, it must still be cut off.
+            hidden = (
+                {"score_test": "false"} if "score_test" in self.names else {"test_file": "null", "test_split": "null"}
+            )
+            arguments += [text for name, value in hidden.items() for text in (f"--{name}", value)]
         return arguments
 
     def execute(self, runs: Sequence[Run], *, test: bool = True) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset, Value
+from idx_images import is_idx, load_idx_images
 from options import option
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -29,7 +30,9 @@ class DataOptions:
     train_split: str = option("train", "its split to train on")
     validation_split: str = option("validation", "its split to choose the best checkpoint on")
     test_split: str | None = option("test", "its split for the final test")
-    train_file: str | None = option(None, "local .json, .jsonl, .csv, .tsv or .parquet file (or .gz of it)")
+    train_file: str | None = option(
+        None, "local .json, .jsonl, .csv, .tsv or .parquet file (or .gz of it), or MNIST's IDX file of images"
+    )
     validation_file: str | None = option(None, "local file to choose the best checkpoint on")
     test_file: str | None = option(None, "local file for the final test")
     max_train_samples: int | None = option(None, "use only the first so many training examples")
@@ -75,6 +78,11 @@ def load_file(file: str | Path, split: str = "train") -> Dataset:
         known = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, known, n=1)
         raise DataError(f"--{split}_file {file}: no such file" + (f"; did you mean {close[0]}?" if close else ""))
+    if is_idx(path):
+        try:
+            return load_idx_images(path)
+        except (ValueError, OSError) as error:
+            raise DataError(str(error)) from error
     suffixes = [suffix.lower() for suffix in path.suffixes]
     suffix = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else suffixes[-1] if suffixes else ""
     if suffix not in FORMATS:
@@ -94,8 +102,11 @@ def load_file(file: str | Path, split: str = "train") -> Dataset:
 
 def _load_hub(options: DataOptions) -> dict[str, Dataset]:
     names = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
+    parts = {name for name in names.values() if name is not None and "[" in name}  # such as train[:-5000]
     try:
         found = datasets.load_dataset(options.dataset_name, options.dataset_config)
+        for part in parts:
+            found[part] = datasets.load_dataset(options.dataset_name, options.dataset_config, split=part)
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -113,7 +124,7 @@ def _load_hub(options: DataOptions) -> dict[str, Dataset]:
 def check_text_column(splits: dict[str, Dataset], column: str, option_name: str) -> None:
     """Raise DataError unless every split has `column` with a string in every row."""
     for split, data in splits.items():
-        _check_column(data, split, column, option_name)
+        check_column(data, split, column, option_name)
         feature = data.features[column]
         is_string = isinstance(feature, Value) and feature.dtype in {"string", "large_string"}
         values = data.data.column(column)
@@ -124,7 +135,8 @@ def check_text_column(splits: dict[str, Dataset], column: str, option_name: str)
             raise DataError(f"{split} split, column {column!r}, row {row}: expected text, got {value!r}")
 
 
-def _check_column(data: Dataset, split: str, column: str, option_name: str) -> None:
+def check_column(data: Dataset, split: str, column: str, option_name: str) -> None:
+    """Raise DataError naming the closest column unless the split has `column`."""
     if column not in data.column_names:
         close = difflib.get_close_matches(column, data.column_names, n=1) or data.column_names[:1]
         raise DataError(
@@ -145,7 +157,7 @@ def resolve_labels(
     """
     raw: dict[str, list[Any]] = {}
     for split, data in splits.items():
-        _check_column(data, split, column, "label_column")
+        check_column(data, split, column, "label_column")
         raw[split] = data.data.column(column).to_pylist()
     feature = splits["train"].features[column]
     if label_names is None and isinstance(feature, ClassLabel):

@@ -1,6 +1,7 @@
 """Predict the classes of a file with a saved model, through the stock API and nothing of the training code.
 
     python recipes/predict.py --model outputs/run/best --data test.parquet --output predictions.json
+    python recipes/predict.py --task image --columns image --model outputs/mnist/best --data ... --output ...
 
 The classification recipe runs this in a fresh process, so that its test accuracy is that of the model as others load
 it. The output is a JSON list of class ids in the order of the file.
@@ -11,8 +12,14 @@ import json
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
 
@@ -20,11 +27,10 @@ import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patch
 @torch.inference_mode()
 def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, precision: str) -> list[int]:
     """The class of every text, or pair of texts; batches of similar length."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = _device_and_dtype(precision)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForSequenceClassification.from_pretrained(model_dir).to(device).eval()
     order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     predictions = [0] * len(rows)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -37,18 +43,47 @@ def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, 
     return predictions
 
 
+@torch.inference_mode()
+def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: str) -> list[int]:
+    """The class of every image of a data set with a single column."""
+    import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
+
+    device, dtype = _device_and_dtype(precision)
+    processor = AutoImageProcessor.from_pretrained(model_dir)
+    model = AutoModelForImageClassification.from_pretrained(model_dir).to(device).eval()
+    [column] = images.column_names
+    images = images.cast_column(column, ImageFeature())
+    predictions: list[int] = []
+    for start in range(0, len(images), batch_size):
+        batch = [image.convert("RGB") for image in images[start : start + batch_size][column]]
+        inputs = processor(images=batch, return_tensors="pt").to(device)
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            predictions += model(**inputs).logits.argmax(-1).tolist()
+    return predictions
+
+
+def _device_and_dtype(precision: str) -> tuple[str, torch.dtype]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the saved model")
     parser.add_argument("--data", required=True, help="parquet file")
+    parser.add_argument("--task", choices=["text", "image"], default="text")
     parser.add_argument("--columns", nargs="+", default=["text"], help="text column, or the two of a pair")
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
     data = load_dataset("parquet", data_files=arguments.data, split="train", keep_in_memory=True)
-    rows = list(zip(*(data[column][:] for column in arguments.columns), strict=True))
-    predictions = predict_texts(arguments.model, rows, arguments.batch_size, arguments.mixed_precision)
+    settings = (arguments.batch_size, arguments.mixed_precision)
+    if arguments.task == "image":
+        predictions = predict_images(arguments.model, data.select_columns(arguments.columns), *settings)
+    else:
+        rows = list(zip(*(data[column][:] for column in arguments.columns), strict=True))
+        predictions = predict_texts(arguments.model, rows, *settings)
     Path(arguments.output).write_text(json.dumps(predictions), encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
 Resampling test examples asks whether the difference would hold on other texts like these, for these trained models;
 resampling seeds asks whether it would hold for other initialisations and orders of the data. Both are paired: two
 norms are compared on the same examples, from the same seeds. A metric is given by what it needs of each example, as
-rows that can be summed (correct and counted, or n-gram matches and lengths), and by the score of such sums: so a corpus
+rows that can be summed (correct and counted, or n-gram matches and lengths), and the score of such sums: so a corpus
 metric such as BLEU is computed anew for every resample instead of being averaged over sentences.
 """
 

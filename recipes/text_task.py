@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,13 @@ from datasets import Dataset
 from evaluation import main_first
 from options import OptionError, option
 from tokenization import train_encoder_tokenizer
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +55,9 @@ class Task:
     """What the training loop needs to know of a task.
 
     `splits` holds `train`, `validation` and, when there is one, `test`, each with a `labels` column; `raw_test` is the
-    test split as it was loaded, for prediction in a fresh process; `processor` is saved with the model.
+    test split as it was loaded, of which the `columns` are what is classified, for prediction in a fresh process;
+    `processor` is saved with the model. `train_collate(epoch)` gives the training batches of an epoch, `collate` those
+    of evaluation.
     """
 
     splits: dict[str, Dataset]
@@ -59,6 +67,33 @@ class Task:
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
     processor: Any
     build_model: Callable[[], PreTrainedModel]
+    columns: list[str]
+    train_collate: Callable[[int], Callable[[list[Any]], dict[str, torch.Tensor]]]
+    auto_class: type
+
+
+def check_model_source(options: Any) -> None:
+    """Raise OptionError unless the model is either pretrained or fresh."""
+    if bool(options.model_name_or_path) == bool(options.model_config):
+        raise OptionError("give either --model_name_or_path or model_config (with a model_type), not both or none")
+
+
+def label_mappings(names: Sequence[str]) -> dict[str, Any]:
+    """What a model's config says of the classes."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
+    """The config of a fresh model: `values`, then `model_config`, which must name a model_type."""
+    sizes = dict(options.model_config)
+    model_type = sizes.pop("model_type", None)
+    if model_type is None:
+        raise OptionError("model_config needs a model_type, for instance bert")
+    return AutoConfig.for_model(model_type, **{**values, **sizes})
 
 
 def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Task:
@@ -66,8 +101,7 @@ def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resum
 
     Raises DataError or OptionError for whatever would stop the training later.
     """
-    if bool(options.model_name_or_path) == bool(options.model_config):
-        raise OptionError("give either --model_name_or_path or model_config (with a model_type), not both or none")
+    check_model_source(options)
     if options.max_length < 3:
         raise OptionError(f"--max_length must be at least 3 tokens, got {options.max_length}")
     raw = main_first(accelerator, lambda: load_splits(options))
@@ -117,6 +151,9 @@ def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resum
         collate=collate,
         processor=tokenizer,
         build_model=lambda: _build_model(options, tokenizer, names),
+        columns=columns,
+        train_collate=lambda epoch: collate,
+        auto_class=AutoModelForSequenceClassification,
     )
 
 
@@ -147,22 +184,14 @@ def _trained_tokenizer(
 
 
 def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedModel:
-    labels = {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: number for number, name in enumerate(names)},
-    }
+    labels = label_mappings(names)
     if options.model_name_or_path:
         model = AutoModelForSequenceClassification.from_pretrained(
             options.model_name_or_path, ignore_mismatched_sizes=False, **labels
         )
     else:
-        sizes = dict(options.model_config)
-        model_type = sizes.pop("model_type", None)
-        if model_type is None:
-            raise OptionError("model_config needs a model_type, for instance bert")
         special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        config = AutoConfig.for_model(model_type, **{**special, **sizes}, **labels)
+        config = fresh_config(options, **special, **labels)
         model = AutoModelForSequenceClassification.from_config(config)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < options.max_length:
