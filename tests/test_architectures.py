@@ -1,7 +1,7 @@
 """About thirty model types that cover every formula of norm and every known hazard, through the sweep's machinery.
 
-One process (`sweep.py`, which forks per type) builds each tiny model, patches, runs, saves, loads it in a process of its
-own by stock `from_pretrained`, compares and takes the patch back. The tests here look at its table.
+One process (`sweep.py`, which forks per type) builds each tiny model, patches, runs, saves, loads it in a process of
+its own by stock `from_pretrained`, compares and takes the patch back. The tests here look at its table.
 """
 
 from __future__ import annotations

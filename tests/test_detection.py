@@ -29,12 +29,14 @@ FAMILIES: list[tuple[str, tuple[Any, ...], dict[str, Any], str, float, bool, boo
     ("deberta.modeling_deberta:DebertaLayerNorm", (WIDTH,), {}, "layernorm", 1e-12, False, True, True, 0),
     ("esm.modeling_esmfold:EsmFoldLayerNorm", (WIDTH,), {}, "layernorm", 1e-5, False, True, True, 0),
     ("esmc.modeling_esmc:EsmcLayerNorm", (WIDTH,), {}, "layernorm", 1e-5, False, True, True, 0),
-    ("esmfold2.modeling_esmfold2:EsmFold2LayerNorm", (WIDTH,), {"bias": False}, "layernorm", 1e-5, False, True, False, 0),
+    ("esmfold2.modeling_esmfold2:EsmFold2LayerNorm", (WIDTH,), {"bias": False},
+     "layernorm", 1e-5, False, True, False, 0),
     ("pocket_tts.modeling_pocket_tts:PocketTTSFlowLayerNorm", (WIDTH,), {}, "layernorm", 1e-5, False, True, True, 0),
     ("convnext.modeling_convnext:ConvNextLayerNorm", (WIDTH,), {}, "layernorm", 1e-6, False, True, True, 0),
     ("convnext.modeling_convnext:ConvNextLayerNorm", (WIDTH,), {"data_format": "channels_first", "eps": 3e-4},
      "layernorm", 3e-4, True, True, True, 0),
-    ("sam.modeling_sam:SamLayerNorm", (WIDTH,), {"data_format": "channels_first"}, "layernorm", 1e-6, True, True, True, 0),
+    ("sam.modeling_sam:SamLayerNorm", (WIDTH,), {"data_format": "channels_first"},
+     "layernorm", 1e-6, True, True, True, 0),
     ("rf_detr.modeling_rf_detr:RfDetrLayerNorm", (WIDTH,), {"data_format": "channels_first"},
      "layernorm", 1e-6, True, True, True, 0),
     ("vitdet.modeling_vitdet:VitDetLayerNorm", (WIDTH,), {}, "layernorm", 1e-6, True, True, True, 0),
@@ -181,7 +183,8 @@ def test_a_users_layernorm_is_recognised_without_a_telling_name() -> None:
 def test_near_misses_are_named(cls: type[nn.Module], reason: str) -> None:
     info = recognize(cls())
     assert info is not None
-    assert info.kind == "other" and reason in info.reason
+    assert info.kind == "other"
+    assert reason in info.reason
 
 
 def test_an_affine_module_is_not_a_norm() -> None:
@@ -225,7 +228,7 @@ def test_torch_layernorm_is_read_off(affine: bool, bias: bool) -> None:
 def test_torch_rmsnorm_default_eps_is_that_of_its_dtype() -> None:
     info = recognize(nn.RMSNorm(8, dtype=torch.bfloat16))
     assert info is not None
-    assert info.kind == "rmsnorm" and info.eps == torch.finfo(torch.bfloat16).eps
+    assert (info.kind, info.eps) == ("rmsnorm", torch.finfo(torch.bfloat16).eps)
 
 
 def test_nothing_is_changed_and_no_random_number_is_drawn() -> None:
@@ -267,7 +270,7 @@ def test_a_wrapper_is_not_counted_beside_the_norm_it_holds(path: str) -> None:
     args = (WIDTH,) if "Moonshine" in path else (WIDTH, 2)
     wrapper = transformers_class(path)(*args)
     found = list(iter_norms(nn.ModuleList([wrapper])))
-    assert found and all(type(module) is nn.LayerNorm for _, module, _ in found)
+    assert {type(module) for _, module, _ in found} == {nn.LayerNorm}
 
 
 def test_a_norm_inside_a_conditioned_norm_says_so() -> None:
@@ -288,7 +291,8 @@ def test_parametrized_norms_are_marked(cls: type[nn.Module]) -> None:
     parametrize.register_parametrization(module, "weight", Double())
     info = recognize(module)
     assert info is not None
-    assert info.kind == "layernorm" and info.parametrized
+    assert info.kind == "layernorm"
+    assert info.parametrized
 
 
 def test_a_forward_replaced_on_the_instance_is_not_trusted() -> None:
@@ -296,7 +300,8 @@ def test_a_forward_replaced_on_the_instance_is_not_trusted() -> None:
     module.forward = lambda x: x  # type: ignore[method-assign]
     info = recognize(module)
     assert info is not None
-    assert info.kind == "other" and "replaced" in info.reason
+    assert info.kind == "other"
+    assert "replaced" in info.reason
 
 
 def test_a_forward_bound_to_the_instance_is_probed() -> None:

@@ -187,10 +187,12 @@ class _Maker:
         return self.floats(self.rows, 4000)
 
     def features(self) -> Tensor:
-        bins = int(_first(self.config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim",
-                          "n_mels", "input_dim", "feature_size", "input_feat_size", within="audio|encoder", default=80))  # fmt: skip
+        fields = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "input_dim")
+        fields += ("feature_size", "input_feat_size")
+        bins = int(_first(self.config, *fields, within="audio|encoder", default=80))
         positions = _first(self.config, "max_source_positions", within="audio|encoder", default=None)
-        if (positions and hasattr(self.config, "max_source_positions")) or _first(self.config, "n_window", default=None):
+        bins_first = positions and hasattr(self.config, "max_source_positions")
+        if bins_first or _first(self.config, "n_window", default=None):
             return self.floats(self.rows, bins, 2 * int(positions or 32))
         return self.floats(self.rows, 64, bins)
 
@@ -231,9 +233,13 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         }
     if "context_input_ids" in names:  # retrieval-augmented generation without its retriever
         docs = int(_first(maker.config, "n_docs", default=5))
-        yield {**made, "context_input_ids": maker.ids().repeat_interleave(docs, 0), "doc_scores": maker.floats(maker.rows, docs),
-               "context_attention_mask": torch.ones(maker.rows * docs, LENGTH, dtype=torch.long),
-               "decoder_input_ids": maker.ids(3)}  # fmt: skip
+        yield {
+            **made,
+            "context_input_ids": maker.ids().repeat_interleave(docs, 0),
+            "context_attention_mask": torch.ones(maker.rows * docs, LENGTH, dtype=torch.long),
+            "doc_scores": maker.floats(maker.rows, docs),
+            "decoder_input_ids": maker.ids(3),
+        }
     if "feature_lens" in names:  # audio encoders on ragged, concatenated spectrograms
         bins = int(_first(maker.config, "num_mel_bins", default=128))
         lengths = {"feature_lens": torch.tensor([40, 40]), "aftercnn_lens": torch.tensor([20, 20])}

@@ -116,7 +116,8 @@ _EXPERTS = {"n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "mo
 _CAPS = {"max_position_embeddings": 128, "n_positions": 128, "max_source_positions": 64, "max_target_positions": 64,
          "n_ctx": 128, "block_size": 64, "codebook_size": 64, "num_queries": 12, "num_query_tokens": 4,
          "entity_vocab_size": 60, "max_text_len": 16, "two_stage_num_proposals": 12, "num_denoising": 4,
-         "train_num_points": 16, "max_2d_position_embeddings": 64, "num_latents": 6, "d_latents": 32, "num_codevectors_per_group": 8,
+         "train_num_points": 16, "max_2d_position_embeddings": 64, "num_latents": 6, "d_latents": 32,
+         "num_codevectors_per_group": 8,
          "index_topk": 4, "max_seq_len": 128, "context_length": 32, "image_seq_length": 16, "num_labels": 3,
          "shape_vocab_size": 40, "pronunciation_vocab_size": 40}  # fmt: skip
 
@@ -457,7 +458,7 @@ def _fill(config: PreTrainedConfig) -> None:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Weights large enough to matter, gains in 0.5 .. 1.5 (minus the offset where 1 + w is applied), biases in +-0.5."""
+    """Weights large enough to matter, gains in 0.5 .. 1.5 (less 1 where 1 + w is applied), biases in +-0.5."""
     from hf_adanorm.detection import iter_norms
 
     generator = torch.Generator().manual_seed(seed)
