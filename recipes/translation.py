@@ -117,7 +117,7 @@ def check_options(options: TranslationOptions, accelerator: Accelerator) -> None
     if options.average_checkpoints < 0 or options.average_checkpoints == 1:
         raise OptionError(f"--average_checkpoints must be 0 or at least 2, got {options.average_checkpoints}")
     if options.average_checkpoints and accelerator.distributed_type in SHARDED:
-        raise OptionError("--average_checkpoints reads whole checkpoints; this launch writes them in shards")
+        raise OptionError("--average_checkpoints does not go with FSDP or DeepSpeed; give --average_checkpoints 0")
 
 
 @torch.no_grad()
@@ -273,7 +273,8 @@ def train(
                 if evaluate_now:
                     stopwatch.pause()
                     faded = fade(unwrapped, progress.step, total_steps, options)
-                    scores = evaluate(accelerator, model, task, options)
+                    written = checkpoints.folder / "validation_translations.jsonl"
+                    scores = evaluate(accelerator, model, task, options, write_to=written)
                     note_scores(accelerator, model, task, checkpoints, progress, scores, options, eligible=faded)
                     last |= should_stop(progress, options)
                     stopwatch.resume()

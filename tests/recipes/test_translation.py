@@ -139,6 +139,8 @@ def test_translations_stand_beside_their_references(finished, pairs):
     original = [json.loads(line) for line in pairs["validation"].read_text().splitlines()]
     assert [(row["source"], row["reference"]) for row in rows] == [(row["de"], row["en"]) for row in original]
     assert len({row["translation"] for row in rows}) > 5
+    rows = (finished / "validation_translations.jsonl").read_text().splitlines()  # of the last evaluation
+    assert [json.loads(row)["reference"] for row in rows] == [row["en"] for row in original]
 
 
 @pytest.mark.parametrize("name", ["best", "last", "average"])
