@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -52,7 +53,7 @@ from .consumers import (
 from .detection import NormInfo, iter_norms
 from .dummy_inputs import dummy_inputs
 from .modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS, AdaNorm
-from .specs import own_configs, write_specs
+from .specs import configs_of, own_configs, write_specs
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -82,6 +83,8 @@ class FoldReport:
     changed: dict[str, float] = field(default_factory=dict)
     """By-products of the model (hidden states) that are now those of a norm without gain and bias, and by how much."""
     added_biases: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
+    """Norms whose fold changed more than values: a bias that was not there, an eps."""
 
     def names(self, *actions: str) -> list[str]:
         return [norm.name for norm in self.norms if norm.action in actions]
@@ -128,7 +131,9 @@ def fold_affine(
 ) -> FoldReport:
     """Fold gain and bias of every LayerNorm and RMSNorm into the linear layers that read it, in place.
 
-    The norms keep their class with gain 1 and bias 0; task outputs stay what they were. `patch_model(model, ...,
+    The norms keep their class with gain 1 and bias 0; task outputs stay what they were. Where a linear layer had to be
+    given a bias, or an eps was adjusted, the norm becomes layernorm-simple (the same function), so that the saved
+    model cannot be loaded without this package as if it were the stock one. `patch_model(model, ...,
     affine="fold")` folds and swaps in one go.
 
     Args:
@@ -150,12 +155,15 @@ def fold_affine(
     """
     if on_unfoldable not in ("keep", "approximate", "calibrate", "raise"):
         raise ValueError(f'on_unfoldable must be "keep", "approximate", "calibrate" or "raise", got {on_unfoldable!r}')
-    from .patching import refuse_wrapped  # patching imports this module
+    from .patching import patch_model, refuse_wrapped  # patching imports this module
 
     refuse_wrapped(model)
     names = [name for name, _, info in iter_norms(model) if info.kind != "other"]
     report = fold_norms(model, names, fold_inputs=fold_inputs, on_unfoldable=on_unfoldable, tolerance=tolerance)
-    if report.names("folded", "approximated"):
+    if configs_of(model):
+        if report.protect:
+            exactly = "|".join(re.escape(name) for name in report.protect)
+            patch_model(model, "layernorm-simple", include=exactly, targets="all")
         own_configs(model)
         write_specs(model)
     return report
@@ -215,7 +223,7 @@ def fold_norms(
         undo()
         raise
     side = {path: value for path, value in changed.items() if value > limit}
-    return FoldReport(tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases))
+    return FoldReport(tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases), tuple(plan.protect()))
 
 
 def _replacements(plan: _Plan, settings: Mapping[str, tuple[float, float]]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -504,6 +512,10 @@ class _Plan:
                 if reader.startswith(owner + ".") and (numbered or not _is_numbered(reader[len(owner) + 1 :])):
                     return name
         return None
+
+    def protect(self) -> list[str]:
+        added = set(self.added_biases)
+        return [name for name, fold in self.folds.items() if fold.branches or added & set(fold.readers)]
 
     def result(self, calibrated: bool) -> list[FoldedNorm]:
         """The norms as decided, with what a fit lost in place of the deviation of the gain."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .detection import NormInfo, iter_norms, recognize
 from .folding import fold_norms
 from .modeling_adanorm import (
+    ADDED_BIAS,
     NORM_CLASSES,
     AdaNorm,
     DetachNorm,
@@ -163,6 +164,12 @@ def unpatch_model(model: ModelT) -> ModelT:
     own_configs(model)
     clear_specs(model)
     write_specs(model)  # biases that a fold added stay, and loading has to know of them
+    if num_biases := sum(ADDED_BIAS in module.__dict__ for module in model.modules()):
+        warnings.warn(
+            f"{num_biases} linear layers keep the bias that a fold gave them: load what is saved from now on with "
+            "hf_adanorm imported, as without it transformers leaves those biases out with no more than a warning",
+            stacklevel=2,
+        )
     if fresh:
         warnings.warn(
             f"the trained gains and biases of {fresh} of {len(swapped)} norms are not at hand (a saved model does not "
@@ -376,20 +383,9 @@ _WRAPPERS = {
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    wrapper = ""
     for module in model.modules():
-        names = {cls.__name__ for cls in type(module).__mro__}
-        if (
-            found := names
-            & {
-                "DistributedDataParallel",
-                "FullyShardedDataParallel",
-                "FSDPModule",
-                "DataParallel",
-            }
-        ) or (found := names & {"DeepSpeedEngine", "OptimizedModule"}):
-            wrapper = sorted(found)[0]
-        elif getattr(module, "_compiled_call_impl", None) is not None:
+        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), "")
+        if not wrapper and getattr(module, "_compiled_call_impl", None) is not None:
             wrapper = "torch.compile"
         if wrapper:
             raise ValueError(
@@ -427,6 +423,11 @@ def _fading(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
     """The group with gain and bias fading; a norm that was swapped before keeps the state it has."""
     if is_swapped(module):
         return replace(group, fade=module.fade)  # type: ignore[arg-type]
+    if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
+        raise ValueError(
+            f'affine="fade" needs the gains and biases in memory, and those of a {type(module).__name__} are offloaded: '
+            "load the model without offloading, patch it and save it"
+        )
     present = (("gain", info.has_gain), ("bias", info.has_bias))
     return replace(group, fade=tuple(key for key, there in present if there))
 

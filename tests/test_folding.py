@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hf_adanorm import fold_affine, is_patched, patch_model, set_fade, unpatch_model
+from hf_adanorm import fold_affine, hooks, is_patched, patch_model, set_fade, unpatch_model
 from hf_adanorm.consumers import num_inputs, watch_consumers
 from hf_adanorm.dummy_inputs import dummy_inputs
 from hf_adanorm.folding import fold_norms
@@ -496,7 +496,8 @@ def test_unpatching_keeps_the_fold() -> None:
     inputs = dummy_inputs(model)
     quietly(patch_model, model, "layernorm-simple", affine="fold")
     before = logits(model, inputs)
-    unpatch_model(model)
+    with pytest.warns(UserWarning, match="6 linear layers keep the bias"):
+        unpatch_model(model)
     assert not is_patched(model)
     assert difference(logits(model, inputs), before) <= 1e-6
     assert model.config.adanorm["biases"]  # loading still has to make them
@@ -568,11 +569,31 @@ def test_folded_models_reload_through_stock_calls_in_a_fresh_process(tmp_path: P
 def test_another_head_gets_the_biases_that_it_has(tmp_path: Path) -> None:
     model = build("gpt2-lm untied")
     fold_affine(model)
-    assert model.config.adanorm == {**model.config.adanorm, "groups": [], "biases": ["^lm_head"]}
+    assert model.config.adanorm["biases"] == ["^lm_head"]
     model.save_pretrained(tmp_path)
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     assert torch.equal(again.lm_head.bias, model.lm_head.bias)
     assert not hasattr(transformers.GPT2Model.from_pretrained(tmp_path), "lm_head")
+
+
+def test_a_bias_that_was_added_cannot_be_lost_by_loading_without_the_package(tmp_path: Path) -> None:
+    model = build("gpt2-lm untied")
+    fold_affine(model)
+    assert model.config.adanorm["groups"] == [{"norm": "layernorm-simple", "modules": ["ln_f"]}]
+    model.save_pretrained(tmp_path)
+    hooks.uninstall()
+    try:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    finally:
+        hooks.install()
+
+
+def test_a_fold_that_changed_values_only_needs_no_spec() -> None:
+    model = build("vit")
+    fold_affine(model)
+    assert not is_patched(model)
+    assert not hasattr(model.config, "adanorm")
 
 
 def test_a_spec_that_gives_a_bias_to_something_else_is_refused() -> None:
