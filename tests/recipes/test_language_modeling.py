@@ -1,0 +1,217 @@
+"""The language modelling recipe: bytes, windows, bits per character, runs of a tiny decoder."""
+
+import bz2
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import threading
+import time
+import zipfile
+
+import language_modeling
+import numpy as np
+import pytest
+import torch
+from byte_data import ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits, read_bytes
+from checkpoints import EXIT_RESUME
+from data_loading import DataError
+from hypothesis import given
+from hypothesis import strategies as st
+from score_bytes import collate_windows, window_bits
+from training import EXIT_DIVERGED
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+TINY = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Words in an order that is easy to learn, 6,000 bytes."""
+    draw = random.Random(0)
+    words = ["norm", "layer", "größe", "ada", "mean"]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(" ".join(draw.choice(words) for _ in range(1500)).encode()[:6000])
+    return path
+
+
+def run(text, folder, **changes):
+    options = {
+        "train_file": text,
+        "validation_characters": 500,
+        "test_characters": 700,
+        "sequence_length": 16,
+        "eval_stride": 8,
+        "model_config": json.dumps(TINY),
+        "batch_size": 8,
+        "max_steps": 40,
+        "eval_steps": 20,
+        "learning_rate": 0.01,
+        "output_dir": folder,
+        **changes,
+    }
+    language_modeling.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run(text, folder, k=0.07)
+
+
+@given(size=st.integers(6, 60), length=st.integers(1, 5), stride=st.integers(1, 5))
+def test_windows_score_every_byte_but_the_first_once_with_enough_context(size, length, stride):
+    stride = min(stride, length)
+    windows = Windows(np.arange(size, dtype=np.uint8), length, stride)
+    scored = []
+    for index in range(len(windows)):
+        data, count = windows[index]
+        assert len(data) == length + 1
+        assert 1 <= count <= length
+        if index:
+            assert length + 1 - count >= 1 + length - stride
+        scored += data[-count:].tolist()
+    assert scored == list(range(1, size))
+
+
+def test_segments_predict_consecutive_bytes():
+    segments = Segments(np.arange(11, dtype=np.uint8), 5)
+    assert [segment.tolist() for segment in (segments[0], segments[1])] == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 10]]
+    assert len(segments) == 2
+    assert len(Segments(np.arange(10, dtype=np.uint8), 5)) == 1
+
+
+def test_the_bits_of_a_uniform_model_are_eight():
+    model = AutoModelForCausalLM.from_config(language_modeling.fresh_config(Fresh(), vocab_size=256))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    windows = Windows(np.arange(40, dtype=np.uint8), 16, 8)
+    batch = collate_windows([windows[0], windows[1], windows[len(windows) - 1]])
+    scored = batch["scored"].sum(1)
+    assert scored.tolist() == [16, 8, 7]
+    assert window_bits(model, batch).tolist() == pytest.approx((8 * scored).tolist())
+
+
+class Fresh:
+    model_config = TINY
+
+
+def test_validation_and_test_are_the_end_of_the_file(text):
+    data = np.frombuffer(text.read_bytes(), dtype=np.uint8)
+    options = ByteDataOptions(
+        train_file=str(text),
+        validation_characters=500,
+        test_characters=700,
+        max_train_characters=1000,
+        sequence_length=16,
+    )
+    splits = load_byte_splits(options)
+    assert (splits["test"] == data[-700:]).all()
+    assert (splits["validation"] == data[-1200:-700]).all()
+    assert (splits["train"] == data[:1000]).all()
+
+
+def test_compressed_files_hold_the_same_bytes(tmp_path):
+    content = bytes(range(256)) * 3
+    (tmp_path / "a.bz2").write_bytes(bz2.compress(content))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(content))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a", content)
+    for name in ("a.bz2", "a.gz", "a.zip"):
+        assert read_bytes(tmp_path / name, "train_file").tobytes() == content
+    (tmp_path / "b.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"b\.gz: cannot be read"):
+        read_bytes(tmp_path / "b.gz", "train_file")
+
+
+def test_token_ids_are_the_bytes_and_come_back(tmp_path):
+    tokenizer = byte_tokenizer(64)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for sample in ["a  b\n\tc", "größe ß 北京", "".join(map(chr, range(256)))]:
+        assert loaded(sample)["input_ids"] == list(sample.encode())
+        assert loaded.decode(list(sample.encode())) == sample
+
+
+def test_the_model_learns_and_scores_the_same_in_a_fresh_process(trained, text, tmp_path):
+    folder, results = trained
+    assert results["norm_modules"] == 3
+    assert results["validation"]["bits_per_character"] < 4  # of 8, about the entropy of single bytes
+    assert results["test"]["bits_per_character"] == pytest.approx(results["validation"]["bits_per_character"], abs=0.5)
+    bits = json.loads((folder / "test_bits.json").read_text())
+    assert sum(bits["characters"]) == 699
+    model = AutoModelForCausalLM.from_pretrained(folder / "best").eval()
+    windows = Windows(np.frombuffer(text.read_bytes(), dtype=np.uint8)[-700:], 16, 8)
+    with torch.no_grad():
+        here = window_bits(model, collate_windows([windows[index] for index in range(len(windows))]))
+    assert here.sum().item() / 699 == pytest.approx(results["test"]["bits_per_character"], abs=1e-5)
+
+
+def test_the_best_model_generates_in_a_stock_pipeline(trained):
+    folder, _ = trained
+    generate = pipeline("text-generation", str(folder / "best"))
+    answer = generate("layer no", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert answer.startswith("layer no")
+    assert len(answer.encode()) >= len("layer no") + 1
+    norms = [module for module in generate.model.modules() if getattr(module, "is_adanorm_module", False)]
+    assert [module.k for module in norms] == [0.07] * 3
+
+
+def test_a_run_stopped_in_the_middle_ends_with_the_same_scores(trained, text, tmp_path):
+    _, whole = trained
+
+    def terminate_after_first_checkpoint():
+        while not list(tmp_path.glob("checkpoint-*")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=terminate_after_first_checkpoint, daemon=True)
+    watcher.start()
+    with pytest.raises(SystemExit) as ended:
+        run(text, tmp_path, k=0.07, checkpointing_steps=5)
+    assert ended.value.code == EXIT_RESUME
+    assert not (tmp_path / "results.json").exists()
+    resumed = run(text, tmp_path, k=0.07, checkpointing_steps=5)
+    assert resumed["history"] == whole["history"]
+    assert resumed["test"] == whole["test"]
+
+
+def test_accumulated_micro_batches_give_the_loss_of_one_batch(text, tmp_path):
+    flat = json.dumps({**TINY, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})
+    # 64 segments: no incomplete step, which accumulation would cut off elsewhere.
+    common = {"model_config": flat, "max_steps": 6, "eval_steps": 3, "max_train_characters": 1025}
+    common["score_test"] = "false"
+    one = run(text, tmp_path / "one", batch_size=8, **common)
+    two = run(text, tmp_path / "two", batch_size=2, gradient_accumulation_steps=4, **common)
+    assert one["test"] is None
+    for left, right in zip(one["history"], two["history"], strict=True):
+        assert right["bits_per_character"] == pytest.approx(left["bits_per_character"], abs=1e-4)
+        assert left["loss"] == pytest.approx(left["bits_per_character"] * math.log(2))
+
+
+def test_divergence_is_recorded_with_its_step(text, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        run(text, tmp_path, learning_rate=1e36, max_grad_norm=0, norm="none")
+    assert ended.value.code == EXIT_DIVERGED
+    assert json.loads((tmp_path / "diverged.json").read_text())["step"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_file": "absent.txt"}, "--train_file absent.txt: no such file"),
+        ({"test_characters": 6000}, "--test_characters 6,000: only 6,000 bytes"),
+        ({"validation_characters": "null"}, "no validation data"),
+        ({"validation_characters": 10}, "the validation split has 10 bytes: too few"),
+        ({"eval_stride": 17}, "--eval_stride must be between 1 and --sequence_length 16"),
+        ({"sequence_length": 32}, "--sequence_length 32 is beyond the model's 16 positions"),
+        ({"model_config": json.dumps({**TINY, "vocab_size": 300})}, "the model has 300 tokens"),
+    ],
+)
+def test_bad_input_ends_in_one_line(changes, said, text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(text, tmp_path, **changes)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
