@@ -425,7 +425,7 @@ def _fading(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
         return replace(group, fade=module.fade)  # type: ignore[arg-type]
     if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
         raise ValueError(
-            f'affine="fade" needs the gains and biases in memory, and those of a {type(module).__name__} are offloaded: '
+            f'affine="fade" needs the gains and biases in memory; those of a {type(module).__name__} are offloaded: '
             "load the model without offloading, patch it and save it"
         )
     present = (("gain", info.has_gain), ("bias", info.has_bias))
