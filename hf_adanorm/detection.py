@@ -72,8 +72,8 @@ def iter_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, NormInfo]]:
 
 # --- which modules are looked at ----------------------------------------------------------------------------
 
-_NORM_LIKE = re.compile(r"(?i:norm(?!al(?!i[sz])))|(?:^|[a-z0-9_])LN(?=$|[A-Z0-9_])|^ln_?\w*$")
-"""Somewhere in a class or attribute name: "norm" (but not "normal"), "LN", "ln_1"."""
+_NORM_LIKE = re.compile(r"(?i:norm(?!al(?!i[sz]))|cmvn|standardi[sz])|(?:^|[a-z0-9_])LN(?=$|[A-Z0-9_])|^ln_?\w*$")
+"""Somewhere in a class or attribute name: "norm" (but not "normal"), "LN", "ln_1", "CMVN" (speech features)."""
 _NORM_ENDING = re.compile(
     r"norm(alization)?_?(\dd|1p|gated|zero|single|continuous|final|layer|act|_)*$", re.IGNORECASE
 )
@@ -108,7 +108,7 @@ def _recognize(module: nn.Module, name: str, cache: dict[Any, NormInfo | None]) 
         return cache[key]
     info = probe(module)
     claims = bool(_NORM_ENDING.search(cls.__name__)) or hasattr(module, "normalized_shape")
-    if info.kind == "other" and not claims and not info.reason.startswith("close to"):
+    if info.kind == "other" and not claims and not info.reason.startswith(("close to", "LayerNorm", "RMSNorm")):
         cache[key] = None  # not a norm, and nothing said it was
         return None
     cache[key] = info = replace(info, parametrized=parametrized)

@@ -47,7 +47,7 @@ from hf_adanorm.detection import NormInfo, iter_norms
 SETTINGS: dict[str, Any] = {"C": 1.3, "k": 0.07, "eps": 2e-5}
 MAX_PARAMETERS = 30_000_000
 STAGES = ("built", "forward before", "forward after", "backward", "saved", "round trip", "unpatch")
-FIELDS = ["model_type", "class", "way", "parameters", "targets", *STAGES, "counted", "swapped", "explained", "missed",
+FIELDS = ["model_type", "class", "way", "parameters", "targets", *STAGES, "counted", "swapped", "exercised", "explained", "missed",
           "changed", "control exact", "seconds", "cpu seconds", "failed at", "reason", "inputs", "norms"]  # fmt: skip
 
 
@@ -74,11 +74,11 @@ def find_runnable(model_type: str, row: dict[str, Any]) -> tuple[torch.nn.Module
             config = copy.deepcopy(fresh)
             cls = tiny_models.model_classes(model_type, config)[index]
             try:
+                config = type(config).from_dict(config.to_dict())  # as it will be after saving
                 size = tiny_models.num_parameters(cls, config)
                 if size > MAX_PARAMETERS:
                     reasons.append(f"{cls.__name__} ({way}) has {size / 1e6:.0f}M parameters")
                     continue
-                type(config).from_dict(config.to_dict())  # does it survive saving?
                 model = tiny_models.build(cls, config)
                 row["built"] = "yes"
                 inputs, _ = tiny_inputs.run(model)
@@ -162,14 +162,19 @@ def patch_and_save(model_type: str, folder: Path, row: dict[str, Any]) -> None:
         _check_count(found, ran, set(), infos, row)
         return
 
+    before: int | str
+    try:
+        before = backward(model, inputs)
+    except Exception as error:
+        before = _short(error)
     model.save_pretrained(folder / "control")
     stage("forward after", row, lambda: patch_model(model, "adanorm", targets=targets, **SETTINGS))
     settings = norm_settings(model)
-    row["swapped"] = len(settings)
+    row |= {"swapped": len(settings), "exercised": len(ran & set(settings))}
     _check_count(found, ran, set(settings), infos, row)
     patched = stage("forward after", row, lambda: forward(model, inputs))
     row["changed"] = "yes" if distance(original, patched) > 10 * noise else "no"
-    stage("backward", row, lambda: backward(model, inputs))
+    stage("backward", row, lambda: check_backward(model, inputs, before))
     stage("saved", row, lambda: model.save_pretrained(folder / "patched"))
     torch.save(
         {"inputs": inputs, "patched": patched, "original": original, "noise": noise, "settings": settings,
@@ -207,22 +212,31 @@ def _is_explained(name: str, infos: dict[str, tuple[Any, NormInfo]]) -> bool:
     return name in infos and (infos[name][1].kind == "other" or bool(infos[name][1].inside))
 
 
-def backward(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+def backward(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
+    """One backward pass through all outputs; the number of gradients that are not finite."""
     torch.manual_seed(0)
     model.requires_grad_(True)
     outputs = [t for t in tensors(model(**copy.deepcopy(inputs))) if t.requires_grad]
     if not outputs:
-        raise FailedError(
-            "backward", "no output requires a gradient (unpatched neither, if the forward turns them off)"
-        )
+        raise FailedError("backward", "no output requires a gradient")
     sum(t.nan_to_num(posinf=0, neginf=0).square().mean() for t in outputs).backward()  # type: ignore[union-attr]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
     if not grads:
         raise FailedError("backward", "no parameter received a gradient")
-    bad = sum(not bool(torch.isfinite(g).all()) for g in grads)
-    model.zero_grad(set_to_none=True)
-    if bad:
-        raise FailedError("backward", f"{bad} gradients are not finite")
+    return sum(not bool(torch.isfinite(g).all()) for g in grads)
+
+
+def check_backward(model: torch.nn.Module, inputs: dict[str, Any], before: int | str) -> None:
+    """The patched model trains wherever the unpatched one does."""
+    try:
+        bad = backward(model, inputs)
+    except Exception as error:
+        if isinstance(before, str):
+            raise FailedError("backward", f"unpatched neither: {before}") from error
+        raise
+    if isinstance(before, str) or bad > before:
+        raise FailedError("backward", f"{bad} gradients are not finite (unpatched: {before})")
 
 
 def load_and_compare(folder: Path, row: dict[str, Any]) -> None:
@@ -233,7 +247,10 @@ def load_and_compare(folder: Path, row: dict[str, Any]) -> None:
         config = transformers.AutoConfig.from_pretrained(folder / "control")
         cls = next(c for c in tiny_models.model_classes(config.model_type, config) if c.__name__ == row["class"])
         options = {"attn_implementation": "eager", "dtype": torch.float32}
-        control = cls.from_pretrained(folder / "control", **options).eval()
+        try:
+            control = cls.from_pretrained(folder / "control", **options).eval()
+        except Exception as error:
+            raise FailedError("round trip", f"the unpatched control does not load either: {_short(error)}") from error
         patched = cls.from_pretrained(folder / "patched", **options).eval()
         control_gap = distance(expected["original"], forward(control, expected["inputs"]))
         row["control exact"] = "yes" if control_gap == 0 else f"{control_gap:.1e}"
