@@ -290,6 +290,8 @@ _DISTRIBUTED = """
     import os, sys, torch, transformers
     sys.path.insert(0, ".")
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from hf_adanorm import patch_model, set_fade
     from hf_adanorm.fading import fade_at
     from tests.fold_models import build
@@ -316,6 +318,16 @@ _DISTRIBUTED = """
         train(alone, ids, labels)
         gap = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), alone.parameters()))
         assert dist.get_world_size() == 2 and gap < 1e-5, gap
+
+        sharded = patch_model(build("bert-cls"), "adanorm", affine="fade")
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in sharded.bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        train(sharded, ids[2 * rank : 2 * rank + 2], labels[2 * rank : 2 * rank + 2])
+        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in sharded.state_dict().items()}
+        gap = max(float((full[key] - value).abs().max()) for key, value in alone.state_dict().items())
+        assert full.keys() == alone.state_dict().keys() and gap < 1e-5, gap
         dist.destroy_process_group()
 
     if __name__ == "__main__":
@@ -325,7 +337,7 @@ _DISTRIBUTED = """
 """
 
 
-def test_two_processes_fade_as_one(tmp_path: Path) -> None:
+def test_two_processes_fade_as_one_under_ddp_and_fsdp2(tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as free:
