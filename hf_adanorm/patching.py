@@ -483,6 +483,13 @@ def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp
             f"{first.reason}, ...): fold_affine(model) lists each; on_unfoldable says what else can be done",
             stacklevel=3,
         )
+    lost = sorted(norm.deviation for norm in report.norms if norm.deviation is not None)
+    if on_unfoldable == "calibrate" and lost and lost[len(lost) // 2] > 0.8:
+        warnings.warn(
+            f"at these settings half of the norms lose {lost[len(lost) // 2]:.0%} or more of what they passed on: "
+            "choose a smaller k, calibrate_k(model, batches).k gives one for each norm",
+            stacklevel=3,
+        )
     if not ramp and on_unfoldable != "calibrate" and plan.options.norm == "adanorm":
         warnings.warn(
             "ramp=False sets k and C at once: the outputs of a pretrained model change a lot until it is trained "

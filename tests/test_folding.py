@@ -465,6 +465,16 @@ def test_calibration_moves_less_than_approximation(k: float) -> None:
     assert moved["calibrate"] < 0.8 * moved["approximate"]
 
 
+def test_calibration_warns_of_a_k_that_loses_most() -> None:
+    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
+    options = {"affine": "fold", "on_unfoldable": "calibrate", "fold_inputs": batch}
+    with pytest.warns(UserWarning, match="choose a smaller k"):
+        patch_model(build("bert-cls"), "adanorm", k=0.9, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_model(build("bert-cls"), "adanorm", k=0.01, **options)
+
+
 def test_calibration_is_exact_where_folding_is() -> None:
     model = build("vit").double()
     inputs = {"pixel_values": torch.randn(8, 3, 32, 32).double()}
