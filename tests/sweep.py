@@ -47,8 +47,9 @@ from hf_adanorm.detection import NormInfo, iter_norms
 SETTINGS: dict[str, Any] = {"C": 1.3, "k": 0.07, "eps": 2e-5}
 MAX_PARAMETERS = 30_000_000
 STAGES = ("built", "forward before", "forward after", "backward", "saved", "round trip", "unpatch")
-FIELDS = ["model_type", "class", "way", "parameters", "targets", *STAGES, "counted", "swapped", "exercised", "explained", "missed",
-          "changed", "control exact", "seconds", "cpu seconds", "failed at", "reason", "inputs", "norms"]  # fmt: skip
+FIELDS = ["model_type", "class", "way", "parameters", "targets", *STAGES, "counted", "swapped", "exercised",
+          "explained", "missed", "changed", "control exact", "seconds", "cpu seconds", "failed at", "reason", "inputs",
+          "norms"]  # fmt: skip
 
 
 class FailedError(Exception):

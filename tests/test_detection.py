@@ -66,6 +66,11 @@ LEFT_ALONE = [
     ("detr.modeling_detr:DetrFrozenBatchNorm2d", (WIDTH,), "batch norm"),
     ("pocket_tts.modeling_pocket_tts:PocketTTSTimestepNorm", (WIDTH,), "does not compute"),
     ("llama4.modeling_llama4:Llama4TextL2Norm", (), "does not know the axis' size"),
+    (
+        "moonshine_streaming.modeling_moonshine_streaming:MoonshineStreamingFrameCMVN",
+        (),
+        "does not know the axis' size",
+    ),
     ("esmfold2.modeling_esmfold2:EsmFold2AdaptiveLayerNorm", (WIDTH,), "conditioned norm"),
     ("qwen2_5_omni.modeling_qwen2_5_omni:Qwen2_5_OmniAdaLayerNormZero", (WIDTH,), "conditioned norm"),
 ]
