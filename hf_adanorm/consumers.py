@@ -348,7 +348,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first = args[0] if args else None
         single = isinstance(first, Tensor) and bool(self.get(first)) and all(t is first for t in traced)
         handled = False
-        if packet in _SAME and single and isinstance(out, Tensor):
+        if "out" in kwargs:
+            pass  # written into a tensor that may be read through other names
+        elif packet in _SAME and single and isinstance(out, Tensor) and out.is_floating_point():
             self.tag(out, self.get(first))  # type: ignore[arg-type]
             handled = True
         elif packet is aten.as_strided_ and single and out.is_contiguous() and self.has_shape(out):
@@ -363,7 +365,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             handled = self.replay(first, out, lambda s, fill: s.masked_fill(args[1], fill))
         elif packet in (aten.cat, aten.stack):
             handled = self.concatenate(func, args, kwargs, out)
-        elif packet in (aten.mul, aten.div) and len(args) == 2 and len(traced) == 1:
+        elif packet in (aten.mul, aten.div) and len(args) == 2 and len(traced) == 1 and not kwargs:
             handled = self.scale(packet, args, out)
         elif packet in (aten.sum, aten.mean) and single and out.numel() and len(args) > 1 and args[1]:
             handled = self.reduce(packet, args, kwargs, out)
