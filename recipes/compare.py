@@ -68,7 +68,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add("--seeds", nargs="+", type=int, default=[3], help="one number: that many, from 1; several: these seeds")
     add("--output_dir", default=None, help="default: outputs/compare-NAME, after the config")
     add("--grid", nargs="+", default=[], metavar="OPTION=A,B", help="values to try for each norm on validation")
-    add("--launcher", default=sys.executable, help='starts a script, for instance "accelerate launch --multi_gpu"')
+    add("--launcher", help='starts a script, for instance "accelerate launch --multi_gpu"')
     add("--paper", choices=[*COLUMNS, "none"], help="column of the paper to show beside; by default after the config")
     add("--resamples", type=int, default=2000, help="resamples of the bootstraps")
     add(
@@ -161,8 +161,8 @@ class Comparison:
             with contextlib.redirect_stderr(said):
                 return parse_options(self.options_class, arguments)
         except SystemExit as error:
-            lines = said.getvalue().strip().splitlines() or ["bad options"]
-            raise OptionError(f"{self.recipe.script}: {lines[-1].removeprefix('error: ')}") from error
+            text = " ".join(said.getvalue().rpartition("error:")[2].split())  # without the lines on usage before it
+            raise OptionError(f"{self.recipe.script}: {text}") from error
 
     def arguments(self, run: Run, *, test: bool = True) -> list[str]:
         """The recipe's command line for a run; without a test split for one of the search."""
@@ -228,7 +228,8 @@ class Comparison:
         """
         run.folder.mkdir(parents=True, exist_ok=True)
         log = run.folder / "log.txt"
-        command = [*shlex.split(self.own.launcher), str(self.script), *arguments]
+        launcher = shlex.split(self.own.launcher) if self.own.launcher else [sys.executable]
+        command = [*launcher, str(self.script), *arguments]
         with open(log, "ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()

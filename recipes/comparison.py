@@ -102,7 +102,7 @@ def outcome(run: Run) -> str:
     return f"diverged at step {run.record['step']}" if run.status == "diverged" else run.status
 
 
-def test_statistics(recipe: Recipe, run: Run) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+def example_statistics(recipe: Recipe, run: Run) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
     """What the run's score needs of every test example, and the score of sums of it; see `significance`."""
     if recipe.script == "classification.py":
         answers = json.loads((run.folder / "test_predictions.json").read_text(encoding="utf-8"))
@@ -202,7 +202,7 @@ def _accelerators() -> str:
 
 
 def _num_examples(finished: Sequence[Run], recipe: Recipe, split: str) -> int | None:
-    return len(test_statistics(recipe, finished[0])[0]) if finished and split == "test" else None
+    return len(example_statistics(recipe, finished[0])[0]) if finished and split == "test" else None
 
 
 def _differences(
@@ -215,7 +215,7 @@ def _differences(
     """Per norm its difference from LayerNorm, over the seeds that both finished."""
     resampled: dict[tuple[str, int], np.ndarray] = {}
     if split == "test" and finished:
-        found = [test_statistics(recipe, run) for run in finished]
+        found = [example_statistics(recipe, run) for run in finished]
         table = bootstrap_scores([rows for rows, _ in found], found[0][1], num_resamples=num_resamples)
         resampled = {(run.norm, run.seed): row for run, row in zip(finished, table, strict=True)}
     differences: dict[str, dict[str, Any]] = {}

@@ -155,7 +155,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know to read the numbers."""
     score = f"Mean ± standard deviation over n seeds of the {summary['split']} {summary['label']}"
     lines = [f"{score}; the checkpoint of each run was chosen on validation."]
-    if summary["split"] == "test":
+    if summary["num_test_examples"]:
         lines.append(
             f"Differences: paired bootstrap over {summary['num_test_examples']:,} test examples, "
             f"{summary['num_resamples']:,} resamples, seeds paired; over seeds too where there are five."

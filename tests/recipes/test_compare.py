@@ -1,0 +1,351 @@
+"""Comparisons of norms: the choice of runs, the statistics, and one small comparison with real runs."""
+
+import csv
+import json
+import os
+import re
+import signal
+import threading
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import compare
+import numpy as np
+import pytest
+from bleu import translation_scores
+from checkpoints import EXIT_RESUME
+from comparison import RECIPES, Run, example_statistics
+from comparison_report import conclusion, our_score, to_latex, to_markdown
+from hypothesis import given
+from hypothesis import strategies as st
+from options import OptionError
+from paper_results import COLUMNS, ROWS, paper_score
+from PIL import Image
+from significance import bootstrap_scores, difference_over_seeds, holm, paired_difference
+
+CONFIGS = Path(compare.__file__).with_name("configs")
+TINY = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
+
+
+def arguments_for(texts, folder, *changes, test=True):
+    options = {
+        "recipe": "classification",
+        "output_dir": folder,
+        "train_file": texts["train"],
+        "validation_file": texts["validation"],
+        "model_config": json.dumps(TINY),
+        "min_frequency": 1,
+        "max_length": 32,
+        "batch_size": 8,
+        "max_steps": 30,
+        "eval_steps": 10,
+        "logging_steps": 5,
+        "max_grad_norm": 0,
+    }
+    options |= {"test_file": texts["test"]} if test else {}
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))] + list(changes)
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+# Statistics
+
+
+def correct_and_counted(correct):
+    correct = np.asarray(correct, dtype=float)
+    return np.stack([correct, np.ones_like(correct)], axis=1)
+
+
+def accuracy(sums):
+    return 100 * sums[:, 0] / sums[:, 1]
+
+
+def test_the_interval_of_a_difference_is_that_of_the_normal_approximation():
+    draw = np.random.default_rng(0)
+    left, right = draw.random(2000) < 0.8, draw.random(2000) < 0.7
+    scores = bootstrap_scores([correct_and_counted(left), correct_and_counted(right)], accuracy, num_resamples=4000)
+    found = paired_difference(scores[:1], scores[1:])
+    pairs = 100 * (left.astype(float) - right)
+    error = pairs.std() / np.sqrt(2000)
+    assert found.mean == pytest.approx(pairs.mean())
+    assert (found.low, found.high) == pytest.approx(
+        (pairs.mean() - 1.96 * error, pairs.mean() + 1.96 * error), abs=0.2
+    )
+    assert 0 < found.p < 0.002
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_a_run_does_not_differ_from_itself(correct):
+    rows = correct_and_counted(correct)
+    scores = bootstrap_scores([rows, rows], accuracy, num_resamples=100)
+    found = paired_difference(scores[:1], scores[1:])
+    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_pairing_sees_a_small_difference_that_single_scores_hide():
+    draw = np.random.default_rng(1)
+    right = draw.random(1000) < 0.5
+    left = right.copy()
+    left[np.flatnonzero(~right)[:15]] = True  # right wherever the other is, and 15 times more
+    scores = bootstrap_scores([correct_and_counted(left), correct_and_counted(right)], accuracy, num_resamples=2000)
+    found = paired_difference(scores[:1], scores[1:])
+    assert found.low > 0
+    assert np.ptp(np.quantile(scores[0], [0.025, 0.975])) > 4 * (found.high - found.low) / 2
+
+
+def test_other_test_examples_are_refused():
+    rows = [correct_and_counted([True] * 3), correct_and_counted([True] * 4)]
+    with pytest.raises(ValueError, match=r"the same test examples.*\[3, 4\]"):
+        bootstrap_scores(rows, accuracy, num_resamples=10)
+
+
+def test_seeds_that_all_agree_give_an_interval_without_zero():
+    found = difference_over_seeds([1.0, 1.2, 0.9, 1.1, 1.3], [0.5] * 5, num_resamples=2000)
+    assert found.mean == pytest.approx(0.6)
+    assert 0.4 <= found.low <= found.mean <= found.high <= 0.8
+    assert found.num_pairs == 5
+
+
+def test_holm_multiplies_and_never_falls():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9}) == pytest.approx(
+        {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9}
+    )
+
+
+def test_bleu_is_computed_from_sums_as_sacrebleu_does(tmp_path):
+    pairs = [
+        ("The black cat sat on the mat today.", "A black cat sat on the mat."),
+        ("He went home & slept.", "He went home and slept well."),
+        ("It rains in the hills of the north.", "It rains in the hills of the north."),
+    ]
+    rows = [{"source": "", "reference": reference, "translation": hypothesis} for hypothesis, reference in pairs]
+    (tmp_path / "test_translations.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "results.json").write_text(json.dumps({"options": {"target_lang": "en"}}))
+    rows, score = example_statistics(RECIPES["translation"], Run("adanorm", 1, tmp_path))
+    expected, _ = translation_scores(*map(list, zip(*pairs, strict=True)), "en")
+    assert score(rows.sum(0, keepdims=True))[0] == pytest.approx(expected["bleu_tokenized_lowercase"])
+    assert score(2 * rows[2:])[0] == pytest.approx(100)
+
+
+# What is run
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_config_names_its_recipe(config):
+    recipe, options_class = compare.choose_recipe(None, str(CONFIGS / f"{config}.yaml"))
+    expected = {"mnist": "classification.py", "demo": "classification.py", "rt": "classification.py"}
+    expected |= {"sst5": "classification.py", "enwik8": "language_modeling.py", "enwik_sample": "language_modeling.py"}
+    assert recipe.script == expected.get(config, "translation.py")
+    assert recipe.score
+    assert options_class.__name__ == recipe.options_class
+
+
+def test_options_that_say_nothing_to_a_norm_are_not_tried_for_it():
+    grid = compare.parse_grid(["learning_rate=1e-3,1e-4", "C=0.8,1,2"], {"learning_rate", "C"})
+    assert len(compare.grid_points(grid, "adanorm")) == 6
+    assert compare.grid_points(grid, "none") == [{"learning_rate": "1e-3"}, {"learning_rate": "1e-4"}]
+    assert compare.grid_points({}, "none") == [{}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--seed", "3"], "--seed is set by the comparison"),
+        (["--grid", "C=1,2", "nothing=1"], "'nothing' is no option of the recipe"),
+        (["--seeds", "0"], "--seeds: expected a positive number"),
+        (["--learning_rat", "1"], "unknown option --learning_rat; did you mean --learning_rate?"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
+    ],
+)
+def test_bad_input_ends_before_any_run(changes, said, texts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        compare.main(arguments_for(texts, tmp_path / "out", *changes))
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_config_or_recipe_there_is_nothing_to_run():
+    with pytest.raises(OptionError, match="give --config, or --recipe"):
+        compare.choose_recipe(None, None)
+
+
+# A small comparison with real runs
+
+
+@pytest.fixture(scope="module")
+def compared(texts, tmp_path_factory):
+    """LayerNorm and AdaNorm, one seed, a learning rate each that was chosen among a good one and a hopeless one."""
+    folder = tmp_path_factory.mktemp("compared") / "out"
+    changes = ["--norms", "layernorm", "adanorm", "--seeds", "1", "--grid", "learning_rate=1e36,0.01", "--paper", "RT"]
+    arguments = arguments_for(texts, folder, *changes)
+    compare.main(arguments)
+    return folder, arguments
+
+
+def test_hyper_parameters_are_chosen_on_validation_and_the_test_set_is_not_read(compared):
+    folder, _ = compared
+    hopeless = folder / "search" / "adanorm,learning_rate=1e36"
+    assert read(hopeless, "diverged.json")["step"] >= 1
+    tried = read(folder / "search" / "adanorm,learning_rate=0.01", "results.json")
+    assert tried["test"] is None
+    assert tried["options"]["test_file"] is None
+    final = read(folder / "runs" / "adanorm-seed1", "results.json")
+    assert final["options"]["learning_rate"] == 0.01
+    assert final["test"]["accuracy"] >= 0
+    assert final["history"] == tried["history"]
+
+
+def test_the_summary_compares_the_runs_with_each_other(compared):
+    folder, _ = compared
+    summary = read(folder, "comparison.json")
+    rows = {row["norm"]: row for row in summary["rows"]}
+    scores = {}
+    for norm in ("layernorm", "adanorm"):
+        answers = read(folder / "runs" / f"{norm}-seed1", "test_predictions.json")
+        scores[norm] = 100 * np.mean(np.equal(answers["predictions"], answers["labels"]))
+        assert rows[norm]["mean"] == pytest.approx(scores[norm])
+        assert rows[norm]["tried"] == 2
+    found = rows["adanorm"]["over_examples"]
+    assert found["mean"] == pytest.approx(scores["adanorm"] - scores["layernorm"])
+    assert found["low"] <= found["mean"] <= found["high"]
+    assert rows["adanorm"]["over_seeds"] is None
+    assert summary["num_test_examples"] == 23
+
+
+def test_all_files_of_the_report_are_there(compared):
+    folder, _ = compared
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert re.search(r"\| AdaNorm \| 77\.50 \| \d+\.\d\d \(n=1\) \|", table)
+    assert re.search(r"LayerNorm & 77\.21 & \d+\.\d\d", (folder / "table.tex").read_text(encoding="utf-8"))
+    runs = list(csv.DictReader((folder / "runs.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(runs) == 6
+    assert sum(row["outcome"].startswith("diverged at step") for row in runs) == 2
+    curves = list(csv.DictReader((folder / "curves.csv").read_text(encoding="utf-8").splitlines()))
+    assert {row["split"] for row in curves} == {"train", "validation"}
+    assert "<svg" in (folder / "curves.svg").read_text(encoding="utf-8")[:2000]
+    assert Image.open(folder / "curves.png").width > 1500
+
+
+def test_the_html_report_stands_alone(compared):
+    folder, _ = compared
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    sources, cells = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            sources.extend(value for name, value in attributes if name in {"src", "href"})
+
+        def handle_data(self, data):
+            cells.append(data.strip())
+
+    Reader().feed(text)
+    assert [source[:22] for source in sources] == ["data:image/png;base64,"]
+    assert "AdaNorm" in cells
+    assert any(cell.startswith("diverged") or "cannot be told apart" in cell or "scored" in cell for cell in cells)
+
+
+def test_a_finished_comparison_is_only_reported_again(compared, capsys):
+    folder, arguments = compared
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
+    started = time.perf_counter()
+    compare.main(arguments)
+    assert "run 2/2: adanorm, seed 1" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")} == before
+    assert len(before) == 4
+    assert time.perf_counter() - started < 60
+
+
+def test_other_options_for_finished_runs_are_refused_by_name(compared, capsys):
+    _, arguments = compared
+    with pytest.raises(SystemExit) as ended:
+        compare.main([*arguments, "--weight_decay", "0.5"])
+    assert ended.value.code == 2
+    assert "holds a run with other options (weight_decay: 0.0 then, 0.5 now)" in capsys.readouterr().err
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(texts, tmp_path, capsys):
+    arguments = arguments_for(texts, tmp_path, "--norms", "adanorm", "--seeds", "1", test=False)
+    arguments += ["--max_steps", "3000", "--eval_steps", "1000", "--checkpointing_steps", "20"]
+    run = tmp_path / "runs" / "adanorm-seed1"
+
+    def terminate_in_training():
+        while not list(run.glob("checkpoint-*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate_in_training, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        compare.main(arguments)
+    assert ended.value.code == EXIT_RESUME
+    assert not (run / "results.json").exists()
+    assert "not finished" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    [checkpoint] = run.glob("checkpoint-*")
+    assert read(checkpoint, "progress.json")["step"] >= 20
+    assert "stopped by SIGTERM" in capsys.readouterr().out
+
+
+def test_an_estimate_measures_and_trains_nothing(texts, tmp_path, capsys):
+    compare.main(
+        arguments_for(texts, tmp_path / "out", "--norms", "none", "--seeds", "4", "--estimate", "--max_steps", "7200")
+    )
+    said = capsys.readouterr().out
+    assert re.search(r"none +[\d,]+ +150 +[\d,]+ +7,200 +0\.\d{3} +4 +\d+\.\d\d\n", said)
+    assert "In all about" in said
+    assert not (tmp_path / "out").exists()
+
+
+# Words and tables
+
+
+def row(**changes):
+    blank = {"norm": "adanorm", "scores": {}, "mean": None, "sd": None, "diverged": {}, "unfinished": []}
+    return {**blank, "over_examples": None, "over_seeds": None, **changes}
+
+
+def test_scores_are_told_with_what_is_missing():
+    assert our_score(row(scores={1: 77.0, 2: 78.0}, mean=77.5, sd=0.7071), 2) == "77.50 ± 0.71 (n=2)"
+    assert our_score(row(diverged={1: 12, 2: 30}), 2) == "diverged at step 12, 30"
+    partly = row(scores={1: 77.0}, mean=77.0, diverged={2: 30})
+    assert our_score(partly, 2) == "77.00 (n=1); 1 diverged at step 30"
+
+
+def test_the_conclusion_counts_a_lower_score_as_better_where_it_is():
+    difference = {"mean": -0.1, "low": -0.2, "high": -0.05, "p_holm": 0.01}
+    rows = [
+        row(norm="layernorm", scores={1: 1.0}),
+        row(scores={1: 0.9}, over_examples=difference),
+        row(norm="detachnorm", scores={1: 1.0}, over_examples={**difference, "p_holm": 0.4}),
+        row(norm="none", diverged={1: 5}),
+    ]
+    said = conclusion({"rows": rows, "higher_is_better": False})
+    assert said.startswith(
+        "AdaNorm scored better than LayerNorm; DetachNorm cannot be told apart from LayerNorm; w/o Norm diverged"
+    )
+    assert conclusion({"rows": rows, "higher_is_better": True}).startswith("DetachNorm") is False
+    assert "AdaNorm scored worse" in conclusion({"rows": rows, "higher_is_better": True})
+
+
+def test_tables_escape_what_their_language_reserves():
+    table = [["model", "a_b (%)"], ["x & y", "1 ± 2"]]
+    assert r"x \& y & 1 $\pm$ 2" in to_latex(table)
+    assert r"a\_b (\%)" in to_latex(table)
+    assert to_markdown(table).splitlines()[1] == "|---|---:|"
+
+
+def test_the_papers_figures_have_a_row_for_every_norm():
+    assert all(len(values) == len(ROWS) for _, values in COLUMNS.values())
+    assert paper_score("En-De", "none") == "diverges"
+    assert paper_score("RT", "adanorm") == "77.50"
+    assert paper_score("De-En", "adanorm") == "35.6"
