@@ -288,8 +288,9 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     colors = plt.get_cmap("cividis")
     for index, way in enumerate(way for way in WAYS if way in found):
         losses = torch.tensor([run["losses"] for run in found[way]]).mean(0)
-        smooth = F.avg_pool1d(losses[None, None], 10, 1)[0, 0]
-        steps = range(10, 10 + len(smooth))
+        window = min(10, len(losses))
+        smooth = F.avg_pool1d(losses[None, None], window, 1)[0, 0]
+        steps = range(window, window + len(smooth))
         axes.plot(steps, smooth, styles[index % 4], color=colors(index / 8), label=way, linewidth=1.8)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats, mean over 10 steps)")
     axes.legend(fontsize=8)
