@@ -202,8 +202,8 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
     for position, row in enumerate(reversed(summary["rows"])):
         color = COLORS[STYLE[row["norm"]]]
         values = list(row["scores"].values())
-        right.plot(values, [position] * len(values), "o", color=color, alpha=0.45, markersize=6, clip_on=False)
         if values:
+            right.plot(values, [position] * len(values), "o", color=color, alpha=0.45, markersize=6, clip_on=False)
             right.plot(row["mean"], position, "|", color=color, markersize=22, markeredgewidth=2.5)
         elif row["diverged"]:
             right.text(0.5, position, "diverged", transform=right.get_yaxis_transform(), ha="center", color=color)
