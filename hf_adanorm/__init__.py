@@ -10,7 +10,6 @@ Importing the package is what teaches stock `from_pretrained`, `pipeline` and `T
 from typing import TYPE_CHECKING, Any
 
 from . import cpu_kernel, modeling_adanorm
-from .folding import fold_affine
 from .hooks import install as _install
 from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, LayerNormSimple, NoNorm, __version__
 from .patching import inspect_model, is_patched, patch_model, unpatch_model
@@ -41,15 +40,18 @@ if TYPE_CHECKING:
     from .comparison import compare_outputs
     from .diagnostics import WatchNormsCallback, watch_norms
     from .fading import FadeCallback, calibrate_k, finish_fading, set_fade
+    from .folding import fold_affine
     from .hub import write_model_card
 
-# name -> the module that is imported when it is first used. A TrainerCallback would bring in PEFT and more.
+# name -> the module that is imported when it is first used: `import hf_adanorm` stays cheap, and a TrainerCallback
+# would bring in PEFT and more.
 _LAZY = {
     "FadeCallback": "fading",
     "WatchNormsCallback": "diagnostics",
     "calibrate_k": "fading",
     "compare_outputs": "comparison",
     "finish_fading": "fading",
+    "fold_affine": "folding",
     "set_fade": "fading",
     "watch_norms": "diagnostics",
     "write_model_card": "hub",

@@ -277,12 +277,12 @@ def _check_number(name: str, value: Any, *, minimum: float, inclusive: bool) -> 
         raise TypeError(f"{name} must be a number, got {_short(value)} of type {type(value).__name__}")
     if isinstance(value, int) and abs(value) > 2**1000:  # float() would overflow
         raise ValueError(f"{name} must be a finite number, got an integer of {value.bit_length()} bits")
-    value = float(value)
-    if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
+    number = float(value)
+    if not math.isfinite(number) or number < minimum or (number == minimum and not inclusive):
         raise ValueError(
-            f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}, got {_short(value)}"
+            f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}, got {_short(number)}"
         )
-    return value
+    return number
 
 
 def _check_bool(name: str, value: Any) -> bool:
@@ -312,9 +312,7 @@ class SwappedNorm(nn.Module):
     storage id and get lost in some savers.
     """
 
-    is_adanorm_module: ClassVar[bool] = (
-        True  # how swapped norms are recognised, whichever copy of this file made them
-    )
+    is_adanorm_module: ClassVar[bool] = True  # how swapped norms are recognised, whichever copy of this file made them
     norm: ClassVar[str]
     elementwise_affine: ClassVar[bool] = False
     weight: Tensor
@@ -337,9 +335,7 @@ class SwappedNorm(nn.Module):
         self.centered = _check_bool("centered", centered)
         self.channels_first = _check_bool("channels_first", channels_first)
         if channels_first and len(self.normalized_shape) != 1:
-            raise ValueError(
-                f"channels_first normalises one dimension, got normalized_shape={self.normalized_shape}"
-            )
+            raise ValueError(f"channels_first normalises one dimension, got normalized_shape={self.normalized_shape}")
         if not isinstance(reference, str) or reference not in ("paper", "lancopku"):
             raise ValueError(f'reference must be "paper" or "lancopku", got {_short(reference)}')
         if reference == "lancopku" and not centered:
@@ -449,8 +445,9 @@ class SwappedNorm(nn.Module):
         state = self.__dict__.copy()
         state["_source_has_values"] = False
         if state["_source"] is not None:
-            memo = {id(p): None if p is None else p.to("meta") for p in state["_source"].parameters()}
-            memo = {key: nn.Parameter(value, False) for key, value in memo.items()}
+            memo: dict[int, Any] = {
+                id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in state["_source"].parameters()
+            }
             state["_source"] = copy.deepcopy(state["_source"], memo)
         return state
 
@@ -611,7 +608,6 @@ class DetachNorm(SwappedNorm):
             return _detachnorm_written(x, *arguments)
         return cast(Tensor, _DetachNormFunction.apply(x, *arguments, self._kernel(x, dtype)))  # type: ignore[no-untyped-call]
 
-
     def _faded(self, x: Tensor) -> Tensor:
         h = self._faded_affine(x)[0]
         # The forward pass of h, the backward pass of DetachNorm: their difference is zero but for its gradient.
@@ -633,9 +629,7 @@ class NoNorm(SwappedNorm):
         return x
 
 
-NORM_CLASSES: dict[str, type[SwappedNorm]] = {
-    cls.norm: cls for cls in (AdaNorm, LayerNormSimple, DetachNorm, NoNorm)
-}
+NORM_CLASSES: dict[str, type[SwappedNorm]] = {cls.norm: cls for cls in (AdaNorm, LayerNormSimple, DetachNorm, NoNorm)}
 
 # -------------------------------------------------------------------------------------------------- the spec
 
@@ -697,9 +691,7 @@ class NormGroup:
             raise ValueError(f"norm must be one of {sorted(NORM_CLASSES)}, got {_short(norm)}")
         allowed = {"norm", "modules", "fade", *_SETTING_KEYS[norm], *_OVERRIDE_KEYS}
         if unknown := [key for key in data if key not in allowed]:
-            raise ValueError(
-                f"{_short(unknown[0])} is no setting of norm {norm!r}; known are {sorted(allowed)}"
-            )
+            raise ValueError(f"{_short(unknown[0])} is no setting of norm {norm!r}; known are {sorted(allowed)}")
         modules = data.get("modules")
         if not isinstance(modules, (list, tuple)) or not all(isinstance(name, str) for name in modules):
             raise TypeError(f"modules must be a list of names, got {_short(modules)}")
@@ -720,9 +712,7 @@ class NormGroup:
         if "fade" in settings:
             fade = settings["fade"]
             if not isinstance(fade, (list, tuple)) or any(key not in _FADE_KEYS for key in fade) or norm == "none":
-                raise ValueError(
-                    f"fade must list some of {list(_FADE_KEYS)}, got {_short(fade)} for norm {norm!r}"
-                )
+                raise ValueError(f"fade must list some of {list(_FADE_KEYS)}, got {_short(fade)} for norm {norm!r}")
             settings["fade"] = tuple(key for key in _FADE_KEYS if key in fade)
         if settings.get("detach_mean") is False and settings.get("detach_variance") is False:
             raise ValueError("detach_mean and detach_variance are both False: set at least one to True")
@@ -779,8 +769,8 @@ class AdaNormSpec:
             raise TypeError(f"the version of config.adanorm must be a string, got {_short(version)}")
         if fmt > FORMAT:
             raise ValueError(
-                f"config.adanorm has format {fmt}, written by hf_adanorm {version[:40]}; hf_adanorm {__version__} reads "
-                f"up to format {FORMAT}: pip install --upgrade hf_adanorm"
+                f"config.adanorm has format {fmt}, written by hf_adanorm {version[:40]}; hf_adanorm {__version__} "
+                f"reads up to format {FORMAT}: pip install --upgrade hf_adanorm"
             )
         if unknown := set(data) - {"format", "version", "groups", "biases", "eps"}:
             raise ValueError(f"unknown entry {_short(sorted(map(str, unknown))[0])} in config.adanorm")
@@ -856,9 +846,7 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
     missing = [key for key in ("eps", "normalized_shape") if key not in found and key not in overrides]
     if missing:
         raise ValueError(f"{missing[0]} of {type(source).__name__} is not known: the spec must say it")
-    settings = {
-        key: getattr(group, key) for key in _SETTING_KEYS[group.norm] if getattr(group, key) is not None
-    }
+    settings = {key: getattr(group, key) for key in _SETTING_KEYS[group.norm] if getattr(group, key) is not None}
     tensor = next((t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point()), None)
     where: dict[str, Any] = {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
     centered = group.centered is not False
@@ -1015,22 +1003,19 @@ def _may_be_norm(module: nn.Module) -> bool:
 
 def _ignore_in_ddp(model: nn.Module) -> None:
     """DistributedDataParallel broadcasts buffers at every forward pass; those of the swapped norms never change."""
-    theirs = [
-        n for n in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if n not in _ignored_by_us(model)
-    ]
+    key = "_ddp_params_and_buffers_to_ignore"
+    before: Iterable[str] = getattr(model, key, ())
+    own: frozenset[str] = model.__dict__.get("_adanorm_ddp_ignored", frozenset())
+    theirs = [name for name in before if name not in own]
     ours = [
-        f"{name}.{key}"
+        f"{name}.{buffer}"
         for name, module in model.named_modules()
         if is_swapped(module)
-        for key in module._buffers
+        for buffer in module._buffers
     ]
-    if ours or theirs or hasattr(model, "_ddp_params_and_buffers_to_ignore"):
-        model._ddp_params_and_buffers_to_ignore = theirs + ours
+    if ours or theirs or hasattr(model, key):
+        model.__dict__[key] = theirs + ours
         model.__dict__["_adanorm_ddp_ignored"] = frozenset(ours)
-
-
-def _ignored_by_us(model: nn.Module) -> frozenset[str]:
-    return model.__dict__.get("_adanorm_ddp_ignored", frozenset())
 
 
 # ----------------------------------------------------------------------------------------------- the classes
@@ -1072,19 +1057,21 @@ def _handover_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return stock.from_pretrained(*args, **kwargs)
 
     def _from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return stock._from_config(*args, **kwargs)
+        return stock._from_config(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def register_for_auto_class(cls: type, auto_class: Any = "AutoModel") -> None:
         """Nothing: it would make transformers take the class for foreign code."""
 
-    methods = {f.__name__: classmethod(f) for f in (from_pretrained, _from_config, register_for_auto_class)}
+    methods: dict[str, Any] = {
+        f.__name__: classmethod(f) for f in (from_pretrained, _from_config, register_for_auto_class)
+    }
     return type(stock.__name__, (stock,), {"__module__": __name__, "__qualname__": stock.__name__, **methods})
 
 
 def _applying_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Without the package: a subclass that applies the specs of its config and of the configs nested in it."""
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         for module in list(self.modules()):
             if isinstance(module, PreTrainedModel) and getattr(module.config, "adanorm", None) is not None:
@@ -1100,7 +1087,7 @@ def _applying_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """False: it is the stock architecture, and must keep transformers' checkpoint key conversions."""
         return False
 
-    methods = {"__init__": __init__, "is_custom_code": classmethod(is_custom_code)}
+    methods: dict[str, Any] = {"__init__": init, "is_custom_code": classmethod(is_custom_code)}
     return type(stock.__name__, (stock,), {"__module__": __name__, "__qualname__": stock.__name__, **methods})
 
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from .detection import NormInfo, iter_norms, recognize
-from .folding import fold_norms
 from .modeling_adanorm import (
     ADDED_BIAS,
     NORM_CLASSES,
@@ -449,6 +448,8 @@ def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp
         plan.swaps = [(*swap[:3], replace(swap[3], fade=swap[1].fade)) for swap in plan.swaps]  # type: ignore[arg-type]
         return
     settings = {name: (group.C, group.k) for name, _, _, group in fresh if group.C is not None and group.k is not None}
+    from .folding import fold_norms  # much code that only folding needs
+
     report = fold_norms(
         plan.model,
         [name for name, *_ in fresh],

@@ -76,6 +76,7 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
+        env["HF_HUB_OFFLINE"] = "0"  # whatever the tests run under, this server is there
         return {**env, "HF_TOKEN": token} if token else env
 
 
