@@ -195,24 +195,35 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
     for norm in norms:
         style = STYLE[norm]
         line = {"color": COLORS[style], "linestyle": LINES[style], "linewidth": 1.6, "label": ROWS[norm]}
-        histories = [run.progress for run in runs if run.norm == norm]
+        ours = [run for run in runs if run.norm == norm]
+        finished = [run for run in ours if run.status == "finished"]
+        histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
         _curve(left, [_series(history, "train_history", "loss") for history in histories], line)
         curves = [_series(history, "history", summary["score"], scale) for history in histories]
         _curve(middle, curves, {**line, "marker": MARKERS[style], "markersize": 4})
+    tested = False
     for position, row in enumerate(reversed(summary["rows"])):
         color = COLORS[STYLE[row["norm"]]]
         values = list(row["scores"].values())
+        if row["over_examples"]:  # around the mean of this norm, as wide as the interval of the difference
+            low, high = (
+                row["mean"] + row["over_examples"][end] - row["over_examples"]["mean"] for end in ("low", "high")
+            )
+            right.hlines(position, low, high, color=color, linewidth=1.5, alpha=0.7)
+            tested = True
         if values:
             right.plot(values, [position] * len(values), "o", color=color, alpha=0.45, markersize=6, clip_on=False)
             right.plot(row["mean"], position, "|", color=color, markersize=22, markeredgewidth=2.5)
         elif row["diverged"]:
             right.text(0.5, position, "diverged", transform=right.get_yaxis_transform(), ha="center", color=color)
     right.set_yticks(range(len(norms)), [ROWS[norm] for norm in reversed(norms)])
-    right.set_ylim(-0.6, len(norms) - 0.4)
+    right.set_ylim(-1.1, len(norms) - 0.4)
     arrow = "→ better" if summary["higher_is_better"] else "← better"
     left.set(xlabel="optimiser step", ylabel="training loss (nats)", title="Training")
     middle.set(xlabel="optimiser step", ylabel=summary["label"], title="Validation")
-    right.set(xlabel=f"{summary['label']}  {arrow}", title=f"{summary['split'].capitalize()}: dots seeds, bars means")
+    right.set(xlabel=f"{summary['label']}  {arrow}", title=summary["split"].capitalize())
+    about = "dots: seeds, bars: means" + (", lines: 95 % interval\nof the difference from LayerNorm" if tested else "")
+    right.text(0.5, 0.01, about, transform=right.transAxes, ha="center", va="bottom", fontsize=8, alpha=0.7)
     handles = left.get_legend_handles_labels()
     if handles[0]:
         left.legend(*handles, fontsize=8, frameon=False)
@@ -232,9 +243,9 @@ def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, 
     if not curves:
         return
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    values = np.asarray([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
     if not steps:
         return
+    values = np.asarray([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
     axes.plot(steps, values.mean(0), **line)
     if len(curves) > 1:
         axes.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.1, linewidth=0)
