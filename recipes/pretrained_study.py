@@ -284,14 +284,14 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     styles = ["-", "--", "-.", ":"]
+    colors = ["black", "#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f"]  # Okabe and Ito's
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    colors = plt.get_cmap("cividis")
     for index, way in enumerate(way for way in WAYS if way in found):
         losses = torch.tensor([run["losses"] for run in found[way]]).mean(0)
         window = min(10, len(losses))
         smooth = F.avg_pool1d(losses[None, None], window, 1)[0, 0]
         steps = range(window, window + len(smooth))
-        axes.plot(steps, smooth, styles[index % 4], color=colors(index / 8), label=way, linewidth=1.8)
+        axes.plot(steps, smooth, styles[index % 4], color=colors[index], label=way, linewidth=1.8)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats, mean over 10 steps)")
     axes.legend(fontsize=8)
     for suffix in ("png", "svg"):
