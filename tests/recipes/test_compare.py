@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from html.parser import HTMLParser
@@ -294,6 +295,18 @@ def test_a_stopped_comparison_goes_on_where_it_was(texts, tmp_path, capsys):
     [checkpoint] = run.glob("checkpoint-*")
     assert read(checkpoint, "progress.json")["step"] >= 20
     assert "stopped by SIGTERM" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(texts, tmp_path, capsys):
+    launcher = f"{sys.executable} -c 'import sys; print(sys.argv[2:]); sys.exit(7)'"
+    with pytest.raises(SystemExit) as ended:
+        compare.main(arguments_for(texts, tmp_path, "--norms", "layernorm", "adanorm", "--launcher", launcher))
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert said.err.count("failed with exit code 7") == 6  # two norms, three seeds
+    assert "['--train_file'" in said.err
+    assert "run 6/6: adanorm, seed 3: unfinished" in said.out
+    assert "no run finished" in said.err
 
 
 def test_an_estimate_measures_and_trains_nothing(texts, tmp_path, capsys):
