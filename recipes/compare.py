@@ -264,15 +264,17 @@ class Comparison:
         if self.child is not None:
             self.child.terminate()
 
-    def choose(self) -> dict[str, dict[str, str]]:
-        """For every norm the point of the grid with the best validation score; the search is run first."""
-        seed = self.own.seeds[0]
+    def plan_search(self) -> None:
+        """Every norm's points of the grid, where it has more than one, with the first seed."""
         for norm in self.own.norms:
             points = grid_points(self.grid, norm)
             for point in points if len(points) > 1 else []:
                 slug = ",".join(f"{name}={value}" for name, value in point.items()).replace("/", "_")
-                self.search.append(Run(norm, seed, self.own.output_dir / "search" / f"{norm},{slug}", point))
-        self.execute(self.search, test=False)
+                folder = self.own.output_dir / "search" / f"{norm},{slug}"
+                self.search.append(Run(norm, self.own.seeds[0], folder, point))
+
+    def choose(self) -> dict[str, dict[str, str]]:
+        """For every norm the point of the grid with the best validation score."""
         chosen = {}
         for norm in self.own.norms:
             tried = [run for run in self.search if run.norm == norm]
@@ -374,6 +376,8 @@ def main(argv: list[str] | None = None) -> None:
         if own.estimate:
             print(comparison.estimate())
             return
+        comparison.plan_search()
+        comparison.execute(comparison.search, test=False)
         comparison.plan_runs(comparison.choose())
         comparison.execute(comparison.runs)
     except OptionError as error:
