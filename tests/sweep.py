@@ -404,11 +404,14 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     layer = [r["model_type"] for r in complete if r["targets"] == "layernorm"]
     rms = [r["model_type"] for r in complete if r["targets"] == "rmsnorm"]
     neither = [r["model_type"] for r in rows.values() if r["forward before"] and not r["targets"]]
+    idle = [r["model_type"] for r in complete if r["changed"] == "no" and r["exercised"] in ("", "0")]
     lines = [
         f"Patched, run forward and backward, saved, reloaded and undone: {len(complete)} of {len(rows)} types",
         "", f"- LayerNorm ({len(layer)}): {', '.join(sorted(layer))}",
         "", f'- RMSNorm only, with `targets="rmsnorm"` ({len(rms)}): {", ".join(sorted(rms))}',
         "", f"- nothing to swap ({len(neither)}): {', '.join(sorted(neither))}",
+        "", "The inputs of these reached none of the swapped norms, so that their forward and backward passes say"
+        f" nothing about them, while saving, loading and undoing do ({len(idle)}): {', '.join(sorted(idle))}",
         "", "| type | not verified from | cause |", "|---|---|---|",
     ]  # fmt: skip
     for row in rows.values():

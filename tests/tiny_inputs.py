@@ -259,6 +259,15 @@ def _guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             "image_embeds_position_mask": mask,
         }
     if "input_ids" in names and "input_features" in names and "input_features" not in made:
+        sounding = {**made, **extra, "input_features": maker.features()}
+        token = _first(maker.config, "audio_token_id", "audio_token_index", default=None)
+        mask = next((n for n in ("input_features_mask", "feature_attention_mask") if n in names), None)
+        if mask and isinstance(token, int):
+            sounding["input_ids"] = sounding["input_ids"].clone()
+            sounding["input_ids"][:, 2] = token
+            for sound in (sounding["input_features"], sounding["input_features"].transpose(1, 2)):
+                heard = torch.ones(maker.rows, sound.shape[-1], dtype=torch.long)
+                yield {**sounding, "input_features": sound, mask: heard}
         yield {**made, **extra, "input_features": maker.features()}
         yield {**made, **extra, "input_features": maker.features().transpose(1, 2)}
     if "visual_feats" in names:
@@ -351,10 +360,13 @@ def _with_images(maker: _Maker, base: dict[str, Any]) -> Iterator[dict[str, Any]
                 whole["mm_token_type_ids"] = (ids == token).long()
             yield whole
     pixels = maker.floats(maker.rows, channels, height, width)
+    plain = {**base, "input_ids": ids, "pixel_values": pixels}
     sizes = {"image_sizes": torch.tensor([[height, width]] * maker.rows)} if "image_sizes" in names else {}
     yield {**base, "input_ids": ids, "pixel_values": pixels, **sizes}
     one = {**base, "input_ids": ids, "pixel_values": pixels[:, None], **sizes}
     yield one
+    if sizes:
+        yield plain
     if "image_attention_mask" in names:
         yield {**one, "image_attention_mask": torch.ones(maker.rows, ids.shape[1], 1, dtype=torch.long)}
     if frames := _first(config, "num_frames", default=None):
@@ -370,24 +382,27 @@ def _call(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any
         return inputs, model(**inputs)
     except ValueError as error:
         found = _MISMATCH.search(str(error))
-        token = _first(model.config, "image_token_id", "image_token_index", "media_token_id", default=None)
+        kinds = ("image", "media", "audio") if "mage" in str(error) else ("audio",)
+        fields = [f"{kind}_token_{end}" for kind in kinds for end in ("id", "index")]
+        token = _first(model.config, *fields, default=None)
         if not found or "input_ids" not in inputs or not isinstance(token, int):
             raise
         have, want = int(found[1]), int(found[2])
-        rows = inputs["input_ids"].shape[0]
-        width = _first(model.config, "hidden_size", within="text", default=1)
-        if want % rows or not want:
-            raise
-        each = want // rows
-        if each > 2000 and each % int(width) == 0:
-            each //= int(width)
-        text = inputs["input_ids"]
+        text, width = inputs["input_ids"], int(_first(model.config, "hidden_size", within="text", default=1))
+        rows = text.shape[0]
         text = torch.where(text == token, torch.tensor(4), text) if have else text
-        ids = torch.cat([text[:, :2], torch.full((rows, each), token), text[:, 2:]], dim=1)
-        inputs = {**inputs, "input_ids": ids}
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = (ids == token).long()
-        return inputs, model(**inputs)
+        for count in (want // rows, want // rows // width):  # some messages count numbers, not tokens
+            if not 0 < count < 2000:
+                continue
+            ids = torch.cat([text[:, :2], torch.full((rows, count), token), text[:, 2:]], dim=1)
+            again = {**inputs, "input_ids": ids}
+            if "mm_token_type_ids" in inputs:
+                again["mm_token_type_ids"] = (ids == token).long()
+            try:
+                return again, model(**again)
+            except ValueError as second:
+                error = second
+        raise error
 
 
 def run(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:

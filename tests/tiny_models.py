@@ -310,6 +310,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "seggpt": {"image_size": [64, 32], "patch_size": 8, "pretrain_image_size": 32},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "reformer": {"axial_pos_shape": [1, LENGTH], "lsh_attn_chunk_length": LENGTH, "local_attn_chunk_length": LENGTH},
+    "glm5_next": {"text_config.index_topk": 16},
+    "glm5_next_text": {"index_topk": 16},
     "oneformer": {"task_seq_len": LENGTH, "max_seq_len": LENGTH},
     "vitmatte": {"convstream_hidden_sizes": [8, 16, 32], "fusion_hidden_sizes": [32, 32, 32, 32]},
     "chameleon": {"vocabulary_map": {"<image>": VOCAB - 1, "IMGIMGA": 5}},
