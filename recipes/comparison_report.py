@@ -77,7 +77,7 @@ def conclusion(summary: Mapping[str, Any]) -> str:
         (level if found["p_holm"] >= 0.05 else better if gain > 0 else worse).append(ROWS[row["norm"]])
     diverged = [ROWS[row["norm"]] for row in summary["rows"] if row["diverged"] and not row["scores"]]
     parts = [
-        f"{', '.join(names)} {verb}"
+        f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} {verb}"
         for names, verb in (
             (better, "scored better than LayerNorm"),
             (worse, "scored worse than LayerNorm"),
@@ -320,12 +320,12 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 1.2rem auto; max-width: 12
 h1 { font-size: 1.35rem; margin: 0 0 .2rem; } p.lead { margin: .2rem 0 .8rem; font-size: 1.02rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid #8884; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; max-width: 15rem; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; max-width: 13rem; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; }
-.tables { display: flex; gap: 2rem; flex-wrap: wrap; align-items: flex-end; }
 img { width: 100%; height: auto; background: white; border-radius: 4px; margin: .8rem 0 .3rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
-ul { margin: .3rem 0; padding-left: 1.2rem; font-size: .88rem; } pre, .scroll { overflow-x: auto; font-size: .82rem; }
+ul { margin: .3rem 0; padding-left: 1.2rem; font-size: .88rem; } .scroll { overflow-x: auto; }
+pre, details { overflow-x: auto; font-size: .82rem; }
 """
 
 
@@ -340,13 +340,15 @@ def page(summary: Mapping[str, Any], runs: Sequence[Run], picture: bytes) -> str
     options = next((run.record["options"] for run in runs if run.record), {})
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     bullets = "".join(f"<li>{escape(line)}</li>" for line in notes(summary))
+    both = zip(paper_table([summary]), difference_table(summary), strict=True)
+    table = [[*scores, *differences[1:]] for scores, differences in both]  # the same norms in the same order
     title = escape(f"Norms compared: {summary['title']}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>{_CSS}</style></head><body>
 <h1>{title}</h1>
 <p class="lead">{escape(conclusion(summary))}</p>
-<div class="tables">{_html_table(paper_table([summary]))}{_html_table(difference_table(summary))}</div>
+<div class="scroll">{_html_table(table)}</div>
 <img alt="Training loss, validation score and final score of every norm" src="data:image/png;base64,{source}">
 <ul>{bullets}</ul>
 <details><summary>Every run</summary><div class="scroll">{_html_table([shown, *cells])}</div></details>
