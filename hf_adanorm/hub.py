@@ -381,14 +381,34 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) and name.isidentifier() else "model"
 
 
-def _task(model_type: str, architecture: str) -> str | None:
-    from transformers.modelcard import TASK_MAPPING
+# The Hub's tasks and the mapping of Auto classes that serves each. transformers.modelcard holds the same table, but
+# importing it brings in the Trainer and all that it needs.
+_TASKS = {
+    "text-generation": "CAUSAL_LM",
+    "image-classification": "IMAGE_CLASSIFICATION",
+    "image-segmentation": "IMAGE_SEGMENTATION",
+    "fill-mask": "MASKED_LM",
+    "object-detection": "OBJECT_DETECTION",
+    "question-answering": "QUESTION_ANSWERING",
+    "text2text-generation": "SEQ_TO_SEQ_CAUSAL_LM",
+    "text-classification": "SEQUENCE_CLASSIFICATION",
+    "table-question-answering": "TABLE_QUESTION_ANSWERING",
+    "token-classification": "TOKEN_CLASSIFICATION",
+    "audio-classification": "AUDIO_CLASSIFICATION",
+    "automatic-speech-recognition": "SPEECH_SEQ_2_SEQ",
+    "zero-shot-image-classification": "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "image-text-to-text": "IMAGE_TEXT_TO_TEXT",
+}
 
-    for task, names in TASK_MAPPING.items():
-        known = names if isinstance(names, Mapping) else {}
-        found = known.get(model_type)
+
+def _task(model_type: str, architecture: str) -> str | None:
+    from transformers.models.auto import modeling_auto
+
+    tables = {task: f"MODEL_FOR_{name}_MAPPING_NAMES" for task, name in _TASKS.items()}
+    for task, table in [*tables.items(), ("automatic-speech-recognition", "MODEL_FOR_CTC_MAPPING_NAMES")]:
+        found = getattr(modeling_auto, table, {}).get(model_type)
         if architecture in (found if isinstance(found, (list, tuple)) else (found,)):
-            return str(task)
+            return task
     return None
 
 
