@@ -49,6 +49,7 @@ from training import (
     ProgressBar,
     Stopwatch,
     apply_patch,
+    calibration_rows,
     clear_errors,
     count_norms,
     learning_rate_at,
@@ -71,6 +72,12 @@ class ClassificationOptions(RunOptions, OptimizationOptions, TextOptions, ImageO
 
 TASKS = {"text": prepare_text, "image": prepare_image}
 PIPELINES = {"text": "text-classification", "image": "image-classification"}
+
+
+def calibration_batch(task: Task) -> dict[str, torch.Tensor]:
+    """Training examples, as evaluation shows them to the model."""
+    batch = task.collate(calibration_rows(task.splits["train"]))
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 @torch.no_grad()
@@ -279,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         task = TASKS[options.task](options, accelerator, output_dir, resuming)
         set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
         model = main_first(accelerator, task.build_model)
-        apply_patch(model, options)
+        apply_patch(model, options, lambda: calibration_batch(task))
         norm_modules = count_norms(model, options.norm)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         plan = StepPlan(

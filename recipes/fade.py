@@ -1,4 +1,4 @@
-"""`--affine fade`: trained gains and biases fade out, k and C fade in, over the first part of a training."""
+"""`--affine fade` or `fold`: gains and biases fade out, k and C come in, over the first part of a training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from hf_adanorm.fading import fade_at, finish_fading, set_fade
 
 def is_fading(options: PatchOptions) -> bool:
     """Whether this run fades anything: gain and bias, or k and C alone after a fold."""
-    if options.norm == "adanorm" and options.affine == "fold":
-        return (options.C, options.k) != (1.0, 0.0)
-    return options.affine == "fade" and options.norm != "layernorm"
+    if options.norm == "layernorm" or options.affine == "drop":
+        return False
+    if options.affine == "fade" or options.on_unfoldable == "fade":
+        return True
+    if options.on_unfoldable == "calibrate":  # the fit is made for k and C as they will be
+        return False
+    return options.norm == "adanorm" and (options.C, options.k) != (1.0, 0.0)
 
 
 def fade(model: torch.nn.Module, step: int, total_steps: int, options: PatchOptions) -> bool:

@@ -54,6 +54,7 @@ from training import (
     ProgressBar,
     Stopwatch,
     apply_patch,
+    calibration_rows,
     clear_errors,
     count_norms,
     learning_rate_at,
@@ -292,10 +293,11 @@ def main(argv: list[str] | None = None) -> None:
         splits = load_byte_splits(options)
         set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
         model = main_first(accelerator, lambda: build_model(options))
-        apply_patch(model, options)
+        segments = Segments(splits["train"], options.sequence_length)
+        apply_patch(model, options, lambda: {"input_ids": collate_segments(calibration_rows(segments))[:, :-1]})
         norm_modules = count_norms(model, options.norm)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        num_segments = len(Segments(splits["train"], options.sequence_length))
+        num_segments = len(segments)
         plan = StepPlan(
             [1] * num_segments,
             options.batch_size,

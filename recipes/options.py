@@ -53,7 +53,13 @@ class PatchOptions:
     layers: list[int] | None = option(None, "swap only norms in these layers, negative from the end")
     targets: Literal["layernorm", "rmsnorm", "all"] = option("layernorm", "kind of norm to swap")
     affine: Literal["drop", "fold", "fade"] = option("drop", "what becomes of trained gains and biases")
-    fade_ratio: float = option(0.6, "with --affine fade: share of all steps over which they fade out")
+    on_unfoldable: Literal["keep", "fade", "approximate", "calibrate", "raise"] = option(
+        "keep", "with --affine fold: what to do with a norm that something else reads too"
+    )
+    calibrate_k: bool = option(
+        False, "AdaNorm: a k for each norm, at most --k, that its outliers allow on a batch of training data"
+    )
+    fade_ratio: float = option(0.6, "share of all steps over which gains and biases fade out, or k and C come in")
 
 
 @dataclass(kw_only=True)

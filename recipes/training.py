@@ -29,6 +29,8 @@ EXIT_DIVERGED = 3
 
 # The first steps of a process pay for memory allocation and compilation: timing leaves them out.
 UNTIMED_STEPS = 5
+# A fold by a fit and a k for each norm are taken from so many training examples.
+CALIBRATION_EXAMPLES = 32
 
 
 class NonFiniteError(ArithmeticError):
@@ -80,9 +82,18 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
     return accelerator
 
 
-def apply_patch(model: nn.Module, options: PatchOptions) -> int:
+def calibration_rows(data: Any) -> list[Any]:
+    """A few examples from all over a training set, the same on every process and on every start."""
+    step = max(len(data) // CALIBRATION_EXAMPLES, 1)
+    return [data[index] for index in range(0, len(data), step)][:CALIBRATION_EXAMPLES]
+
+
+def apply_patch(
+    model: nn.Module, options: PatchOptions, inputs: Callable[[], dict[str, torch.Tensor]] | None = None
+) -> int:
     """Patch `model` in place as the options say; return how many norms of the wanted kind it now has.
 
+    `inputs` gives a batch of training data as the model takes it, for a fold or a calibration; it is called only then.
     Raises OptionError when the options cannot be applied to this model.
     """
     if options.norm == "layernorm":
@@ -93,11 +104,16 @@ def apply_patch(model: nn.Module, options: PatchOptions) -> int:
             )
         return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
     try:
+        calibrates = options.calibrate_k and options.norm == "adanorm"
+        batch = inputs() if inputs is not None and (calibrates or options.affine == "fold") else None
+        k: float | dict[str, float] = options.k
+        if calibrates and batch is not None:
+            k = hf_adanorm.calibrate_k(model, [batch], k=options.k).k
         hf_adanorm.patch_model(
             model,
             options.norm,
             C=options.C,
-            k=options.k,
+            k=k,
             detach_mean=options.detach_mean,
             detach_variance=options.detach_variance,
             eps=options.eps,
@@ -106,6 +122,8 @@ def apply_patch(model: nn.Module, options: PatchOptions) -> int:
             layers=options.layers,
             targets=options.targets,
             affine=options.affine,
+            on_unfoldable=options.on_unfoldable,
+            fold_inputs=batch,
         )
     except (ValueError, TypeError) as error:
         raise OptionError(f"--norm {options.norm}: {error}") from error

@@ -57,6 +57,7 @@ from training import (
     ProgressBar,
     Stopwatch,
     apply_patch,
+    calibration_rows,
     clear_errors,
     count_norms,
     learning_rate_at,
@@ -118,6 +119,12 @@ def check_options(options: TranslationOptions, accelerator: Accelerator) -> None
         raise OptionError(f"--average_checkpoints must be 0 or at least 2, got {options.average_checkpoints}")
     if options.average_checkpoints and accelerator.distributed_type in SHARDED:
         raise OptionError("--average_checkpoints does not go with FSDP or DeepSpeed; give --average_checkpoints 0")
+
+
+def calibration_batch(model: torch.nn.Module, task: TranslationTask) -> dict[str, torch.Tensor]:
+    """Training pairs as the model takes them."""
+    batch = task.collate(calibration_rows(task.splits["train"]))
+    return {**batch, "decoder_input_ids": decoder_inputs(model, batch.pop("labels"))}
 
 
 @torch.no_grad()
@@ -396,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
         task = prepare_translation(options, accelerator, output_dir, resuming)
         set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
         model = main_first(accelerator, task.build_model)
-        apply_patch(model, options)
+        apply_patch(model, options, lambda: calibration_batch(model, task))
         norm_modules = count_norms(model, options.norm)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         plan = TokenPlan(

@@ -262,3 +262,19 @@ def test_a_fade_ends_in_a_plain_patched_model(texts, tmp_path):
     assert results["test"]["accuracy"] == results["validation"]["accuracy"]
     names = [name for name, _ in load(tmp_path / "run").named_parameters()]
     assert not [name for name in names if "LayerNorm" in name]
+
+
+def test_a_pretrained_model_folds_by_a_fit_with_a_k_for_each_norm(texts, tmp_path):
+    trained, fitted = tmp_path / "layernorm", tmp_path / "run"
+    classification.main(arguments_for(texts, trained, norm="layernorm", max_steps=10))
+    changes = {"model_config": "{}", "model_name_or_path": trained / "best", "affine": "fold", "k": 1.0}
+    changes |= {"on_unfoldable": "calibrate", "calibrate_k": True, "learning_rate": 1e-9, "max_steps": 2}
+    classification.main(arguments_for(texts, fitted, test_file=texts["validation"], **changes))
+    results = read_results(fitted)
+    norms = [m for m in load(fitted).modules() if getattr(m, "is_adanorm_module", False)]
+    assert len(norms) == results["norm_modules"] == 3
+    assert len({norm.k for norm in norms}) == 3
+    assert all(0 < norm.k < 1 for norm in norms)
+    assert results["test"]["accuracy"] == results["validation"]["accuracy"]
+    loss = read_results(trained)["validation"]["loss"]
+    assert results["validation"]["loss"] == pytest.approx(loss, abs=0.02)

@@ -178,6 +178,15 @@ def test_a_run_stopped_in_the_middle_ends_with_the_same_scores(trained, text, tm
     assert resumed["test"] == whole["test"]
 
 
+def test_a_folded_layernorm_simple_scores_as_the_pretrained_model(text, tmp_path):
+    before = run(text, tmp_path / "layernorm", norm="layernorm")
+    start = {"model_config": "{}", "model_name_or_path": tmp_path / "layernorm" / "best", "affine": "fold"}
+    start |= {"on_unfoldable": "fade", "fade_ratio": 1.0, "learning_rate": 1e-9, "max_steps": 20, "eval_steps": 1}
+    after = run(text, tmp_path / "run", norm="layernorm-simple", **start)
+    assert after["norm_modules"] == before["norm_modules"] == 3
+    assert after["history"][0]["loss"] == pytest.approx(before["validation"]["loss"], abs=0.01)
+
+
 def test_accumulated_micro_batches_give_the_loss_of_one_batch(text, tmp_path):
     flat = json.dumps({**TINY, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})
     # 64 segments: no incomplete step, which accumulation would cut off elsewhere.
