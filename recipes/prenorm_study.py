@@ -24,7 +24,7 @@ import os
 import time
 import warnings
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -106,41 +106,32 @@ def swap(model: nn.Module, way: str) -> bool:
     return affine == "fold"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300, help="of the first training, and of each that follows")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64, help="bytes of context")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    data = read_bytes(args.text)
-    split = len(data) * 9 // 10
-    training, held_out = data[:split], data[split:]
-    torch.manual_seed(args.seed)
+def trained_source(seed: int, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> GPT2LMHeadModel:
+    """The LayerNorm model that everything starts from, trained once and kept in the output folder."""
+    folder = args.output_dir / f"source-steps{args.steps}-seed{seed}"
+    if (folder / "config.json").is_file():
+        return GPT2LMHeadModel.from_pretrained(folder).train()
+    torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=256, n_positions=args.length, n_embd=args.width, n_layer=args.layers, n_head=4,
         bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    source = GPT2LMHeadModel(config)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    folder = args.output_dir / f"source-steps{args.steps}-seed{args.seed}"
-    if (folder / "config.json").is_file():
-        source = GPT2LMHeadModel.from_pretrained(folder).train()
-    else:
-        train(source, training, held_out, args, seed=args.seed, report_at=[args.steps])
-        source.save_pretrained(folder)
+    model = GPT2LMHeadModel(config)
+    train(model, training, held_out, args, seed=seed, report_at=[args.steps])
+    partial = folder.with_suffix(".partial")
+    model.save_pretrained(partial)
+    os.replace(partial, folder)
+    return model
+
+
+def study(seed: int, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """The results of every way with one seed; those that a killed study left behind are kept."""
+    path = args.output_dir / f"results-steps{args.steps}-seed{seed}.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    source = trained_source(seed, training, held_out, args)
     gains = torch.cat([m.weight.detach() for m in source.modules() if isinstance(m, nn.LayerNorm)])
     spread = f"{gains.mean():.2f} +- {gains.std():.2f}"
-    print(f"{source.num_parameters():,} parameters, {len(training):,} bytes, gains {spread}", flush=True)
-    path = args.output_dir / f"results-steps{args.steps}-seed{args.seed}.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    tenth = max(args.steps // 10, 1)
+    print(f"seed {seed}: {source.num_parameters():,} parameters, {len(training):,} bytes, gains {spread}", flush=True)
     for way in WAYS:
         if way in results:
             continue
@@ -153,8 +144,8 @@ def main() -> None:
             training,
             held_out,
             args,
-            seed=args.seed + 1,
-            report_at=[tenth, args.steps],
+            seed=seed + 1,
+            report_at=[max(args.steps // 10, 1), args.steps],
             fade_steps=args.steps // 2 if fades else 0,
         )
         results[way] = {"after": after, "tenth": reported[0], "end": reported[1], "losses": losses}
@@ -162,10 +153,34 @@ def main() -> None:
         partial.write_text(json.dumps(results))
         os.replace(partial, path)
         print(f"{way}: {after:.3f} {reported[0]:.3f} {reported[1]:.3f} ({time.time() - started:.0f} s)", flush=True)
-    print(f"| way | right after | after {tenth} steps | after {args.steps} steps |\n|---|---|---|---|")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1000, help="of the first training, and of each that follows")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64, help="bytes of context")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+
+    data = read_bytes(args.text)
+    split = len(data) * 9 // 10
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found = [study(seed, data[:split], data[split:], args) for seed in range(args.seeds)]
+    print(f"| way | right after | after {max(args.steps // 10, 1)} steps | after {args.steps} steps |")
+    print("|---|---|---|---|")
     for way in WAYS:
-        row = results[way]
-        print(f"| {way} | {row['after']:.3f} | {row['tenth']:.3f} | {row['end']:.3f} |")
+        cells = []
+        for key in ("after", "tenth", "end"):
+            values = [results[way][key] for results in found]
+            cells.append(f"{mean(values):.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else ""))
+        print(f"| {way} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

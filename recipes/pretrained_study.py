@@ -3,10 +3,9 @@
     python recipes/pretrained_study.py --model MODEL --data FOLDER_OF_JSONL --output_dir OUT
 
 For every way below: how far the pooled output moves before any training, then fine-tuning on a sentence classification
-task with the same budget. Every way is run with the first learning rate and every seed, then with the others on
-seed 0; where one of those has the better validation accuracy on seed 0, the other seeds follow with it. The table
-takes for each way the learning rate that validated best on seed 0. Every finished run is a file in OUT/runs, so that
-a killed study continues where it was, and the table can be made from what is there (--summary_only).
+task with the same budget. Every way is run with every learning rate on seed 0; the other seeds follow with the one
+that had the best validation accuracy there, and the table takes those runs. Every finished run is a file in OUT/runs,
+so that a killed study continues where it was, and the table can be made from what is there (--summary_only).
 
     layernorm                 the model as it is
     simple-drop               layernorm-simple, gains and biases dropped
@@ -14,8 +13,11 @@ a killed study continues where it was, and the table can be made from what is th
     simple-calibrated         ... folded by a fit to one batch (on_unfoldable="calibrate")
     adanorm-drop              AdaNorm with the paper's k, gains and biases dropped
     adanorm-fold-ramp         folded as simple-fold, then k from 0 to the paper's over the first 60 % of the steps
+    adanorm-fold-layerwise    ... one norm after the other instead of all together
     adanorm-fade              gain and bias fade out and k in, over the first 60 % of the steps
     adanorm-calibrated        AdaNorm with a k per norm that its outliers allow, folded by the fit, no ramp
+    adanorm-distilled         ... and drawn to the source's pooled outputs, less and less over the first 60 % of the
+                              steps (each of those runs the source as well)
 
 Raises FileNotFoundError for a missing model or data file.
 """
@@ -39,15 +41,17 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from hf_adanorm import calibrate_k, patch_model, set_fade
-from hf_adanorm.fading import fade_at
+from hf_adanorm.fading import Order, fade_at
 
 WAYS = (
     "layernorm",
     "adanorm-calibrated",
+    "adanorm-distilled",
     "simple-calibrated",
     "simple-fold",
     "adanorm-drop",
     "adanorm-fold-ramp",
+    "adanorm-fold-layerwise",
     "simple-drop",
     "adanorm-fade",
 )
@@ -148,12 +152,12 @@ def build(way: str, args: argparse.Namespace, data: Data, seed: int) -> tuple[Me
             patch_model(model, "layernorm-simple", **options)
         elif way == "adanorm-drop":
             patch_model(model, "adanorm", k=PAPER_K)
-        elif way == "adanorm-fold-ramp":
+        elif way in ("adanorm-fold-ramp", "adanorm-fold-layerwise"):
             options = {"affine": "fold", "on_unfoldable": "approximate", "fold_inputs": calibration}
             patch_model(model, "adanorm", k=PAPER_K, **options)
         elif way == "adanorm-fade":
             patch_model(model, "adanorm", k=PAPER_K, affine="fade")
-        elif way == "adanorm-calibrated":
+        elif way in ("adanorm-calibrated", "adanorm-distilled"):
             report = calibrate_k(model, [calibration], margin=args.margin)
             notes["k"] = [min(report.k.values()), max(report.k.values())]
             notes["calibration"] = str(report)
@@ -189,7 +193,10 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
     model, notes = build(way, args, data, seed)
     result: dict[str, Any] = {"way": way, "lr": lr, "seed": seed, "steps": args.steps, **notes}
     result["start"] = distance_at_start(model, args, data, seed)
-    fading = way in ("adanorm-fold-ramp", "adanorm-fade")
+    fading = way in ("adanorm-fold-ramp", "adanorm-fold-layerwise", "adanorm-fade")
+    order: Order = "forward" if way == "adanorm-fold-layerwise" else "together"
+    source = MeanPooledClassifier(args.model, seed).eval() if way == "adanorm-distilled" else None
+    ramp_steps = round(FADE_SHARE * args.steps)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
     losses: list[float] = []
     curve: list[tuple[int, float]] = []
@@ -199,9 +206,16 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
         if fading:
-            set_fade(model, fade_at(step, round(FADE_SHARE * args.steps)))
-        loss = F.cross_entropy(model(**inputs), labels)
-        loss.backward()
+            set_fade(model, fade_at(step, ramp_steps), order=order)
+        pooled = model.pooled(**inputs)
+        loss = F.cross_entropy(model.classifier(pooled), labels)
+        objective = loss
+        if source is not None and step < ramp_steps:
+            with torch.no_grad():
+                wanted = source.pooled(**inputs)
+            distance = F.mse_loss(pooled, wanted) / wanted.square().mean()
+            objective = loss + (1 - fade_at(step, ramp_steps)) * distance
+        objective.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -284,14 +298,25 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     styles = ["-", "--", "-.", ":"]
-    colors = ["black", "#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f"]  # Okabe and Ito's
+    colors = [
+        "black",
+        "#0072b2",
+        "#009e73",
+        "#e69f00",
+        "#d55e00",
+        "#cc79a7",
+        "#56b4e9",
+        "#f0e442",
+        "#7f7f7f",
+        "#882255",
+    ]  # Okabe and Ito's
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for index, way in enumerate(way for way in WAYS if way in found):
         losses = torch.tensor([run["losses"] for run in found[way]]).mean(0)
         window = min(10, len(losses))
         smooth = F.avg_pool1d(losses[None, None], window, 1)[0, 0]
         steps = range(window, window + len(smooth))
-        axes.plot(steps, smooth, styles[index % 4], color=colors[index], label=way, linewidth=1.8)
+        axes.plot(steps, smooth, styles[index % 4], color=colors[index % len(colors)], label=way, linewidth=1.8)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats, mean over 10 steps)")
     axes.legend(fontsize=8)
     for suffix in ("png", "svg"):
@@ -318,12 +343,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.summary_only:
         data = Data(args.data, AutoTokenizer.from_pretrained(args.model), args.max_length)
-        first, *others = args.learning_rates
-        for seed in range(args.seeds):
-            for way in args.ways:
-                run(way, first, seed, args, data)
         for way in args.ways:
-            rate = best_rate([run(way, lr, 0, args, data) for lr in (first, *others)])
+            rate = best_rate([run(way, lr, 0, args, data) for lr in args.learning_rates])
             for seed in range(args.seeds):
                 run(way, rate, seed, args, data)
     print(summarize(args))
