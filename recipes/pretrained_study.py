@@ -306,7 +306,7 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         "#d55e00",
         "#cc79a7",
         "#56b4e9",
-        "#f0e442",
+        "#999933",
         "#7f7f7f",
         "#882255",
     ]  # Okabe and Ito's
