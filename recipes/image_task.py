@@ -153,9 +153,13 @@ def _processor(options: Any) -> Any:
 
 def _build_model(options: Any, names: Sequence[str]) -> PreTrainedModel:
     if options.model_name_or_path:
-        return AutoModelForImageClassification.from_pretrained(
+        model = AutoModelForImageClassification.from_pretrained(
             options.model_name_or_path, ignore_mismatched_sizes=False, **label_mappings(names)
         )
-    sizes = {"image_size": options.image_size} if options.image_size else {}
-    config = fresh_config(options, **sizes, **label_mappings(names))
-    return AutoModelForImageClassification.from_config(config)
+    else:
+        sizes = {"image_size": options.image_size} if options.image_size else {}
+        model = AutoModelForImageClassification.from_config(fresh_config(options, **sizes, **label_mappings(names)))
+    channels = getattr(model.config, "num_channels", 3)
+    if channels != 3:
+        raise OptionError(f"the model's num_channels is {channels}; images are read as RGB: it must be 3")
+    return model

@@ -61,7 +61,10 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
     learning rate is set by the step, so no scheduler is. `accelerator.accumulate` counts micro-batches; a step always
     has `gradient_accumulation_steps` of them.
     """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
+        # Without being told, accelerate takes processes that torchrun starts on CPUs for so many single runs.
+        cpu=launched > 1 and not torch.accelerator.is_available(),
         mixed_precision=run.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=optimization.gradient_accumulation_steps, sync_with_dataloader=False
@@ -71,6 +74,14 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
         log_with=list(run.report_to) or None,
         project_dir=run.output_dir,
     )
+    if launched not in (
+        1,
+        accelerator.num_processes,
+    ):  # each would take itself for the only one, and write to the same folder
+        raise RuntimeError(
+            f"the launcher started {launched} processes, but accelerate found {accelerator.num_processes}: see "
+            "recipes/accelerate for files that fit this machine"
+        )
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed asks for the size of a batch where no data loader is prepared; it only enters its own reports.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1

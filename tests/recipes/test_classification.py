@@ -170,7 +170,7 @@ def test_two_processes_do_what_one_does(texts, tmp_path):
             str(SCRIPT),
             *arguments_for(texts, two, batch_size=4, logging_steps=4, **common),
         ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

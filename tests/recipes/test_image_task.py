@@ -196,6 +196,10 @@ def test_part_of_a_split_is_a_split_of_a_data_set(tmp_path):
     assert splits["validation"]["text"][:] == list("fgh")
 
 
+GRAY_VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1}
+GRAY_VIT |= {"num_attention_heads": 1, "intermediate_size": 8, "num_channels": 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -203,6 +207,7 @@ def test_part_of_a_split_is_a_split_of_a_data_set(tmp_path):
         ({"image_column": "label"}, "not images or paths of images"),
         ({"random_resized_crop": 2}, "--random_resized_crop must be in (0, 1]"),
         ({"model_config": json.dumps({**CNN, "image_size": 4})}, "image_size 4 cannot be halved 3 times"),
+        ({"model_config": json.dumps(GRAY_VIT)}, "num_channels is 1; images are read as RGB"),
     ],
 )
 def test_bad_input_ends_in_one_line(changes, said, digits, tmp_path, capsys):
