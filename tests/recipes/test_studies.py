@@ -100,7 +100,8 @@ def test_the_prenorm_study_folds_without_a_loss(
 ) -> None:
     text = tmp_path / "text.gz"
     text.write_bytes(gzip.compress(b"the quick brown fox jumps over the lazy dog. " * 200))
-    sizes = ["--steps", 10, "--seeds", 1, "--width", 16, "--layers", 1, "--length", 16, "--batch_size", 4, "--lr", 0.02]
+    sizes = ["--steps", 10, "--seeds", 1, "--width", 16, "--layers", 1, "--length", 16]
+    sizes += ["--batch_size", 4, "--lr", 0.02]
     run(monkeypatch, prenorm_study.main, "--text", text, "--output_dir", tmp_path / "out", *sizes)
     results = json.loads(next((tmp_path / "out").glob("results-*.json")).read_text())
     source = results["layernorm"]["after"]
