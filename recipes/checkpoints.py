@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import RNG_STATE_NAME, load
+from safetensors import SafetensorError
 
+EXIT_CANNOT_SAVE = 74  # EX_IOERR: a checkpoint could not be written; the one before it stands
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
 
 _TEMPORARY = ".tmp-"
@@ -32,6 +34,10 @@ _TEMPORARY = ".tmp-"
 
 class ResumeError(ValueError):
     """The checkpoints in `output_dir` belong to a run with other options."""
+
+
+class SaveError(OSError):
+    """A checkpoint cannot be written, for instance because the disk is full. The one before it stands."""
 
 
 @dataclass(kw_only=True)
@@ -209,15 +215,30 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 publish_folder(temporary, target)
-        except BaseException:
+        except BaseException as error:
             if self.accelerator.is_main_process:
                 _remove(temporary)  # a full disk must not stay full because of half a checkpoint
-            raise
+            if not _is_write_error(error):
+                raise
+            latest = self.latest()
+            raise SaveError(
+                f"{target} cannot be written: {str(error).splitlines()[0]}. "
+                f"{latest.name + ' stands' if latest else 'There is none before it'}: make room, and start the same "
+                "command again"
+            ) from error
         self.accelerator.wait_for_everyone()
 
     def _numbered(self, prefix: str) -> list[Path]:
         found = [path for path in self.folder.iterdir() if path.is_dir() and _number(path.name, prefix)]
         return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _is_write_error(error: BaseException) -> bool:
+    # torch writes its files in C++, whose errors come as RuntimeError.
+    from_torch = isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "iostream error")
+    )
+    return from_torch or isinstance(error, (OSError, SafetensorError))
 
 
 def _number(name: str, prefix: str) -> re.Match[str] | None:

@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from batching import StepPlan, eval_batches, train_batches
 from byte_data import NUM_BYTES, ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits
-from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
+from checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME, Checkpoints, Interruption, Progress, SaveError, write_json
 from evaluation import gather_by_index, main_first, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
 from options import (
@@ -343,6 +343,9 @@ def main(argv: list[str] | None = None) -> None:
             write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_DIVERGED)
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CANNOT_SAVE)
     best = checkpoints.promote_best(progress.best_step)
     precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
     accelerator.end_training()  # the other processes are done: they need not wait for the test

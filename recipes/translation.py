@@ -33,7 +33,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from batching import eval_batches
 from bleu import SCORES, translation_scores
-from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, publish_folder, write_json, write_text
+from checkpoints import (
+    EXIT_CANNOT_SAVE,
+    EXIT_RESUME,
+    Checkpoints,
+    Interruption,
+    Progress,
+    SaveError,
+    publish_folder,
+    write_json,
+    write_text,
+)
 from evaluation import gather_by_index, main_first, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
 from options import (
@@ -442,6 +452,9 @@ def main(argv: list[str] | None = None) -> None:
             write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_DIVERGED)
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CANNOT_SAVE)
     folders = {"": checkpoints.promote_best(progress.best_step)}
     publish_model(accelerator, model, task, output_dir / "last")
     if options.average_checkpoints:

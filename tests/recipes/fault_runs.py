@@ -1,0 +1,64 @@
+"""Tiny runs of both recipes for the fault tests and the soak: dropout, accumulation, checkpoints inside epochs."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+CLASSIFIER = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
+TRANSLATOR = {
+    "model_type": "m2m_100",
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+STEPS = 30
+EVERY = 4  # steps from checkpoint to checkpoint
+
+
+def write_data(folder: Path) -> Path:
+    """Data of both recipes: labelled texts, and a language whose words have other names in reverse order."""
+    draw = random.Random(0)
+    for split, size in {"train": 90, "validation": 13}.items():
+        texts, pairs = [], []
+        for _ in range(size):
+            numbers = draw.choices(range(12), k=draw.randrange(1, 9))
+            words = [f"wort{chr(97 + n)}" for n in numbers]
+            texts.append({"text": " ".join(words), "label": numbers[0] % 2})
+            pairs.append({"de": " ".join(words), "en": " ".join(f"{chr(97 + n)}word" for n in reversed(numbers))})
+        for name, rows in (("texts", texts), ("pairs", pairs)):
+            (folder / f"{name}-{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return folder
+
+
+def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> list[str]:
+    kind = "texts" if recipe == "classification" else "pairs"
+    options: dict[str, object] = {
+        "train_file": data / f"{kind}-train.jsonl",
+        "validation_file": data / f"{kind}-validation.jsonl",
+        "max_steps": STEPS,
+        "eval_steps": 11,
+        "checkpointing_steps": EVERY,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "output_dir": output_dir,
+    }
+    if recipe == "classification":
+        options |= {"model_config": json.dumps(CLASSIFIER), "batch_size": 4, "min_frequency": 1, "max_length": 32}
+    else:
+        options |= {"model_config": json.dumps(TRANSLATOR), "dropout": 0.1, "vocab_size": 60, "max_tokens": 64}
+        options |= {"max_source_length": 32, "max_target_length": 32, "num_beams": 1, "cache_dir": data / "cache"}
+    return [text for name, value in {**options, **changes}.items() for text in (f"--{name}", str(value))]

@@ -1,0 +1,146 @@
+"""Runs of a recipe in real processes that can be killed: forked from a server that has imported the recipes once.
+
+A process starts in a fraction of the time that its imports take, so that dozens of kills are affordable. What can
+happen to it: SIGKILL at an exact moment (a file operation), a limit of the size of files (as a full disk), being one
+of two processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+RECIPES = ("classification", "translation")
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def _start_server() -> None:
+    """The server finds what it preloads by PYTHONPATH alone, and in silence goes without what it does not find."""
+    _context.set_forkserver_preload([*RECIPES, "tests.recipes.recipe_process"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def start(
+    recipe: str,
+    argv: Sequence[object],
+    log: Path,
+    *,
+    kill_at: tuple[str, str] | None = None,
+    file_size: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> BaseProcess:
+    """Run `recipe` with `argv`, its output into `log`.
+
+    Args:
+        kill_at: (audit event, regular expression): SIGKILL before the first such operation on a matching path.
+        file_size: no file can grow beyond so many bytes; writing more fails as on a full disk.
+        environment: variables, such as those a launcher sets.
+    """
+    arguments = (recipe, [str(value) for value in argv], str(log), kill_at, file_size, environment or {})
+    _start_server()
+    process = _context.Process(target=_run, args=arguments)
+    process.start()
+    return process
+
+
+def _run(
+    recipe: str,
+    argv: list[str],
+    log: str,
+    kill_at: tuple[str, str] | None,
+    file_size: int | None,
+    environment: dict[str, str],
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if file_size is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if kill_at is not None:
+        event, pattern = kill_at[0], re.compile(kill_at[1])
+
+        def die(name: str, arguments: tuple[Any, ...]) -> None:
+            path = arguments[0] if arguments else None
+            if name == event and isinstance(path, (str, os.PathLike)) and pattern.search(os.fspath(path)):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(die)
+    importlib.import_module(recipe).main(argv)
+
+
+def check_whole(folder: Path) -> int:
+    """The newest checkpoint's step, 0 for none. Every file under a final name must be whole.
+
+    Raises AssertionError, or what the readers of JSON, safetensors and torch files raise on a torn one.
+    """
+    newest = 0
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.startswith(".tmp-"):
+            continue
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                load_file(file)
+            elif file.suffix in {".bin", ".pkl"}:
+                torch.load(file, weights_only=False)
+        if found := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            step = int(found[1])
+            progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+            assert progress["step"] == step
+            assert (path / "model.safetensors").is_file()
+            assert (path / "optimizer.bin").is_file()
+            newest = max(newest, step)
+    return newest
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    """Whether two checkpoints hold the same weights, bit for bit."""
+    a, b = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def resumed_from(log: Path) -> int:
+    """The step that a run said it went on from, 0 when it began afresh."""
+    found = re.search(r"resuming from step (\d+)", log.read_text(encoding="utf-8"))
+    return int(found[1]) if found else 0
+
+
+def wait(process: BaseProcess, seconds: float = 120) -> int:
+    """The exit code of a process (minus the signal's number when one ended it); a hanging one is killed and fails."""
+    process.join(seconds)
+    hangs = process.is_alive()
+    if hangs:
+        process.kill()
+        process.join()
+    assert not hangs, f"still running after {seconds} s"
+    assert process.exitcode is not None
+    return process.exitcode

@@ -1,0 +1,139 @@
+"""What happens to runs: killed at the worst moments, the disk full, one of two processes gone, asked to stop.
+
+After each, the same command goes on from the newest complete checkpoint and ends with the weights of an undisturbed
+run, bit for bit. `python tests/soak.py` does the same with random kills, many times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import EXIT_RESUME
+
+from tests.recipes.fault_runs import EVERY, STEPS, arguments, write_data
+from tests.recipes.recipe_process import RECIPES, check_whole, resumed_from, same_weights, start, wait
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+LAST = f"checkpoint-{STEPS}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code = wait(start(recipe, arguments(recipe, data, folder / "run"), folder / "log"))
+    assert code == 0, (folder / "log").read_text()
+    return folder / "run"
+
+
+def assert_ends_like(undisturbed: Path, recipe: str, data: Path, run: Path, log: Path, newest: int) -> None:
+    assert wait(start(recipe, arguments(recipe, data, run), log)) == 0, log.read_text()
+    assert resumed_from(log) == newest
+    assert check_whole(run) == STEPS
+    assert same_weights(run / LAST, undisturbed / LAST)
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (run, undisturbed))
+    assert [ours[key] for key in ("validation", "history", "best_step")] == [
+        theirs[key] for key in ("validation", "history", "best_step")
+    ]
+    assert not list(run.glob(".tmp-*"))
+
+
+# (moment, the newest checkpoint that must be left); every kill hits a run that the one before has left behind.
+MOMENTS = [
+    (("open", r"\.tmp-checkpoint-8/\.tmp-progress"), EVERY),  # in the middle of a checkpoint
+    (("open", r"\.tmp-checkpoint-8/model"), EVERY),  # written, not yet on the disk
+    (("os.rename", r"\.tmp-checkpoint-8$"), EVERY),  # on the disk, not yet in its place
+    (("os.rename", r"/checkpoint-4$"), 2 * EVERY),  # an old checkpoint loses its name before it is deleted
+    (("open", r"\.tmp-best-11/config"), 2 * EVERY),  # in the middle of the best model
+    (("open", r"\.tmp-results\.json"), STEPS),  # before a byte of the results is written
+    (("os.rename", r"\.tmp-results\.json"), STEPS),  # results written, not yet in their place
+]
+
+
+def test_killed_while_something_is_written(recipe: str, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, log, newest = tmp_path / "run", tmp_path / "log", 0
+    for moment, left in MOMENTS:
+        code = wait(start(recipe, arguments(recipe, data, run), log, kill_at=moment))
+        assert code == -signal.SIGKILL, (moment, log.read_text())
+        assert resumed_from(log) == newest, moment
+        newest = check_whole(run)
+        assert newest == left, moment
+        assert not (run / "results.json").exists(), moment
+    assert_ends_like(undisturbed, recipe, data, run, log, newest)
+
+
+def test_a_full_disk_costs_no_checkpoint_that_stood(
+    recipe: str, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    moment = ("os.rename", rf"\.tmp-checkpoint-{2 * EVERY}$")
+    assert wait(start(recipe, arguments(recipe, data, run), log, kill_at=moment)) == -signal.SIGKILL
+    size = (undisturbed / LAST / "optimizer.bin").stat().st_size
+    code = wait(start(recipe, arguments(recipe, data, run), log, file_size=size // 2))
+    assert code not in (0, EXIT_RESUME)
+    said = log.read_text()
+    assert re.search(r"error: .*checkpoint-8 cannot be written.*checkpoint-4 stands", said), said
+    assert check_whole(run) == EVERY
+    assert not list(run.glob(".tmp-*"))  # half a checkpoint does not fill the disk further
+    assert_ends_like(undisturbed, recipe, data, run, log, EVERY)
+
+
+def test_sigterm_saves_and_asks_to_be_resumed(recipe: str, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(recipe, arguments(recipe, data, run), log)
+    while not (run / f"checkpoint-{EVERY}").exists() and process.is_alive():
+        time.sleep(0.005)
+    asked = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait(process) == EXIT_RESUME, log.read_text()
+    assert time.monotonic() - asked < 30  # what schedulers grant
+    newest = check_whole(run)
+    assert EVERY <= newest < STEPS
+    assert_ends_like(undisturbed, recipe, data, run, log, newest)
+
+
+def launch_two(recipe: str, argv: list[str], folder: Path, kill_when: Path | None = None) -> list[int]:
+    """Exit codes of two processes of one run; the second is killed as soon as `kill_when` exists."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        start(recipe, argv, folder / f"log{rank}", environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    while kill_when and not kill_when.exists() and processes[1].is_alive():
+        time.sleep(0.001)
+    if kill_when:
+        processes[1].kill()
+    return [wait(process) for process in processes]
+
+
+def test_one_of_two_processes_dies(recipe: str, data: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert launch_two(recipe, arguments(recipe, data, whole), tmp_path) == [0, 0], (tmp_path / "log0").read_text()
+    assert json.loads((whole / "results.json").read_text())["num_processes"] == 2
+    killed = launch_two(recipe, arguments(recipe, data, run), tmp_path, kill_when=run / ".tmp-checkpoint-8")
+    assert killed[1] == -signal.SIGKILL, (tmp_path / "log1").read_text()
+    assert killed[0] != 0  # the other does not wait for it for ever
+    newest = check_whole(run)
+    assert newest in (EVERY, 2 * EVERY)
+    assert launch_two(recipe, arguments(recipe, data, run), tmp_path) == [0, 0], (tmp_path / "log0").read_text()
+    assert resumed_from(tmp_path / "log0") == newest
+    assert same_weights(run / LAST, whole / LAST)

@@ -1,0 +1,113 @@
+"""Nothing grows: memory, objects, file descriptors and threads stay where they were over a thousand cycles."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertModel
+
+from hf_adanorm import patch_model, unpatch_model, watch_norms
+
+CYCLES = 1000
+
+
+@pytest.fixture
+def model() -> BertModel:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertModel(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes))
+
+
+def assert_flat(cycle: Callable[[], object], cycles: int = CYCLES) -> None:
+    """Run `cycle` so many times; what is held at the end may exceed what was held after a warm-up by next to nothing.
+
+    A leak of one small object a cycle would be seen: a thousand of them, or 50 bytes each.
+    """
+    for _ in range(cycles // 10):
+        cycle()
+    gc.collect()
+    objects, descriptors, threads = len(gc.get_objects()), _num_descriptors(), threading.active_count()
+    tracemalloc.start()
+    try:
+        for _ in range(cycles // 10):  # tracemalloc sees what is allocated from here on
+            cycle()
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0]
+        for _ in range(cycles - 2 * (cycles // 10)):
+            cycle()
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - held
+    finally:
+        tracemalloc.stop()
+    assert grown < 50 * cycles
+    assert len(gc.get_objects()) - objects < cycles // 4
+    assert _num_descriptors() == descriptors
+    assert threading.active_count() == threads
+
+
+def _num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
+
+
+@pytest.mark.parametrize("affine", ["drop", "fade"])
+def test_patching_and_unpatching(model: BertModel, affine: str) -> None:
+    def cycle() -> None:
+        patch_model(model, "adanorm", affine=affine)
+        unpatch_model(model)
+
+    assert_flat(cycle)
+
+
+def test_saving(model: BertModel, tmp_path: Path) -> None:
+    patch_model(model, "adanorm")
+    assert_flat(lambda: model.save_pretrained(tmp_path))
+
+
+def test_loading(model: BertModel, tmp_path: Path) -> None:
+    patch_model(model, "adanorm").save_pretrained(tmp_path)
+    assert_flat(lambda: AutoModel.from_pretrained(tmp_path), cycles=200)
+
+
+def test_steps_of_training(model: BertModel) -> None:
+    patch_model(model, "adanorm")
+    ids = torch.arange(8)[None]
+
+    def cycle() -> None:
+        model(input_ids=ids).last_hidden_state.square().sum().backward()
+        model.zero_grad()
+
+    assert_flat(cycle, cycles=400)
+
+
+def test_watching_and_stopping_to(model: BertModel) -> None:
+    patch_model(model, "adanorm")
+
+    def cycle() -> None:
+        with watch_norms(model, every=1):
+            model(input_ids=torch.arange(8)[None]).last_hidden_state.sum().backward()
+
+    assert_flat(cycle, cycles=200)
+
+
+def test_importing_starts_no_thread_and_opens_no_connection() -> None:
+    code = """
+import sys, threading
+from transformers import PreTrainedModel
+events, threads = [], threading.active_count()
+sys.addaudithook(lambda name, args: events.append(name))
+import hf_adanorm
+hf_adanorm.patch_model
+assert threading.active_count() == threads
+print([name for name in events if name.startswith(("socket.", "subprocess.", "os.fork", "os.exec"))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
