@@ -53,6 +53,7 @@ from training import (
     NonFiniteError,
     ProgressBar,
     Stopwatch,
+    allow_unused_parameters,
     apply_patch,
     calibration_rows,
     clear_errors,
@@ -307,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     set_seed(options.seed, device_specific=True)  # other dropout masks on every process
     optimizer = make_optimizer(model, options)
+    allow_unused_parameters(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if options.report_to:
         accelerator.init_trackers("language_modeling", config={k: str(v) for k, v in asdict(options).items()})

@@ -14,7 +14,12 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    set_seed,
+)
 from checkpoints import Progress
 from options import OptimizationOptions, OptionError, PatchOptions, RunOptions
 from rich.console import Console
@@ -31,6 +36,7 @@ EXIT_DIVERGED = 3
 UNTIMED_STEPS = 5
 # A fold by a fit and a k for each norm are taken from so many training examples.
 CALIBRATION_EXAMPLES = 32
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 class NonFiniteError(ArithmeticError):
@@ -147,6 +153,14 @@ def count_norms(model: nn.Module, norm: str) -> int:
         return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
     swapped = (module for module in model.modules() if getattr(module, "is_adanorm_module", False))
     return sum(module.norm == norm for module in swapped)
+
+
+def allow_unused_parameters(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let DDP not wait for gradients of layers that a process dropped at random. Call before `accelerator.prepare`."""
+    configs = [model.config, *(getattr(model.config, name) for name in getattr(model.config, "sub_configs", {}))]
+    dropped = (getattr(config, name, 0.0) for config in configs for name in LAYER_DROPS)
+    if accelerator.num_processes > 1 and any(dropped):
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
 
 
 def make_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.optim.AdamW:

@@ -66,6 +66,7 @@ from training import (
     NonFiniteError,
     ProgressBar,
     Stopwatch,
+    allow_unused_parameters,
     apply_patch,
     calibration_rows,
     clear_errors,
@@ -425,6 +426,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     set_seed(options.seed, device_specific=True)  # other dropout masks on every process
     optimizer = make_optimizer(model, options)
+    allow_unused_parameters(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:  # beam search enters below the forward pass, where parameters would be left in shards
         register_fsdp_forward_method(model, "generate")

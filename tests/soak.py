@@ -52,11 +52,17 @@ def soak(recipe: str, kills: int, draw: random.Random, folder: Path) -> Counter[
         process = start(recipe, arguments(recipe, data, run), log)
         counts["starts"] += 1
         while_writing = draw.random() < 0.5
-        deadline = time.monotonic() + draw.uniform(0, 1.2 * lasts)
+        deadline = time.monotonic() + draw.uniform(0, 0.8 * lasts)
+        to_pass = draw.randrange(4)  # so many writings before the one that is interrupted
+        seen = set(run.glob(".tmp-*"))
         while process.is_alive() and time.monotonic() < deadline:
-            if while_writing and run.is_dir() and any(run.glob(".tmp-[!d]*")):
-                time.sleep(draw.uniform(0, 0.03))
-                break
+            if while_writing and (new := set(run.glob(".tmp-[!d]*")) - seen):
+                seen |= new
+                deadline += 0.2 * lasts
+                if not to_pass:
+                    time.sleep(draw.uniform(0, 0.03))
+                    break
+                to_pass -= 1
             time.sleep(0.0005)
         process.kill()
         code = wait(process)

@@ -14,6 +14,7 @@ CLASSIFIER = {
     "intermediate_size": 16,
     "max_position_embeddings": 32,
 }
+# With this type's default of dropping whole layers at random.
 TRANSLATOR = {
     "model_type": "m2m_100",
     "d_model": 16,
