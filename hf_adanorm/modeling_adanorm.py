@@ -274,32 +274,32 @@ class _DetachNormFunction(torch.autograd.Function):
 
 def _check_number(name: str, value: Any, *, minimum: float, inclusive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {_short(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {short_repr(value)} of type {type(value).__name__}")
     if isinstance(value, int) and abs(value) > 2**1000:  # float() would overflow
         raise ValueError(f"{name} must be a finite number, got an integer of {value.bit_length()} bits")
     number = float(value)
     if not math.isfinite(number) or number < minimum or (number == minimum and not inclusive):
         raise ValueError(
-            f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}, got {_short(number)}"
+            f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}, got {short_repr(number)}"
         )
     return number
 
 
 def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_short(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {short_repr(value)} of type {type(value).__name__}")
     return value
 
 
 def _check_shape(value: Any) -> tuple[int, ...]:
     shape = (value,) if isinstance(value, int) else value
     if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
-        raise TypeError(f"normalized_shape must be an integer or integers, got {_short(value)}")
+        raise TypeError(f"normalized_shape must be an integer or integers, got {short_repr(value)}")
     shape = tuple(shape)
     if any(isinstance(n, bool) or not isinstance(n, int) for n in shape):
-        raise TypeError(f"normalized_shape must be an integer or integers, got {_short(value)}")
+        raise TypeError(f"normalized_shape must be an integer or integers, got {short_repr(value)}")
     if not shape or min(shape) < 1:
-        raise ValueError(f"normalized_shape must hold at least one dimension, each >= 1, got {_short(value)}")
+        raise ValueError(f"normalized_shape must hold at least one dimension, each >= 1, got {short_repr(value)}")
     return shape
 
 
@@ -337,7 +337,7 @@ class SwappedNorm(nn.Module):
         if channels_first and len(self.normalized_shape) != 1:
             raise ValueError(f"channels_first normalises one dimension, got normalized_shape={self.normalized_shape}")
         if not isinstance(reference, str) or reference not in ("paper", "lancopku"):
-            raise ValueError(f'reference must be "paper" or "lancopku", got {_short(reference)}')
+            raise ValueError(f'reference must be "paper" or "lancopku", got {short_repr(reference)}')
         if reference == "lancopku" and not centered:
             raise ValueError('reference="lancopku" subtracts the mean: centered=False does not go with it')
         if reference == "lancopku" and math.prod(self.normalized_shape) < 2:
@@ -685,16 +685,16 @@ class NormGroup:
     def from_dict(cls, data: Any) -> NormGroup:
         """Inverse of `to_dict`; every value is checked (TypeError, ValueError)."""
         if not isinstance(data, Mapping):
-            raise TypeError(f"a group of the adanorm spec must be an object, got {_short(data)}")
+            raise TypeError(f"a group of the adanorm spec must be an object, got {short_repr(data)}")
         norm = data.get("norm")
         if not isinstance(norm, str) or norm not in NORM_CLASSES:
-            raise ValueError(f"norm must be one of {sorted(NORM_CLASSES)}, got {_short(norm)}")
+            raise ValueError(f"norm must be one of {sorted(NORM_CLASSES)}, got {short_repr(norm)}")
         allowed = {"norm", "modules", "fade", *_SETTING_KEYS[norm], *_OVERRIDE_KEYS}
         if unknown := [key for key in data if key not in allowed]:
-            raise ValueError(f"{_short(unknown[0])} is no setting of norm {norm!r}; known are {sorted(allowed)}")
+            raise ValueError(f"{short_repr(unknown[0])} is no setting of norm {norm!r}; known are {sorted(allowed)}")
         modules = data.get("modules")
         if not isinstance(modules, (list, tuple)) or not all(isinstance(name, str) for name in modules):
-            raise TypeError(f"modules must be a list of names, got {_short(modules)}")
+            raise TypeError(f"modules must be a list of names, got {short_repr(modules)}")
         if len(modules) > _MAX_MODULES:
             raise ValueError(f"modules holds {len(modules)} names, at most {_MAX_MODULES} are read")
         for name in modules:
@@ -712,7 +712,9 @@ class NormGroup:
         if "fade" in settings:
             fade = settings["fade"]
             if not isinstance(fade, (list, tuple)) or any(key not in _FADE_KEYS for key in fade) or norm == "none":
-                raise ValueError(f"fade must list some of {list(_FADE_KEYS)}, got {_short(fade)} for norm {norm!r}")
+                raise ValueError(
+                    f"fade must list some of {list(_FADE_KEYS)}, got {short_repr(fade)} for norm {norm!r}"
+                )
             settings["fade"] = tuple(key for key in _FADE_KEYS if key in fade)
         if settings.get("detach_mean") is False and settings.get("detach_variance") is False:
             raise ValueError("detach_mean and detach_variance are both False: set at least one to True")
@@ -761,29 +763,29 @@ class AdaNormSpec:
         if isinstance(data, AdaNormSpec):
             return data
         if not isinstance(data, Mapping):
-            raise TypeError(f"config.adanorm must be an object, got {_short(data)}")
+            raise TypeError(f"config.adanorm must be an object, got {short_repr(data)}")
         fmt, version = data.get("format"), data.get("version")
         if isinstance(fmt, bool) or not isinstance(fmt, int) or fmt < 1:
-            raise ValueError(f"the format of config.adanorm must be a whole number >= 1, got {_short(fmt)}")
+            raise ValueError(f"the format of config.adanorm must be a whole number >= 1, got {short_repr(fmt)}")
         if not isinstance(version, str):
-            raise TypeError(f"the version of config.adanorm must be a string, got {_short(version)}")
+            raise TypeError(f"the version of config.adanorm must be a string, got {short_repr(version)}")
         if fmt > FORMAT:
             raise ValueError(
                 f"config.adanorm has format {fmt}, written by hf_adanorm {version[:40]}; hf_adanorm {__version__} "
                 f"reads up to format {FORMAT}: pip install --upgrade hf_adanorm"
             )
         if unknown := set(data) - {"format", "version", "groups", "biases", "eps"}:
-            raise ValueError(f"unknown entry {_short(sorted(map(str, unknown))[0])} in config.adanorm")
+            raise ValueError(f"unknown entry {short_repr(sorted(map(str, unknown))[0])} in config.adanorm")
         groups = data.get("groups")
         if not isinstance(groups, (list, tuple)):
-            raise TypeError(f"groups of config.adanorm must be a list, got {_short(groups)}")
+            raise TypeError(f"groups of config.adanorm must be a list, got {short_repr(groups)}")
         if len(groups) > _MAX_GROUPS:
             raise ValueError(f"config.adanorm holds {len(groups)} groups, at most {_MAX_GROUPS} are read")
         biases, eps = data.get("biases", []), data.get("eps", {})
         if not isinstance(biases, (list, tuple)) or not all(isinstance(name, str) for name in biases):
-            raise TypeError(f"biases of config.adanorm must be a list of names, got {_short(biases)}")
+            raise TypeError(f"biases of config.adanorm must be a list of names, got {short_repr(biases)}")
         if not isinstance(eps, Mapping) or not all(isinstance(name, str) for name in eps):
-            raise TypeError(f"eps of config.adanorm must map names to numbers, got {_short(eps)}")
+            raise TypeError(f"eps of config.adanorm must map names to numbers, got {short_repr(eps)}")
         if max(len(biases), len(eps)) > _MAX_MODULES:
             raise ValueError(f"biases or eps of config.adanorm hold more than {_MAX_MODULES} names")
         for name in (*biases, *eps):
@@ -797,7 +799,7 @@ class AdaNormSpec:
         )
 
 
-def _short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value for an error message, never long (deep nesting would even raise in repr)."""
     plain = (str, int, float, bool, type(None))
     short_list = isinstance(value, (list, tuple)) and len(value) <= 8 and all(isinstance(v, plain) for v in value)
@@ -812,7 +814,7 @@ def _check_name(name: str) -> None:
     if len(name) > _MAX_NAME or not all(
         part == "*" or part.replace("-", "_").isidentifier() or part.isdigit() for part in parts
     ):
-        raise ValueError(f"{_short(name)} is not the name of a module")
+        raise ValueError(f"{short_repr(name)} is not the name of a module")
 
 
 # -------------------------------------------------------------------------------------------------- the swap

@@ -35,6 +35,7 @@ from .modeling_adanorm import (
     is_swapped,
     make_norm,
     replace_modules,
+    short_repr,
     source_settings,
 )
 from .report import NormRow, Report
@@ -218,9 +219,9 @@ def inspect_model(
 
 def _check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{option} must be one of {list(choices)}, got {value!r}")
+        raise TypeError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
     if value not in choices:
-        raise ValueError(f"{option} must be one of {list(choices)}, got {value!r}")
+        raise ValueError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from .modeling_adanorm import short_repr
+
 Patterns = str | Sequence[str] | None
 
 
@@ -23,12 +25,12 @@ def check_patterns(option: str, patterns: Patterns) -> None:
         try:
             re.compile(patterns)
         except re.error as error:
-            raise ValueError(f"{option}={patterns!r} is not a regular expression: {error}") from None
+            raise ValueError(f"{option}={short_repr(patterns)} is not a regular expression: {error}") from None
         return
     if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"{option} must be a regular expression or a list of name endings, got {patterns!r}")
+        raise TypeError(f"{option} must be a regular expression or a list of name endings, got {short_repr(patterns)}")
     if not patterns or not all(patterns):
-        raise ValueError(f"{option}={patterns!r} holds no name: leave it out to mean every norm")
+        raise ValueError(f"{option}={short_repr(patterns)} holds no name: leave it out to mean every norm")
 
 
 def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[str]:
@@ -39,15 +41,17 @@ def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[st
         matched = {name for name in names if re.fullmatch(patterns, name)}
         if not matched:
             raise ValueError(
-                f"{option}={patterns!r} matches no norm. As a string it is a regular expression for the whole name; "
-                f"for name endings pass a list. {_closest(patterns, names)}"
+                f"{option}={short_repr(patterns)} matches no norm. As a string it is a regular expression for the "
+                f"whole name; for name endings pass a list. {_closest(patterns, names)}"
             )
         return matched
     found: set[str] = set()
     for ending in patterns:
         matched = {name for name in names if name == ending or name.endswith(f".{ending}")}
         if not matched:
-            raise ValueError(f"{option}: {ending!r} is the ending of no norm's name. {_closest(ending, names)}")
+            raise ValueError(
+                f"{option}: {short_repr(ending)} is the ending of no norm's name. {_closest(ending, names)}"
+            )
         found |= matched
     return found
 
@@ -67,10 +71,10 @@ def check_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
     if isinstance(layers, int) and not isinstance(layers, bool):
         return (layers,)
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be integers, got {layers!r}")
+        raise TypeError(f"layers must be integers, got {short_repr(layers)}")
     layers = tuple(layers)
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in layers):
-        raise TypeError(f"layers must be integers, got {layers!r}")
+        raise TypeError(f"layers must be integers, got {short_repr(layers)}")
     if not layers:
         raise ValueError("layers is empty: leave it out to mean every layer")
     return layers

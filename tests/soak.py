@@ -49,6 +49,7 @@ def soak(recipe: str, kills: int, draw: random.Random, folder: Path) -> Counter[
     counts: Counter[str] = Counter({"kills": 0})
     newest = 0
     while counts["kills"] < kills:
+        log.unlink()
         process = start(recipe, arguments(recipe, data, run), log)
         counts["starts"] += 1
         while_writing = draw.random() < 0.5
@@ -68,6 +69,7 @@ def soak(recipe: str, kills: int, draw: random.Random, folder: Path) -> Counter[
         code = wait(process)
         assert code in (0, -signal.SIGKILL), log.read_text()
         left = check_whole(run)
+        log.touch()  # it may have been killed before its first breath
         resumed = resumed_from(log)
         if code == -signal.SIGKILL:
             counts["kills"] += 1
