@@ -7,6 +7,7 @@ run is resumed in the middle of an epoch by counting steps, without reading the 
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -133,6 +134,8 @@ def _loader(dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=workers,
+        # Forked, what they read needs no pickling; Python's own default differs between versions and platforms.
+        multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
         generator=generator,
         pin_memory=torch.cuda.is_available(),
     )

@@ -11,13 +11,14 @@ so that a killed study continues where it was, and the table can be made from wh
     simple-drop               layernorm-simple, gains and biases dropped
     simple-fold               ... folded, residual norms by their gain's mean (on_unfoldable="approximate")
     simple-calibrated         ... folded by a fit to one batch (on_unfoldable="calibrate")
+    simple-distilled          ... and drawn to the source's pooled outputs, less and less over the first 60 % of the
+                              steps (each of those runs the source as well)
     adanorm-drop              AdaNorm with the paper's k, gains and biases dropped
     adanorm-fold-ramp         folded as simple-fold, then k from 0 to the paper's over the first 60 % of the steps
     adanorm-fold-layerwise    ... one norm after the other instead of all together
     adanorm-fade              gain and bias fade out and k in, over the first 60 % of the steps
     adanorm-calibrated        AdaNorm with a k per norm that its outliers allow, folded by the fit, no ramp
-    adanorm-distilled         ... and drawn to the source's pooled outputs, less and less over the first 60 % of the
-                              steps (each of those runs the source as well)
+    adanorm-distilled         ... and drawn to the source's pooled outputs, as simple-distilled
 
 Raises FileNotFoundError for a missing model or data file.
 """
@@ -48,6 +49,7 @@ WAYS = (
     "adanorm-calibrated",
     "adanorm-distilled",
     "simple-calibrated",
+    "simple-distilled",
     "simple-fold",
     "adanorm-drop",
     "adanorm-fold-ramp",
@@ -147,7 +149,7 @@ def build(way: str, args: argparse.Namespace, data: Data, seed: int) -> tuple[Me
         elif way == "simple-fold":
             options = {"affine": "fold", "on_unfoldable": "approximate", "fold_inputs": calibration}
             patch_model(model, "layernorm-simple", **options)
-        elif way == "simple-calibrated":
+        elif way in ("simple-calibrated", "simple-distilled"):
             options = {"affine": "fold", "on_unfoldable": "calibrate", "fold_inputs": calibration}
             patch_model(model, "layernorm-simple", **options)
         elif way == "adanorm-drop":
@@ -195,7 +197,7 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
     result["start"] = distance_at_start(model, args, data, seed)
     fading = way in ("adanorm-fold-ramp", "adanorm-fold-layerwise", "adanorm-fade")
     order: Order = "forward" if way == "adanorm-fold-layerwise" else "together"
-    source = MeanPooledClassifier(args.model, seed).eval() if way == "adanorm-distilled" else None
+    source = MeanPooledClassifier(args.model, seed).eval() if way.endswith("-distilled") else None
     ramp_steps = round(FADE_SHARE * args.steps)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
     losses: list[float] = []
@@ -309,6 +311,7 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         "#999933",
         "#7f7f7f",
         "#882255",
+        "#332288",
     ]  # Okabe and Ito's
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for index, way in enumerate(way for way in WAYS if way in found):

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
 import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from hf_adanorm import patch_model, unpatch_model, watch_norms
 
 CYCLES = 1000
+
+
+@pytest.fixture(autouse=True)
+def _silence() -> Iterator[None]:
+    """pytest holds what is printed and logged: that would be measured as growth."""
+    disable_progress_bar()
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+    enable_progress_bar()
 
 
 @pytest.fixture
@@ -27,9 +39,12 @@ def model() -> BertModel:
 
 
 def growth(cycle: Callable[[], object], cycles: int) -> int:
-    """Bytes of Python's memory that so many cycles leave behind, after a warm-up of a fifth as many.
+    """Bytes of Python's memory that half so many cycles leave behind, after a warm-up of a fifth as many.
 
-    The number of objects, file descriptors and threads must not grow at all.
+    Of the first and the second half, the one that left less: a leak grows in both, while a table of the interpreter
+    (that of the interned strings, 7 MB) is made larger once and then holds for long.
+
+    The number of objects must not grow with the cycles, that of file descriptors and threads not at all.
     """
     for _ in range(cycles // 10):
         cycle()
@@ -40,17 +55,18 @@ def growth(cycle: Callable[[], object], cycles: int) -> int:
         for _ in range(cycles // 10):  # tracemalloc sees what is allocated from here on
             cycle()
         gc.collect()
-        held = tracemalloc.get_traced_memory()[0]
-        for _ in range(cycles):
-            cycle()
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - held
+        held = [tracemalloc.get_traced_memory()[0]]
+        for _ in range(2):
+            for _ in range(cycles // 2):
+                cycle()
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
     assert len(gc.get_objects()) - objects < cycles // 4
     assert _num_descriptors() == descriptors
     assert threading.active_count() == threads
-    return grown
+    return min(held[1] - held[0], held[2] - held[1])
 
 
 def _num_descriptors() -> int:
@@ -63,12 +79,12 @@ def test_patching_and_unpatching(model: BertModel, affine: str) -> None:
         patch_model(model, "adanorm", affine=affine)
         unpatch_model(model)
 
-    assert growth(cycle, CYCLES) < 50 * CYCLES
+    assert growth(cycle, CYCLES) < 25 * CYCLES
 
 
 def test_saving(model: BertModel, tmp_path: Path) -> None:
     patch_model(model, "adanorm")
-    assert growth(lambda: model.save_pretrained(tmp_path), CYCLES) < 50 * CYCLES
+    assert growth(lambda: model.save_pretrained(tmp_path), CYCLES) < 25 * CYCLES
 
 
 def test_loading_leaves_no_more_behind_than_loading_a_stock_model(model: BertModel, tmp_path: Path) -> None:
@@ -76,7 +92,7 @@ def test_loading_leaves_no_more_behind_than_loading_a_stock_model(model: BertMod
     model.save_pretrained(stock)
     patch_model(model, "adanorm").save_pretrained(patched)
     control = growth(lambda: AutoModel.from_pretrained(stock), cycles)  # transformers itself leaves some kilobytes
-    assert growth(lambda: AutoModel.from_pretrained(patched), cycles) < 1.2 * control + 100 * cycles
+    assert growth(lambda: AutoModel.from_pretrained(patched), cycles) < 1.2 * control + 50 * cycles
 
 
 def test_steps_of_training(model: BertModel) -> None:
@@ -87,7 +103,7 @@ def test_steps_of_training(model: BertModel) -> None:
         model(input_ids=ids).last_hidden_state.square().sum().backward()
         model.zero_grad()
 
-    assert growth(cycle, 400) < 150 * 400
+    assert growth(cycle, 400) < 75 * 400
 
 
 def test_watching_and_stopping_to(model: BertModel) -> None:
@@ -97,7 +113,7 @@ def test_watching_and_stopping_to(model: BertModel) -> None:
         with watch_norms(model, every=1):
             model(input_ids=torch.arange(8)[None]).last_hidden_state.sum().backward()
 
-    assert growth(cycle, 200) < 150 * 200
+    assert growth(cycle, 200) < 75 * 200
 
 
 def test_importing_starts_no_thread_and_opens_no_connection() -> None:

@@ -1,4 +1,4 @@
-"""Runs that share a machine: the same seed gives the same weights, whoever else runs and however batches are loaded."""
+"""Runs that share a machine: the same seed gives the same weights, whoever else runs, however batches are loaded."""
 
 from __future__ import annotations
 
