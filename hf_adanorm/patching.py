@@ -559,8 +559,7 @@ def _warn_of_dropped(plan: Plan) -> None:
         warnings.warn(
             f"the trained gains and biases of {trained} norms are dropped: the model's outputs change until it is "
             'trained again. affine="fold" keeps what it learned, for a post-norm model (BERT, BART) with '
-            'on_unfoldable="calibrate" and k=calibrate_k(model, batches).k; affine="fade" fades them out during '
-            "training",
+            'on_unfoldable="calibrate" and k=calibrate_k(model, batches).k',
             stacklevel=3,
         )
 

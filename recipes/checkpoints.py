@@ -50,7 +50,8 @@ class Progress:
     samples: int = 0  # examples seen by all processes
     timed_samples: int = 0  # of these, the ones that the training time below was measured on
     timed_seconds: float = 0.0
-    skipped_steps: int = 0  # left out because the loss or the gradient was not finite
+    skipped_steps: int = 0  # left out because the loss or the gradient was not finite, or a spike
+    recent_steps: list[list[float]] = field(default_factory=list)  # loss and gradient norm, what a spike is told by
     best_step: int | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation

@@ -42,10 +42,10 @@ from options import (
 )
 from publishing import prepare_push, publish
 from results import format_results, versions
+from step_checks import DivergedError, optimizer_step
 from text_task import ModelOptions, Task, TextOptions, prepare_text
 from training import (
     EXIT_DIVERGED,
-    NonFiniteError,
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
@@ -57,7 +57,6 @@ from training import (
     make_accelerator,
     make_optimizer,
     norms_to_trackers,
-    optimizer_step,
     set_learning_rate,
 )
 
@@ -161,7 +160,7 @@ def train(
                         loss = F.cross_entropy(logits, labels, reduction="sum") / num_examples
                         accelerator.backward(loss * undo_mean)
                     step_loss += loss.detach()
-                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options, batch)
+                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress, options, batch)
                 progress.step += 1
                 send_norms(progress.step)
                 progress.epoch_step += 1
@@ -316,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     try:
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
-    except NonFiniteError as error:
+    except DivergedError as error:
         if accelerator.is_main_process:
             write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
             print(f"error: {error}", file=sys.stderr, flush=True)

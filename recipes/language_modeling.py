@@ -47,10 +47,10 @@ from options import (
 from publishing import prepare_push, publish
 from results import versions
 from score_bytes import collate_windows, window_bits
+from step_checks import DivergedError, optimizer_step
 from text_task import ModelOptions, check_model_source, fresh_config
 from training import (
     EXIT_DIVERGED,
-    NonFiniteError,
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
@@ -62,7 +62,6 @@ from training import (
     make_accelerator,
     make_optimizer,
     norms_to_trackers,
-    optimizer_step,
     set_learning_rate,
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -177,7 +176,7 @@ def train(
                         loss = losses / num_characters
                         accelerator.backward(loss * undo_mean)
                     step_loss += loss.detach()
-                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options, inputs)
+                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress, options, inputs)
                 progress.step += 1
                 send_norms(progress.step)
                 progress.epoch_step += 1
@@ -340,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     try:
         progress = train(accelerator, model, optimizer, splits, plan, checkpoints, save_model, options)
-    except NonFiniteError as error:
+    except DivergedError as error:
         if accelerator.is_main_process:
             write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
             print(f"error: {error}", file=sys.stderr, flush=True)

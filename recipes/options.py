@@ -85,6 +85,10 @@ class OptimizationOptions:
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "what to do when the loss or its gradient is NaN or infinite: stop, or leave that step out"
     )
+    on_spike: Literal["report", "stop", "skip"] = option(
+        "report", "what to do when the loss or its gradient is a spike: say so and go on, stop, or leave that step out"
+    )
+    spike_sigmas: float = option(6.0, "a spike is so many standard deviations above the mean of the last 128 steps")
 
 
 @dataclass(kw_only=True)
@@ -115,7 +119,7 @@ class RunOptions:
     hub_private: bool = option(False, "make that repository private if it is new")
 
 
-# Options that may differ between a run and its resumption: they change nothing in the trained weights.
+# Options that may differ between a run and its resumption: they change nothing in the weights trained before.
 FREE_OPTIONS = frozenset(
     {
         "output_dir",
@@ -127,6 +131,9 @@ FREE_OPTIONS = frozenset(
         "watch_norms",
         "progress_bar",
         "dataloader_workers",
+        # A run that stopped at a bad step may go on without it.
+        "on_nonfinite",
+        "on_spike",
         "push_to_hub",
         "hub_model_id",
         "hub_private",
@@ -226,7 +233,7 @@ def _last_value(argv: list[str], flag: str) -> str | None:
 def check_ranges(options: OptimizationOptions) -> None:
     """Raise OptionError for a number of the optimisation or run group outside its range."""
     positive = ["learning_rate", "gradient_accumulation_steps", "num_epochs", "max_steps", "eval_steps"]
-    positive += ["checkpointing_steps", "save_total_limit", "logging_steps", "watch_norms"]
+    positive += ["checkpointing_steps", "save_total_limit", "logging_steps", "watch_norms", "spike_sigmas"]
     not_negative = [
         "warmup_steps",
         "warmup_ratio",

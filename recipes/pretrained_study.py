@@ -8,6 +8,7 @@ that had the best validation accuracy there, and the table takes those runs. Eve
 so that a killed study continues where it was, and the table can be made from what is there (--summary_only).
 
     layernorm                 the model as it is
+    layernorm-distilled       ... with the term of simple-distilled, the control for it
     simple-drop               layernorm-simple, gains and biases dropped
     simple-fold               ... folded, residual norms by their gain's mean (on_unfoldable="approximate")
     simple-calibrated         ... folded by a fit to one batch (on_unfoldable="calibrate")
@@ -46,6 +47,7 @@ from hf_adanorm.fading import Order, fade_at
 
 WAYS = (
     "layernorm",
+    "layernorm-distilled",
     "adanorm-calibrated",
     "adanorm-distilled",
     "simple-calibrated",
@@ -312,6 +314,7 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         "#7f7f7f",
         "#882255",
         "#332288",
+        "#aa4499",
     ]  # Okabe and Ito's
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for index, way in enumerate(way for way in WAYS if way in found):

@@ -39,14 +39,6 @@ CALIBRATION_EXAMPLES = 32
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or its gradient became NaN or infinite at optimiser step `step`, counted from 1."""
-
-    def __init__(self, message: str, step: int):
-        super().__init__(message)
-        self.step = step
-
-
 @contextmanager
 def clear_errors(accelerator: Accelerator) -> Iterator[None]:
     """While a run is set up, end it on the user's mistakes with one line and code 2 instead of a traceback."""
@@ -202,68 +194,6 @@ def set_learning_rate(optimizer: Any, value: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-def optimizer_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Any,
-    loss: torch.Tensor,
-    step: int,
-    options: OptimizationOptions,
-    inputs: dict[str, torch.Tensor] | None = None,
-) -> bool:
-    """Clip, check and apply the gradients of a step; False when the step was left out.
-
-    `loss` is this process's share of the step's loss, a scalar. The gradient's norm is the same on every process, so
-    all of them come to the same decision. Under fp16 an overflow is the gradient scaler's business: it leaves the
-    step out and lowers its scale.
-
-    Raises NonFiniteError, naming the step, when something is not finite and `--on_nonfinite` is "stop". Given the
-    `inputs` of the last micro-batch, it names the first module with such an output, too.
-    """
-    norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
-    scaled = accelerator.scaler is not None and accelerator.scaler.is_enabled()
-    finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
-    # A scale this small has been halved in vain for dozens of steps: the overflow is not one of precision.
-    hopeless = scaled and not finite and accelerator.scaler.get_scale() < 1e-3
-    if not finite and (not scaled or hopeless):
-        if options.on_nonfinite == "stop":
-            raise NonFiniteError(
-                f"step {step + 1}: loss {loss.item()}, gradient norm {float(norm)}: not finite"
-                f"{_first_nonfinite(model, inputs) if inputs else ''}. The last checkpoint "
-                "stands; lower the learning rate, clip harder, or leave such steps out with --on_nonfinite skip",
-                step + 1,
-            )
-        accelerator.print(f"step {step + 1}: loss {loss.item()}, gradient norm {float(norm)}: step left out")
-        optimizer.zero_grad()
-        return False
-    optimizer.step()
-    optimizer.zero_grad()
-    return not accelerator.optimizer_step_was_skipped
-
-
-@torch.no_grad()
-def _first_nonfinite(model: nn.Module, inputs: dict[str, torch.Tensor]) -> str:
-    """Where a forward pass first leaves the finite numbers, as the end of a sentence."""
-    found: list[str] = []
-
-    def check(name: str, module: nn.Module, output: Any) -> None:
-        tensors = output if isinstance(output, (tuple, list)) else [output]
-        if not found and not all(t.isfinite().all() for t in tensors if isinstance(t, torch.Tensor)):
-            found.append(f"{name} ({type(module).__name__})")
-
-    handles = [
-        module.register_forward_hook(lambda module, _, output, name=name: check(name, module, output))
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
-        model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return f", first in the output of {found[0]}" if found else ", though the forward pass is finite"
 
 
 @contextmanager

@@ -59,11 +59,11 @@ from options import (
 from parallel_text import SOURCE
 from publishing import prepare_push, publish
 from results import versions
+from step_checks import DivergedError, optimizer_step
 from token_batches import TokenPlan, token_batches
 from torch.distributed.fsdp import register_fsdp_forward_method
 from training import (
     EXIT_DIVERGED,
-    NonFiniteError,
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
@@ -75,7 +75,6 @@ from training import (
     make_accelerator,
     make_optimizer,
     norms_to_trackers,
-    optimizer_step,
     set_learning_rate,
 )
 from transformers import AutoModelForSeq2SeqLM
@@ -262,7 +261,7 @@ def train(
                         accelerator.backward(loss / num_tokens * undo_mean)
                     step_loss += loss.detach() / num_tokens
                 batch["decoder_input_ids"] = inputs
-                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress.step, options, batch)
+                applied = optimizer_step(accelerator, model, optimizer, step_loss, progress, options, batch)
                 progress.step += 1
                 send_norms(progress.step)
                 progress.epoch_step += 1
@@ -449,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     try:
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
-    except NonFiniteError as error:
+    except DivergedError as error:
         if accelerator.is_main_process:
             write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
             print(f"error: {error}", file=sys.stderr, flush=True)

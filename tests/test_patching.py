@@ -572,7 +572,7 @@ def test_unpatched_encoder_may_take_the_fast_path_again() -> None:
 
 
 def test_dropping_trained_gains_warns_with_their_number_and_the_alternatives() -> None:
-    with pytest.warns(UserWarning, match=r'of 6 norms are dropped.*affine="fold".*affine="fade"') as caught:
+    with pytest.warns(UserWarning, match=r'of 6 norms are dropped.*affine="fold".*calibrate_k') as caught:
         patch_model(build("bert"))
     assert len(caught) == 1
     assert caught[0].filename == __file__

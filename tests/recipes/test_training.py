@@ -1,22 +1,16 @@
-import math
 import time
 
 import pytest
-import torch
-from accelerate import Accelerator
 from checkpoints import Progress
 from hypothesis import given
 from hypothesis import strategies as st
 from options import OptimizationOptions, OptionError, PatchOptions
-from torch import nn
 from training import (
     UNTIMED_STEPS,
-    NonFiniteError,
     Stopwatch,
     apply_patch,
     learning_rate_at,
     make_optimizer,
-    optimizer_step,
 )
 from transformers import BertConfig, BertModel
 
@@ -90,32 +84,6 @@ def test_the_control_refuses_a_patched_model():
     apply_patch(model, PatchOptions(norm="adanorm"))
     with pytest.raises(OptionError, match="already patched"):
         apply_patch(model, PatchOptions(norm="layernorm"))
-
-
-def step_with_loss(value, **options):
-    accelerator = Accelerator(cpu=True)
-    layer = nn.Linear(2, 1)
-    before = layer.weight.detach().clone()
-    model, optimizer = accelerator.prepare(layer, make_optimizer(layer, OptimizationOptions(**options)))
-    loss = model(torch.ones(1, 2)).sum() * value
-    accelerator.backward(loss)
-    applied = optimizer_step(accelerator, model, optimizer, loss.detach(), 6, OptimizationOptions(**options))
-    return applied, torch.equal(before, layer.weight), layer.weight.grad
-
-
-def test_a_finite_step_is_applied():
-    assert step_with_loss(1.0) == (True, False, None)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_stops_the_run_and_is_named(value):
-    with pytest.raises(NonFiniteError, match="step 7: loss"):
-        step_with_loss(value)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_left_out_on_request(value):
-    assert step_with_loss(value, on_nonfinite="skip") == (False, True, None)
 
 
 def test_speed_leaves_out_the_first_steps_and_pauses():
