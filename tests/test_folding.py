@@ -20,18 +20,10 @@ from hf_adanorm import fold_affine, hooks, is_patched, patch_model, set_fade, un
 from hf_adanorm.consumers import num_inputs, watch_consumers
 from hf_adanorm.dummy_inputs import dummy_inputs
 from hf_adanorm.folding import fold_norms
-from tests.fold_models import build
+from tests.fold_models import POST_NORM, build, logits
 
 transformers.logging.set_verbosity_error()
 WIDTH = 8
-
-
-def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        output = model(**inputs)
-    if isinstance(output, Tensor):
-        return output
-    return output["logits"] if "logits" in output else output["logits_per_image"]
 
 
 def difference(new: Tensor, old: Tensor) -> float:
@@ -427,8 +419,6 @@ def test_training_flags_hooks_and_random_state_are_left_alone() -> None:
 
 
 # --- post-norm: approximate and calibrate ----------------------------------------------------------------------------
-
-POST_NORM = {"bert-cls": 4, "roberta-cls": 5, "bart": 10, "marian": 8}  # name -> approximated
 
 
 @pytest.mark.parametrize("name", POST_NORM)
