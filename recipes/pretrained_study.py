@@ -316,15 +316,18 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         "#332288",
         "#aa4499",
     ]  # Okabe and Ito's
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for index, way in enumerate(way for way in WAYS if way in found):
-        losses = torch.tensor([run["losses"] for run in found[way]]).mean(0)
+    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    losses_of = {way: torch.tensor([run["losses"] for run in found[way]]).mean(0) for way in WAYS if way in found}
+    styles_of = {way: (styles[index % 4], colors[index % len(colors)]) for index, way in enumerate(WAYS)}
+    # The legend in the order of the lines' right ends.
+    for way in sorted(losses_of, key=lambda way: -float(losses_of[way][-10:].mean())):
+        losses, (style, color) = losses_of[way], styles_of[way]
         window = min(10, len(losses))
         smooth = F.avg_pool1d(losses[None, None], window, 1)[0, 0]
         steps = range(window, window + len(smooth))
-        axes.plot(steps, smooth, styles[index % 4], color=colors[index % len(colors)], label=way, linewidth=1.8)
+        axes.plot(steps, smooth, style, color=color, label=way, linewidth=1.8)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats, mean over 10 steps)")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"loss.{suffix}", dpi=150)
     plt.close(figure)

@@ -6,26 +6,10 @@ import json
 import random
 from pathlib import Path
 
-CLASSIFIER = {
-    "model_type": "bert",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-}
-# With this type's default of dropping whole layers at random.
-TRANSLATOR = {
-    "model_type": "m2m_100",
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_ffn_dim": 16,
-    "decoder_ffn_dim": 16,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
+from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_TRANSLATOR
+
+# Layers are dropped at random, as by this type's default.
+TRANSLATOR = {**TINY_TRANSLATOR, "encoder_layerdrop": 0.05, "decoder_layerdrop": 0.05}
 STEPS = 30
 EVERY = 4  # steps from checkpoint to checkpoint
 
@@ -58,7 +42,7 @@ def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> l
         "output_dir": output_dir,
     }
     if recipe == "classification":
-        options |= {"model_config": json.dumps(CLASSIFIER), "batch_size": 4, "min_frequency": 1, "max_length": 32}
+        options |= {"model_config": json.dumps(TINY_CLASSIFIER), "batch_size": 4, "min_frequency": 1, "max_length": 32}
     else:
         options |= {"model_config": json.dumps(TRANSLATOR), "dropout": 0.1, "vocab_size": 60, "max_tokens": 64}
         options |= {"max_source_length": 32, "max_target_length": 32, "num_beams": 1, "cache_dir": data / "cache"}

@@ -17,16 +17,9 @@ from training import EXIT_DIVERGED
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import hf_adanorm
+from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 SCRIPT = Path(classification.__file__)
-TINY = {
-    "model_type": "bert",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-}
 # Dropout, gradient accumulation, an incomplete last step and a checkpoint in the middle of an epoch.
 RESUME = {
     "max_steps": 60,
@@ -62,7 +55,7 @@ def arguments_for(texts, folder, **changes):
     options = {
         "train_file": texts["train"],
         "validation_file": texts["validation"],
-        "model_config": json.dumps(TINY),
+        "model_config": json.dumps(TINY_CLASSIFIER),
         "min_frequency": 1,
         "max_length": 32,
         "batch_size": 8,
@@ -157,7 +150,7 @@ def stop_after(command, step, how):
 
 def test_two_processes_do_what_one_does(texts, tmp_path):
     # Without dropout, whose masks are drawn per process.
-    model = json.dumps({**TINY, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    model = json.dumps({**TINY_CLASSIFIER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     common = {"model_config": model, "max_steps": 12, "eval_steps": 4, "test_file": texts["test"]}
     one, two = tmp_path / "one", tmp_path / "two"
     classification.main(arguments_for(texts, one, batch_size=8, **common))

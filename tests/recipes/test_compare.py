@@ -27,15 +27,9 @@ from paper_results import COLUMNS, ROWS, paper_score
 from PIL import Image
 from significance import bootstrap_scores, difference_over_seeds, holm, paired_difference
 
+from tests.recipes.tiny_configs import TINY_CLASSIFIER
+
 CONFIGS = Path(compare.__file__).with_name("configs")
-TINY = {
-    "model_type": "bert",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-}
 
 
 def arguments_for(texts, folder, *changes, test=True):
@@ -44,7 +38,7 @@ def arguments_for(texts, folder, *changes, test=True):
         "output_dir": folder,
         "train_file": texts["train"],
         "validation_file": texts["validation"],
-        "model_config": json.dumps(TINY),
+        "model_config": json.dumps(TINY_CLASSIFIER),
         "min_frequency": 1,
         "max_length": 32,
         "batch_size": 8,

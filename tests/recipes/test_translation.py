@@ -23,22 +23,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, MBart
 from translation_task import decoder_inputs, initialize
 
 import hf_adanorm
+from tests.recipes.tiny_configs import TINY_TRANSLATOR
 
 SCRIPT = Path(translation.__file__)
 RECIPES = SCRIPT.parent
-TINY = {
-    "model_type": "m2m_100",
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_ffn_dim": 16,
-    "decoder_ffn_dim": 16,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "max_position_embeddings": 32,
-    "encoder_layerdrop": 0.0,
-    "decoder_layerdrop": 0.0,
-}
 NUM_NORMS = 7
 SCORES = {"sacrebleu", "sacrebleu_lowercase", "bleu_tokenized_lowercase", "chrf"}
 
@@ -78,7 +66,7 @@ def arguments_for(pairs, cache, folder, **changes):
     options = {
         "train_file": pairs["train"],
         "validation_file": pairs["validation"],
-        "model_config": json.dumps(TINY),
+        "model_config": json.dumps(TINY_TRANSLATOR),
         "dropout": 0.1,
         "vocab_size": 80,
         "max_source_length": 32,
@@ -264,7 +252,7 @@ def test_other_architectures_start_from_a_config(arguments, tmp_path, sizes):
         config = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
         changes |= {"targets": "rmsnorm", "source_prefix": "translate: "}
     else:
-        config = {**TINY, **sizes}
+        config = {**TINY_TRANSLATOR, **sizes}
     translation.main(arguments(tmp_path, model_config=json.dumps(config), max_steps=2, **changes))
     assert read_results(tmp_path)["norm_modules"] > 0
     config = AutoConfig.from_pretrained(tmp_path / "best")
@@ -317,7 +305,7 @@ def test_the_same_text_is_tokenised_once_for_all_runs(pairs, tmp_path):
 def test_mbarts_decoder_starts_with_the_language(arguments, tmp_path):
     tokenizer = MBartTokenizer(src_lang="de_DE", tgt_lang="en_XX")
     tokenizer.save_pretrained(tmp_path / "base")
-    sizes = {name: value for name, value in TINY.items() if name != "model_type"}
+    sizes = {name: value for name, value in TINY_TRANSLATOR.items() if name != "model_type"}
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     config = AutoConfig.for_model("mbart", vocab_size=len(tokenizer), **special, **sizes)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "base")
@@ -334,7 +322,7 @@ def test_a_multilingual_model_is_told_its_languages(arguments, tmp_path):
     tokenizer = NllbTokenizer(vocab={text: n for n, text in enumerate(letters)}, merges=[])
     tokenizer.save_pretrained(tmp_path / "base")
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
-    sizes = {name: value for name, value in TINY.items() if name != "model_type"}
+    sizes = {name: value for name, value in TINY_TRANSLATOR.items() if name != "model_type"}
     config = AutoConfig.for_model("m2m_100", vocab_size=len(tokenizer), **special, **sizes)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "base")
     codes = {"source_lang_code": "deu_Latn", "target_lang_code": "eng_Latn"}
@@ -363,7 +351,10 @@ def test_a_multilingual_model_is_told_its_languages(arguments, tmp_path):
         ({"num_beams": 0}, "--num_beams must be positive, got 0"),
         ({"average_checkpoints": 1}, "--average_checkpoints must be 0 or at least 2"),
         ({"include": "nothing"}, "--norm adanorm: "),
-        ({"model_config": json.dumps({**TINY, "model_type": "marian"}), "max_source_length": 99}, "32 positions"),
+        (
+            {"model_config": json.dumps({**TINY_TRANSLATOR, "model_type": "marian"}), "max_source_length": 99},
+            "32 positions",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_before_training(changes, said, arguments, tmp_path, capsys):
@@ -389,7 +380,7 @@ def test_the_loss_of_shifted_labels_is_the_models_own(finished):
 def test_initialisation_is_that_of_the_papers_runs():
     width = 64
     config = AutoConfig.for_model(
-        **{**TINY, "d_model": width, "encoder_ffn_dim": 96, "vocab_size": 500, "encoder_attention_heads": 4}
+        **{**TINY_TRANSLATOR, "d_model": width, "encoder_ffn_dim": 96, "vocab_size": 500, "encoder_attention_heads": 4}
     )
     model = AutoModelForSeq2SeqLM.from_config(config)
     initialize(model, "kaiming")

@@ -5,19 +5,18 @@ import json
 import classification
 import pytest
 
-TINY = {
-    "model_type": "bert",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-}
+from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 
 def run(texts, folder, *more):
     config = {f"{split}_file": str(path) for split, path in texts.items()}
-    config |= {"model_config": TINY, "max_length": 32, "max_steps": 12, "batch_size": 4, "progress_bar": False}
+    config |= {
+        "model_config": TINY_CLASSIFIER,
+        "max_length": 32,
+        "max_steps": 12,
+        "batch_size": 4,
+        "progress_bar": False,
+    }
     path = folder.with_suffix(".yaml")
     path.write_text(json.dumps({**config, "gradient_accumulation_steps": 2, "logging_steps": 5}))
     classification.main(["--config", str(path), "--output_dir", str(folder), *more])
