@@ -129,8 +129,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():
                 name = path.name
-                stale = name.startswith(_TEMPORARY)
-                ours = name in {"best", "results.json", "diverged.json"} or _number(name, "(checkpoint|best)")
+                stale = name.startswith(_TEMPORARY) or name == "diverged.json"  # it is tried once more
+                ours = name in {"best", "results.json"} or _number(name, "(checkpoint|best)")
                 if stale or (overwrite and ours):
                     _remove(path)
         accelerator.wait_for_everyone()

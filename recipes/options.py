@@ -134,6 +134,7 @@ FREE_OPTIONS = frozenset(
         # A run that stopped at a bad step may go on without it.
         "on_nonfinite",
         "on_spike",
+        "spike_sigmas",
         "push_to_hub",
         "hub_model_id",
         "hub_private",

@@ -218,6 +218,21 @@ def test_divergence_is_reported_with_its_step_and_the_checkpoint_stands(texts, t
     assert f"step {step}" in json.loads((tmp_path / "diverged.json").read_text())["diverged"]
 
 
+def test_a_run_that_stopped_at_a_spike_goes_on_without_that_step(texts, tmp_path, capsys):
+    options = {"spike_sigmas": 1, "checkpointing_steps": 10, "max_steps": 60}
+    with pytest.raises(SystemExit) as ended:
+        classification.main(arguments_for(texts, tmp_path, on_spike="stop", **options))
+    assert ended.value.code == EXIT_DIVERGED
+    step = int(re.search(r"error: step (\d+): .* is a spike", capsys.readouterr().err)[1])
+    assert (tmp_path / f"checkpoint-{(step - 1) // 10 * 10}").is_dir()
+    classification.main(arguments_for(texts, tmp_path, on_spike="skip", **options))
+    said = capsys.readouterr().out
+    assert "resuming from step" in said
+    assert re.search(rf"step {step}: .*: step left out", said)
+    assert json.loads((tmp_path / "results.json").read_text())["skipped_steps"] >= 1
+    assert not (tmp_path / "diverged.json").exists()
+
+
 def test_a_pretrained_model_is_fine_tuned_and_tracked(finished, texts, tmp_path):
     changes = {"model_config": "{}", "model_name_or_path": finished / "best", "C": 1.3, "k": 0.07}
     classification.main(
