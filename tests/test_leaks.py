@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -38,35 +39,41 @@ def model() -> BertModel:
     return BertModel(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes))
 
 
-def growth(cycle: Callable[[], object], cycles: int) -> int:
-    """Bytes of Python's memory that half so many cycles leave behind, after a warm-up of a fifth as many.
+class Growth(NamedTuple):
+    """What half of the cycles left behind."""
 
-    Of the first and the second half, the one that left less: a leak grows in both, while a table of the interpreter
-    (that of the interned strings, 7 MB) is made larger once and then holds for long.
+    bytes: int  # of Python's memory
+    objects: int
 
-    The number of objects must not grow with the cycles, that of file descriptors and threads not at all.
+
+def growth(cycle: Callable[[], object], cycles: int) -> Growth:
+    """Run so many cycles, after a warm-up of a fifth as many. File descriptors and threads must not grow at all.
+
+    Of the first and the second half, what the one that left less did: a leak grows in both, while caches are filled
+    and a table of the interpreter (that of the interned strings, 7 MB) is made larger once, and then hold for long.
     """
     for _ in range(cycles // 10):
         cycle()
-    gc.collect()
-    objects, descriptors, threads = len(gc.get_objects()), _num_descriptors(), threading.active_count()
+    descriptors, threads = _num_descriptors(), threading.active_count()
     tracemalloc.start()
     try:
         for _ in range(cycles // 10):  # tracemalloc sees what is allocated from here on
             cycle()
-        gc.collect()
-        held = [tracemalloc.get_traced_memory()[0]]
+        held = [_held()]
         for _ in range(2):
             for _ in range(cycles // 2):
                 cycle()
-            gc.collect()
-            held.append(tracemalloc.get_traced_memory()[0])
+            held.append(_held())
     finally:
         tracemalloc.stop()
-    assert len(gc.get_objects()) - objects < cycles // 4
     assert _num_descriptors() == descriptors
     assert threading.active_count() == threads
-    return min(held[1] - held[0], held[2] - held[1])
+    return Growth(*(min(middle - first, last - middle) for first, middle, last in zip(*held, strict=True)))
+
+
+def _held() -> Growth:
+    gc.collect()
+    return Growth(tracemalloc.get_traced_memory()[0], len(gc.get_objects()))
 
 
 def _num_descriptors() -> int:
@@ -79,12 +86,16 @@ def test_patching_and_unpatching(model: BertModel, affine: str) -> None:
         patch_model(model, "adanorm", affine=affine)
         unpatch_model(model)
 
-    assert growth(cycle, CYCLES) < 25 * CYCLES
+    grown = growth(cycle, CYCLES)
+    assert grown.bytes < 25 * CYCLES
+    assert grown.objects < CYCLES // 8
 
 
 def test_saving(model: BertModel, tmp_path: Path) -> None:
     patch_model(model, "adanorm")
-    assert growth(lambda: model.save_pretrained(tmp_path), CYCLES) < 25 * CYCLES
+    grown = growth(lambda: model.save_pretrained(tmp_path), CYCLES)
+    assert grown.bytes < 25 * CYCLES
+    assert grown.objects < CYCLES // 8
 
 
 def test_loading_leaves_no_more_behind_than_loading_a_stock_model(model: BertModel, tmp_path: Path) -> None:
@@ -92,7 +103,9 @@ def test_loading_leaves_no_more_behind_than_loading_a_stock_model(model: BertMod
     model.save_pretrained(stock)
     patch_model(model, "adanorm").save_pretrained(patched)
     control = growth(lambda: AutoModel.from_pretrained(stock), cycles)  # transformers itself leaves some kilobytes
-    assert growth(lambda: AutoModel.from_pretrained(patched), cycles) < 1.2 * control + 50 * cycles
+    grown = growth(lambda: AutoModel.from_pretrained(patched), cycles)
+    assert grown.bytes < 1.2 * control.bytes + 50 * cycles
+    assert grown.objects < 1.2 * control.objects + cycles // 8
 
 
 def test_steps_of_training(model: BertModel) -> None:
@@ -103,7 +116,9 @@ def test_steps_of_training(model: BertModel) -> None:
         model(input_ids=ids).last_hidden_state.square().sum().backward()
         model.zero_grad()
 
-    assert growth(cycle, 400) < 75 * 400
+    grown = growth(cycle, 400)
+    assert grown.bytes < 75 * 400
+    assert grown.objects < 400 // 8
 
 
 def test_watching_and_stopping_to(model: BertModel) -> None:
@@ -113,7 +128,9 @@ def test_watching_and_stopping_to(model: BertModel) -> None:
         with watch_norms(model, every=1):
             model(input_ids=torch.arange(8)[None]).last_hidden_state.sum().backward()
 
-    assert growth(cycle, 200) < 75 * 200
+    grown = growth(cycle, 200)
+    assert grown.bytes < 75 * 200
+    assert grown.objects < 200 // 8
 
 
 def test_importing_starts_no_thread_and_opens_no_connection() -> None:
