@@ -66,8 +66,8 @@ def growth(cycle: Callable[[], object], cycles: int) -> Growth:
             held.append(_held())
     finally:
         tracemalloc.stop()
-    assert _num_descriptors() == descriptors
-    assert threading.active_count() == threads
+    assert _num_descriptors() <= descriptors  # what tests before have left may go meanwhile
+    assert threading.active_count() <= threads
     return Growth(*(min(middle - first, last - middle) for first, middle, last in zip(*held, strict=True)))
 
 
