@@ -127,6 +127,9 @@ def patch_model(
         raise ValueError(
             f'affine={affine!r} does not go with norm="none", which normalises nothing: use affine="drop"'
         )
+    if affine != "fold" and (on_unfoldable != "keep" or fold_inputs is not None):
+        name = "fold_inputs" if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"
+        raise ValueError(f'{name} goes with affine="fold", got affine={affine!r}')
     plan = make_plan(model, options)
     if affine == "drop":
         _warn_of_dropped(plan)

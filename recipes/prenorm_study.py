@@ -102,7 +102,7 @@ def swap(model: nn.Module, way: str) -> bool:
     affine, norm = way.split()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what dropping does is what is measured
-        patch_model(model, norm, affine=affine, on_unfoldable="fade")
+        patch_model(model, norm, affine=affine, on_unfoldable="fade" if affine == "fold" else "keep")
     return affine == "fold"
 
 

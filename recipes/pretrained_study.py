@@ -21,7 +21,7 @@ so that a killed study continues where it was, and the table can be made from wh
     adanorm-calibrated        AdaNorm with a k per norm that its outliers allow, folded by the fit, no ramp
     adanorm-distilled         ... and drawn to the source's pooled outputs, as simple-distilled
 
-Raises FileNotFoundError for a missing model or data file.
+Raises FileNotFoundError for a missing data file.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def apply_patch(
             targets=options.targets,
             affine=options.affine,
             on_unfoldable=options.on_unfoldable,
-            fold_inputs=batch,
+            fold_inputs=batch if options.affine == "fold" else None,
         )
     except (ValueError, TypeError) as error:
         raise OptionError(f"--norm {options.norm}: {error}") from error

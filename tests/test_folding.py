@@ -386,6 +386,8 @@ def test_raise_stops_before_anything_changes() -> None:
         ({"affine": "fold", "on_unfoldable": "calibrate"}, "pass fold_inputs"),
         ({"affine": "fold", "on_unfoldable": "guess"}, "on_unfoldable"),
         ({"affine": "melt"}, "affine"),
+        ({"on_unfoldable": "calibrate"}, "on_unfoldable='calibrate' goes with affine=\"fold\", got affine='drop'"),
+        ({"affine": "fade", "fold_inputs": {}}, "fold_inputs goes with affine"),
     ],
 )
 def test_contradictions_raise_before_anything_changes(options: dict[str, Any], message: str) -> None:
