@@ -65,11 +65,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text: the file at `path` is either the old one or the whole new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write bytes: the file at `path` is either the old one or the whole new one."""
     path = Path(path)
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

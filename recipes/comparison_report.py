@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import write_text
+from checkpoints import write_bytes, write_text
 from comparison import BASELINE, Run, outcome
 from paper_results import COLUMNS, ROWS, paper_score
 
@@ -264,6 +264,17 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
+def save_figure(figure: Any, stem: Path, *, dpi: int) -> dict[str, bytes]:
+    """Write a figure as `stem`.png and `stem`.svg; returns both, by their format."""
+    pictures = {}
+    for suffix in ("png", "svg"):
+        picture = io.BytesIO()
+        figure.savefig(picture, format=suffix, dpi=dpi)
+        pictures[suffix] = picture.getvalue()
+        write_bytes(stem.with_name(f"{stem.name}.{suffix}"), pictures[suffix])
+    return pictures
+
+
 def run_rows(runs: Sequence[Run], search: Sequence[Run]) -> list[dict[str, Any]]:
     """A row a run: how it ended, its scores, what it cost."""
     rows = []
@@ -306,12 +317,9 @@ def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], 
     write_csv(folder / "runs.csv", run_rows(runs, search))
     write_csv(folder / "curves.csv", curve_rows(runs))
     figure = draw(summary, runs)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=200)
-    figure.savefig(folder / "curves.png", dpi=200)
-    figure.savefig(folder / "curves.svg")
+    pictures = save_figure(figure, folder / "curves", dpi=200)
     plt.close(figure)
-    write_text(folder / "report.html", page(summary, runs, picture.getvalue()))
+    write_text(folder / "report.html", page(summary, runs, pictures["png"]))
 
 
 _CSS = """

@@ -11,7 +11,9 @@ Trains a small GPT-2 with LayerNorm on the bytes of the files, then swaps its no
     half
 
 and LayerNorm itself goes on as the yardstick. Reported: validation loss right after the swap, after a tenth of the
-original steps, and after as many again. Files may be gzipped. Raises FileNotFoundError for a missing one.
+original steps, and after as many again; `loss.png` and `.svg` draw the way there. Files may be gzipped. A killed study
+goes on with the way it was at. Raises FileNotFoundError for a missing file, OptionError when OUT holds runs with other
+options.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from checkpoints import write_json
+from comparison_report import save_figure
+from study_folder import claim
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -149,11 +155,35 @@ def study(seed: int, training: Tensor, held_out: Tensor, args: argparse.Namespac
             fade_steps=args.steps // 2 if fades else 0,
         )
         results[way] = {"after": after, "tenth": reported[0], "end": reported[1], "losses": losses}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results))
-        os.replace(partial, path)
+        write_json(path, results)
         print(f"{way}: {after:.3f} {reported[0]:.3f} {reported[1]:.3f} ({time.time() - started:.0f} s)", flush=True)
     return results
+
+
+def plot(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Training loss against step after the swap, the mean over seeds and a running mean over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from hf_adanorm.plots import COLORS, LINES
+
+    figure, axes = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
+    window = max(args.steps // 100, 1)
+    for index, way in enumerate(WAYS):
+        losses = torch.tensor([results[way]["losses"] for results in found]).mean(0)
+        smooth = F.avg_pool1d(losses[None, None], window, 1)[0, 0]
+        steps = range(window, window + len(smooth))
+        axes.plot(steps, smooth, color=COLORS[index], linestyle=LINES[index], label=way, linewidth=1.6)
+    axes.set(
+        xscale="log",
+        xlabel="optimizer step after the swap",
+        ylabel=f"training loss (nats a byte, mean over {window} steps)",
+    )
+    axes.legend(fontsize=8, frameon=False)
+    save_figure(figure, args.output_dir / "loss", dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -171,7 +201,7 @@ def main() -> None:
 
     data = read_bytes(args.text)
     split = len(data) * 9 // 10
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    claim(args.output_dir, args, free=("seeds", "steps", "output_dir"))
     found = [study(seed, data[:split], data[split:], args) for seed in range(args.seeds)]
     print(f"| way | right after | after {max(args.steps // 10, 1)} steps | after {args.steps} steps |")
     print("|---|---|---|---|")
@@ -181,6 +211,7 @@ def main() -> None:
             values = [results[way][key] for results in found]
             cells.append(f"{mean(values):.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else ""))
         print(f"| {way} | {' | '.join(cells)} |")
+    plot(found, args)
 
 
 if __name__ == "__main__":

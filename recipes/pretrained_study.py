@@ -21,14 +21,13 @@ so that a killed study continues where it was, and the table can be made from wh
     adanorm-calibrated        AdaNorm with a k per norm that its outliers allow, folded by the fit, no ramp
     adanorm-distilled         ... and drawn to the source's pooled outputs, as simple-distilled
 
-Raises FileNotFoundError for a missing data file.
+Raises FileNotFoundError for a missing data file, OptionError when OUT holds runs with other options.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 import warnings
@@ -39,6 +38,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from checkpoints import write_json, write_text
+from comparison_report import save_figure
+from study_folder import claim
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -62,6 +64,8 @@ WAYS = (
 PAPER_K = 0.1
 CALIBRATION_SENTENCES = 32
 FADE_SHARE = 0.6
+# Options that add runs or change none: a folder may hold runs of several.
+FREE = ("ways", "steps", "learning_rates", "seeds", "output_dir", "summary_only")
 
 
 class MeanPooledClassifier(nn.Module):
@@ -234,9 +238,7 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
     result["test"] = data.accuracy(model, "test", args.test_sentences)
     result["seconds"] = time.time() - started
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, result)
     shown = {key: round(value, 4) for key, value in result.items() if isinstance(value, float) and key != "test"}
     print(time.strftime("%H:%M:%S"), name, shown, result["start"], result["curve"], flush=True)
     return result
@@ -289,7 +291,7 @@ def summarize(args: argparse.Namespace) -> str:
             f"| {spread['validation']} | {spread['test']} | {runs[0]['lr']:g} ({tried}) | {len(runs)} |"
         )
     table = "\n".join(lines)
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    write_text(folder / "table.md", table + "\n")
     plot(found, folder)
     return table
 
@@ -328,8 +330,7 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         axes.plot(steps, smooth, style, color=color, label=way, linewidth=1.8)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats, mean over 10 steps)")
     figure.legend(loc="outside right center", fontsize=8)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"loss.{suffix}", dpi=150)
+    save_figure(figure, folder / "loss", dpi=150)
     plt.close(figure)
 
 
@@ -352,6 +353,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.summary_only:
         data = Data(args.data, AutoTokenizer.from_pretrained(args.model), args.max_length)
+        claim(Path(args.output_dir), args, free=FREE)
         for way in args.ways:
             rate = best_rate([run(way, lr, 0, args, data) for lr in args.learning_rates])
             for seed in range(args.seeds):

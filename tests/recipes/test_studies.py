@@ -11,6 +11,7 @@ import prenorm_study
 import pretrained_study
 import pytest
 import torch
+from options import OptionError
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 WORDS = ["good", "bad", "film", "plot", "a", "the", "very", "not"]
@@ -81,6 +82,8 @@ def test_every_way_from_a_pretrained_model_runs_and_resumes(
     table = capsys.readouterr().out
     assert all(f"| {way} |" in table for way in pretrained_study.WAYS)
     assert (out / "loss.png").stat().st_size > 10_000
+    with pytest.raises(OptionError, match=r"--margin 0\.25 then, 0\.5 now"):
+        run(monkeypatch, pretrained_study.main, *arguments, "--margin", 0.5)
 
 
 def test_a_missing_split_is_named(
@@ -109,3 +112,5 @@ def test_the_prenorm_study_folds_without_a_loss(
         assert results[way]["after"] == pytest.approx(source, abs=1e-5)
     assert abs(results["drop adanorm"]["after"] - source) > 1e-4
     assert "| fold adanorm |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 10_000
+    assert not list((tmp_path / "out").glob(".tmp-*"))
