@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .detection import check_module
+from .modeling_adanorm import check_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputDifference:
@@ -136,12 +139,8 @@ def compare_outputs(
         True
     """
     for name, model in (("model_a", model_a), ("model_b", model_b)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(f"tolerance must be a number, got {tolerance!r}")
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
+        check_module(model, name)
+    tolerance = check_number("tolerance", tolerance, minimum=0.0, inclusive=True)
     outputs_a, outputs_b = _run(model_a, inputs), _run(model_b, inputs)
     modules_a, modules_b = dict(model_a.named_modules()), dict(model_b.named_modules())
     names_a, names_b = {name for name, _ in outputs_a}, {name for name, _ in outputs_b}
@@ -169,7 +168,7 @@ def compare_outputs(
         rows=tuple(rows),
         only_in_a=tuple(name for name in dict.fromkeys(n for n, _ in outputs_a) if name not in names_b),
         only_in_b=tuple(name for name in dict.fromkeys(n for n, _ in outputs_b) if name not in names_a),
-        tolerance=float(tolerance),
+        tolerance=tolerance,
     )
 
 

@@ -69,7 +69,7 @@ class Trace:
     dropout: bool = False
     """A dropout layer (idle while watching) stands between."""
     unsure: bool = False
-    """Multiplied by a tensor of ones: a mask that masked nothing while watching says nothing."""
+    """Multiplied by ones, filled or padded nowhere: what masked and padded nothing while watching says nothing."""
 
 
 @dataclass(frozen=True)
@@ -360,9 +360,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif packet in _MOVES and single:
             handled = self.replay(first, out, lambda s, _: func(s, *args[1:], **kwargs))
         elif packet is aten.constant_pad_nd and single and (args[2] if len(args) > 2 else 0) == 0:
-            handled = self.replay(first, out, lambda s, fill: aten.constant_pad_nd(s, args[1], fill))
+            handled = self.replay(first, out, lambda s, fill: aten.constant_pad_nd(s, args[1], fill), fills=True)
         elif packet is aten.masked_fill and single and isinstance(args[2], (int, float)) and args[2] == 0:
-            handled = self.replay(first, out, lambda s, fill: s.masked_fill(args[1], fill))
+            handled = self.replay(first, out, lambda s, fill: s.masked_fill(args[1], fill), fills=True)
         elif packet in (aten.cat, aten.stack):
             handled = self.concatenate(func, args, kwargs, out)
         elif packet in (aten.mul, aten.div) and len(args) == 2 and len(traced) == 1 and not kwargs:
@@ -377,15 +377,17 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def has_shape(self, tensor: Tensor) -> bool:
         return all(trace.channel.shape == tensor.shape for trace in self.get(tensor).values())
 
-    def replay(self, tensor: Any, out: Any, move: Callable[[Tensor, int], Any]) -> bool:
-        """Apply `move(shadow, value of what is put in)` to both shadows of every trace."""
+    def replay(self, tensor: Any, out: Any, move: Callable[[Tensor, int], Any], *, fills: bool = False) -> bool:
+        """Apply `move(shadow, value of what is put in)` to both shadows of every trace. `fills`: it is there to put
+        zeros in; where it puts none on these inputs, it may on others."""
         outs = [out] if isinstance(out, Tensor) else list(out)
         for source, trace in self.get(tensor).items():
             channel, factor = move(trace.channel, PADDING), move(trace.factor, 0)
             channels = [channel] if isinstance(out, Tensor) else list(channel)
             factors = [factor] if isinstance(out, Tensor) else list(factor)
             for piece, c, f in zip(outs, channels, factors, strict=True):
-                self.tag(piece, {source: Trace(c, f, trace.dropout, trace.unsure)})
+                idle = fills and not bool((c == PADDING).any())
+                self.tag(piece, {source: Trace(c, f, trace.dropout, trace.unsure or idle)})
         return True
 
     def concatenate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
@@ -509,15 +511,12 @@ class _SeeDropout(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if getattr(func, "__name__", "") not in (
-            "dropout",
-            "dropout1d",
-            "dropout2d",
-            "dropout3d",
-            "feature_dropout",
-        ):
-            return out
+        name = getattr(func, "__name__", "")
         given = args[0] if args else kwargs.get("input")
+        if name in ("alpha_dropout", "feature_alpha_dropout") and isinstance(given, Tensor):
+            self.watcher.spoil(iter([given]), name)  # in training it is not linear, whatever the bias
+        if name not in ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"):
+            return out
         rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
         if not isinstance(given, Tensor) or not isinstance(out, Tensor) or rate == 0 or not self.watcher.get(given):
             return out

@@ -50,6 +50,12 @@ def recognize(module: nn.Module, name: str = "") -> NormInfo | None:
     return _recognize(module, name, {})
 
 
+def check_module(model: object, name: str = "model") -> None:
+    """Raise TypeError unless `model` is a module; `name` is what the caller knows it by."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def iter_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, NormInfo]]:
     """Yield `(name, module, info)` for everything norm-like in `model`, in the order of `named_modules`.
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from .detection import NormInfo, iter_norms
-from .modeling_adanorm import is_swapped
+from .detection import NormInfo, check_module, iter_norms
+from .modeling_adanorm import check_number, is_swapped
 from .norm_log import (
     FORWARD_FIELDS,
     HISTOGRAM_BINS,
@@ -154,10 +154,7 @@ def _check(every: int, k: float, start_step: int) -> None:
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    if isinstance(k, bool) or not isinstance(k, (int, float)):
-        raise TypeError(f"k must be a number, got {k!r}")
-    if not (k > 0 and math.isfinite(k)):
-        raise ValueError(f"k must be a finite number > 0, got {k!r}")
+    check_number("k", k, minimum=0.0, inclusive=False)
 
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -197,8 +194,7 @@ class _Watched:
 
 class _Watcher:
     def __init__(self, model: nn.Module, every: int, k: float, histogram: bool, start_step: int):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         _check(every, k, start_step)
         self.model = _unwrapped(model)
         self.k, self.histogram = float(k), histogram

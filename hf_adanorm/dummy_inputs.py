@@ -26,6 +26,12 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
     return default
 
 
+def _text_length(config: Any) -> int:
+    """Tokens in a row: few, and fewer where a tiny model has no positions for them (some types keep two back)."""
+    positions = _setting(config, "max_position_embeddings", "n_positions", default=_LENGTH + 2)
+    return max(min(_LENGTH, int(positions) - 2), 1)
+
+
 def _token_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor:
     """int64 (rows, length): random tokens with the end token exactly once in each row, where some heads look for
     it."""
@@ -59,14 +65,15 @@ def _sound(name: str, config: Any, rows: int, generator: torch.Generator) -> Ten
 def _build(model: nn.Module, rows: int, ragged: bool) -> dict[str, Tensor]:
     config = model.config
     generator = torch.Generator().manual_seed(0)
+    length = _text_length(config)
     main = getattr(model, "main_input_name", "input_ids")
     accepted = set(inspect.signature(model.forward).parameters)
     inputs: dict[str, Tensor] = {}
     if main == "input_ids" or ("input_ids" in accepted and "pixel_values" in accepted):
-        inputs["input_ids"] = _token_ids(config, rows, _LENGTH, generator)
+        inputs["input_ids"] = _token_ids(config, rows, length, generator)
         if ragged and "attention_mask" in accepted:
-            mask = torch.ones(rows, _LENGTH, dtype=torch.int64)
-            mask[-1, : _LENGTH // 3] = 0  # at the left, so that the end token stays last
+            mask = torch.ones(rows, length, dtype=torch.int64)
+            mask[-1, : length // 3] = 0  # at the left, so that the end token stays last
             inputs["attention_mask"] = mask
     if main == "pixel_values" or ("pixel_values" in accepted and "input_ids" in accepted):
         inputs["pixel_values"] = _pixels(config, rows, generator)
@@ -75,9 +82,9 @@ def _build(model: nn.Module, rows: int, ragged: bool) -> dict[str, Tensor]:
     if not inputs:
         raise ValueError(f"no dummy inputs are known for a model whose main input is {main!r}")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = _token_ids(config, rows, _LENGTH, generator)
+        inputs["decoder_input_ids"] = _token_ids(config, rows, length, generator)
     if "bbox" in accepted:
-        inputs["bbox"] = torch.zeros(rows, _LENGTH, 4, dtype=torch.int64)
+        inputs["bbox"] = torch.zeros(rows, length, 4, dtype=torch.int64)
     parameter = next(model.parameters())
     return {
         name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)

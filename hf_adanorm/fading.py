@@ -6,7 +6,8 @@ float32 element in the checkpoint). The norm computes
     z = phi(y) * gain_t * y + bias_t,   phi(y) = C_t * (1 - k_t * y) detached,   y = N(x)
     gain_t = gain + t (1 - gain),  bias_t = (1 - t) bias,  k_t = t k,  C_t = 1 + t (C - 1)
 
-so at t = 0 it is the norm that it replaced and at t = 1 a plain swapped norm. `FadeCallback` moves t in Trainer,
+so at t = 0 it is the norm that it replaced (bit for bit; an RMSNorm in half precision to rounding, as models round it
+at places of their own) and at t = 1 a plain swapped norm. `FadeCallback` moves t in Trainer,
 `set_fade` in a loop of your own, both as a pure function of the step: a resumed run takes up where it was.
 `finish_fading` drops the state.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import html
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .detection import iter_norms
-from .modeling_adanorm import SwappedNorm
+from .detection import check_module, iter_norms
+from .modeling_adanorm import SwappedNorm, check_number
+from .padding import real_rows
 from .specs import own_configs, swapped_norms, write_specs
 
 Schedule = Literal["linear", "cosine"]
@@ -43,7 +46,7 @@ def fade_at(step: int, num_steps: int, *, start: int = 0, schedule: Schedule = "
     >>> [fade_at(step, 4) for step in range(6)]
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
-    if num_steps < 1 or step < 0 or start < 0:
+    if not (num_steps >= 1 and step >= 0 and start >= 0):  # so that NaN is none of them
         raise ValueError(f"need num_steps >= 1, step >= 0, start >= 0, got {num_steps}, {step}, {start}")
     if schedule not in ("linear", "cosine"):
         raise ValueError(f'schedule must be "linear" or "cosine", got {schedule!r}')
@@ -51,34 +54,39 @@ def fade_at(step: int, num_steps: int, *, start: int = 0, schedule: Schedule = "
     return share if schedule == "linear" else (1.0 - math.cos(math.pi * share)) / 2.0
 
 
+def _check_order(order: str) -> None:
+    if order not in ("together", "forward", "backward"):
+        raise ValueError(f'order must be "together", "forward" or "backward", got {order!r}')
+
+
 def _fading_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
+    check_module(model)
     return [(name, module) for name, module in swapped_norms(model) if module.fade is not None]
 
 
 @torch.no_grad()
-def set_fade(model: nn.Module, t: float, *, order: Order = "together") -> None:
+def set_fade(model: nn.Module, t: float | Tensor, *, order: Order = "together") -> None:
     """Set the progress of every fading norm of `model`, wrapped (DDP, compiled) or not. Nothing is compiled anew.
 
     Args:
         t: 0 (the norms as they were) to 1 (plain swapped norms).
         order: "together" gives every norm t. "forward" fades norm after norm, from the first to the last: norm i of n
-        is
-            at n * t - i, kept within 0..1. "backward" begins with the last.
+            is at n * t - i, kept within 0..1. "backward" begins with the last.
 
     Raises:
+        TypeError: t is no number, model no module.
         ValueError: t outside 0..1, an unknown order, or no norm is fading.
     """
-    if not 0.0 <= t <= 1.0:
-        raise ValueError(f"t must lie in 0..1, got {t!r}")
-    if order not in ("together", "forward", "backward"):
-        raise ValueError(f'order must be "together", "forward" or "backward", got {order!r}')
+    given = t.item() if isinstance(t, Tensor) and t.numel() == 1 else t
+    progress = check_number("t", given, minimum=0.0, inclusive=True, maximum=1.0)
+    _check_order(order)
     norms = _fading_norms(model)
     if not norms:
         raise ValueError(f'{type(model).__name__} has no fading norms: patch_model(model, affine="fade") makes them')
     if order == "backward":
         norms.reverse()
     for index, (_, norm) in enumerate(norms):
-        value = t if order == "together" else min(max(len(norms) * t - index, 0.0), 1.0)
+        value = progress if order == "together" else min(max(len(norms) * progress - index, 0.0), 1.0)
         norm.fade_progress.fill_(value)  # type: ignore[operator]
 
 
@@ -132,8 +140,7 @@ class FadeCallback(TrainerCallback):
         schedule: Schedule = "linear",
         order: Order = "together",
     ) -> None:
-        if isinstance(fade_steps, bool) or not isinstance(fade_steps, (int, float)) or fade_steps <= 0:
-            raise ValueError(f"fade_steps must be a number of steps or a share of them, > 0, got {fade_steps!r}")
+        check_number("fade_steps", fade_steps, minimum=0.0, inclusive=False)
         if isinstance(fade_steps, float) and fade_steps > 1.0:
             raise ValueError(
                 f"fade_steps={fade_steps!r} as a share of all steps must be at most 1.0; a count is an int"
@@ -142,12 +149,19 @@ class FadeCallback(TrainerCallback):
         self.schedule: Schedule = schedule
         self.order: Order = order
         fade_at(0, 1, start=start, schedule=schedule)  # raises for a bad start or schedule
+        _check_order(order)
 
     def progress(self, step: int, max_steps: int) -> float:
         steps = self.fade_steps if isinstance(self.fade_steps, int) else round(self.fade_steps * max_steps)
         return fade_at(step, max(int(steps), 1), start=self.start, schedule=self.schedule)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if (end := self.progress(state.max_steps, state.max_steps)) < 1.0:
+            warnings.warn(
+                f"the fade will stand at t = {end:.2g} after the last of {state.max_steps} steps, too early for "
+                "finish_fading: choose fewer fade_steps, or train on",
+                stacklevel=2,
+            )
         self.on_step_end(args, state, control, model=model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -221,7 +235,7 @@ def calibrate_k(
 
     Pretrained models have channels far out (|y| near sqrt(H - 1)); phi(y) = C (1 - k y) turns those beyond 1 / k over.
     With margin 0.25 phi stays within 0.75 C .. 1.25 C on everything seen; 0.5 is the most with which z still grows
-    with y everywhere.
+    with y everywhere. Padding, as the batch's attention mask tells, does not count.
 
     Args:
         model: before or after a patch; run in evaluation mode.
@@ -230,11 +244,18 @@ def calibrate_k(
         margin: > 0.
 
     Raises:
-        ValueError: no batches, no norm that ran, or a number out of range.
+        TypeError: batches is not a list of mappings, k or margin no number, model no module.
+        ValueError: no batches, no norm that ran, a number out of range, or a norm that met NaN or infinity.
     """
-    if not k > 0 or not margin > 0:
-        raise ValueError(f"k and margin must be > 0, got k={k!r}, margin={margin!r}")
+    check_module(model)
+    check_number("k", k, minimum=0.0, inclusive=False)
+    check_number("margin", margin, minimum=0.0, inclusive=False)
+    if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be a list of batches, each {{argument name: tensor, ...}}, got {type(batches).__name__}"
+        )
     norms = [(name, module, info) for name, module, info in iter_norms(model) if info.kind != "other"]
+    current: Mapping[str, Any] = {}
     found: dict[str, list[float]] = {}  # name -> max, min, entries falling, entries negative, entries
 
     def watch(name: str, info: Any, x: Tensor) -> None:
@@ -245,10 +266,15 @@ def calibrate_k(
             if info.kind == "layernorm"
             else F.rms_norm(x, shape, None, info.eps)
         )
+        real = real_rows(model, name, current, y.shape[: -len(shape)])
+        y = y if real is None else y[real]
         if not y.numel():
             return
         seen = found.setdefault(name, [-math.inf, math.inf, 0.0, 0.0, 0.0])
-        seen[0], seen[1] = max(seen[0], float(y.max())), min(seen[1], float(y.min()))
+        high, low = float(y.max()), float(y.min())
+        if math.isnan(high):  # max() would pass over it
+            high = math.inf
+        seen[0], seen[1] = max(seen[0], high), min(seen[1], low)
         seen[2] += float((y > 0.5 / k).sum())
         seen[3] += float((y > 1 / k).sum())
         seen[4] += y.numel()
@@ -262,6 +288,9 @@ def calibrate_k(
     try:
         model.eval()
         for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"a batch must be {{argument name: tensor, ...}}, got {type(batch).__name__}")
+            current = batch
             model(**batch)
             count += 1
     finally:
@@ -273,6 +302,9 @@ def calibrate_k(
         raise ValueError("batches is empty: calibrate_k needs at least one batch of real data")
     if not found:
         raise ValueError(f"no norm of {type(model).__name__} ran on these batches")
+    for name, (high, low, *_) in found.items():
+        if not (math.isfinite(high) and math.isfinite(low)):
+            raise ValueError(f"{name} met NaN or infinity on these batches: look at the weights and the inputs first")
     return KReport(
         tuple(
             NormRange(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .fold_plan import Fold, FoldPlan
+from .padding import real_rows
 
 
 class Fit:
@@ -20,7 +21,6 @@ class Fit:
         self, plan: FoldPlan, inputs: Mapping[str, Any], replacements: Mapping[str, Callable[[Tensor], Tensor]]
     ):
         self.plan, self.inputs, self.replacements = plan, inputs, replacements
-        self.mask = inputs.get("attention_mask")
         self.hooks: list[Any] = []
         self.targets = self._capture(list(plan.folds))
 
@@ -30,9 +30,8 @@ class Fit:
         if self.plan.infos[name].channels_first:
             output = output.movedim(1, -1)
         rows = output.double().reshape(-1, torch.Size(shape).numel())
-        if isinstance(self.mask, Tensor) and output.shape[:-dims] == self.mask.shape:
-            rows = rows[self.mask.reshape(-1).bool()]
-        return rows
+        real = real_rows(self.plan.model, name, self.inputs, output.shape[:-dims])
+        return rows if real is None else rows[real.reshape(-1)]
 
     def _capture(self, names: Sequence[str]) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -55,6 +54,8 @@ class Fit:
             self.plan.modules[name].register_forward_hook(lambda module, args, output: replacement(args[0]))
         )
         z, h = self._capture([name])[name], self.targets[name]
+        if len(z) < 2:
+            raise ValueError(f"fold_inputs bring {len(z)} row to {name}: a fit needs a batch of real data")
         z_mean, h_mean = z.mean(0), h.mean(0)
         z0, h0 = z - z_mean, h - h_mean
         variance, covariance = z0.square().sum(0), (z0 * h0).sum(0)
@@ -63,7 +64,7 @@ class Fit:
         fold.bias = h_mean - fold.gain * z_mean
         if fold.branches:
             scale = float(covariance.sum() / variance.sum())
-            if scale <= 0:
+            if not scale > 0:  # NaN, too
                 raise RuntimeError(
                     f"{name} at these settings has nothing in common with its source: choose a smaller k"
                 )

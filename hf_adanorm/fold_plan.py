@@ -84,6 +84,8 @@ class FoldPlan:
     def _decide(self, name: str) -> FoldedNorm:
         info, module = self.infos[name], self.modules[name]
         gain, bias = self._affine(module, info)
+        if not bool(gain.isfinite().all() and bias.isfinite().all()):
+            raise ValueError(f"the gain or bias of {name} is not finite: there is nothing to fold it into")
         if bool((gain == 1).all()) and not bool(bias.any()):
             return FoldedNorm(name=name, action="nothing to fold", reason="gain is 1 and bias is 0")
         if (refusal := self._refuse_norm(name, info, module)) is not None:
@@ -185,7 +187,7 @@ class FoldPlan:
         if not use.bias_arrives:
             return f"padded, masked or scaled between the norm and {use.module}, and its bias is not zero"
         if use.unsure:
-            return f"multiplied by a mask before {use.module}, and its bias is not zero: give fold_inputs with padding"
+            return f"masked or padded before {use.module}, and its bias is not zero: give fold_inputs that show it"
         padding = getattr(module, "padding", 0)
         zeros = getattr(module, "padding_mode", "zeros") == "zeros"
         if zeros and (padding == "same" or (not isinstance(padding, str) and any(_as_tuple(padding)))):
@@ -251,11 +253,10 @@ class FoldPlan:
             owner = name
             while owner and owner not in self.watched.ran:
                 owner = owner.rpartition(".")[0]
-            if not owner:
-                continue
-            numbered = _is_numbered(name[len(owner) + 1 :])
+            prefix = f"{owner}." if owner else ""  # the model itself ran, whatever did not
+            numbered = _is_numbered(name[len(prefix) :])
             for reader in readers:
-                if reader.startswith(owner + ".") and (numbered or not _is_numbered(reader[len(owner) + 1 :])):
+                if reader.startswith(prefix) and (numbered or not _is_numbered(reader[len(prefix) :])):
                     return name
         return None
 
@@ -345,8 +346,11 @@ class FoldPlan:
         old_weight, old_bias = module.weight, getattr(module, "bias", None)
         new_weight, new_bias = weight.to(old_weight.dtype), bias.to(old_weight.dtype)
         if not bool(new_weight.isfinite().all() and new_bias.isfinite().all()):
+            finite = bool(old_weight.isfinite().all() and (old_bias is None or old_bias.isfinite().all()))
             raise RuntimeError(
                 f"folding into {name} overflows {old_weight.dtype}; the model is as it was. Fold in float32"
+                if finite
+                else f"the weights of {name} are not finite: there is nothing to fold into"
             )
         undo.keep(old_weight)
         old_weight.copy_(new_weight)

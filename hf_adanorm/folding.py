@@ -33,13 +33,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .consumers import is_side_output, named_outputs
 from .detection import iter_norms
 from .dummy_inputs import dummy_inputs
 from .fold_fit import Fit, run_quietly
 from .fold_plan import TOLERANCES, FoldedNorm, FoldPlan, eps_name
-from .modeling_adanorm import AdaNorm
+from .modeling_adanorm import AdaNorm, check_number
 from .specs import configs_of, own_configs, write_specs
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
@@ -75,7 +76,10 @@ class FoldReport:
         text = ", ".join(f"{count} {action}" for action, count in counts.items() if count) or "no norms"
         text += f"; largest relative difference of the outputs {self.difference:.1e}"
         if self.changed:
-            text += "; changed: " + ", ".join(f"{path} ({value:.1e})" for path, value in self.changed.items())
+            text += "; changed: " + ", ".join(
+                f"{path} ({value:.1e})" for path, value in list(self.changed.items())[:4]
+            )
+            text += f" and {len(self.changed) - 4} more" if len(self.changed) > 4 else ""
         if self.added_biases:
             text += f"; {len(self.added_biases)} biases added"
         return text
@@ -110,9 +114,9 @@ def fold_affine(
 
     Args:
         model: with its weights in memory; not wrapped by DDP, FSDP or torch.compile.
-        fold_inputs: keyword arguments of one forward pass, by default made from the model's config. Give a real
-        batch, with
-            padding if the model takes it, where the default does not run or does not reach every part of the model.
+        fold_inputs: keyword arguments of one forward pass, by default made from the model's config. Give a real batch,
+            with padding if the model takes it, where the default does not run or does not reach every part of the
+            model.
         on_unfoldable: for norms that something else reads too. "keep" leaves them, "approximate" folds a post-norm
             residual norm but for the deviation of its gain, "calibrate" does so with gains and biases fitted to the
             source's activations on `fold_inputs`, norm after norm, "raise" stops before anything was changed.
@@ -153,6 +157,8 @@ def fold_norms(
     """`fold_affine` for the norms called `names`; leaves the config alone. `settings` gives the (C, k) that each will
     have, for "calibrate" (by default 1 and 0: layernorm-simple)."""
     _check_model(model)
+    if tolerance is not None:
+        check_number("tolerance", tolerance, minimum=0.0, inclusive=True)
     if on_unfoldable == "calibrate" and fold_inputs is None:
         raise ValueError(
             'on_unfoldable="calibrate" fits to real activations: pass fold_inputs, one batch of real data'
@@ -161,7 +167,7 @@ def fold_norms(
         raise TypeError(
             f"fold_inputs must map argument names of the model's forward to tensors, got {type(fold_inputs).__name__}"
         )
-    inputs = dict(fold_inputs) if fold_inputs is not None else dummy_inputs(model)
+    inputs = _checked(model, fold_inputs) if fold_inputs is not None else dummy_inputs(model)
     calibrate = on_unfoldable == "calibrate"
     plan = FoldPlan(model, names, inputs, approximate=calibrate or on_unfoldable == "approximate")
     kept = [norm for norm in plan.norms if norm.action == "kept"]
@@ -174,20 +180,24 @@ def fold_norms(
         )
     if all(norm.action in ("kept", "nothing to fold") for norm in plan.norms):
         return FoldReport(tuple(plan.norms))
+    _check_outputs(plan.watched.outputs)
+    states = _hidden_states(model, inputs)
     replacements = _replacements(plan, settings or {})
     undo = plan.apply(Fit(plan, inputs, replacements) if calibrate else None)
     try:
         with _replaced(plan, replacements if calibrate else {}):
             after = dict(named_outputs(run_quietly(model, inputs)))
+            states_after = _hidden_states(model, inputs) if states else {}
         difference, changed = _compare(dict(named_outputs(plan.watched.outputs)), after)
-        limit = tolerance if tolerance is not None else _default_tolerance(model)
+        changed |= {path: _difference(states[path], states_after[path]) for path in states}
+        limit = tolerance if tolerance is not None else _default_tolerance(plan)
         exact = not calibrate and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
         if exact and not difference <= limit:
             raise RuntimeError(
                 f"folding moved the outputs by {difference:.2e} of their largest value, "
                 f"above the tolerance {limit:.0e}; "
-                f"the model is as it was. Pass a larger tolerance if that is rounding (a half-precision model), or a "
-                f"real batch as fold_inputs"
+                f"the model is as it was. Pass a real batch as fold_inputs, or a larger tolerance to fold_affine if "
+                f"that is rounding (a half-precision model)"
             )
         if difference != difference:
             raise RuntimeError("folding made the outputs NaN; the model is as it was")
@@ -196,6 +206,19 @@ def fold_norms(
         raise
     side = {path: value for path, value in changed.items() if value > limit}
     return FoldReport(tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases), tuple(plan.protect()))
+
+
+def _checked(model: nn.Module, fold_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`fold_inputs`, with which the model runs. Raises ValueError, with the model's own words, when it does not."""
+    inputs = dict(fold_inputs)
+    try:
+        run_quietly(model, inputs)
+    except Exception as error:  # of whatever kind the model makes of them
+        raise ValueError(
+            f"{type(model).__name__} does not run on fold_inputs={{{', '.join(map(str, inputs))}}}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return inputs
 
 
 def _replacements(
@@ -238,8 +261,40 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("folding needs whole weights: fold before DeepSpeed ZeRO-3 partitions them")
 
 
-def _default_tolerance(model: nn.Module) -> float:
-    return max(TOLERANCES.get(p.dtype, 1e-4) for p in model.parameters() if p.is_floating_point())
+def _check_outputs(outputs: Any) -> None:
+    """Raise ValueError for outputs that could show no difference."""
+    task = [tensor for _, tensor in named_outputs(outputs) if tensor.is_floating_point()]
+    if not any(bool(tensor.isfinite().any()) for tensor in task):
+        raise ValueError(
+            "the model's outputs on these inputs hold no finite number, by which a fold could be checked: pass "
+            "fold_inputs, a real batch, and look for NaN in the weights"
+        )
+
+
+def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The hidden states that the model returns only when it is asked for them; none where it cannot be asked."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    mark = "_output_capturing_hooks_installed"
+    before = {module: (set(module._forward_hooks), mark in module.__dict__) for module in model.modules()}
+    try:
+        outputs = run_quietly(model, {**inputs, "output_hidden_states": True})
+    except Exception:  # not a parameter of every model
+        return {}
+    finally:
+        for module, (hooks, marked) in before.items():  # transformers leaves the hooks that capture them, and a mark
+            for key in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[key]
+            if not marked:
+                module.__dict__.pop(mark, None)
+    return {path: tensor for path, tensor in named_outputs(outputs) if "hidden_states" in path}
+
+
+def _default_tolerance(plan: FoldPlan) -> float:
+    """That of the coarsest weight which the plan changes."""
+    changed = {name for fold in plan.folds.values() for name in (*fold.readers, *fold.branches)}
+    dtypes = {parameter.dtype for name in changed for parameter in plan.modules[name].parameters(recurse=False)}
+    return max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes)
 
 
 def _compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
@@ -247,15 +302,19 @@ def _compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple
     main = any(not is_side_output(path) for path in before)
     largest, side = 0.0, {}
     for path, old in before.items():
-        new = after[path]
-        if not old.is_floating_point() or old.numel() == 0:
-            continue
-        finite = old.isfinite()  # a fully masked row is NaN before and after
-        gap = (new.double() - old.double())[finite].abs()
-        scale = old.double()[finite].abs()
-        value = float(gap.max() / scale.max().clamp_min(1e-30)) if gap.numel() else 0.0
+        value = _difference(old, after[path])
         if main and is_side_output(path):
             side[path] = value
         elif value != value or value > largest:
             largest = value
     return largest, side
+
+
+def _difference(old: Tensor, new: Tensor) -> float:
+    """Largest difference, relative to the largest value; 0 for what holds no floating-point numbers."""
+    if not old.is_floating_point() or old.numel() == 0:
+        return 0.0
+    finite = old.isfinite()  # a fully masked row is NaN before and after
+    gap = (new.double() - old.double())[finite].abs()
+    scale = old.double()[finite].abs()
+    return float(gap.max() / scale.max().clamp_min(1e-30)) if gap.numel() else 0.0

@@ -20,6 +20,7 @@ import dataclasses
 import importlib
 import importlib.util
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -272,22 +273,27 @@ class _DetachNormFunction(torch.autograd.Function):
         return (dx.to(ctx.input_dtype), *[None] * 7)
 
 
-def _check_number(name: str, value: Any, *, minimum: float, inclusive: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {short_repr(value)} of type {type(value).__name__}")
+def check_number(name: str, value: Any, *, minimum: float, inclusive: bool, maximum: float | None = None) -> float:
+    """`value` as a float; TypeError for what is no real number, ValueError for one out of range or of float32."""
     if isinstance(value, int) and abs(value) > 2**1000:  # float() would overflow
         raise ValueError(f"{name} must be a finite number, got an integer of {value.bit_length()} bits")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's numbers are real ones, too
+        raise TypeError(f"{name} must be a number, got {_typed(value)}")
     number = float(value)
+    if maximum is not None and not minimum <= number <= maximum:
+        raise ValueError(f"{name} must lie in {minimum:g}..{maximum:g}, got {short_repr(number)}")
     if not math.isfinite(number) or number < minimum or (number == minimum and not inclusive):
         raise ValueError(
             f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}, got {short_repr(number)}"
         )
+    if number > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be a finite number in float32, got {number:g}")
     return number
 
 
 def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {short_repr(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {_typed(value)}")
     return value
 
 
@@ -331,7 +337,7 @@ class SwappedNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.normalized_shape = _check_shape(normalized_shape)
-        self.eps = _check_number("eps", eps, minimum=0.0, inclusive=True)
+        self.eps = check_number("eps", eps, minimum=0.0, inclusive=True)
         self.centered = _check_bool("centered", centered)
         self.channels_first = _check_bool("channels_first", channels_first)
         if channels_first and len(self.normalized_shape) != 1:
@@ -523,8 +529,8 @@ class AdaNorm(SwappedNorm):
         **layout: Any,
     ) -> None:
         super().__init__(normalized_shape, eps, **layout)
-        self.C = _check_number("C", C, minimum=0.0, inclusive=False)
-        self.k = _check_number("k", k, minimum=0.0, inclusive=True)
+        self.C = check_number("C", C, minimum=0.0, inclusive=False)
+        self.k = check_number("k", k, minimum=0.0, inclusive=True)
 
     def settings(self) -> dict[str, Any]:
         return {"C": self.C, "k": self.k, **super().settings()}
@@ -702,11 +708,11 @@ class NormGroup:
         settings = {key: data[key] for key in allowed - {"norm", "modules"} if data.get(key) is not None}
         for key in set(settings) & set(_SETTING_KEYS[norm]) | {"centered", "channels_first"} & set(settings):
             if key in ("C", "k"):
-                settings[key] = _check_number(key, settings[key], minimum=0.0, inclusive=key == "k")
+                settings[key] = check_number(key, settings[key], minimum=0.0, inclusive=key == "k")
             else:
                 settings[key] = _check_bool(key, settings[key])
         if "eps" in settings:
-            settings["eps"] = _check_number("eps", settings["eps"], minimum=0.0, inclusive=True)
+            settings["eps"] = check_number("eps", settings["eps"], minimum=0.0, inclusive=True)
         if "normalized_shape" in settings:
             settings["normalized_shape"] = _check_shape(settings["normalized_shape"])
         if "fade" in settings:
@@ -793,7 +799,7 @@ class AdaNormSpec:
         return cls(
             groups=tuple(NormGroup.from_dict(group) for group in groups),
             biases=tuple(biases),
-            eps=tuple((n, _check_number("eps", value, minimum=0.0, inclusive=True)) for n, value in eps.items()),
+            eps=tuple((n, check_number("eps", value, minimum=0.0, inclusive=True)) for n, value in eps.items()),
             format=fmt,
             version=version,
         )
@@ -807,6 +813,11 @@ def short_repr(value: Any) -> str:
         text = repr(value)
         return text if len(text) <= 80 else text[:77] + "..."
     return f"a value of type {type(value).__name__}"
+
+
+def _typed(value: Any) -> str:
+    text = short_repr(value)
+    return text if text.endswith(f"of type {type(value).__name__}") else f"{text} of type {type(value).__name__}"
 
 
 def _check_name(name: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .detection import NormInfo, iter_norms, recognize
+from .detection import NormInfo, check_module, iter_norms, recognize
 from .modeling_adanorm import (
     ADDED_BIAS,
     NORM_CLASSES,
@@ -131,10 +131,17 @@ def patch_model(
         name = "fold_inputs" if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"
         raise ValueError(f'{name} goes with affine="fold", got affine={affine!r}')
     plan = make_plan(model, options)
+    if affine != "drop":
+        _refuse_other_functions(plan, affine)
     if affine == "drop":
         _warn_of_dropped(plan)
     elif affine == "fade":
         plan.swaps = [(*swap[:3], _fading(*swap[1:])) for swap in plan.swaps]
+        if all(group.fade is None for *_, group in plan.swaps):
+            raise ValueError(
+                f"there is nothing to fade: the {len(plan.swaps)} norms chosen are swapped already, and hold no gain "
+                "and bias. unpatch_model(model) first, or start from the model as it was before it was patched"
+            )
     else:
         _fold(plan, on_unfoldable, fold_inputs, ramp)
     apply_plan(plan)
@@ -162,7 +169,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     swapped = swapped_norms(model)
     if not swapped:
         raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
-    fresh = sum(not module.__dict__["_source_has_values"] for _, module in swapped)
+    fresh = sum(not module.__dict__["_source_has_values"] and not module.fade for _, module in swapped)
     replace_modules(model, {id(module): _restored(module) for _, module in swapped})
     own_configs(model)
     clear_specs(model)
@@ -188,6 +195,7 @@ def is_patched(model: nn.Module) -> bool:
     >>> is_patched(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
     False
     """
+    check_module(model)
     return any(is_swapped(module) for module in model.modules())
 
 
@@ -213,6 +221,7 @@ def inspect_model(
         >>> report.num_swappable, report.num_affine_parameters
         (5, 320)
     """
+    check_module(model)
     options = Options(include=include, exclude=exclude, layers=check_layers(layers), targets=targets)
     return Report(model_class=type(model).__name__, rows=tuple(_choose(model, options)))
 
@@ -273,9 +282,8 @@ class Options:
         settings: dict[str, Any] = {}
         if self.norm == "adanorm":
             if isinstance(self.k, dict) and name not in self.k:
-                raise ValueError(
-                    f"k has no value for the norm {name!r}; it has {len(self.k)}: {sorted(self.k)[:3]} ..."
-                )
+                names = ", ".join(map(repr, sorted(self.k)[:3])) + (", ..." if len(self.k) > 3 else "")
+                raise ValueError(f"k has no value for the norm {name!r}; it has {len(self.k)}: {names or 'none'}")
             settings = {"C": float(self.C), "k": float(self.k[name] if isinstance(self.k, dict) else self.k)}
         elif self.norm == "detachnorm":
             settings = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
@@ -294,8 +302,6 @@ class Plan:
 
 def make_plan(model: nn.Module, options: Options) -> Plan:
     """Choose the norms and check that each can be swapped. Changes nothing; raises what `patch_model` raises."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     refuse_wrapped(model)
     plan = Plan(model=model, options=options, rows=_choose(model, options))
     for row in plan.rows:
@@ -386,6 +392,8 @@ _WRAPPERS = {
 
 
 def refuse_wrapped(model: nn.Module) -> None:
+    """Raise TypeError for what is no module, ValueError for a model that DDP, FSDP or the like already holds."""
+    check_module(model)
     for module in model.modules():
         wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), "")
         if not wrapper and getattr(module, "_compiled_call_impl", None) is not None:
@@ -422,10 +430,38 @@ def apply_plan(plan: Plan) -> None:
     write_specs(plan.model)
 
 
+def _refuse_other_functions(plan: Plan, affine: str) -> None:
+    """A fold and a fade begin with the very function of the source, which another eps or centering is not."""
+    options = plan.options
+    for name, module, info, _ in plan.swaps:
+        if is_swapped(module):
+            continue
+        if options.eps is not None and options.eps != info.eps:
+            raise ValueError(
+                f"eps={options.eps:g} does not go with affine={affine!r}, which starts from the function that the "
+                f"model computes: {name} has eps={info.eps:g}"
+            )
+        if options.centered is not None and options.centered != (info.kind == "layernorm"):
+            raise ValueError(
+                f"centered={options.centered} does not go with affine={affine!r}, which starts from the function that "
+                f"the model computes: {name} is a {info.kind}"
+            )
+
+
+def _ramping(module: SwappedNorm, group: NormGroup, *, ramp: bool = True) -> NormGroup:
+    """The group of a norm that was swapped before: with the state of its fade, and with k and C to come in where it
+    computes plain N(x) so far."""
+    if module.fade is not None:
+        return replace(group, fade=module.fade)
+    plain = module.norm == "layernorm-simple" or (isinstance(module, AdaNorm) and (module.C, module.k) == (1.0, 0.0))
+    comes_in = group.norm == "adanorm" and (group.C, group.k) != (1.0, 0.0)
+    return replace(group, fade=()) if ramp and plain and comes_in else group
+
+
 def _fading(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
     """The group with gain and bias fading; a norm that was swapped before keeps the state it has."""
     if is_swapped(module):
-        return replace(group, fade=module.fade)  # type: ignore[arg-type]
+        return _ramping(module, group)  # type: ignore[arg-type]
     if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
         raise ValueError(
             f'affine="fade" needs the gains and biases in memory; those of a {type(module).__name__} are offloaded: '
@@ -449,7 +485,11 @@ def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp
     """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
     fresh = [swap for swap in plan.swaps if not is_swapped(swap[1])]
     if not fresh:  # a second call: what was folded has no gain and bias any more
-        plan.swaps = [(*swap[:3], replace(swap[3], fade=swap[1].fade)) for swap in plan.swaps]  # type: ignore[arg-type]
+        at_once = on_unfoldable == "calibrate" or not ramp
+        plan.swaps = [
+            (*swap[:3], _ramping(swap[1], swap[3], ramp=not at_once))  # type: ignore[arg-type]
+            for swap in plan.swaps
+        ]
         return
     settings = {name: (group.C, group.k) for name, _, _, group in fresh if group.C is not None and group.k is not None}
     from .folding import fold_norms  # much code that only folding needs
@@ -476,7 +516,7 @@ def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp
         if name in kept:
             group = _fading(module, info, group)
         elif is_swapped(module):
-            group = replace(group, fade=module.fade)  # type: ignore[arg-type]
+            group = _ramping(module, group, ramp=not at_once)  # type: ignore[arg-type]
         elif not at_once and group.norm == "adanorm" and (group.C, group.k) != (1.0, 0.0):
             group = replace(group, fade=())
         swaps.append((name, module, info, group))
@@ -486,6 +526,15 @@ def _fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp
         warnings.warn(
             f"{len(kept)} of {len(report.norms)} norms cannot be folded and stay as they are ({first.name}: "
             f"{first.reason}, ...): fold_affine(model) lists each; on_unfoldable says what else can be done",
+            stacklevel=3,
+        )
+    approximated = [norm for norm in report.norms if norm.deviation]
+    if on_unfoldable == "approximate" and approximated:
+        worst = max(approximated, key=lambda norm: norm.deviation or 0.0)
+        warnings.warn(
+            f"{len(approximated)} norms were folded but for the deviation of their gain from its mean, up to "
+            f"{worst.deviation:.2f} of it (at {worst.name}): the outputs moved by {report.difference:.1%} of their "
+            "largest value. fold_affine(model) reports each norm",
             stacklevel=3,
         )
     lost = sorted(norm.deviation for norm in report.norms if norm.deviation is not None)
@@ -529,6 +578,7 @@ def _restored(module: SwappedNorm) -> nn.Module:
         if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
             source = source.to_empty(device=weight.device)
         _reset_affine(source)
+        _take_back_fading(module, source)
     if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
         source.to(device=weight.device, dtype=weight.dtype)
     source.train(module.training)
@@ -545,6 +595,17 @@ def _reset_affine(norm: nn.Module) -> None:
         parameter.fill_(0.0 if name == bias_name else 1.0 - offset)
 
 
+@torch.no_grad()
+def _take_back_fading(module: SwappedNorm, source: nn.Module) -> None:
+    """The gain and bias that a fade keeps, back into the norm that they came from."""
+    info = recognize(source)
+    if info is None or not module.fade:
+        return
+    for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
+        if key in module.fade and name is not None:
+            getattr(source, name).copy_(getattr(module, f"fade_{key}").float().sub(offset))
+
+
 # ------------------------------------------------------------------------------------------------------- warnings
 
 
@@ -558,6 +619,13 @@ def _warn_of_dropped(plan: Plan) -> None:
             if not parameter.is_meta and parameter.numel() and _differs(parameter, neutral):
                 trained += 1
                 break
+    fading = [module for _, module, _, group in plan.swaps if is_swapped(module) and module.fade and not group.fade]
+    if any(not module.weight.is_meta and float(module.fade_progress) < 1.0 for module in fading):  # type: ignore[arg-type]
+        warnings.warn(
+            f"the fade of {len(fading)} norms ends here, before its time: their gains and biases are dropped. "
+            'affine="fade" keeps them fading',
+            stacklevel=3,
+        )
     if trained:
         warnings.warn(
             f"the trained gains and biases of {trained} norms are dropped: the model's outputs change until it is "

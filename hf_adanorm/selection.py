@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
 
 from torch import nn
 
@@ -68,16 +70,15 @@ def check_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
     """`layers` as a tuple of integers; TypeError or ValueError for anything else."""
     if layers is None:
         return None
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        return (layers,)
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+    given: tuple[Any, ...] = (
+        tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes)) else (layers,)
+    )
+    # NumPy's integers are integers, too.
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in given):
         raise TypeError(f"layers must be integers, got {short_repr(layers)}")
-    layers = tuple(layers)
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in layers):
-        raise TypeError(f"layers must be integers, got {short_repr(layers)}")
-    if not layers:
+    if not given:
         raise ValueError("layers is empty: leave it out to mean every layer")
-    return layers
+    return tuple(int(n) for n in given)
 
 
 def layer_positions(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:

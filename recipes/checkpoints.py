@@ -178,7 +178,7 @@ class Checkpoints:
     def save(self, progress: Progress) -> Path:
         """Write `checkpoint-{step}`, then delete the checkpoints and best models it makes superfluous."""
         target = self.folder / f"checkpoint-{progress.step}"
-        with self._staged(target) as temporary:
+        with self.staged(target) as temporary:
             self.accelerator.save_state(str(temporary), safe_serialization=True)
             if self.accelerator.is_main_process:
                 write_json(temporary / "progress.json", asdict(progress))
@@ -194,7 +194,7 @@ class Checkpoints:
 
     def save_best(self, step: int, save: Callable[[Path], None]) -> None:
         """Write `best-{step}` by `save(folder)`, which is called on every process."""
-        with self._staged(self.folder / f"best-{step}") as temporary:
+        with self.staged(self.folder / f"best-{step}") as temporary:
             save(temporary)
 
     def promote_best(self, step: int) -> Path:
@@ -210,7 +210,11 @@ class Checkpoints:
         return final
 
     @contextlib.contextmanager
-    def _staged(self, target: Path) -> Iterator[Path]:
+    def staged(self, target: Path) -> Iterator[Path]:
+        """A temporary folder to write into, which takes its place as `target` when every process is done with it.
+
+        Raises SaveError when it cannot be written.
+        """
         temporary = target.with_name(f"{_TEMPORARY}{target.name}")
         if self.accelerator.is_main_process:
             _remove(temporary)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from batching import StepPlan, eval_batches, train_batches
-from checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME, Checkpoints, Interruption, Progress, SaveError, write_json
+from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
 from evaluation import gather_by_index, load_metric, main_first, mean, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
 from image_task import ImageOptions, prepare_image
@@ -42,15 +42,15 @@ from options import (
 )
 from publishing import prepare_push, publish
 from results import format_results, versions
-from step_checks import DivergedError, optimizer_step
+from step_checks import optimizer_step
 from text_task import ModelOptions, Task, TextOptions, prepare_text
 from training import (
-    EXIT_DIVERGED,
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
     apply_patch,
     calibration_rows,
+    clear_endings,
     clear_errors,
     count_norms,
     learning_rate_at,
@@ -233,7 +233,7 @@ def note_scores(
             folder, state_dict=state_dict, is_main_process=accelerator.is_main_process
         )
         if accelerator.is_main_process:
-            if is_fading(options):
+            if is_fading(model, options):
                 finish_saved_fade(folder, task.auto_class)
             task.processor.save_pretrained(folder)
 
@@ -313,41 +313,33 @@ def main(argv: list[str] | None = None) -> None:
         "versions": versions(),
         "options": asdict(options),
     }
-    try:
+    with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
-    except DivergedError as error:
-        if accelerator.is_main_process:
-            write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_DIVERGED)
-    except SaveError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CANNOT_SAVE)
-    best = checkpoints.promote_best(progress.best_step)
-    precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
-    accelerator.end_training()  # the other processes are done: they need not wait for the test
-    if not is_main:
-        return
-    results |= {"validation": progress.best_metrics, "test": None}
-    if task.raw_test is not None:
-        write_to = output_dir / "test_predictions.json"
-        results["test"] = test_scores(best, task, options, precision, write_to)
-    results |= {
-        "train_samples": len(task.splits["train"]),
-        "train_tokens": sum(task.lengths["train"]),
-        "train_samples_per_second": Stopwatch(progress).samples_per_second,
-        "steps": progress.step,
-        "steps_per_epoch": plan.num_steps,
-        "seconds_per_step": Stopwatch(progress).seconds_per_step,
-        "best_step": progress.best_step,
-        "skipped_steps": progress.skipped_steps,
-        "peak_memory_mb": peak_memory_mb(),
-        "history": progress.history,
-        "train_history": progress.train_history,
-    }
-    write_json(output_dir / "results.json", results)
-    print(format_results([results]), flush=True)
-    publish(best, results, options, PIPELINES[options.task])
+        best = checkpoints.promote_best(progress.best_step)
+        precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
+        accelerator.end_training()  # the other processes are done: they need not wait for the test
+        if not is_main:
+            return
+        results |= {"validation": progress.best_metrics, "test": None}
+        if task.raw_test is not None:
+            write_to = output_dir / "test_predictions.json"
+            results["test"] = test_scores(best, task, options, precision, write_to)
+        results |= {
+            "train_samples": len(task.splits["train"]),
+            "train_tokens": sum(task.lengths["train"]),
+            "train_samples_per_second": Stopwatch(progress).samples_per_second,
+            "steps": progress.step,
+            "steps_per_epoch": plan.num_steps,
+            "seconds_per_step": Stopwatch(progress).seconds_per_step,
+            "best_step": progress.best_step,
+            "skipped_steps": progress.skipped_steps,
+            "peak_memory_mb": peak_memory_mb(),
+            "history": progress.history,
+            "train_history": progress.train_history,
+        }
+        write_json(output_dir / "results.json", results)
+        print(format_results([results]), flush=True)
+        publish(best, results, options, PIPELINES[options.task])
 
 
 if __name__ == "__main__":

@@ -11,15 +11,11 @@ from options import PatchOptions
 from hf_adanorm.fading import fade_at, finish_fading, set_fade
 
 
-def is_fading(options: PatchOptions) -> bool:
-    """Whether this run fades anything: gain and bias, or k and C alone after a fold."""
+def is_fading(model: torch.nn.Module, options: PatchOptions) -> bool:
+    """Whether anything of this model, wrapped or not, fades: gain and bias, or k and C alone after a fold."""
     if options.norm == "layernorm" or options.affine == "drop":
-        return False
-    if options.affine == "fade" or options.on_unfoldable == "fade":
-        return True
-    if options.on_unfoldable == "calibrate":  # the fit is made for k and C as they will be
-        return False
-    return options.norm == "adanorm" and (options.C, options.k) != (1.0, 0.0)
+        return False  # without a look at every module at every step
+    return any(getattr(module, "fade", None) is not None for module in model.modules())
 
 
 def fade(model: torch.nn.Module, step: int, total_steps: int, options: PatchOptions) -> bool:
@@ -27,7 +23,7 @@ def fade(model: torch.nn.Module, step: int, total_steps: int, options: PatchOpti
 
     It depends on the step alone, so a resumed run needs no state of it.
     """
-    if not is_fading(options):
+    if not is_fading(model, options):
         return True
     progress = fade_at(step, max(round(options.fade_ratio * total_steps), 1))
     set_fade(model, progress)

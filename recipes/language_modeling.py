@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from batching import StepPlan, eval_batches, train_batches
 from byte_data import NUM_BYTES, ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits
-from checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME, Checkpoints, Interruption, Progress, SaveError, write_json
+from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
 from evaluation import gather_by_index, main_first, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
 from options import (
@@ -47,15 +47,15 @@ from options import (
 from publishing import prepare_push, publish
 from results import versions
 from score_bytes import collate_windows, window_bits
-from step_checks import DivergedError, optimizer_step
+from step_checks import optimizer_step
 from text_task import ModelOptions, check_model_source, fresh_config
 from training import (
-    EXIT_DIVERGED,
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
     apply_patch,
     calibration_rows,
+    clear_endings,
     clear_errors,
     count_norms,
     learning_rate_at,
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             folder, state_dict=state_dict, is_main_process=accelerator.is_main_process
         )
         if accelerator.is_main_process:
-            if is_fading(options):
+            if is_fading(model, options):
                 finish_saved_fade(folder, AutoModelForCausalLM)
             tokenizer.save_pretrained(folder)
 
@@ -337,45 +337,37 @@ def main(argv: list[str] | None = None) -> None:
         "versions": versions(),
         "options": asdict(options),
     }
-    try:
+    with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, splits, plan, checkpoints, save_model, options)
-    except DivergedError as error:
-        if accelerator.is_main_process:
-            write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_DIVERGED)
-    except SaveError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CANNOT_SAVE)
-    best = checkpoints.promote_best(progress.best_step)
-    precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
-    accelerator.end_training()  # the other processes are done: they need not wait for the test
-    if not is_main:
-        return
-    speed = Stopwatch(progress).samples_per_second
-    results |= {"validation": progress.best_metrics, "test": None}
-    if options.score_test and "test" in splits:
-        results["test"] = test_scores(best, splits["test"], options, precision, output_dir / "test_bits.json")
-    results |= {
-        "train_samples": num_segments,
-        "train_tokens": len(splits["train"]),
-        "train_samples_per_second": speed and speed / options.sequence_length,
-        "train_characters_per_second": speed,
-        "steps": progress.step,
-        "steps_per_epoch": plan.num_steps,
-        "seconds_per_step": Stopwatch(progress).seconds_per_step,
-        "best_step": progress.best_step,
-        "skipped_steps": progress.skipped_steps,
-        "peak_memory_mb": peak_memory_mb(),
-        "history": progress.history,
-        "train_history": progress.train_history,
-    }
-    write_json(output_dir / "results.json", results)
-    for name in ("validation", "test"):
-        if results[name]:
-            score = results[name]["bits_per_character"]
-            print(f"{options.norm}, seed {options.seed}: {name} {score:.4f} bits per character", flush=True)
-    publish(best, results, options, "text-generation")
+        best = checkpoints.promote_best(progress.best_step)
+        precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
+        accelerator.end_training()  # the other processes are done: they need not wait for the test
+        if not is_main:
+            return
+        speed = Stopwatch(progress).samples_per_second
+        results |= {"validation": progress.best_metrics, "test": None}
+        if options.score_test and "test" in splits:
+            results["test"] = test_scores(best, splits["test"], options, precision, output_dir / "test_bits.json")
+        results |= {
+            "train_samples": num_segments,
+            "train_tokens": len(splits["train"]),
+            "train_samples_per_second": speed and speed / options.sequence_length,
+            "train_characters_per_second": speed,
+            "steps": progress.step,
+            "steps_per_epoch": plan.num_steps,
+            "seconds_per_step": Stopwatch(progress).seconds_per_step,
+            "best_step": progress.best_step,
+            "skipped_steps": progress.skipped_steps,
+            "peak_memory_mb": peak_memory_mb(),
+            "history": progress.history,
+            "train_history": progress.train_history,
+        }
+        write_json(output_dir / "results.json", results)
+        for name in ("validation", "test"):
+            if results[name]:
+                score = results[name]["bits_per_character"]
+                print(f"{options.norm}, seed {options.seed}: {name} {score:.4f} bits per character", flush=True)
+        publish(best, results, options, "text-generation")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,11 +22,12 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     set_seed,
 )
-from checkpoints import Progress
+from checkpoints import EXIT_CANNOT_SAVE, Progress, SaveError, write_json
 from options import OptimizationOptions, OptionError, PatchOptions, RunOptions
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from step_checks import DivergedError
 from torch import nn
 
 import hf_adanorm
@@ -36,6 +39,8 @@ EXIT_DIVERGED = 3
 UNTIMED_STEPS = 5
 # A fold by a fit and a k for each norm are taken from so many training examples.
 CALIBRATION_EXAMPLES = 32
+# What the system says of a disk that takes no more.
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -50,6 +55,25 @@ def clear_errors(accelerator: Accelerator) -> Iterator[None]:
         if accelerator.is_main_process:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+
+
+@contextmanager
+def clear_endings(accelerator: Accelerator, output_dir: Path, record: dict[str, Any]) -> Iterator[None]:
+    """While a run trains and writes its results, end it with one line and the code that says what to do when the loss
+    is not finite (`record` goes into `diverged.json`) or the disk is full."""
+    try:
+        yield
+    except DivergedError as error:
+        if accelerator.is_main_process:
+            write_json(output_dir / "diverged.json", {**record, "step": error.step, "diverged": str(error)})
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_DIVERGED)
+    except OSError as error:
+        if not isinstance(error, SaveError) and error.errno not in DISK_FULL:
+            raise
+        hint = "" if isinstance(error, SaveError) else ": make room, and start the same command again"
+        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CANNOT_SAVE)
 
 
 def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Accelerator:
@@ -134,7 +158,7 @@ def apply_patch(
             on_unfoldable=options.on_unfoldable,
             fold_inputs=batch if options.affine == "fold" else None,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # the last: a fold that would have moved the outputs
         raise OptionError(f"--norm {options.norm}: {error}") from error
     return count_norms(model, options.norm)
 

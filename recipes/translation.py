@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -34,13 +33,10 @@ from accelerate.utils import DistributedType, set_seed
 from batching import eval_batches
 from bleu import SCORES, translation_scores
 from checkpoints import (
-    EXIT_CANNOT_SAVE,
     EXIT_RESUME,
     Checkpoints,
     Interruption,
     Progress,
-    SaveError,
-    publish_folder,
     write_json,
     write_text,
 )
@@ -59,16 +55,16 @@ from options import (
 from parallel_text import SOURCE
 from publishing import prepare_push, publish
 from results import versions
-from step_checks import DivergedError, optimizer_step
+from step_checks import optimizer_step
 from token_batches import TokenPlan, token_batches
 from torch.distributed.fsdp import register_fsdp_forward_method
 from training import (
-    EXIT_DIVERGED,
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
     apply_patch,
     calibration_rows,
+    clear_endings,
     clear_errors,
     count_norms,
     learning_rate_at,
@@ -330,18 +326,6 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, task: Translati
         task.tokenizer.save_pretrained(folder)
 
 
-def publish_model(accelerator: Accelerator, model: torch.nn.Module, task: TranslationTask, target: Path) -> None:
-    """Write model and tokeniser to `target`: complete, or not at all."""
-    temporary = target.with_name(f".tmp-{target.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    save_model(accelerator, model, task, temporary)
-    if accelerator.is_main_process:
-        publish_folder(temporary, target)
-    accelerator.wait_for_everyone()
-
-
 def note_scores(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -446,60 +430,56 @@ def main(argv: list[str] | None = None) -> None:
         "versions": versions(),
         "options": asdict(options),
     }
-    try:
+    with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
-    except DivergedError as error:
-        if accelerator.is_main_process:
-            write_json(output_dir / "diverged.json", {**results, "step": error.step, "diverged": str(error)})
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_DIVERGED)
-    except SaveError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CANNOT_SAVE)
-    folders = {"": checkpoints.promote_best(progress.best_step)}
-    publish_model(accelerator, model, task, output_dir / "last")
-    if options.average_checkpoints:
-        steps = load_average(accelerator.unwrap_model(model), output_dir, options.average_checkpoints)
-        folders["average_"] = output_dir / "average"
-        scores = evaluate(accelerator, model, task, options)
-        publish_model(accelerator, model, task, folders["average_"])
-        results |= {"average_steps": steps, "average_validation": scores}
-    if is_fading(options) and accelerator.is_main_process:
-        for folder in {*folders.values(), output_dir / "last"}:
-            finish_saved_fade(folder, AutoModelForSeq2SeqLM)
-    precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
-    accelerator.end_training()  # the other processes are done: they need not wait for the test
-    if not is_main:
-        return
-    tokens_per_second = Stopwatch(progress).samples_per_second
-    results |= {
-        "validation": progress.best_metrics,
-        "test": None,
-        # Sentence pairs: target tokens a second by the mean length of a training target.
-        "train_samples_per_second": tokens_per_second and tokens_per_second * num_pairs / num_tokens,
-        "train_target_tokens_per_second": tokens_per_second,
-        "train_samples": num_pairs,
-        "train_tokens": num_tokens,
-        "target_tokens": progress.samples,
-        "steps": progress.step,
-        "steps_per_epoch": plan.num_steps,
-        "seconds_per_step": Stopwatch(progress).seconds_per_step,
-        "best_step": progress.best_step,
-        "skipped_steps": progress.skipped_steps,
-        "peak_memory_mb": peak_memory_mb(),
-        "history": progress.history,
-        "train_history": progress.train_history,
-    }
-    if "test" in task.raw:
-        for prefix, folder in folders.items():
-            write_to = output_dir / f"{prefix}test_translations.jsonl"
-            results[f"{prefix}test"], results["signatures"] = test_scores(folder, task, options, precision, write_to)
-    write_json(output_dir / "results.json", results)
-    for name in ("validation", "test", "average_validation", "average_test"):
-        if results.get(name):
-            shown = ", ".join(f"{score} {results[name][score]:.2f}" for score in SCORES)
-            print(f"{options.norm}, seed {options.seed}: {name} {shown}", flush=True)
-    publish(output_dir / "best", results, options, "translation")
+        folders = {"": checkpoints.promote_best(progress.best_step)}
+        with checkpoints.staged(output_dir / "last") as temporary:
+            save_model(accelerator, model, task, temporary)
+        if options.average_checkpoints:
+            steps = load_average(accelerator.unwrap_model(model), output_dir, options.average_checkpoints)
+            folders["average_"] = output_dir / "average"
+            scores = evaluate(accelerator, model, task, options)
+            with checkpoints.staged(folders["average_"]) as temporary:
+                save_model(accelerator, model, task, temporary)
+            results |= {"average_steps": steps, "average_validation": scores}
+        if is_fading(model, options) and accelerator.is_main_process:
+            for folder in {*folders.values(), output_dir / "last"}:
+                finish_saved_fade(folder, AutoModelForSeq2SeqLM)
+        precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
+        accelerator.end_training()  # the other processes are done: they need not wait for the test
+        if not is_main:
+            return
+        tokens_per_second = Stopwatch(progress).samples_per_second
+        results |= {
+            "validation": progress.best_metrics,
+            "test": None,
+            # Sentence pairs: target tokens a second by the mean length of a training target.
+            "train_samples_per_second": tokens_per_second and tokens_per_second * num_pairs / num_tokens,
+            "train_target_tokens_per_second": tokens_per_second,
+            "train_samples": num_pairs,
+            "train_tokens": num_tokens,
+            "target_tokens": progress.samples,
+            "steps": progress.step,
+            "steps_per_epoch": plan.num_steps,
+            "seconds_per_step": Stopwatch(progress).seconds_per_step,
+            "best_step": progress.best_step,
+            "skipped_steps": progress.skipped_steps,
+            "peak_memory_mb": peak_memory_mb(),
+            "history": progress.history,
+            "train_history": progress.train_history,
+        }
+        if "test" in task.raw:
+            for prefix, folder in folders.items():
+                write_to = output_dir / f"{prefix}test_translations.jsonl"
+                results[f"{prefix}test"], results["signatures"] = test_scores(
+                    folder, task, options, precision, write_to
+                )
+        write_json(output_dir / "results.json", results)
+        for name in ("validation", "test", "average_validation", "average_test"):
+            if results.get(name):
+                shown = ", ".join(f"{score} {results[name][score]:.2f}" for score in SCORES)
+                print(f"{options.norm}, seed {options.seed}: {name} {shown}", flush=True)
+        publish(output_dir / "best", results, options, "translation")
 
 
 if __name__ == "__main__":

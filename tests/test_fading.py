@@ -7,6 +7,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -389,7 +390,87 @@ def test_calibrate_k_and_a_k_per_norm_refuse_bad_input() -> None:
     model = build("bert-cls")
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate_k(model, [])
-    with pytest.raises(ValueError, match="must be > 0"):
+    with pytest.raises(ValueError, match="margin must be a finite number > 0"):
         calibrate_k(model, [dummy_inputs(model)], margin=0.0)
     with pytest.raises(ValueError, match="k has no value for the norm"):
         patch_model(model, "adanorm", k={"bert.embeddings.LayerNorm": 0.1})
+
+
+def test_numbers_are_taken_as_numbers_and_nothing_else() -> None:
+    model = fading()
+    set_fade(model, torch.tensor(0.25))
+    assert {float(m.fade_progress) for m in model.modules() if getattr(m, "fade", None)} == {0.25}
+    for t in ("0.5", None, True):
+        with pytest.raises(TypeError, match="t must be a number"):
+            set_fade(model, t)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fade_steps must be a finite number"):
+        FadeCallback(fade_steps=float("nan"))
+    with pytest.raises(ValueError, match="order must be"):
+        FadeCallback(order="sideways")  # type: ignore[arg-type]
+
+
+def test_fading_norms_that_are_swapped_already_is_refused() -> None:
+    model = patch_model(build("bert-cls"), "adanorm")
+    before = model.state_dict().keys()
+    with pytest.raises(ValueError, match="nothing to fade"):
+        patch_model(model, "adanorm", affine="fade")
+    assert model.state_dict().keys() == before
+
+
+def test_dropping_in_the_middle_of_a_fade_warns() -> None:
+    with pytest.warns(UserWarning, match="the fade of 5 norms ends here"):
+        patch_model(fading(t=0.3), "adanorm")
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "said"),
+    [
+        ({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, TypeError, "batches must be a list of batches"),
+        (7, TypeError, "batches must be a list of batches"),
+        ([torch.ones(1, 4)], TypeError, "a batch must be"),
+    ],
+)
+def test_calibration_names_what_is_no_batch(batches: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        calibrate_k(build("bert-cls"), batches)
+
+
+def test_calibration_refuses_norms_that_met_nan() -> None:
+    model = build("bert-cls")
+    good = dummy_inputs(model)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[5] = float("nan")
+    bad = {**good, "input_ids": torch.full_like(good["input_ids"], 5)}
+    with pytest.raises(ValueError, match=r"embeddings\.LayerNorm met NaN"):
+        calibrate_k(model, [bad])
+
+
+def test_padding_does_not_count_in_a_calibration() -> None:
+    model = build("bert-cls")
+    ids = torch.randint(4, 20, (2, 8))
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[3] = 0.0
+        model.bert.embeddings.word_embeddings.weight[3, 0] = 100.0
+    padded = {"input_ids": ids.clone(), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    padded["input_ids"][:, 6:], padded["attention_mask"][:, 6:] = 3, 0
+    plain = {"input_ids": ids[:, :6]}
+    k = "bert.embeddings.LayerNorm"
+    assert calibrate_k(model, [padded]).k[k] == pytest.approx(calibrate_k(model, [plain]).k[k], rel=1e-5)
+    seen = calibrate_k(model, [{**padded, "attention_mask": torch.ones(2, 8, dtype=torch.int64)}])
+    assert seen.k[k] < 0.9 * calibrate_k(model, [plain]).k[k]
+
+
+def test_unpatching_a_reloaded_model_in_the_middle_of_a_fade_gives_its_gains_back(tmp_path: Path) -> None:
+    model = fading(t=0.4)
+    gain = model.bert.embeddings.LayerNorm.fade_gain.clone()
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is lost, so nothing is said
+        again = unpatch_model(type(model).from_pretrained(tmp_path))
+    assert torch.equal(again.bert.embeddings.LayerNorm.weight, gain)
+
+
+def test_a_fade_that_would_not_arrive_is_told_at_the_start(tmp_path: Path) -> None:
+    callback = FadeCallback(20)
+    with pytest.warns(UserWarning, match=r"will stand at t = 0\.5 after the last of 10 steps"):
+        callback.on_train_begin(None, SimpleNamespace(max_steps=10, global_step=0), None, model=fading())

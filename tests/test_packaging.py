@@ -110,7 +110,11 @@ config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, 
 model = BertModel(config)
 hf_adanorm.patch_model(model, "adanorm").eval().save_pretrained("saved")
 again = AutoModel.from_pretrained("saved").eval()
-same = hf_adanorm.compare_outputs(model, again, {"input_ids": torch.tensor([[1, 2, 3]])}).identical
+weights, reloaded = model.state_dict(), again.state_dict()
+same = weights.keys() == reloaded.keys() and all(torch.equal(weights[name], reloaded[name]) for name in weights)
+# A file's tensors lie elsewhere in a cache line, and some processors multiply by such a matrix in another order.
+inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+same = same and hf_adanorm.compare_outputs(model, again, inputs, tolerance=1e-6).first is None
 with hf_adanorm.watch_norms(model, every=1) as log:
     model.train()(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state.square().sum().backward()
 print(json.dumps({"file": hf_adanorm.__file__, "light": light, "same": same, "watched": len(log.names)}))

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import EXIT_RESUME
+from checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME
 
 from tests.recipes.fault_runs import EVERY, STEPS, arguments, write_data
 from tests.recipes.recipe_process import RECIPES, check_whole, resumed_from, same_weights, start, wait
@@ -92,6 +92,24 @@ def test_a_full_disk_costs_no_checkpoint_that_stood(
     assert check_whole(run) == EVERY
     assert not list(run.glob(".tmp-*"))  # half a checkpoint does not fill the disk further
     assert_ends_like(undisturbed, recipe, data, run, log, EVERY)
+
+
+def test_a_disk_that_is_full_at_the_end_costs_nothing_trained(
+    recipe: str, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    moment = ("os.rename", r"\.tmp-results\.json")
+    assert wait(start(recipe, arguments(recipe, data, run), log, kill_at=moment)) == -signal.SIGKILL
+    for path in run.glob(".tmp-*"):
+        path.unlink()
+    # What was trained is there; the results, and a translation's last model, which are larger, are still to come.
+    limit = (undisturbed / "results.json").stat().st_size // 2
+    code = wait(start(recipe, arguments(recipe, data, run), log, file_size=limit))
+    said = log.read_text()
+    assert code == EXIT_CANNOT_SAVE, said
+    assert re.search(r"error: .*make room", said), said
+    assert not (run / "results.json").exists()
+    assert_ends_like(undisturbed, recipe, data, run, log, STEPS)
 
 
 def test_sigterm_saves_and_asks_to_be_resumed(recipe: str, data: Path, undisturbed: Path, tmp_path: Path) -> None:
