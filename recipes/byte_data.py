@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def read_bytes(file: str | Path, option_name: str) -> np.ndarray:
     """The bytes of a file, decompressed by its ending, as uint8. Raises DataError naming the option and the file."""
     path = Path(file)
     if not path.is_file():
-        raise DataError(f"--{option_name} {file}: no such file")
+        raise DataError(f"--{option_name} {file}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
@@ -49,7 +50,7 @@ def read_bytes(file: str | Path, option_name: str) -> np.ndarray:
             data = {".gz": gzip, ".bz2": bz2}[path.suffix].decompress(path.read_bytes())
         else:
             data = path.read_bytes()
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     return np.frombuffer(data, dtype=np.uint8)
 

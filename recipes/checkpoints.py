@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -59,8 +60,19 @@ class Progress:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON: the file at `path` is either the old one or the whole new one."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` as JSON: the file at `path` is either the old one or the whole new one.
+
+    NaN and infinity, for which JSON has no name, become null.
+    """
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -112,7 +124,8 @@ class Checkpoints:
         accelerator: what the model and the optimiser were, or will be, prepared with.
         config: the run's resolved options. Options not in `free` must be the same when a run is resumed.
         keep: how many of the newest checkpoints to keep.
-        overwrite: delete an earlier run's checkpoints, best models and results first.
+        overwrite: start afresh: an earlier run's checkpoints, best models and results are deleted as soon as this one
+            begins to train.
     """
 
     def __init__(
@@ -130,19 +143,16 @@ class Checkpoints:
         self.config = json.loads(json.dumps({**config, "num_processes": accelerator.num_processes}))
         self.free = free
         self.keep = keep
+        self.overwrite = overwrite
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.iterdir():
-                name = path.name
-                stale = name.startswith(_TEMPORARY) or name == "diverged.json"  # it is tried once more
-                ours = name in {"best", "results.json"} or _number(name, "(checkpoint|best)")
-                if stale or (overwrite and ours):
-                    _remove(path)
+            for path in self.folder.glob(f"{_TEMPORARY}*"):
+                _remove(path)
         accelerator.wait_for_everyone()
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None when there is none."""
-        found = self._numbered("checkpoint")
+        """The newest complete checkpoint, None when there is none, or when what there is will be overwritten."""
+        found = [] if self.overwrite else self._numbered("checkpoint")
         return found[-1] if found else None
 
     def check_resumable(self) -> Path | None:
@@ -153,7 +163,13 @@ class Checkpoints:
         latest = self.latest()
         if latest is None:
             return None
-        saved = json.loads((latest / "config.json").read_text(encoding="utf-8"))
+        try:
+            saved = json.loads((latest / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ResumeError(
+                f"{latest / 'config.json'} cannot be read ({error}): delete {latest.name} to go on from the "
+                "checkpoint before it, or give another --output_dir"
+            ) from error
         differing = [
             f"{name}: {saved.get(name)!r} in the checkpoint, {self.config.get(name)!r} now"
             for name in sorted(saved.keys() | self.config.keys())
@@ -167,7 +183,17 @@ class Checkpoints:
         return latest
 
     def resume(self) -> Progress:
-        """Load the newest checkpoint into what was prepared; a fresh Progress when there is none."""
+        """Load the newest checkpoint into what was prepared; a fresh Progress when there is none.
+
+        Here a run begins: what it makes obsolete is deleted, and not before, lest bad input cost an earlier run.
+        """
+        if self.accelerator.is_main_process:
+            for path in self.folder.iterdir():
+                ours = path.name in {"best", "results.json"} or _number(path.name, "(checkpoint|best)")
+                if path.name == "diverged.json" or (self.overwrite and ours):
+                    _remove(path)
+        self.overwrite = False
+        self.accelerator.wait_for_everyone()
         latest = self.check_resumable()
         if latest is None:
             return Progress()

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from batching import StepPlan, eval_batches, train_batches
 from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
-from evaluation import gather_by_index, load_metric, main_first, mean, peak_memory_mb, run_fresh_process
+from evaluation import gather_by_index, is_better, load_metric, main_first, mean, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
 from image_task import ImageOptions, prepare_image
 from options import (
@@ -42,7 +42,7 @@ from options import (
 )
 from publishing import prepare_push, publish
 from results import format_results, versions
-from step_checks import optimizer_step
+from step_checks import check_trained, optimizer_step
 from text_task import ModelOptions, Task, TextOptions, prepare_text
 from training import (
     ProgressBar,
@@ -224,7 +224,7 @@ def note_scores(
     progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
     accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
     accelerator.print(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-    if not eligible or (progress.best_step and scores["accuracy"] <= progress.best_metrics["accuracy"]):
+    if not eligible or not is_better(scores, progress.best_metrics, "accuracy", higher=True):
         return
     state_dict = accelerator.get_state_dict(model)  # a collective call: on every process
 
@@ -262,10 +262,10 @@ def test_scores(
 def main(argv: list[str] | None = None) -> None:
     """Set up, train, test the best model in a fresh process, write `results.json`."""
     options = parse_options(ClassificationOptions, argv, __doc__)
-    accelerator = make_accelerator(options, options)
     output_dir = Path(options.output_dir)
-    with clear_errors(accelerator):
+    with clear_errors():
         check_ranges(options)
+        accelerator = make_accelerator(options, options)
         checkpoints = Checkpoints(
             output_dir,
             accelerator,
@@ -315,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
+        check_trained(progress)
         best = checkpoints.promote_best(progress.best_step)
         precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
         accelerator.end_training()  # the other processes are done: they need not wait for the test

@@ -27,8 +27,10 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,18 +40,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from checkpoints import EXIT_RESUME, write_json
-from comparison import BASELINE, RECIPES, Recipe, Run, outcome, summarize
+from comparison import BASELINE, RECIPES, Recipe, RecordError, Run, outcome, summarize
 from comparison_report import write_report
-from options import FREE_OPTIONS, OptionError, parse_options
+from options import FREE_OPTIONS, OptionError, check_ranges, parse_options, read_config
 from paper_results import COLUMNS, CONFIGS, ROWS
 from results import align
+
+from hf_adanorm import AdaNorm, DetachNorm
 
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
 # A norm that an option says nothing to need not try its values.
 ONLY_FOR = {"C": {"adanorm"}, "k": {"adanorm"}, "detach_mean": {"detachnorm"}, "detach_variance": {"detachnorm"}}
 ESTIMATE_STEPS = 25
+MOST_SEEDS = 1000
 
 
 class RunInterrupted(Exception):  # noqa: N818  (no error: the comparison was asked to stop)
@@ -79,7 +83,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     if own.config:
         rest = ["--config", own.config, *rest]
     own.norms = list(dict.fromkeys(own.norms))
-    own.seeds = list(range(1, own.seeds[0] + 1)) if len(own.seeds) == 1 else list(dict.fromkeys(own.seeds))
+    if len(own.seeds) == 1 and own.seeds[0] <= MOST_SEEDS:
+        own.seeds = list(range(1, own.seeds[0] + 1))
+    own.seeds = list(dict.fromkeys(own.seeds))
     name = Path(own.config).stem if own.config else own.recipe
     own.title = name
     own.output_dir = Path(own.output_dir or f"outputs/compare-{name}")
@@ -96,10 +102,7 @@ def choose_recipe(name: str | None, config: str | None) -> tuple[Recipe, type]:
         raise OptionError("give --config, or --recipe " + "|".join(RECIPES))
     keys: set[str] = set()
     if name is None and config is not None:
-        if not Path(config).is_file():
-            raise OptionError(f"--config {config}: no such file")
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        keys = {str(key) for key in values} if isinstance(values, dict) else set()
+        keys = {str(key) for key in read_config(config)}
     fitting = []
     for candidate in RECIPES if name is None else [name]:
         recipe = RECIPES[candidate]
@@ -144,6 +147,14 @@ class Comparison:
                 )
         if min(own.seeds, default=0) < 0 or not own.seeds:
             raise OptionError(f"--seeds: expected a positive number of seeds, got {own.seeds}")
+        if len(own.seeds) == 1 and own.seeds[0] > MOST_SEEDS:
+            raise OptionError(f"--seeds {own.seeds[0]}: one number is how many, at most {MOST_SEEDS}")
+        try:
+            self.launcher = shlex.split(own.launcher) if own.launcher is not None else [sys.executable]
+        except ValueError as error:
+            raise OptionError(f"--launcher {own.launcher}: {error}") from error
+        if not self.launcher or shutil.which(self.launcher[0]) is None:
+            raise OptionError(f"--launcher {own.launcher!r}: there is no such command")
         if own.resamples < 100:
             raise OptionError(f"--resamples must be at least 100, got {own.resamples}")
         self.grid = parse_grid(own.grid, self.names)
@@ -163,6 +174,22 @@ class Comparison:
         except SystemExit as error:
             text = " ".join(said.getvalue().rpartition("error:")[2].split())  # without the lines on usage before it
             raise OptionError(f"{self.recipe.script}: {text}") from error
+
+    def check_all(self) -> None:
+        """Raise OptionError for what a norm could not be trained with, before another has been."""
+        if self.own.output_dir.exists() and not self.own.output_dir.is_dir():
+            raise OptionError(f"--output_dir {self.own.output_dir}: a file, not a folder")
+        for norm in self.own.norms:
+            for point in grid_points(self.grid, norm):
+                options = self.options(self.arguments(Run(norm, self.own.seeds[0], self.own.output_dir, point)))
+                check_ranges(options)
+                try:
+                    if norm == "adanorm":
+                        AdaNorm(1, C=options.C, k=options.k)
+                    elif norm == "detachnorm":
+                        DetachNorm(1, detach_mean=options.detach_mean, detach_variance=options.detach_variance)
+                except (ValueError, TypeError) as error:
+                    raise OptionError(f"--norms {norm}: {error}") from error
 
     def arguments(self, run: Run, *, test: bool = True) -> list[str]:
         """The recipe's command line for a run; without a test split for one of the search."""
@@ -228,8 +255,7 @@ class Comparison:
         """
         run.folder.mkdir(parents=True, exist_ok=True)
         log = run.folder / "log.txt"
-        launcher = shlex.split(self.own.launcher) if self.own.launcher else [sys.executable]
-        command = [*launcher, str(self.script), *arguments]
+        command = [*self.launcher, str(self.script), *arguments]
         with open(log, "ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
@@ -287,6 +313,9 @@ class Comparison:
             return (0, run.record.get("step", -1))
         record = run.record
         name, higher = self.recipe.selection(self.options(self.rest))
+        value = record["validation"][name]
+        if value is None or not math.isfinite(value):
+            return (0, -1)
         return (1, record["validation"][name] if higher else -record["validation"][name])
 
     def plan_runs(self, chosen: dict[str, dict[str, str]]) -> None:
@@ -367,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     own, rest = parse_arguments(argv)
     try:
         comparison = Comparison(own, rest)
-        comparison.options(rest)
+        comparison.check_all()
     except OptionError as error:
         sys.exit(_refuse(error))
     command = shlex.join(["recipes/compare.py", *argv])
@@ -380,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
         comparison.execute(comparison.search, test=False)
         comparison.plan_runs(comparison.choose())
         comparison.execute(comparison.runs)
-    except OptionError as error:
+    except (OptionError, RecordError) as error:
         sys.exit(_refuse(error))
     except RunInterrupted:
         if comparison.runs:

@@ -64,6 +64,10 @@ RECIPES = {
 }
 
 
+class RecordError(ValueError):
+    """The file in which a run wrote down its end is broken."""
+
+
 @dataclass
 class Run:
     """One run of a recipe: where it is and what its folder says of it."""
@@ -85,7 +89,16 @@ class Run:
         """What the recipe wrote at the end of the run; empty as long as it has not ended."""
         names = {"finished": "results.json", "diverged": "diverged.json"}
         name = names.get(self.status)
-        return json.loads((self.folder / name).read_text(encoding="utf-8")) if name else {}
+        if name is None:
+            return {}
+        path = self.folder / name
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecordError(f"{path} cannot be read ({error}): delete {self.folder} to run it again") from error
+        if not isinstance(record, dict) or "options" not in record:
+            raise RecordError(f"{path} was not written by a recipe: delete {self.folder} to run it again")
+        return record
 
     @property
     def progress(self) -> dict[str, Any]:

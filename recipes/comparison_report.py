@@ -234,7 +234,8 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
 
 
 def _series(progress: Mapping[str, Any], history: str, key: str, scale: float = 1.0) -> dict[int, float]:
-    return {entry["step"]: entry[key] * scale for entry in progress.get(history, []) if key in entry}
+    entries = progress.get(history, [])
+    return {entry["step"]: entry[key] * scale for entry in entries if entry.get(key) is not None}  # null: not finite
 
 
 def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, Any]) -> None:

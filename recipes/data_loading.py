@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ _USE = {"train": "train on", "validation": "choose the best checkpoint on", "tes
 def load_file(file: str | Path, split: str = "train") -> Dataset:
     """One local file, by its ending. Raises DataError naming the file."""
     path = Path(file)
+    if path.is_dir():
+        raise DataError(f"--{split}_file {file}: a folder, not a file")
     if not path.is_file():
         known = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, known, n=1)
@@ -81,8 +84,8 @@ def load_file(file: str | Path, split: str = "train") -> Dataset:
     if is_idx(path):
         try:
             return load_idx_images(path)
-        except (ValueError, OSError) as error:
-            raise DataError(str(error)) from error
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{file}: cannot be read as IDX: {error}") from error
     suffixes = [suffix.lower() for suffix in path.suffixes]
     suffix = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else suffixes[-1] if suffixes else ""
     if suffix not in FORMATS:
@@ -129,9 +132,10 @@ def check_text_column(splits: dict[str, Dataset], column: str, option_name: str)
         is_string = isinstance(feature, Value) and feature.dtype in {"string", "large_string"}
         values = data.data.column(column)
         if not is_string or values.null_count:
-            row, value = next(
-                (row, value) for row, value in enumerate(values.to_pylist()) if not isinstance(value, str)
-            )
+            found = ((row, value) for row, value in enumerate(values.to_pylist()) if not isinstance(value, str))
+            row, value = next(found, (None, None))
+            if row is None:  # values of several types
+                raise DataError(f"{split} split, column {column!r}: expected text in every row, got {feature}")
             raise DataError(f"{split} split, column {column!r}, row {row}: expected text, got {value!r}")
 
 
@@ -159,6 +163,8 @@ def resolve_labels(
     for split, data in splits.items():
         check_column(data, split, column, "label_column")
         raw[split] = data.data.column(column).to_pylist()
+        if None in raw[split]:
+            raise DataError(f"{split} split, column {column!r}, row {raw[split].index(None)}: there is no label")
     feature = splits["train"].features[column]
     if label_names is None and isinstance(feature, ClassLabel):
         label_names = feature.names
@@ -171,6 +177,12 @@ def resolve_labels(
         names = sorted(set(raw["train"]))
     else:
         highest = max((value for value in raw["train"] if isinstance(value, int)), default=-1)
+        different = len({value for value in raw["train"] if isinstance(value, int)})
+        if highest >= max(10 * different, 100):
+            raise DataError(
+                f"train split, column {column!r}: labels go up to {highest}, but only {different} different ones "
+                "occur: number the classes from 0, give them as text, or name all of them by --label_names"
+            )
         names = [str(number) for number in range(highest + 1)]
     numbers = {name: number for number, name in enumerate(names)}
     labels: dict[str, list[int]] = {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,6 +107,13 @@ def peak_memory_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def is_better(scores: Mapping[str, float], best: Mapping[str, float] | None, name: str, *, higher: bool) -> bool:
+    """Whether `scores` beat the `best` so far by the score `name`; what is not finite never does."""
+    if not all(math.isfinite(scores[key]) for key in {name, "loss"}):
+        return False
+    return not best or (scores[name] > best[name] if higher else scores[name] < best[name])
 
 
 def mean(values: Sequence[float]) -> float:

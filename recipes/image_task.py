@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from evaluation import main_first
 from options import OptionError, option
 from PIL import Image as PilImage
 from PIL import ImageOps
-from text_task import Task, check_model_source, fresh_config, label_mappings
+from text_task import Task, build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
 
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
@@ -51,8 +52,7 @@ def prepare_image(options: Any, accelerator: Accelerator, output_dir: Path, resu
     names, labels = resolve_labels(raw, options.label_column, options.label_names)
     files = {split: getattr(options, f"{split}_file") for split in raw}
     splits = {split: _as_images(data, options.image_column, files[split]) for split, data in raw.items()}
-    for split, data in splits.items():
-        open_image(data[0][options.image_column], f"{split} split, row 0")
+    main_first(accelerator, lambda: _check_images(splits, options.image_column, accelerator))
     processor = main_first(accelerator, lambda: _processor(options))
 
     def collate(rows: list[dict[str, Any]], augment: Callable[[PilImage.Image, int], PilImage.Image]) -> Any:
@@ -97,22 +97,42 @@ def _check_ranges(options: Any) -> None:
 
 def _as_images(data: Dataset, column: str, file: str | None) -> Dataset:
     """The column as encoded images; relative paths are relative to the file that names them."""
-    if data.features[column].dtype == "string":
+    if getattr(data.features[column], "dtype", None) == "string":
         folder = Path(file).resolve().parent if file else Path()
-        data = data.map(lambda row: {column: str(folder / row[column])})
+        data = data.map(lambda row: {column: None if row[column] is None else str(folder / row[column])})
     try:
         return data.cast_column(column, Image(decode=False))
     except Exception as error:  # of pyarrow's making, by version
         raise DataError(f"column {column!r} holds {data.features[column]}, not images or paths of images") from error
 
 
-def open_image(value: dict[str, Any], where: str) -> PilImage.Image:
-    """An encoded image, as RGB. Raises DataError saying where when it cannot be read."""
+def _check_images(splits: dict[str, Dataset], column: str, accelerator: Accelerator) -> None:
+    """Raise DataError saying where unless the headers of all images can be read. One process looks."""
+    if not accelerator.is_main_process:
+        return
+    for split, data in splits.items():
+        for row, value in enumerate(data[column]):
+            with _opened(value, f"{split} split, row {row}"):
+                pass
+
+
+def open_image(value: dict[str, Any] | None, where: str) -> PilImage.Image:
+    """An encoded image, as RGB; one of 16 bits is scaled to 8. Raises DataError saying where it cannot be read."""
+    with _opened(value, where) as image:
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            return PilImage.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(value: dict[str, Any] | None, where: str) -> Iterator[PilImage.Image]:
+    if value is None:
+        raise DataError(f"{where}: there is no image")
     try:
         source = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
         with PilImage.open(source) as image:
-            return image.convert("RGB")
-    except (OSError, TypeError) as error:
+            yield image
+    except (OSError, TypeError, SyntaxError, PilImage.DecompressionBombError) as error:
         raise DataError(f"{where}: not a readable image: {error}") from error
 
 
@@ -140,7 +160,7 @@ def augmented(image: PilImage.Image, index: int, *, options: Any, epoch: int) ->
 
 def _processor(options: Any) -> Any:
     if options.model_name_or_path:
-        processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
+        processor = load_pretrained(AutoImageProcessor, options.model_name_or_path)
         if options.image_size:
             processor.size = {"height": options.image_size, "width": options.image_size}
         return processor
@@ -153,12 +173,16 @@ def _processor(options: Any) -> Any:
 
 def _build_model(options: Any, names: Sequence[str]) -> PreTrainedModel:
     if options.model_name_or_path:
-        model = AutoModelForImageClassification.from_pretrained(
-            options.model_name_or_path, ignore_mismatched_sizes=False, **label_mappings(names)
-        )
+        model = load_pretrained(AutoModelForImageClassification, options.model_name_or_path, **label_mappings(names))
     else:
         sizes = {"image_size": options.image_size} if options.image_size else {}
-        model = AutoModelForImageClassification.from_config(fresh_config(options, **sizes, **label_mappings(names)))
+        if options.image_size and options.model_config.get("image_size", options.image_size) != options.image_size:
+            raise OptionError(
+                f"--image_size {options.image_size} is not the image_size of model_config, "
+                f"{options.model_config['image_size']}: leave one of them out"
+            )
+        config = fresh_config(options, **sizes, **label_mappings(names))
+        model = build_fresh(AutoModelForImageClassification, config)
     channels = getattr(model.config, "num_channels", 3)
     if channels != 3:
         raise OptionError(f"the model's num_channels is {channels}; images are read as RGB: it must be 3")

@@ -32,7 +32,7 @@ from accelerate.utils import set_seed
 from batching import StepPlan, eval_batches, train_batches
 from byte_data import NUM_BYTES, ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits
 from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
-from evaluation import gather_by_index, main_first, peak_memory_mb, run_fresh_process
+from evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
 from options import (
     FREE_OPTIONS,
@@ -47,8 +47,8 @@ from options import (
 from publishing import prepare_push, publish
 from results import versions
 from score_bytes import collate_windows, window_bits
-from step_checks import optimizer_step
-from text_task import ModelOptions, check_model_source, fresh_config
+from step_checks import check_trained, optimizer_step
+from text_task import ModelOptions, build_fresh, check_model_source, fresh_config, load_pretrained
 from training import (
     ProgressBar,
     Stopwatch,
@@ -78,10 +78,10 @@ class LanguageModelingOptions(RunOptions, OptimizationOptions, ByteDataOptions, 
 def build_model(options: LanguageModelingOptions) -> PreTrainedModel:
     """A fresh decoder of bytes, or one that an earlier run saved. Raises OptionError when it cannot read bytes."""
     if options.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path)
+        model = load_pretrained(AutoModelForCausalLM, options.model_name_or_path)
     else:
         tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        model = AutoModelForCausalLM.from_config(fresh_config(options, vocab_size=NUM_BYTES, **tokens))
+        model = build_fresh(AutoModelForCausalLM, fresh_config(options, vocab_size=NUM_BYTES, **tokens))
     if model.config.vocab_size != NUM_BYTES:
         raise OptionError(f"the model has {model.config.vocab_size} tokens; a model of bytes has {NUM_BYTES}")
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -237,8 +237,7 @@ def note_scores(
     progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
     accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
     accelerator.print(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-    key = "bits_per_character"
-    if eligible and (progress.best_step is None or scores[key] < progress.best_metrics[key]):
+    if eligible and is_better(scores, progress.best_metrics, "bits_per_character", higher=False):
         checkpoints.save_best(progress.step, save_model)
         progress.best_step, progress.best_metrics = progress.step, scores
 
@@ -263,10 +262,10 @@ def test_scores(
 def main(argv: list[str] | None = None) -> None:
     """Set up, train, test the best model in a fresh process, write `results.json`."""
     options = parse_options(LanguageModelingOptions, argv, __doc__)
-    accelerator = make_accelerator(options, options)
     output_dir = Path(options.output_dir)
-    with clear_errors(accelerator):
+    with clear_errors():
         check_ranges(options)
+        accelerator = make_accelerator(options, options)
         check_model_source(options)
         if not 0 < options.eval_stride <= options.sequence_length:
             raise OptionError(
@@ -339,6 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, splits, plan, checkpoints, save_model, options)
+        check_trained(progress)
         best = checkpoints.promote_best(progress.best_step)
         precision, is_main = accelerator.mixed_precision, accelerator.is_main_process
         accelerator.end_training()  # the other processes are done: they need not wait for the test

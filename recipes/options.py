@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 T = TypeVar("T")
+LEAST_VOCABULARY = 10
 
 
 class OptionError(ValueError):
@@ -171,30 +172,43 @@ def build_parser(options_class: type[Any], description: str | None = None) -> Ar
     return parser
 
 
-def read_config(path: str | Path, names: set[str]) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: str | Path, names: set[str] | None = None) -> dict[str, Any]:
     """The options of a YAML file, its relative `*_file` paths resolved against the file's folder.
 
-    Raises OptionError for a file that is missing, is not a YAML mapping or holds an unknown option.
+    Raises OptionError for a file that is missing, is not a YAML mapping or holds an option that is none of `names`
+    (by default, any name will do).
     """
     path = Path(path)
     if not path.is_file():
-        raise OptionError(f"--config {path}: no such file")
+        raise OptionError(f"--config {path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"--config {path}: not a YAML file: {error}") from error
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise OptionError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise OptionError(
             f"--config {path}: expected a mapping of option names to values, got {type(values).__name__}"
         )
     for key in values:
-        if key not in names:
+        if names is not None and key not in names:
             close = difflib.get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise OptionError(f"--config {path}: unknown option {key!r}{hint}")
+    if values.get("mixed_precision") is False:
+        values["mixed_precision"] = "no"  # for YAML, an unquoted no is false
     for key, value in values.items():
-        if key.endswith("_file") and isinstance(value, str) and not Path(value).is_absolute():
+        if str(key).endswith("_file") and isinstance(value, str) and not Path(value).is_absolute():
             values[key] = str((path.parent / value).resolve())
     return values
 
@@ -235,6 +249,8 @@ def check_ranges(options: OptimizationOptions) -> None:
     """Raise OptionError for a number of the optimisation or run group outside its range."""
     positive = ["learning_rate", "gradient_accumulation_steps", "num_epochs", "max_steps", "eval_steps"]
     positive += ["checkpointing_steps", "save_total_limit", "logging_steps", "watch_norms", "spike_sigmas"]
+    positive += ["batch_size", "eval_batch_size", "min_frequency", "max_train_characters", "preprocessing_workers"]
+    positive += [f"max_{split}_samples" for split in ("train", "validation", "test")]
     not_negative = [
         "warmup_steps",
         "warmup_ratio",
@@ -242,6 +258,10 @@ def check_ranges(options: OptimizationOptions) -> None:
         "min_lr",
         "weight_decay",
         "max_grad_norm",
+        "adam_epsilon",
+        "dataloader_workers",
+        "validation_characters",
+        "test_characters",
     ]
     for name in positive + not_negative:
         value = getattr(options, name, None)
@@ -249,6 +269,16 @@ def check_ranges(options: OptimizationOptions) -> None:
             continue
         if value < 0 or (value == 0 and name in positive):
             raise OptionError(f"--{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
+    if not 0 <= getattr(options, "seed", 0) < 2**32:
+        raise OptionError(f"--seed must be at least 0 and below 2**32, got {options.seed}")  # type: ignore[attr-defined]
+    if getattr(options, "vocab_size", LEAST_VOCABULARY) < LEAST_VOCABULARY:
+        raise OptionError(
+            f"--vocab_size must be at least {LEAST_VOCABULARY}, as a few words are special, got {options.vocab_size}"  # type: ignore[attr-defined]
+        )
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        value = getattr(options, name, None)
+        if value is not None and not 0 <= value < 1:
+            raise OptionError(f"--{name} must be in [0, 1), got {value}")
     if options.warmup_ratio > 1:
         raise OptionError(f"--warmup_ratio must be between 0 and 1, got {options.warmup_ratio}")
     fade_ratio = getattr(options, "fade_ratio", 1.0)

@@ -12,6 +12,7 @@ import glob
 import gzip
 import html
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,10 @@ def _read_text_pair(pattern: str, split: str, options: ParallelOptions) -> Datas
         paths = [Path(name) for name in sorted(glob.glob(pattern.replace("{lang}", lang)))]
         if not paths:
             raise DataError(f"--{split}_file {pattern}: no such file for {{lang}} = {lang}")
-        sides.append([list(_sentences(path)) for path in paths])
+        try:
+            sides.append([list(_sentences(path)) for path in paths])
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise DataError(f"--{split}_file {pattern}, {{lang}} = {lang}: cannot be read: {error}") from error
     source_files, target_files = sides
     sizes = ([len(part) for part in source_files], [len(part) for part in target_files])
     if sizes[0] != sizes[1]:

@@ -100,9 +100,9 @@ def run_block(
 def main(argv: list[str] | None = None) -> None:
     """Time both in turns; print and write `speed.json` in `output_dir`."""
     options = parse_options(SpeedOptions, argv, __doc__)
-    accelerator = make_accelerator(options, options)
     output_dir = Path(options.output_dir)
-    with clear_errors(accelerator):
+    with clear_errors():
+        accelerator = make_accelerator(options, options)
         output_dir.mkdir(parents=True, exist_ok=True)
         task = prepare_translation(options, accelerator, output_dir, resuming=True)
         plan = TokenPlan(*task.lengths["train"], options.max_tokens, seed=options.seed)

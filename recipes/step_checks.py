@@ -25,6 +25,14 @@ class DivergedError(ArithmeticError):
         self.step = step
 
 
+def check_trained(progress: Progress) -> None:
+    """Raise DivergedError for a run at its end that has trained nothing, or never was evaluated to a finite score."""
+    if progress.skipped_steps == progress.step:
+        raise DivergedError(f"all {progress.step} steps were left out: nothing was trained", progress.step)
+    if progress.best_step is None:
+        raise DivergedError(f"no evaluation up to step {progress.step} gave a finite score", progress.step)
+
+
 def optimizer_step(
     accelerator: Accelerator,
     model: nn.Module,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from evaluation import main_first
 from options import OptionError, option
 from tokenization import train_encoder_tokenizer
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -88,12 +92,59 @@ def label_mappings(names: Sequence[str]) -> dict[str, Any]:
 
 
 def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
-    """The config of a fresh model: `values`, then `model_config`, which must name a model_type."""
+    """The config of a fresh model: `values`, then `model_config`, which must name a model_type.
+
+    Raises OptionError for an unknown model_type, for a field that its config does not have, and for one that does not
+    go with `values`.
+    """
     sizes = dict(options.model_config)
     model_type = sizes.pop("model_type", None)
     if model_type is None:
         raise OptionError("model_config needs a model_type, for instance bert")
-    return AutoConfig.for_model(model_type, **{**values, **sizes})
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise OptionError(f"model_config: transformers has no model_type {model_type!r}{hint}")
+    try:
+        config = AutoConfig.for_model(model_type, **{**values, **sizes})
+        known = {*vars(AutoConfig.for_model(model_type)), *config.attribute_map, *vars(PreTrainedConfig()), *values}
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise OptionError(f"model_config of {model_type}: {' '.join(str(error).split())}") from error
+    for name, value in sizes.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise OptionError(f"model_config: {model_type} has no field {name!r}{hint}")
+        if isinstance(value, int) and value < 0 and re.search(r"^(num|n)_|_(size|dim|layers)$", name):
+            raise OptionError(f"model_config: {name} must not be negative, got {value}")
+        if name == "pad_token_id" and values.get(name) not in (None, value):
+            raise OptionError(f"model_config: {name} is {values[name]} in the tokeniser, not {value}: leave it out")
+    if sizes.get("vocab_size", math.inf) < values.get("vocab_size", 0):
+        raise OptionError(
+            f"model_config: vocab_size {sizes['vocab_size']} is less than the tokeniser's {values['vocab_size']}: "
+            "leave it out"
+        )
+    return config
+
+
+def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """A fresh model. Raises OptionError, in the model's own words, for a config that it cannot be built from."""
+    try:
+        return auto_class.from_config(config)
+    except OptionError:
+        raise
+    except Exception as error:  # of whatever kind the model makes of it
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise OptionError(f"model_config: no {config.model_type} can be built from it: {said}") from error
+
+
+def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """What `auto_class` loads by `name`. Raises OptionError naming the option when there is no such thing."""
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except OSError as error:
+        said = str(error).strip().splitlines()
+        raise OptionError(f"--model_name_or_path {name}: {said[0] if said else type(error).__name__}") from error
 
 
 def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Task:
@@ -112,7 +163,7 @@ def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resum
     names, labels = resolve_labels(raw, options.label_column, options.label_names)
 
     if options.model_name_or_path:
-        tokenizer = main_first(accelerator, lambda: AutoTokenizer.from_pretrained(options.model_name_or_path))
+        tokenizer = main_first(accelerator, lambda: load_pretrained(AutoTokenizer, options.model_name_or_path))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     else:
@@ -186,13 +237,11 @@ def _trained_tokenizer(
 def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedModel:
     labels = label_mappings(names)
     if options.model_name_or_path:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            options.model_name_or_path, ignore_mismatched_sizes=False, **labels
-        )
+        model = load_pretrained(AutoModelForSequenceClassification, options.model_name_or_path, **labels)
     else:
         special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         config = fresh_config(options, **special, **labels)
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = build_fresh(AutoModelForSequenceClassification, config)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < options.max_length:
         raise OptionError(f"--max_length {options.max_length} is beyond the model's {positions} positions")

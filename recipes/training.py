@@ -23,6 +23,7 @@ from accelerate.utils import (
     set_seed,
 )
 from checkpoints import EXIT_CANNOT_SAVE, Progress, SaveError, write_json
+from data_loading import DataError
 from options import OptimizationOptions, OptionError, PatchOptions, RunOptions
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -45,14 +46,14 @@ LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 @contextmanager
-def clear_errors(accelerator: Accelerator) -> Iterator[None]:
+def clear_errors() -> Iterator[None]:
     """While a run is set up, end it on the user's mistakes with one line and code 2 instead of a traceback."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         if os.environ.get("HF_ADANORM_DEBUG"):
             raise
-        if accelerator.is_main_process:
+        if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
 
@@ -68,6 +69,9 @@ def clear_endings(accelerator: Accelerator, output_dir: Path, record: dict[str, 
             write_json(output_dir / "diverged.json", {**record, "step": error.step, "diverged": str(error)})
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_DIVERGED)
+    except DataError as error:  # an example that could not be checked before
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
     except OSError as error:
         if not isinstance(error, SaveError) and error.errno not in DISK_FULL:
             raise

@@ -40,7 +40,7 @@ from checkpoints import (
     write_json,
     write_text,
 )
-from evaluation import gather_by_index, main_first, peak_memory_mb, run_fresh_process
+from evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
 from options import (
     FREE_OPTIONS,
@@ -55,7 +55,7 @@ from options import (
 from parallel_text import SOURCE
 from publishing import prepare_push, publish
 from results import versions
-from step_checks import optimizer_step
+from step_checks import check_trained, optimizer_step
 from token_batches import TokenPlan, token_batches
 from torch.distributed.fsdp import register_fsdp_forward_method
 from training import (
@@ -114,7 +114,6 @@ class TranslationOptions(
 
 def check_options(options: TranslationOptions, accelerator: Accelerator) -> None:
     """Raise OptionError for a number outside its range and for what cannot be combined."""
-    check_ranges(options)
     for name in ("max_tokens", "eval_batch_size", "num_beams", "validation_search_samples", "early_stopping_patience"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -344,9 +343,8 @@ def note_scores(
         f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f}" for name, value in scores.items()
     )
     accelerator.print(f"step {progress.step}: validation {shown}")
-    sign = -1 if options.best_metric == "loss" else 1
-    best = progress.best_metrics.get(options.best_metric)
-    if not eligible or (best is not None and sign * scores[options.best_metric] <= sign * best):
+    name = options.best_metric
+    if not eligible or not is_better(scores, progress.best_metrics, name, higher=name != "loss"):
         return
     checkpoints.save_best(progress.step, lambda folder: save_model(accelerator, model, task, folder))
     progress.best_step, progress.best_metrics = progress.step, scores
@@ -373,9 +371,10 @@ def test_scores(
 def main(argv: list[str] | None = None) -> None:
     """Set up, train, test the best model in a fresh process, write `results.json`."""
     options = parse_options(TranslationOptions, argv, __doc__)
-    accelerator = make_accelerator(options, options)
     output_dir = Path(options.output_dir)
-    with clear_errors(accelerator):
+    with clear_errors():
+        check_ranges(options)
+        accelerator = make_accelerator(options, options)
         check_options(options, accelerator)
         checkpoints = Checkpoints(
             output_dir,
@@ -432,6 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)
+        check_trained(progress)
         folders = {"": checkpoints.promote_best(progress.best_step)}
         with checkpoints.staged(output_dir / "last") as temporary:
             save_model(accelerator, model, task, temporary)

@@ -23,6 +23,7 @@ from evaluation import main_first
 from joint_bpe import train_joint_bpe
 from options import OptionError, option
 from parallel_text import REFERENCE, SOURCE, TARGET, ParallelOptions, load_pairs
+from text_task import build_fresh, fresh_config, load_pretrained
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -91,6 +92,8 @@ def prepare_translation(options: Any, accelerator: Accelerator, output_dir: Path
     if options.model_name_or_path and options.initialization != "model":
         raise OptionError(f"--initialization {options.initialization} is for fresh models; leave it out")
     raw = main_first(accelerator, lambda: load_pairs(options))
+    for split in raw.keys() - {"train"}:
+        references(raw[split], split)
     tokenizer = _tokenizer(raw["train"], options, accelerator, output_dir, resuming)
     splits = main_first(
         accelerator, lambda: {split: _tokenize(data, tokenizer, options) for split, data in raw.items()}
@@ -118,7 +121,7 @@ def prepare_translation(options: Any, accelerator: Accelerator, output_dir: Path
 
 def _tokenizer(data: Dataset, options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Any:
     if options.model_name_or_path:
-        tokenizer = main_first(accelerator, lambda: AutoTokenizer.from_pretrained(options.model_name_or_path))
+        tokenizer = main_first(accelerator, lambda: load_pretrained(AutoTokenizer, options.model_name_or_path))
         for attribute, name in (("src_lang", "source_lang_code"), ("tgt_lang", "target_lang_code")):
             code = getattr(options, name)
             if code is None:
@@ -233,15 +236,9 @@ def _build_model(options: Any, tokenizer: Any) -> PreTrainedModel:
         if getattr(options, name) is not None
     }
     if options.model_name_or_path:
-        config = AutoConfig.from_pretrained(options.model_name_or_path)
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            options.model_name_or_path, config=_with_dropouts(config, dropouts)
-        )
+        config = _with_dropouts(load_pretrained(AutoConfig, options.model_name_or_path), dropouts)
+        model = load_pretrained(AutoModelForSeq2SeqLM, options.model_name_or_path, config=config)
     else:
-        sizes = dict(options.model_config)
-        model_type = sizes.pop("model_type", None)
-        if model_type is None:
-            raise OptionError("model_config needs a model_type, for instance m2m_100 (pre-norm) or marian (post-norm)")
         special = {
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
@@ -250,10 +247,10 @@ def _build_model(options: Any, tokenizer: Any) -> PreTrainedModel:
             "decoder_start_token_id": tokenizer.eos_token_id,
             "forced_eos_token_id": None,
         }
-        if model_type == "marian":
+        if options.model_config.get("model_type") == "marian":
             special |= {"decoder_vocab_size": len(tokenizer)}
-        config = AutoConfig.for_model(model_type, **{**special, **sizes})
-        model = AutoModelForSeq2SeqLM.from_config(_with_dropouts(config, dropouts))
+        config = _with_dropouts(fresh_config(options, **special), dropouts)
+        model = build_fresh(AutoModelForSeq2SeqLM, config)
         model.generation_config = GenerationConfig.from_model_config(model.config)
         if options.initialization != "model":
             initialize(model, options.initialization)
@@ -327,9 +324,9 @@ def source_texts(data: Dataset, prefix: str) -> list[str]:
     return [" ".join((prefix + text).split("\n")) for text in data[SOURCE]]
 
 
-def references(data: Dataset) -> list[str]:
-    """The reference translations of a split, as they came, spaces apart."""
+def references(data: Dataset, split: str = "") -> list[str]:
+    """The reference translations of a split, as they came, spaces apart. Raises DataError when all are empty."""
     found = [" ".join(text.split()) for text in data[REFERENCE]]
     if not any(found):
-        raise DataError("all references are empty")
+        raise DataError(f"all references of the {split} split are empty")
     return found

@@ -102,8 +102,24 @@ def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
     Checkpoints(tmp_path, accelerator, CONFIG).save(Progress(step=1))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "results.json").write_text("{}")
-    assert Checkpoints(tmp_path, accelerator, {}, overwrite=True).check_resumable() is None
+    checkpoints = Checkpoints(tmp_path, accelerator, {}, overwrite=True)
+    assert checkpoints.check_resumable() is None
+    assert names(tmp_path) == ["checkpoint-1", "notes.txt", "results.json"]  # the input may turn out to be bad
+    assert checkpoints.resume() == Progress()
     assert names(tmp_path) == ["notes.txt"]
+
+
+def test_numbers_that_json_has_no_name_for_become_null(tmp_path):
+    write_json(tmp_path / "a.json", {"loss": [float("nan"), 1.5, float("inf")]})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"loss": [None, 1.5, None]}
+
+
+def test_a_checkpoint_whose_options_cannot_be_read_is_named(tmp_path):
+    accelerator, *_ = prepared()
+    Checkpoints(tmp_path, accelerator, CONFIG).save(Progress(step=1))
+    (tmp_path / "checkpoint-1" / "config.json").write_text("{")
+    with pytest.raises(ResumeError, match=r"checkpoint-1/config\.json cannot be read .* delete checkpoint-1"):
+        Checkpoints(tmp_path, accelerator, CONFIG).check_resumable()
 
 
 def test_sigterm_is_noted_and_the_old_handler_comes_back():

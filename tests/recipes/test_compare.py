@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from bleu import translation_scores
 from checkpoints import EXIT_RESUME
-from comparison import RECIPES, Run, example_statistics
+from comparison import RECIPES, RecordError, Run, example_statistics
 from comparison_report import conclusion, our_score, to_latex, to_markdown
 from hypothesis import given
 from hypothesis import strategies as st
@@ -163,6 +163,11 @@ def test_options_that_say_nothing_to_a_norm_are_not_tried_for_it():
         (["--learning_rat", "1"], "unknown option --learning_rat; did you mean --learning_rate?"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
+        (["--seeds", "3000000000"], "--seeds 3000000000: one number is how many"),
+        (["--launcher", "no-such-launcher"], "--launcher 'no-such-launcher': there is no such command"),
+        (["--launcher", "'open"], "--launcher 'open: No closing quotation"),
+        (["--C", "0"], "--norms adanorm: C must be a finite number > 0"),
+        (["--eval_batch_size", "0"], "--eval_batch_size must be positive"),
     ],
 )
 def test_bad_input_ends_before_any_run(changes, said, texts, tmp_path, capsys):
@@ -176,6 +181,26 @@ def test_bad_input_ends_before_any_run(changes, said, texts, tmp_path, capsys):
 def test_without_config_or_recipe_there_is_nothing_to_run():
     with pytest.raises(OptionError, match="give --config, or --recipe"):
         compare.choose_recipe(None, None)
+
+
+@pytest.mark.parametrize(("text", "said"), [('{"half', "cannot be read"), ("{}", "was not written by a recipe")])
+def test_a_broken_record_of_a_run_is_named(text, said, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(RecordError, match=rf"results\.json {said}"):
+        _ = Run("adanorm", 1, tmp_path).record
+
+
+def test_a_score_that_is_not_finite_never_wins_a_grid(texts, tmp_path):
+    own, rest = compare.parse_arguments(arguments_for(texts, tmp_path / "out"))
+    comparison = compare.Comparison(own, rest)
+    ranks = []
+    for number, accuracy in enumerate((None, 0.2)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        record = {"options": {}, "validation": {"accuracy": accuracy, "loss": accuracy}}
+        (folder / "results.json").write_text(json.dumps(record))
+        ranks.append(comparison.rank(Run("adanorm", 1, folder)))
+    assert ranks[1] > ranks[0]
 
 
 # A small comparison with real runs

@@ -91,6 +91,18 @@ def test_row_without_text_is_named(value):
         check_text_column({"validation": data}, "text", "text_column")
 
 
+def test_texts_and_numbers_in_one_column_are_refused(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 3}\n')
+    with pytest.raises(DataError, match=r"column 'text'.*expected text|cannot be read as json"):
+        check_text_column({"train": load_file(path)}, "text", "text_column")
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="a folder, not a file"):
+        load_file(tmp_path)
+
+
 def labels_of(train, validation, names=None):
     splits = {"train": Dataset.from_dict({"label": train}), "validation": Dataset.from_dict({"label": validation})}
     return resolve_labels(splits, "label", names)
@@ -113,7 +125,8 @@ def test_strings_are_numbered_in_sorted_or_given_order():
         ([0, 5], [0], ["no", "yes"], "label 5 is outside the range 0 to 1"),
         (["a", "b"], ["c"], None, "label 'c' is none of the 2 classes"),
         ([0.5, 1.0], [0.5], None, "all integers or all strings, got 0.5"),
-        (["a", None], ["a"], None, "all integers or all strings, got"),
+        (["a", None], ["a"], None, "train split, column 'label', row 1: there is no label"),
+        ([0, 1, 10**9], [0], None, "labels go up to 1000000000, but only 3 different ones occur"),
         ([0, 0], [0], None, "single class"),
         (["a", "b"], ["a"], ["a", "a"], "a name twice"),
     ],

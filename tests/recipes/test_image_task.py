@@ -13,7 +13,7 @@ from data_loading import DataError, DataOptions, load_splits
 from datasets import Dataset, load_dataset
 from idx_images import load_idx_images, read_idx, write_idx
 from image_cnn import LayerNormCnnConfig, LayerNormCnnForImageClassification
-from image_task import ImageOptions, augmented
+from image_task import ImageOptions, augmented, open_image
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -208,6 +208,7 @@ GRAY_VIT |= {"num_attention_heads": 1, "intermediate_size": 8, "num_channels": 1
         ({"random_resized_crop": 2}, "--random_resized_crop must be in (0, 1]"),
         ({"model_config": json.dumps({**CNN, "image_size": 4})}, "image_size 4 cannot be halved 3 times"),
         ({"model_config": json.dumps(GRAY_VIT)}, "num_channels is 1; images are read as RGB"),
+        ({"model_config": json.dumps(CNN), "image_size": 9}, "--image_size 9 is not the image_size of model_config"),
     ],
 )
 def test_bad_input_ends_in_one_line(changes, said, digits, tmp_path, capsys):
@@ -215,3 +216,30 @@ def test_bad_input_ends_in_one_line(changes, said, digits, tmp_path, capsys):
         run(digits, tmp_path / "run", **changes)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("missing.png", "row 1: not a readable image"),
+        ("cut.png", "row 1: not a readable image"),
+        (None, "row 1: there"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named_before_training(broken, said, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:12])
+    rows = [{"image": "good.png", "label": 0}, {"image": broken, "label": 1}, {"image": "good.png", "label": 1}]
+    for name, found in (("train", rows[::2] * 2), ("validation", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
+    files = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl"), "test": None}
+    with pytest.raises(SystemExit) as ended:
+        run(files, tmp_path / "run")
+    assert ended.value.code == 2
+    assert f"validation split, {said}" in capsys.readouterr().err
+
+
+def test_gray_images_of_16_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.asarray([[0, 1000], [30000, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    image = open_image({"bytes": (tmp_path / "deep.png").read_bytes(), "path": None}, "here")
+    assert np.asarray(image)[..., 0].tolist() == [[0, 3], [116, 255]]

@@ -155,3 +155,14 @@ def test_the_joint_tokeniser_gives_the_text_back_after_a_reload(tmp_path, lowerc
     assert (
         train_joint_bpe(texts, vocab_size=150, lowercase=lowercase, max_length=50).get_vocab() == reloaded.get_vocab()
     )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "raw"), [("gz", b"no gzip"), ("gz", b"\x1f\x8b\x08"), ("txt", "größer".encode("latin-1"))]
+)
+def test_a_text_file_that_cannot_be_read_is_named(tmp_path, suffix, raw):
+    for lang in ("de", "en"):
+        (tmp_path / f"train.{lang}.{suffix}").write_bytes(raw)
+    pattern = str(tmp_path / f"train.{{lang}}.{suffix}")
+    with pytest.raises(DataError, match=r"--train_file .*train\.\{lang\}.*\{lang\} = de: cannot be read"):
+        load_pairs(ParallelOptions(train_file=pattern, validation_file=pattern))

@@ -16,7 +16,7 @@ import translation
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from options import OptionError, PatchOptions, check_ranges, parse_options
+from options import OptionError, PatchOptions, check_ranges, parse_options, read_config
 from training import apply_patch
 from transformers import BertConfig, BertModel
 
@@ -176,6 +176,29 @@ def test_contradictions_are_refused_before_the_model_changes(changes: dict[str, 
     with pytest.raises(OptionError, match=said):
         apply_patch(model, PatchOptions(**changes))
     assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nseed: 2\n", "'seed' stands there twice"),
+        ("seed: [1\n", "not a YAML file"),
+        ("\tseed: 1\n", "not a YAML file"),
+        ("- seed\n", "expected a mapping"),
+    ],
+)
+def test_a_config_that_is_none_is_refused_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(OptionError) as raised:
+        read_config(tmp_path / "config.yaml", {"seed"})
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unquoted_no_is_a_precision(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mixed_precision: no\n")
+    options = parse_options(classification.ClassificationOptions, ["--config", str(tmp_path / "config.yaml")])
+    assert options.mixed_precision == "no"
 
 
 def test_enough_of_the_cases_were_valid() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from checkpoints import Progress
+from evaluation import is_better
 from options import OptimizationOptions
-from step_checks import SPIKE_LEAST_STEPS, SPIKE_WINDOW, DivergedError, optimizer_step
+from step_checks import SPIKE_LEAST_STEPS, SPIKE_WINDOW, DivergedError, check_trained, optimizer_step
 from torch import nn
 from training import make_optimizer
 
@@ -121,3 +122,21 @@ def test_steps_that_are_all_alike_make_no_spike_of_rounding():
 def test_only_the_last_steps_are_kept():
     run = Run(learning_rate=1e-5).settle(SPIKE_WINDOW + 3)
     assert len(run.progress.recent_steps) == SPIKE_WINDOW
+
+
+def test_a_run_that_trained_nothing_or_was_never_evaluated_has_diverged():
+    with pytest.raises(DivergedError, match="all 4 steps were left out"):
+        check_trained(Progress(step=4, skipped_steps=4, best_step=4))
+    with pytest.raises(DivergedError, match="no evaluation up to step 4"):
+        check_trained(Progress(step=4, skipped_steps=3))
+    check_trained(Progress(step=4, skipped_steps=3, best_step=2))
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_what_is_not_finite_is_never_better(higher):
+    nan = float("nan")
+    for name in ("loss", "score"):
+        assert not is_better({"loss": 1.0, "score": 1.0, name: nan}, None, "score", higher=higher)
+    assert is_better({"loss": 1.0, "score": 0.0}, {}, "score", higher=higher)
+    assert is_better({"loss": 1.0, "score": 2.0}, {"score": 1.0}, "score", higher=higher) == higher
+    assert not is_better({"loss": 1.0, "score": 1.0}, {"score": 1.0}, "score", higher=higher)
