@@ -97,6 +97,11 @@ def patch(
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
+    if on_unfoldable == "calibrate":
+        raise ValueError(
+            "--on-unfoldable calibrate fits to real data, which a command line does not take: call patch_model(model, "
+            'affine="fold", on_unfoldable="calibrate", fold_inputs=batch) in Python, or give "approximate" here'
+        )
     config = _load_config(name, revision)
     options: dict[str, Any] = {
         "C": C,

@@ -161,7 +161,8 @@ def study(seed: int, training: Tensor, held_out: Tensor, args: argparse.Namespac
 
 
 def plot(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Training loss against step after the swap, the mean over seeds and a running mean over steps."""
+    """How far the training loss is above that of LayerNorm, which goes on with the same batches, against the step after
+    the swap: the mean over seeds and a running mean over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,15 +172,18 @@ def plot(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
     figure, axes = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
     window = max(args.steps // 100, 1)
-    for index, way in enumerate(WAYS):
+    axes.axhline(0.0, color="black", linewidth=1.2, label="layernorm")
+    for index, way in enumerate(WAYS[1:]):
         losses = torch.tensor([results[way]["losses"] for results in found]).mean(0)
+        losses -= torch.tensor([results["layernorm"]["losses"] for results in found]).mean(0)
         smooth = F.avg_pool1d(losses[None, None], window, 1)[0, 0]
         steps = range(window, window + len(smooth))
         axes.plot(steps, smooth, color=COLORS[index], linestyle=LINES[index], label=way, linewidth=1.6)
     axes.set(
         xscale="log",
         xlabel="optimizer step after the swap",
-        ylabel=f"training loss (nats a byte, mean over {window} steps)",
+        ylabel="loss above LayerNorm's\n(nats a byte)",
+        title=f"Training after the swap, mean over {len(found)} seeds and {window} steps",
     )
     axes.legend(fontsize=8, frameon=False)
     save_figure(figure, args.output_dir / "loss", dpi=150)

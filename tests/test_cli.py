@@ -226,6 +226,7 @@ def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path
         (["patch", "{stock}", "{tmp}/out", "--norm", "foo"], "norm must be one of"),
         (["patch", "{stock}", "{tmp}/out", "--C", "-1"], "C must be a finite number > 0"),
         (["patch", "{stock}", "{stock}"], "exists and is not an empty folder"),
+        (["patch", "{stock}", "{tmp}/out", "--affine", "fold", "--on-unfoldable", "calibrate"], "fits to real data"),
         (["card", "{tmp}"], "config.json does not exist"),
         (["card", "{stock}"], "no patched model"),
         (["card", "{stock}", "--result", "accuracy"], "METRIC=VALUE"),
