@@ -287,11 +287,15 @@ class FoldPlan:
         undo = Undo()
         try:
             order = [name for name in self.watched.norm_reads if name in self.folds]
-            for name in order:
+            touched = [(*self.folds[name].readers, *self.folds[name].branches) for name in order]
+            for position, name in enumerate(order):
                 fold = self.folds[name]
                 if fit is not None:
                     fit.update(name, fold)
                 self._absorb(fold, undo)
+                later = {layer for layers in touched[position + 1 :] for layer in layers}
+                for layer in set(touched[position]) - later:
+                    self.masters.pop(layer, None)  # twice the size of its weight, or four times
             if fit is not None:
                 fit.close()
             for name in order:

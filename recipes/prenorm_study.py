@@ -161,8 +161,8 @@ def study(seed: int, training: Tensor, held_out: Tensor, args: argparse.Namespac
 
 
 def plot(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """How far the training loss is above that of LayerNorm, which goes on with the same batches, against the step after
-    the swap: the mean over seeds and a running mean over steps."""
+    """How far the training loss is above that of LayerNorm, which goes on with the same batches, against the step: the
+    mean over seeds and a running mean over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
