@@ -91,6 +91,8 @@ def patch_model(
         detach_variance: DetachNorm: none flows through the standard deviation. Not both False.
         eps: None keeps that of each replaced norm.
         centered: None keeps what the replaced norm does (an RMSNorm does not subtract the mean). True is the paper's.
+            A fold and a fade start from the function of the source, and so take neither another eps nor another
+            centering.
         include: only these norms. A string is a regular expression that must match the whole module name, a list holds
             name endings; names are those of `model.named_modules()`.
         exclude: all but these, in the same way.

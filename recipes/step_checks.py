@@ -45,7 +45,7 @@ def optimizer_step(
     """Clip, check and apply the gradients of the step after `progress.step`; False when the step was left out.
 
     `loss` is this process's share of the step's loss, a scalar. What is decided on is the same on every process. Under
-    fp16 an overflow is the gradient scaler's business: it leaves the step out and lowers its scale.
+    fp16 the gradient scaler answers an overflow: it leaves the step out, which is reported, and lowers its scale.
 
     Raises DivergedError, naming the step, when something is not finite and `--on_nonfinite` is "stop" (given the
     `inputs` of the last micro-batch, it names the first module with such an output, too), and at a spike when
@@ -63,7 +63,13 @@ def optimizer_step(
         response, hint = options.on_nonfinite, "--on_nonfinite skip"
         if response == "stop" and inputs:
             spoilt += _first_nonfinite(model, inputs)
-    elif finite and norm is not None:
+    elif not finite:
+        scale, where = accelerator.scaler.get_scale(), _overflown(accelerator.unwrap_model(model))
+        accelerator.print(
+            f"step {progress.step + 1}: overflow in fp16 at a loss scale of {scale:g}{where}: step left out, "
+            "the scale is lowered"
+        )
+    elif norm is not None:
         spoilt = _spike(progress.recent_steps, whole_loss, float(norm), options.spike_sigmas)
         response, hint = options.on_spike, "--on_spike skip"
         if spoilt:
@@ -100,6 +106,14 @@ def _spike(recent: list[list[float]], loss: float, norm: float, sigmas: float) -
                 f"{name} {value:.4g} is a spike, {far:.1f} standard deviations above the mean {mean:.4g} "
                 f"of the {len(recent)} steps before"
             )
+    return ""
+
+
+def _overflown(model: nn.Module) -> str:
+    """The first parameter whose gradient is not finite, as the end of a clause; "" where none is to be seen."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f", first in the gradient of {name}"
     return ""
 
 

@@ -18,9 +18,10 @@ from training import make_optimizer
 class Run:
     """A linear layer trained by steps whose loss, and with it the gradient, is scaled at will."""
 
-    def __init__(self, **options: object):
+    def __init__(self, scaler: torch.amp.GradScaler | None = None, **options: object):
         self.options = OptimizationOptions(**options)
         self.accelerator = Accelerator(cpu=True)
+        self.accelerator.scaler = scaler  # accelerate makes one on GPUs only
         self.layer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         for parameter in self.layer.parameters():
             nn.init.constant_(parameter, 0.5)
@@ -140,3 +141,14 @@ def test_what_is_not_finite_is_never_better(higher):
     assert is_better({"loss": 1.0, "score": 0.0}, {}, "score", higher=higher)
     assert is_better({"loss": 1.0, "score": 2.0}, {"score": 1.0}, "score", higher=higher) == higher
     assert not is_better({"loss": 1.0, "score": 1.0}, {"score": 1.0}, "score", higher=higher)
+
+
+def test_an_overflow_in_fp16_is_reported_left_out_and_answered_by_a_lower_scale(capsys):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    run = Run(scaler)
+    assert run.step(1.0)
+    assert not run.step(3e38)  # finite itself, and not when scaled
+    said = capsys.readouterr().out
+    assert "step 2: overflow in fp16 at a loss scale of 65536, first in the gradient of 0.weight" in said
+    assert scaler.get_scale() == 2.0**15
+    assert run.step(1.0)
