@@ -1,4 +1,4 @@
-"""Tiny runs of both recipes for the fault tests and the soak: dropout, accumulation, checkpoints inside epochs."""
+"""Tiny runs of all recipes for the fault tests and the soak: dropout, accumulation, checkpoints inside epochs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_TRANSLATOR
+from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_DECODER, TINY_TRANSLATOR
 
 # Layers are dropped at random, as by this type's default.
 TRANSLATOR = {**TINY_TRANSLATOR, "encoder_layerdrop": 0.05, "decoder_layerdrop": 0.05}
@@ -15,7 +15,7 @@ EVERY = 4  # steps from checkpoint to checkpoint
 
 
 def write_data(folder: Path) -> Path:
-    """Data of both recipes: labelled texts, and a language whose words have other names in reverse order."""
+    """Data of all recipes: labelled texts, a language whose words have other names in reverse order, bytes."""
     draw = random.Random(0)
     for split, size in {"train": 90, "validation": 13}.items():
         texts, pairs = [], []
@@ -26,11 +26,12 @@ def write_data(folder: Path) -> Path:
             pairs.append({"de": " ".join(words), "en": " ".join(f"{chr(97 + n)}word" for n in reversed(numbers))})
         for name, rows in (("texts", texts), ("pairs", pairs)):
             (folder / f"{name}-{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+        (folder / f"bytes-{split}.jsonl").write_text("\n".join(row["text"] for row in texts), encoding="utf-8")
     return folder
 
 
 def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> list[str]:
-    kind = "texts" if recipe == "classification" else "pairs"
+    kind = {"classification": "texts", "translation": "pairs", "language_modeling": "bytes"}[recipe]
     options: dict[str, object] = {
         "train_file": data / f"{kind}-train.jsonl",
         "validation_file": data / f"{kind}-validation.jsonl",
@@ -43,6 +44,9 @@ def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> l
     }
     if recipe == "classification":
         options |= {"model_config": json.dumps(TINY_CLASSIFIER), "batch_size": 4, "min_frequency": 1, "max_length": 32}
+    elif recipe == "language_modeling":
+        options |= {"model_config": json.dumps(TINY_DECODER), "batch_size": 4, "test_characters": "null"}
+        options |= {"sequence_length": 16, "eval_stride": 16, "max_validation_samples": 8}
     else:
         options |= {"model_config": json.dumps(TRANSLATOR), "dropout": 0.1, "vocab_size": 60, "max_tokens": 64}
         options |= {"max_source_length": 32, "max_target_length": 32, "num_beams": 1, "cache_dir": data / "cache"}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-RECIPES = ("classification", "translation")
+RECIPES = ("classification", "translation", "language_modeling")
 
 _context = multiprocessing.get_context("forkserver")
 

@@ -24,7 +24,7 @@ from score_bytes import collate_windows, window_bits
 from training import EXIT_DIVERGED
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-TINY = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+from tests.recipes.tiny_configs import TINY_DECODER
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def run(text, folder, **changes):
         "test_characters": 700,
         "sequence_length": 16,
         "eval_stride": 8,
-        "model_config": json.dumps(TINY),
+        "model_config": json.dumps(TINY_DECODER),
         "batch_size": 8,
         "max_steps": 40,
         "eval_steps": 20,
@@ -95,7 +95,7 @@ def test_the_bits_of_a_uniform_model_are_eight():
 
 
 class Fresh:
-    model_config = TINY
+    model_config = TINY_DECODER
 
 
 def test_validation_and_test_are_the_end_of_the_file(text):
@@ -188,7 +188,7 @@ def test_a_folded_layernorm_simple_scores_as_the_pretrained_model(text, tmp_path
 
 
 def test_accumulated_micro_batches_give_the_loss_of_one_batch(text, tmp_path):
-    flat = json.dumps({**TINY, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})
+    flat = json.dumps({**TINY_DECODER, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})
     # 64 segments: no incomplete step, which accumulation would cut off elsewhere.
     common = {"model_config": flat, "max_steps": 6, "eval_steps": 3, "max_train_characters": 1025}
     common["score_test"] = "false"
@@ -216,7 +216,7 @@ def test_divergence_is_recorded_with_its_step(text, tmp_path):
         ({"validation_characters": 10}, "the validation split has 10 bytes: too few"),
         ({"eval_stride": 17}, "--eval_stride must be between 1 and --sequence_length 16"),
         ({"sequence_length": 32}, "--sequence_length 32 is beyond the model's 16 positions"),
-        ({"model_config": json.dumps({**TINY, "vocab_size": 300})}, "the model has 300 tokens"),
+        ({"model_config": json.dumps({**TINY_DECODER, "vocab_size": 300})}, "the model has 300 tokens"),
     ],
 )
 def test_bad_input_ends_in_one_line(changes, said, text, tmp_path, capsys):

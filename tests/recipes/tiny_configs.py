@@ -21,3 +21,4 @@ TINY_TRANSLATOR = {
     "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
 }
+TINY_DECODER = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
