@@ -107,11 +107,11 @@ def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
         raise OptionError(f"model_config: transformers has no model_type {model_type!r}{hint}")
     try:
         config = AutoConfig.for_model(model_type, **{**values, **sizes})
-        known = {*vars(AutoConfig.for_model(model_type)), *config.attribute_map, *vars(PreTrainedConfig()), *values}
-    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+    except Exception as error:  # transformers checks fields by classes of its own
         raise OptionError(f"model_config of {model_type}: {' '.join(str(error).split())}") from error
+    known = _fields(model_type) | values.keys()
     for name, value in sizes.items():
-        if name not in known:
+        if len(known) > len(values) and name not in known:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise OptionError(f"model_config: {model_type} has no field {name!r}{hint}")
@@ -125,6 +125,16 @@ def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
             "leave it out"
         )
     return config
+
+
+def _fields(model_type: str) -> set[str]:
+    """What a config of this type takes; nothing where it has no defaults to tell it by."""
+    try:
+        config = AutoConfig.for_model(model_type)
+    except Exception:  # of whatever kind the config makes of no arguments
+        return set()
+    # Some are properties, and the attention is chosen by a name that no attribute has.
+    return {*vars(config), *dir(type(config)), *config.attribute_map, "attn_implementation", "torch_dtype"}
 
 
 def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
