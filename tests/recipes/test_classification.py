@@ -209,6 +209,10 @@ def test_two_processes_do_what_one_does(texts, tmp_path):
             {"model_config": '{"model_type": "bert", "num_hidden_layers": -1}'},
             "num_hidden_layers must not be negative",
         ),
+        (
+            {"model_config": '{"model_type": "bert", "hidden_size": 1.5}'},
+            "Field 'hidden_size' expected int, got float",
+        ),
         ({"model_config": '{"model_type": "bert", "vocab_size": 3}'}, "vocab_size 3 is less than the tokeniser's"),
         ({"model_config": '{"model_type": "bert", "hidden_act": "nosuch"}'}, "no bert can be built from it: KeyError"),
         ({"learning_rate": -1}, "--learning_rate must be positive"),
