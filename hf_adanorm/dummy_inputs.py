@@ -28,8 +28,8 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
 
 def _text_length(config: Any) -> int:
     """Tokens in a row: few, and fewer where a tiny model has no positions for them (some types keep two back)."""
-    positions = _setting(config, "max_position_embeddings", "n_positions", default=_LENGTH + 2)
-    return max(min(_LENGTH, int(positions) - 2), 1)
+    positions = int(_setting(config, "max_position_embeddings", "n_positions", default=-1))
+    return _LENGTH if positions < 1 else max(min(_LENGTH, positions - 2), 1)  # XLNet has -1: as many as you like
 
 
 def _token_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import html
 import math
+import numbers
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -140,7 +141,9 @@ class FadeCallback(TrainerCallback):
         schedule: Schedule = "linear",
         order: Order = "together",
     ) -> None:
-        check_number("fade_steps", fade_steps, minimum=0.0, inclusive=False)
+        number = check_number("fade_steps", fade_steps, minimum=0.0, inclusive=False)
+        given: Any = fade_steps
+        fade_steps = int(number) if isinstance(given, numbers.Integral) else number
         if isinstance(fade_steps, float) and fade_steps > 1.0:
             raise ValueError(
                 f"fade_steps={fade_steps!r} as a share of all steps must be at most 1.0; a count is an int"

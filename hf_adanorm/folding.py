@@ -291,9 +291,10 @@ def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Ten
 
 
 def _default_tolerance(plan: FoldPlan) -> float:
-    """That of the coarsest weight which the plan changes."""
-    changed = {name for fold in plan.folds.values() for name in (*fold.readers, *fold.branches)}
+    """That of the coarsest number that the fold changes: of the norms, the layers that take them up, the outputs."""
+    changed = {name for norm, fold in plan.folds.items() for name in (norm, *fold.readers, *fold.branches)}
     dtypes = {parameter.dtype for name in changed for parameter in plan.modules[name].parameters(recurse=False)}
+    dtypes |= {tensor.dtype for _, tensor in named_outputs(plan.watched.outputs) if tensor.is_floating_point()}
     return max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes)
 
 

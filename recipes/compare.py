@@ -150,7 +150,7 @@ class Comparison:
         if len(own.seeds) == 1 and own.seeds[0] > MOST_SEEDS:
             raise OptionError(f"--seeds {own.seeds[0]}: one number is how many, at most {MOST_SEEDS}")
         try:
-            self.launcher = shlex.split(own.launcher) if own.launcher is not None else [sys.executable]
+            self.launcher = shlex.split(own.launcher) if own.launcher else [sys.executable]
         except ValueError as error:
             raise OptionError(f"--launcher {own.launcher}: {error}") from error
         if not self.launcher or shutil.which(self.launcher[0]) is None:
@@ -228,7 +228,8 @@ class Comparison:
             return outcome(run)
         record = run.record
         split = "test" if record["test"] else "validation"
-        score = record[split][self.recipe.score] * self.recipe.scale
+        value = record[split][self.recipe.score]
+        score = math.nan if value is None else value * self.recipe.scale  # null: not finite
         return f"{split} {self.recipe.label} {score:.{self.recipe.decimals}f}"
 
     def check_same_options(self, run: Run, *, test: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -167,7 +168,8 @@ def summarize(
     split = "test" if all(record["test"] for record in records.values()) else "validation"
     scores: dict[str, dict[int, float]] = {}
     for run in finished:
-        scores.setdefault(run.norm, {})[run.seed] = records[id(run)][split][recipe.score] * recipe.scale
+        score = records[id(run)][split][recipe.score]  # null: not finite
+        scores.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score * recipe.scale
     differences = _differences(finished, scores, recipe, split, num_resamples)
     rows = []
     for norm in dict.fromkeys(run.norm for run in runs):

@@ -16,6 +16,8 @@ from options import option
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test")
+# More classes than that must occur at least in part: an identifier is no class.
+MOST_CLASSES = 30_000
 
 
 class DataError(ValueError):
@@ -178,7 +180,7 @@ def resolve_labels(
     else:
         highest = max((value for value in raw["train"] if isinstance(value, int)), default=-1)
         different = len({value for value in raw["train"] if isinstance(value, int)})
-        if highest >= max(10 * different, 100):
+        if highest >= max(10 * different, MOST_CLASSES):
             raise DataError(
                 f"train split, column {column!r}: labels go up to {highest}, but only {different} different ones "
                 "occur: number the classes from 0, give them as text, or name all of them by --label_names"

@@ -120,7 +120,10 @@ def open_image(value: dict[str, Any] | None, where: str) -> PilImage.Image:
     """An encoded image, as RGB; one of 16 bits is scaled to 8. Raises DataError saying where it cannot be read."""
     with _opened(value, where) as image:
         if image.mode == "I" or image.mode.startswith("I;16"):
-            return PilImage.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8)).convert("RGB")
+            values = np.asarray(image).astype(np.int64)
+            if image.mode != "I" or values.max(initial=0) > 255:  # 32 bits may hold 8 as well
+                values //= 257
+            return PilImage.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
 
 
@@ -176,7 +179,8 @@ def _build_model(options: Any, names: Sequence[str]) -> PreTrainedModel:
         model = load_pretrained(AutoModelForImageClassification, options.model_name_or_path, **label_mappings(names))
     else:
         sizes = {"image_size": options.image_size} if options.image_size else {}
-        if options.image_size and options.model_config.get("image_size", options.image_size) != options.image_size:
+        side = options.model_config.get("image_size", options.image_size)
+        if options.image_size and side not in (options.image_size, [options.image_size] * 2):
             raise OptionError(
                 f"--image_size {options.image_size} is not the image_size of model_config, "
                 f"{options.model_config['image_size']}: leave one of them out"

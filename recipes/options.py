@@ -132,6 +132,8 @@ FREE_OPTIONS = frozenset(
         "watch_norms",
         "progress_bar",
         "dataloader_workers",
+        "preprocessing_workers",
+        "min_frequency",
         # A run that stopped at a bad step may go on without it.
         "on_nonfinite",
         "on_spike",
@@ -139,7 +141,6 @@ FREE_OPTIONS = frozenset(
         "push_to_hub",
         "hub_model_id",
         "hub_private",
-        "preprocessing_workers",
     }
 )
 
@@ -249,7 +250,7 @@ def check_ranges(options: OptimizationOptions) -> None:
     """Raise OptionError for a number of the optimisation or run group outside its range."""
     positive = ["learning_rate", "gradient_accumulation_steps", "num_epochs", "max_steps", "eval_steps"]
     positive += ["checkpointing_steps", "save_total_limit", "logging_steps", "watch_norms", "spike_sigmas"]
-    positive += ["batch_size", "eval_batch_size", "min_frequency", "max_train_characters", "preprocessing_workers"]
+    positive += ["batch_size", "eval_batch_size", "max_train_characters"]
     positive += [f"max_{split}_samples" for split in ("train", "validation", "test")]
     not_negative = [
         "warmup_steps",
@@ -260,6 +261,8 @@ def check_ranges(options: OptimizationOptions) -> None:
         "max_grad_norm",
         "adam_epsilon",
         "dataloader_workers",
+        "preprocessing_workers",
+        "min_frequency",
         "validation_characters",
         "test_characters",
     ]

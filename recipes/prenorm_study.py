@@ -22,6 +22,7 @@ import argparse
 import copy
 import gzip
 import json
+import math
 import os
 import time
 import warnings
@@ -130,10 +131,18 @@ def trained_source(seed: int, training: Tensor, held_out: Tensor, args: argparse
     return model
 
 
+def _with_nan(entry: dict[str, Any]) -> dict[str, Any]:
+    def number(value: Any) -> Any:
+        return math.nan if value is None else value
+
+    return {k: [number(v) for v in value] if isinstance(value, list) else number(value) for k, value in entry.items()}
+
+
 def study(seed: int, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """The results of every way with one seed; those that a killed study left behind are kept."""
     path = args.output_dir / f"results-steps{args.steps}-seed{seed}.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    # A loss that was not finite is null there.
+    results = json.loads(path.read_text(), object_hook=_with_nan) if path.is_file() else {}
     source = trained_source(seed, training, held_out, args)
     gains = torch.cat([m.weight.detach() for m in source.modules() if isinstance(m, nn.LayerNorm)])
     spread = f"{gains.mean():.2f} +- {gains.std():.2f}"

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 import warnings
@@ -195,7 +196,7 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
     name = f"{way}-lr{lr:g}-seed{seed}-steps{args.steps}"
     path = Path(args.output_dir) / "runs" / f"{name}.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_run(path)
     started = time.time()
     torch.manual_seed(seed)
     model, notes = build(way, args, data, seed)
@@ -247,13 +248,25 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
 def best_rate(runs: list[dict[str, Any]]) -> float:
     """The learning rate of the best validation accuracy on seed 0, the lower training loss in a tie."""
     first = [run for run in runs if run["seed"] == 0]
-    return float(max(first, key=lambda run: (run["validation"], -mean(run["losses"][-10:])))["lr"])
+
+    def rank(run: dict[str, Any]) -> tuple[float, float]:
+        loss = mean(run["losses"][-10:])
+        return run["validation"], -loss if math.isfinite(loss) else -math.inf
+
+    return float(max(first, key=rank)["lr"])
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """A run as it was written; a loss that was not finite is null there."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["losses"] = [math.nan if loss is None else loss for loss in result["losses"]]
+    return result
 
 
 def load_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((folder / "runs").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_run(path)
         found.setdefault(result["way"], []).append(result)
     return found
 

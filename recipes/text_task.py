@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import re
 import shutil
@@ -111,7 +112,7 @@ def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
         raise OptionError(f"model_config of {model_type}: {' '.join(str(error).split())}") from error
     known = _fields(model_type) | values.keys()
     for name, value in sizes.items():
-        if len(known) > len(values) and name not in known:
+        if len(known) > len(values) and name not in known and not _has_effect(config, name, {**values, **sizes}):
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise OptionError(f"model_config: {model_type} has no field {name!r}{hint}")
@@ -135,6 +136,18 @@ def _fields(model_type: str) -> set[str]:
         return set()
     # Some are properties, and the attention is chosen by a name that no attribute has.
     return {*vars(config), *dir(type(config)), *config.attribute_map, "attn_implementation", "torch_dtype"}
+
+
+def _has_effect(config: PreTrainedConfig, name: str, given: dict[str, Any]) -> bool:
+    """Whether a field that the config does not declare is one all the same: it changes others (`rope_theta`), or the
+    model's code reads it (`position_buckets`)."""
+    without = AutoConfig.for_model(config.model_type, **{key: value for key, value in given.items() if key != name})
+    fields = {key: value for key, value in config.to_dict().items() if key != name}
+    if fields != without.to_dict():
+        return True
+    code = Path(inspect.getfile(type(config)))
+    modeling = code.with_name(code.name.replace("configuration_", "modeling_"))
+    return modeling.is_file() and re.search(rf"\b{re.escape(name)}\b", modeling.read_text("utf-8")) is not None
 
 
 def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:

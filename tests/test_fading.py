@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -474,3 +475,9 @@ def test_a_fade_that_would_not_arrive_is_told_at_the_start(tmp_path: Path) -> No
     callback = FadeCallback(20)
     with pytest.warns(UserWarning, match=r"will stand at t = 0\.5 after the last of 10 steps"):
         callback.on_train_begin(None, SimpleNamespace(max_steps=10, global_step=0), None, model=fading())
+
+
+def test_numpy_counts_are_counts() -> None:
+    assert FadeCallback(np.int64(10)).progress(step=10, max_steps=100) == 1.0
+    with pytest.raises(ValueError, match="at most 1"):
+        FadeCallback(np.float32(300))

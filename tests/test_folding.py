@@ -718,3 +718,9 @@ def test_padding_of_the_decoder_is_told_by_its_own_mask() -> None:
     inputs["decoder_attention_mask"] = torch.flip(mask, [0])
     assert real_rows(model, "model.decoder.layernorm_embedding", inputs, (2, 8))[0].all()
     assert real_rows(model, "model.decoder.layernorm_embedding", inputs, (2, 7)) is None
+
+
+def test_a_norm_in_half_precision_before_a_head_in_full_folds() -> None:
+    block = Block(lambda self, y: self.linear(y.float()))
+    block.norm.bfloat16()
+    assert fold_block(block, fold_inputs={"x": torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)}).action == "folded"

@@ -112,6 +112,10 @@ def test_integers_stand_for_themselves():
     assert labels_of([0, 2, 1], [2]) == (["0", "1", "2"], {"train": [0, 2, 1], "validation": [2]})
 
 
+def test_a_few_examples_of_many_classes_are_enough():
+    assert len(labels_of([0, 999, 5], [7])[0]) == 1000
+
+
 def test_strings_are_numbered_in_sorted_or_given_order():
     assert labels_of(["b", "a"], ["b"]) == (["a", "b"], {"train": [1, 0], "validation": [1]})
     assert labels_of(["b", "a"], ["b"], ["b", "a"])[1] == {"train": [0, 1], "validation": [0]}
@@ -126,7 +130,7 @@ def test_strings_are_numbered_in_sorted_or_given_order():
         (["a", "b"], ["c"], None, "label 'c' is none of the 2 classes"),
         ([0.5, 1.0], [0.5], None, "all integers or all strings, got 0.5"),
         (["a", None], ["a"], None, "train split, column 'label', row 1: there is no label"),
-        ([0, 1, 10**9], [0], None, "labels go up to 1000000000, but only 3 different ones occur"),
+        ([0, 1, 10**9], [0], None, "labels go up to 1000000000, but only 3 different ones"),
         ([0, 0], [0], None, "single class"),
         (["a", "b"], ["a"], ["a", "a"], "a name twice"),
     ],

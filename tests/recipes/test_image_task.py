@@ -243,3 +243,9 @@ def test_gray_images_of_16_bits_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.asarray([[0, 1000], [30000, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
     image = open_image({"bytes": (tmp_path / "deep.png").read_bytes(), "path": None}, "here")
     assert np.asarray(image)[..., 0].tolist() == [[0, 3], [116, 255]]
+
+
+def test_gray_images_of_32_bits_may_hold_8(tmp_path):
+    Image.fromarray(np.asarray([[0, 255]], dtype=np.int32)).save(tmp_path / "wide.tiff")
+    image = open_image({"bytes": (tmp_path / "wide.tiff").read_bytes(), "path": None}, "here")
+    assert np.asarray(image)[..., 0].tolist() == [[0, 255]]

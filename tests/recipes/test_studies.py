@@ -82,6 +82,11 @@ def test_every_way_from_a_pretrained_model_runs_and_resumes(
     table = capsys.readouterr().out
     assert all(f"| {way} |" in table for way in pretrained_study.WAYS)
     assert (out / "loss.png").stat().st_size > 10_000
+    spoilt = json.loads(next(iter((out / "runs").glob("simple-drop-*"))).read_text())
+    spoilt["losses"][-1] = None  # a loss that was not finite
+    next(iter((out / "runs").glob("simple-drop-*"))).write_text(json.dumps(spoilt))
+    run(monkeypatch, pretrained_study.main, *arguments, "--summary_only")
+    assert "| simple-drop |" in capsys.readouterr().out
     with pytest.raises(OptionError, match=r"--margin 0\.25 then, 0\.5 now"):
         run(monkeypatch, pretrained_study.main, *arguments, "--margin", 0.5)
 
