@@ -52,7 +52,7 @@ def _ramping(module: SwappedNorm, group: NormGroup, *, ramp: bool = True) -> Nor
 def fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
     """The group with gain and bias fading; a norm that was swapped before keeps the state it has."""
     if is_swapped(module):
-        return _ramping(module, group)  # type: ignore[arg-type]
+        return _ramping(module, group)
     if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
         raise ValueError(
             f'affine="fade" needs the gains and biases in memory; those of a {type(module).__name__} are offloaded: '
@@ -78,8 +78,9 @@ def fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp:
     if not fresh:  # a second call: what was folded has no gain and bias any more
         at_once = on_unfoldable == "calibrate" or not ramp
         plan.swaps = [
-            (*swap[:3], _ramping(swap[1], swap[3], ramp=not at_once))  # type: ignore[arg-type]
-            for swap in plan.swaps
+            (name, module, info, _ramping(module, group, ramp=not at_once))
+            for name, module, info, group in plan.swaps
+            if is_swapped(module)  # all of them
         ]
         return
     settings = {name: (group.C, group.k) for name, _, _, group in fresh if group.C is not None and group.k is not None}
@@ -107,7 +108,7 @@ def fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp:
         if name in kept:
             group = fading_group(module, info, group)
         elif is_swapped(module):
-            group = _ramping(module, group, ramp=not at_once)  # type: ignore[arg-type]
+            group = _ramping(module, group, ramp=not at_once)
         elif not at_once and group.norm == "adanorm" and (group.C, group.k) != (1.0, 0.0):
             group = replace(group, fade=())
         swaps.append((name, module, info, group))
@@ -176,7 +177,8 @@ def warn_of_dropped(plan: Plan) -> None:
                 trained += 1
                 break
     fading = [module for _, module, _, group in plan.swaps if is_swapped(module) and module.fade and not group.fade]
-    if any(not module.weight.is_meta and float(module.fade_progress) < 1.0 for module in fading):  # type: ignore[arg-type]
+    progress = [module.get_buffer("fade_progress") for module in fading]
+    if any(not t.is_meta and float(t) < 1.0 for t in progress):
         warnings.warn(
             f"the fade of {len(fading)} norms ends here, before its time: their gains and biases are dropped. "
             'affine="fade" keeps them fading',

@@ -23,7 +23,7 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -465,7 +465,7 @@ class SwappedNorm(nn.Module):
         return new
 
 
-def is_swapped(module: Any) -> bool:
+def is_swapped(module: Any) -> TypeGuard[SwappedNorm]:
     """Whether `module` is one of these norms, made by whichever copy of this file. The class is asked, as wrappers
     such as PEFT's hand attributes through."""
     return bool(getattr(type(module), "is_adanorm_module", False))

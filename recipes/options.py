@@ -272,11 +272,12 @@ def check_ranges(options: OptimizationOptions) -> None:
             continue
         if value < 0 or (value == 0 and name in positive):
             raise OptionError(f"--{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-    if not 0 <= getattr(options, "seed", 0) < 2**32:
-        raise OptionError(f"--seed must be at least 0 and below 2**32, got {options.seed}")  # type: ignore[attr-defined]
-    if getattr(options, "vocab_size", LEAST_VOCABULARY) < LEAST_VOCABULARY:
+    seed, vocabulary = getattr(options, "seed", 0), getattr(options, "vocab_size", LEAST_VOCABULARY)
+    if not 0 <= seed < 2**32:
+        raise OptionError(f"--seed must be at least 0 and below 2**32, got {seed}")
+    if vocabulary < LEAST_VOCABULARY:
         raise OptionError(
-            f"--vocab_size must be at least {LEAST_VOCABULARY}, as a few words are special, got {options.vocab_size}"  # type: ignore[attr-defined]
+            f"--vocab_size must be at least {LEAST_VOCABULARY}, as a few words are special, got {vocabulary}"
         )
     for name in ("dropout", "attention_dropout", "activation_dropout"):
         value = getattr(options, name, None)
