@@ -23,13 +23,15 @@ import warnings
 import weakref
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils.hub import cached_file
 
-from .hooks import wrap_method
 from .modeling_adanorm import AdaNormSpec
+from .saving.wrapping import wrap_method
 from .specs import describes, resolved_spec
 
 KEY = "adanorm"
@@ -63,27 +65,24 @@ class _Base:
 # --------------------------------------------------------------------------------------- the three places in PEFT
 
 
-def _inject_adapter(
-    original: Callable[..., Any], tuner: Any, model: Any, adapter_name: str, *args: Any, **kw: Any
-) -> Any:
-    _attach(tuner.peft_config[adapter_name], model)
-    return original(tuner, model, adapter_name, *args, **kw)
+def _inject_adapter(original: Callable[..., Any], tuner: Any, bound: BoundArguments) -> Any:
+    _attach(tuner.peft_config[bound.arguments["adapter_name"]], bound.arguments["model"])
+    return original(tuner)
 
 
-def _add_adapter(
-    original: Callable[..., Any], peft_model: Any, adapter_name: str, config: Any, *args: Any, **kw: Any
-) -> Any:
+def _add_adapter(original: Callable[..., Any], peft_model: Any, bound: BoundArguments) -> Any:
+    config = bound.arguments["peft_config"]
     if config.is_prompt_learning:  # those inject nothing
         _attach(config, peft_model.base_model)
-    return original(peft_model, adapter_name, config, *args, **kw)
+    return original(peft_model)
 
 
-def _save_config(original: Callable[..., Any], config: Any, save_directory: Any, **kw: Any) -> Any:
+def _save_config(original: Callable[..., Any], config: Any, bound: BoundArguments) -> Any:
     base = config.__dict__.get(_BASE)
     if base is None:
-        return original(config, save_directory, **kw)
+        return original(config)
     spec = base.spec
-    mapping = dict(kw.pop("auto_mapping_dict", None) or config.auto_mapping or {})
+    mapping = dict(bound.kwargs.get("auto_mapping_dict") or config.auto_mapping or {})
     mapping.pop(KEY, None)
     if spec is not None:
         mapping[KEY] = spec.to_dict()
@@ -91,7 +90,7 @@ def _save_config(original: Callable[..., Any], config: Any, save_directory: Any,
             mapping.setdefault("base_model_class", type(base.model).__name__)
             mapping.setdefault("parent_library", type(base.model).__module__)
         _warn_unless_named_base_has(spec, base.model, config)
-    return original(config, save_directory, auto_mapping_dict=mapping or None, **kw)
+    return original(config, auto_mapping_dict=mapping or None)
 
 
 def _attach(config: Any, model: nn.Module) -> None:
@@ -136,8 +135,6 @@ def _warn_unless_named_base_has(spec: AdaNormSpec, model: nn.Module | None, conf
 
 def _saved_spec(name: str | None, revision: str | None) -> AdaNormSpec | None:
     """The spec in config.json of the base that an adapter names, a folder or a repository in the local cache."""
-    from transformers.utils.hub import cached_file
-
     if not name:
         return None
     try:
@@ -169,9 +166,9 @@ def _wrap_peft() -> None:
     from peft.config import PeftConfigMixin
     from peft.tuners.tuners_utils import BaseTuner
 
-    wrap_method(BaseTuner, "inject_adapter", _inject_adapter)
-    wrap_method(PeftModel, "add_adapter", _add_adapter)
-    wrap_method(PeftConfigMixin, "save_pretrained", _save_config)
+    wrap_method(BaseTuner, "inject_adapter", _inject_adapter, "model", "adapter_name")
+    wrap_method(PeftModel, "add_adapter", _add_adapter, "peft_config")
+    wrap_method(PeftConfigMixin, "save_pretrained", _save_config, "kwargs")
 
 
 class _Finder(importlib.abc.MetaPathFinder):

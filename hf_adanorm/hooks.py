@@ -14,8 +14,7 @@
    checkpoints the file of 2, as both would do without.
 5. Three methods of PEFT, once it is imported: see adapters.py.
 
-A config or model without a spec passes through unchanged. All wrappers call whatever they found in place, so they
-compose with other libraries that wrap the same methods; `uninstall()` removes them.
+A config or model without a spec passes through unchanged; `uninstall()` removes the wrappers (see saving/wrapping.py).
 """
 
 from __future__ import annotations
@@ -24,111 +23,59 @@ import copy
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import modeling_adanorm
+from . import adapters, hub, modeling_adanorm
 from .modeling_adanorm import AdaNormSpec, apply_spec, is_own_reference
+from .saving.wrapping import unwrap_methods, wrap_method
+from .specs import has_spec, refresh_specs
 
 FILE_NAME = "modeling_adanorm.py"
-_MARK = "_hf_adanorm_original"
 
 
 def install() -> None:
     """Wrap the methods; does nothing when they are wrapped already."""
     wrap_method(PreTrainedModel, "post_init", _post_init)
-    wrap_method(PreTrainedConfig, "to_json_file", _to_json_file)
+    wrap_method(PreTrainedConfig, "to_json_file", _to_json_file, "json_file_path")
     wrap_method(PreTrainedModel, "save_pretrained", _save_pretrained)
-    wrap_method(PreTrainedModel, "_upload_modified_files", _upload_modified_files)
-    from . import adapters
-
+    wrap_method(PreTrainedModel, "_upload_modified_files", _upload_modified_files, "working_dir", "repo_id")
     adapters.install()
 
 
 def uninstall() -> None:
     """Take the wrappers off. Where another library has wrapped on top of ours, ours becomes a plain pass-through."""
-    from . import adapters
-
     adapters.uninstall()
-    for owner, name in list(_ACTIVE):
-        _ACTIVE.discard((owner, name))
-        current = owner.__dict__[name]
-        if hasattr(current, _MARK):
-            setattr(owner, name, getattr(current, _MARK))
+    unwrap_methods()
 
 
-_ACTIVE: set[tuple[type, str]] = set()
-
-
-def wrap_method(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Make `owner.name(...)` call `around(original, self, ...)`, until `uninstall`; nothing if it does already."""
-    if (owner, name) in _ACTIVE:
-        return
-    _ACTIVE.add((owner, name))
-    original = getattr(owner, name)
-
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (owner, name) not in _ACTIVE:
-            return original(self, *args, **kwargs)
-        return around(original, self, *args, **kwargs)
-
-    for key in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(wrapper, key, getattr(original, key))
-    wrapper.__wrapped__ = original  # type: ignore[attr-defined]
-    setattr(wrapper, _MARK, original)
-    setattr(owner, name, wrapper)
-
-
-def _post_init(original: Callable[..., Any], model: PreTrainedModel) -> Any:
+def _post_init(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     if (data := getattr(model.config, "adanorm", None)) is not None:
         apply_spec(model, AdaNormSpec.from_dict(data))
     return original(model)
 
 
-def _to_json_file(
-    original: Callable[..., Any],
-    config: PreTrainedConfig,
-    json_file_path: str | os.PathLike[str],
-    *args: Any,
-    **kw: Any,
-) -> Any:
-    path = Path(json_file_path)
+def _to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: BoundArguments) -> Any:
+    path = Path(bound.arguments["json_file_path"])
     if not has_spec(config):
-        result = original(config, json_file_path, *args, **kw)
+        result = original(config)
         _remove_own_file(path.parent)
         return result
     own = copy.deepcopy(config)  # auto_map belongs to the folder, not to the model in memory
     own.auto_map = {**(getattr(config, "auto_map", None) or {}), **_auto_map(config)}
     _write_own_file(path.parent)
-    result = original(own, json_file_path, *args, **kw)
+    result = original(own)
     saving = _SAVING.get()
     if saving is not None and saving.config is config:
         _write_card(path.parent, own, saving)
     _wrap_trainer()
     return result
-
-
-def has_spec(config: PreTrainedConfig) -> bool:
-    """Whether the config, or one nested in it, says that norms are swapped."""
-    return any(getattr(part, "adanorm", None) is not None for part in all_configs(config))
-
-
-def all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """`config` and every config nested in it (encoder and decoder, text and vision, ...)."""
-    seen: set[int] = set()
-    waiting = [config]
-    while waiting:
-        current = waiting.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        waiting.extend(value for value in vars(current).values() if isinstance(value, PreTrainedConfig))
 
 
 def _auto_map(config: PreTrainedConfig) -> dict[str, str]:
@@ -197,23 +144,19 @@ class _Saving:
 _SAVING: ContextVar[_Saving | None] = ContextVar("hf_adanorm_saving", default=None)
 
 
-def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kw: Any) -> Any:
-    from .specs import refresh_specs
-
+def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     refresh_specs(model)
     if not has_spec(model.config):
-        return original(model, *args, **kw)
+        return original(model)
     token = _SAVING.set(_Saving(model.config))
     try:
-        return original(model, *args, **kw)
+        return original(model)
     finally:
         _SAVING.reset(token)
 
 
 def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None:
     """Called once config.json is written, which only the saving process does."""
-    from . import hub
-
     path = folder / hub.CARD_NAME
     saving.user_card = hub.read_card(path)
     if saving.user_card is None:
@@ -226,19 +169,10 @@ def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None
         )
 
 
-def _upload_modified_files(
-    original: Callable[..., Any],
-    model: PreTrainedModel,
-    working_dir: str | os.PathLike[str],
-    repo_id: str,
-    *args: Any,
-    **kw: Any,
-) -> Any:
+def _upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     """Just before a push, transformers has put the repository's card, or an empty form, over the folder's."""
     if has_spec(model.config):
-        from . import hub
-
-        path = Path(working_dir) / hub.CARD_NAME
+        path, repo_id = Path(bound.arguments["working_dir"]) / hub.CARD_NAME, bound.arguments["repo_id"]
         text, saving = hub.read_card(path), _SAVING.get()
         if text is not None and hub.is_placeholder(text):
             tags = hub.card_tags(text)
@@ -251,12 +185,10 @@ def _upload_modified_files(
                     config, model_id=repo_id, base_model=base if base != repo_id else None, tags=tags
                 )
             hub.write_text(path, card)
-    return original(model, working_dir, repo_id, *args, **kw)
+    return original(model)
 
 
 def _remove_card_section(folder: Path) -> None:
-    from . import hub
-
     path = folder / hub.CARD_NAME
     text = hub.read_card(path)
     if text is not None and (stripped := hub.without_section(text)) != text:
@@ -271,16 +203,14 @@ def _wrap_trainer() -> None:
     module = sys.modules.get("transformers.trainer")
     if module is not None:
         wrap_method(module.Trainer, "create_model_card", _create_model_card)
-        wrap_method(module.Trainer, "_push_from_checkpoint", _push_from_checkpoint)
+        wrap_method(module.Trainer, "_push_from_checkpoint", _push_from_checkpoint, "checkpoint_folder")
 
 
-def _create_model_card(original: Callable[..., Any], trainer: Any, *args: Any, **kw: Any) -> Any:
-    result = original(trainer, *args, **kw)
+def _create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
+    result = original(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Not for an adapter around a patched base: what it saves is no patched model.
     if trainer.is_world_process_zero() and isinstance(model, PreTrainedModel) and has_spec(model.config):
-        from . import hub
-
         own = copy.deepcopy(model.config)
         own.auto_map = _auto_map(model.config)
         path = Path(trainer.args.output_dir) / hub.CARD_NAME
@@ -289,13 +219,12 @@ def _create_model_card(original: Callable[..., Any], trainer: Any, *args: Any, *
     return result
 
 
-def _push_from_checkpoint(original: Callable[..., Any], trainer: Any, checkpoint_folder: str) -> Any:
+def _push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
     """It copies a list of known files from the checkpoint and uploads the folder."""
-    if trainer.is_world_process_zero() and (Path(checkpoint_folder) / FILE_NAME).is_file():
-        from . import hub
-
+    checkpoint = Path(bound.arguments["checkpoint_folder"])
+    if trainer.is_world_process_zero() and (checkpoint / FILE_NAME).is_file():
         output_dir = Path(trainer.args.output_dir)
         _write_own_file(output_dir)
         if not (output_dir / hub.CARD_NAME).exists():
-            hub.write_text(output_dir / hub.CARD_NAME, hub.read_card(Path(checkpoint_folder) / hub.CARD_NAME) or "")
-    return original(trainer, checkpoint_folder)
+            hub.write_text(output_dir / hub.CARD_NAME, hub.read_card(checkpoint / hub.CARD_NAME) or "")
+    return original(trainer)

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .hooks import all_configs
 from .modeling_adanorm import (
     ADDED_BIAS,
     ADJUSTED_EPS,
@@ -33,6 +32,24 @@ from .modeling_adanorm import (
 def swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
     """Name and module of every swapped norm, in the order of `named_modules`."""
     return [(name, module) for name, module in model.named_modules() if is_swapped(module)]
+
+
+def has_spec(config: PreTrainedConfig) -> bool:
+    """Whether the config, or one nested in it, says that norms are swapped."""
+    return any(getattr(part, "adanorm", None) is not None for part in all_configs(config))
+
+
+def all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """`config` and every config nested in it (encoder and decoder, text and vision, ...)."""
+    seen: set[int] = set()
+    waiting = [config]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting.extend(value for value in vars(current).values() if isinstance(value, PreTrainedConfig))
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:

@@ -1,0 +1,67 @@
+"""Methods of other libraries, wrapped so that callers and other wrappers notice nothing.
+
+A wrapper has the signature of what it wraps and hands every argument on as it came, by position or by name. It calls
+whatever it found in place, so it composes with the wrappers of others; `unwrap_methods` takes it off.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+_MARK = "_hf_adanorm_original"
+_ACTIVE: set[tuple[type, str]] = set()
+
+# around(original, self, bound): `bound` holds the call's arguments by the wrapped method's own names, and
+# `original(self, **more)` makes the call with what is in `bound` by then.
+Around = Callable[[Callable[..., Any], Any, inspect.BoundArguments], Any]
+
+
+def wrap_method(owner: type, name: str, around: Around, *reads: str) -> None:
+    """Make `owner.name(...)` call `around`, which reads the arguments named in `reads`; nothing if it does already.
+
+    A method that is not there, or does not take these arguments, is left alone with a warning: the others still work.
+    """
+    if (owner, name) in _ACTIVE:
+        return
+    method: Any = getattr(owner, name, None)
+    signature = inspect.signature(method) if callable(method) else inspect.Signature()
+    if not {"self", *reads} <= signature.parameters.keys():
+        found = f"takes {signature}" if callable(method) else "is not there"
+        warnings.warn(
+            f"{owner.__module__}.{owner.__qualname__}.{name} {found}: hf_adanorm expects it to take "
+            f"({', '.join(('self', *reads))}, ...) and does without it. Saving or loading patched models may lack "
+            f"something: use a version of {owner.__module__.partition('.')[0]} that hf_adanorm supports",
+            stacklevel=2,
+        )
+        return
+    _ACTIVE.add((owner, name))
+
+    @functools.wraps(method)
+    def wrapper(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(self, *args, **kwargs) if (owner, name) in _ACTIVE else None
+        except TypeError:  # wrong arguments: the method says so in its own words
+            bound = None
+        if bound is None:
+            return method(self, *args, **kwargs)
+
+        def original(receiver: Any, **more: Any) -> Any:
+            return method(receiver, *bound.args[1:], **{**bound.kwargs, **more})
+
+        return around(original, self, bound)
+
+    setattr(wrapper, _MARK, method)
+    setattr(owner, name, wrapper)
+
+
+def unwrap_methods() -> None:
+    """Take all wrappers off. Where another library has wrapped on top of one, it becomes a plain pass-through."""
+    for owner, name in list(_ACTIVE):
+        _ACTIVE.discard((owner, name))
+        current = owner.__dict__[name]
+        if hasattr(current, _MARK):
+            setattr(owner, name, getattr(current, _MARK))
