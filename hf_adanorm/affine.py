@@ -70,6 +70,7 @@ def fill_fade(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
     for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
         if key in new.fade and name is not None:
             getattr(new, f"fade_{key}").copy_(getattr(source, name).detach().add(offset))
+            new._is_hf_initialized = not new.weight.is_meta
 
 
 def fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp: bool) -> None:

@@ -368,12 +368,35 @@ class SwappedNorm(nn.Module):
         """The arguments that belong to this kind of norm, by name (C and k, detach flags, centered)."""
         return {} if self.centered else {"centered": False}
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """What a new norm holds: `weight` and a fade's gain 1, its bias 0, its progress 0. Called by who gives memory
+        to a norm that was built on the meta device (FSDP does); a tensor that a checkpoint has filled keeps its
+        values."""
+        for name, tensor in self.named_buffers(recurse=False):
+            if not getattr(tensor, "_is_hf_initialized", False):
+                tensor.fill_(1.0 if name in ("weight", "fade_gain") else 0.0)
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """transformers asks this of every module that may hold keys which the checkpoint lacks, before it calls the
+        `_init_weights` of the model's class. That one knows no norms of ours, so they initialize themselves when they
+        are asked: it works for every class, for models nested in it, and without hf_adanorm."""
+        if not self.__dict__.get("_is_hf_initialized", False):
+            self.reset_parameters()
+        return True
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.__dict__["_is_hf_initialized"] = value
+
     def start_fade(self, gain: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Keep `gain` and `bias` (of normalized_shape) as constants that fade out as `fade_progress` goes from 0 to 1,
         while C leaves 1 and k leaves 0. At 0 the norm is the one it replaced."""
         for name, value in (("fade_gain", gain), ("fade_bias", bias)):
             if value is not None:
                 self.register_buffer(name, value)
+                self._is_hf_initialized = not value.is_meta
         # float32 whatever the model's dtype, and a tensor, so that a compiled model is not compiled at every step
         self.register_buffer("fade_progress", torch.zeros(1, dtype=torch.float32, device=self.weight.device))
 
@@ -872,6 +895,8 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
         else:  # values come from the checkpoint, or from who patches
             state = [torch.empty(new.normalized_shape, **where) if key in group.fade else None for key in _FADE_KEYS]
             new.start_fade(*state)
+            new.reset_parameters()
+            new._is_hf_initialized = False
     new.train(source.training)
     if is_swapped(source):
         overrides = {**source.__dict__["_overrides"], **overrides}

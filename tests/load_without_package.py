@@ -49,6 +49,10 @@ def main(folder: Path, out: Path) -> None:
             results[case, swap] = load(folder / case / swap, case)
         results[case, "adanorm"]["model"].save_pretrained(folder / case / "resaved")
         results[case, "resaved"] = load(folder / case / "resaved", case)
+    deeper = auto_class(CASES["bert"].auto_class).from_pretrained(
+        folder / "bert" / "adanorm", num_hidden_layers=4, trust_remote_code=True
+    )
+    results["bert", "deeper"] = {"state": deeper.state_dict(), "model": None}
     for result in results.values():
         del result["model"]
     torch.save(results, out)

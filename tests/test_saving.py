@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 import hf_adanorm
 from hf_adanorm import AdaNormSpec, inspect_model, is_patched, patch_model, unpatch_model
+from hf_adanorm.specs import swapped_norms
 from tests.round_trip import CASES, SWAPS, auto_class, build, difference, inputs, norms, run
 
 ALL = [(case, swap) for case in CASES for swap in SWAPS]
@@ -131,6 +132,43 @@ def test_head_norm_that_was_not_in_the_checkpoint_stays_stock(tmp_path: Path) ->
     model = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert isinstance(model.cls.predictions.transform.LayerNorm, torch.nn.LayerNorm)
     assert len(norms(model)) == 5
+
+
+@pytest.mark.parametrize("affine", ["drop", "fade"])
+def test_norms_that_the_checkpoint_lacks_start_as_new_ones(affine: Any, tmp_path: Path) -> None:
+    patch_model(build("bert"), affine=affine).save_pretrained(tmp_path)
+    model = BertModel.from_pretrained(tmp_path, num_hidden_layers=4, add_pooling_layer=False)
+    fading = affine == "fade"
+    expected = {"weight": 1.0, **({"fade_gain": 1.0, "fade_bias": 0.0, "fade_progress": 0.0} if fading else {})}
+    new = model.encoder.layer[3].output.LayerNorm
+    assert {name: set(t.tolist()) for name, t in new.named_buffers()} == {k: {v} for k, v in expected.items()}
+    old = model.encoder.layer[1].output.LayerNorm
+    assert not fading or len(set(old.fade_gain.tolist())) > 1  # those of the checkpoint
+
+
+@pytest.mark.parametrize("affine", ["drop", "fade"])
+def test_a_model_that_gets_its_memory_late_is_initialized(affine: Any) -> None:
+    """As FSDP does: built on the meta device, `to_empty`, then `init_weights` or each module's `reset_parameters`."""
+    config = patch_model(build("bert"), affine=affine).config
+    with torch.device("meta"):
+        models = [transformers.AutoModel.from_config(config) for _ in range(2)]
+    for model, by_module in zip(models, (False, True), strict=True):
+        for buffer in model.to_empty(device="cpu").buffers():
+            buffer.fill_(77)
+        if by_module:
+            for _, norm in swapped_norms(model):
+                norm.reset_parameters()
+        else:
+            model.init_weights()
+        for name, norm in swapped_norms(model):
+            assert all(set(t.tolist()) <= {0.0, 1.0} for t in norm.buffers()), name
+
+
+def test_initializing_again_leaves_a_fade_alone() -> None:
+    model = patch_model(build("bert"), affine="fade").to(torch.bfloat16)
+    before = model.state_dict()
+    model.init_weights()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_some_layers_only(tmp_path: Path) -> None:
@@ -324,6 +362,11 @@ def test_without_package_and_with_trust_outputs_are_equal(
     assert old.keys() == got["state"].keys()
     assert all(torch.equal(old[key], got["state"][key]) for key in old)
     assert difference(got["run"], run(before, inputs(case))) <= control(case, saved) + 1e-7
+
+
+def test_without_package_norms_that_the_checkpoint_lacks_start_as_new_ones(child: dict[str, Any]) -> None:
+    state = child["bert", "deeper"]["state"]
+    assert state["bert.encoder.layer.3.output.LayerNorm.weight"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("case", CASES)
