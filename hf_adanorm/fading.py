@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from .detection import check_module, iter_norms
 from .modeling_adanorm import SwappedNorm, check_number
 from .padding import real_rows
-from .specs import own_configs, swapped_norms, write_specs
+from .specs import swapped_norms, write_specs
 
 Schedule = Literal["linear", "cosine"]
 Order = Literal["together", "forward", "backward"]
@@ -111,7 +111,6 @@ def finish_fading(model: nn.Module) -> None:
             )
     for _, norm in norms:
         norm.stop_fade()
-    own_configs(model)
     write_specs(model)
 
 

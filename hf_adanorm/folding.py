@@ -41,7 +41,7 @@ from .dummy_inputs import dummy_inputs
 from .fold_fit import Fit, run_quietly
 from .fold_plan import TOLERANCES, FoldedNorm, FoldPlan, eps_name
 from .modeling_adanorm import AdaNorm, check_number
-from .specs import configs_of, own_configs, write_specs
+from .specs import configs_of, write_specs
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
 
@@ -140,7 +140,6 @@ def fold_affine(
         if report.protect:
             exactly = "|".join(re.escape(name) for name in report.protect)
             patch_model(model, "layernorm-simple", include=exactly, targets="all")
-        own_configs(model)
         write_specs(model)
     return report
 

@@ -48,7 +48,7 @@ from .modeling_adanorm import (
 )
 from .report import NormRow, Report
 from .selection import Patterns, check_layers, check_patterns, match_layers, match_names
-from .specs import clear_specs, own_configs, swapped_norms, write_specs
+from .specs import swapped_norms, write_specs
 
 Targets = Literal["layernorm", "rmsnorm", "all"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -181,8 +181,6 @@ def unpatch_model(model: ModelT) -> ModelT:
         raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
     fresh = sum(not module.__dict__["_source_has_values"] and not module.fade for _, module in swapped)
     replace_modules(model, {id(module): _restored(module) for _, module in swapped})
-    own_configs(model)
-    clear_specs(model)
     write_specs(model)  # biases that a fold added stay, and loading has to know of them
     if num_biases := sum(ADDED_BIAS in module.__dict__ for module in model.modules()):
         warnings.warn(
@@ -436,7 +434,6 @@ def apply_plan(plan: Plan) -> None:
     if not replacements:
         return
     replace_modules(plan.model, replacements)
-    own_configs(plan.model)
     write_specs(plan.model)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -73,15 +73,18 @@ def own_configs(model: nn.Module) -> None:
 
 def write_specs(model: nn.Module) -> None:
     """Set `config.adanorm` of the model and of every model nested in it that has a config of its own, so that a part
-    (the vision tower, the encoder) saves and loads as well as the whole."""
+    (the vision tower, the encoder) saves and loads as well as the whole. The configs become the model's own."""
+    own_configs(model)
     owners: dict[int, list[PreTrainedModel]] = {}
     for module in model.modules():  # parents come first: the first owner of a config is its outermost
         if isinstance(module, PreTrainedModel):
             outer = owners.setdefault(id(module.config), [])
             if not any(module is inner for owner in outer for inner in owner.modules()):
                 outer.append(module)
-    for models in owners.values():
-        specs = [resolved_spec(part) for part in models]
+    resolved = [(models, [resolved_spec(part) for part in models]) for models in owners.values()]
+    if not any(is_swapped(module) for module in model.modules()):
+        clear_specs(model)
+    for models, specs in resolved:
         if specs[0] is None:
             models[0].config.__dict__.pop("adanorm", None)
         elif all(spec == specs[0] for spec in specs):
@@ -95,7 +98,6 @@ def refresh_specs(model: PreTrainedModel) -> None:
     if data is None and not any(is_swapped(module) for module in model.modules()):
         return
     if data is None or not describes(AdaNormSpec.from_dict(data), model):
-        own_configs(model)
         write_specs(model)
 
 
@@ -141,14 +143,16 @@ def describes(spec: AdaNormSpec, model: nn.Module) -> bool:
     return _settings_by_name(spec, modules) == ({} if here is None else _settings_by_name(here, modules))
 
 
-def _settings_by_name(spec: AdaNormSpec, modules: dict[str, nn.Module]) -> dict[tuple[str, str], Any]:
+def _named(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """A function that gives those of `names` that a pattern of a spec means."""
     by_template: dict[str, list[str]] = {}
-    for name in modules:
+    for name in names:
         by_template.setdefault(number_template(name), []).append(name)
+    return lambda pattern: [name for name in by_template.get(number_template(pattern), []) if matches(pattern, name)]
 
-    def named(pattern: str) -> list[str]:
-        return [name for name in by_template.get(number_template(pattern), []) if matches(pattern, name)]
 
+def _settings_by_name(spec: AdaNormSpec, modules: dict[str, nn.Module]) -> dict[tuple[str, str], Any]:
+    named = _named(modules)
     found: dict[tuple[str, str], Any] = {}
     for group in spec.groups:
         for name in (name for pattern in group.modules for name in named(pattern)):
@@ -181,8 +185,7 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
             **_overrides(module),
         )
         groups.setdefault(group, []).append(name)
-    biases = [name for name, module in modules if ADDED_BIAS in module.__dict__]
-    eps = {name: module for name, module in modules if ADJUSTED_EPS in module.__dict__}
+    biases, eps = _left_by_folds(modules)
     if not groups and not biases and not eps:
         return None
     by_template: dict[str, set[str]] = {}
@@ -196,7 +199,38 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
             for group, names in groups.items()
         ),
         biases=tuple(_relative(name, prefix) for name in _with_stars(biases, by_template)),
-        eps=tuple((_relative(name, prefix), source_settings(module)["eps"]) for name, module in eps.items()),
+        eps=tuple((_relative(name, prefix), value) for name, value in eps.items()),
+    )
+
+
+def _left_by_folds(modules: list[tuple[str, Any]]) -> tuple[list[str], dict[str, float]]:
+    """The linear layers that a fold gave a bias, and the stock norms whose eps it adjusted, with that eps: as the
+    modules are marked, and as the configs say. Others replace modules (embeddings are resized, layers quantised and
+    dequantised), and a mark goes with its module."""
+    biases = {name for name, module in modules if ADDED_BIAS in module.__dict__}
+    eps = {name: 0.0 for name, module in modules if ADJUSTED_EPS in module.__dict__}
+    seen: set[int] = set()
+    for outer, model in modules:  # parents come first: a config belongs to the outermost model that has it
+        data = getattr(model.config, "adanorm", None) if isinstance(model, PreTrainedModel) else None
+        if data is None or id(model.config) in seen:
+            continue
+        seen.add(id(model.config))
+        spec, prefix = AdaNormSpec.from_dict(data), base_prefix(model)
+        here = f"{outer}." if outer else ""
+        named = _named([_relative(name.removeprefix(here), prefix) for name, _ in modules if name.startswith(here)])
+
+        def absolute(name: str, here: str = here, prefix: str | None = prefix) -> str:
+            return here + (name[1:] if name.startswith("^") else (prefix or "") + name)
+
+        biases |= {absolute(name) for pattern in spec.biases for name in named(pattern)}
+        eps |= {absolute(name): value for pattern, value in spec.eps for name in named(pattern)}
+    return (
+        [name for name, module in modules if name in biases and getattr(module, "bias", None) is not None],
+        {
+            name: source_settings(module).get("eps", eps[name])
+            for name, module in modules
+            if name in eps and not is_swapped(module)
+        },
     )
 
 

@@ -596,6 +596,47 @@ def test_a_bias_that_was_added_cannot_be_lost_by_loading_without_the_package(tmp
         hooks.install()
 
 
+def reloaded(model: nn.Module, folder: Path) -> nn.Module:
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2-lm untied", "llama"])
+def test_resized_embeddings_lose_no_bias_of_a_fold(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    quietly(patch_model, model, "adanorm", affine="fold", targets="all")
+    model.resize_token_embeddings(64)  # puts a new head in place of the one that got a bias
+    inputs = dummy_inputs(model)
+    assert torch.equal(logits(reloaded(model, tmp_path), inputs), logits(model, inputs))
+
+
+def test_layers_quantised_to_8_bits_and_back_lose_no_bias_of_a_fold(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = build("stablelm")  # none of its layers but one has a bias of its own
+    quietly(patch_model, model, "layernorm-simple", affine="fold")
+    model.save_pretrained(tmp_path / "folded")
+    how = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = type(model).from_pretrained(tmp_path / "folded", quantization_config=how).eval()
+    inputs = {"input_ids": torch.arange(4, 12)[None]}
+    assert torch.equal(logits(reloaded(model, tmp_path / "quantised"), inputs), logits(model, inputs))
+    model = model.dequantize(torch.float32)
+    assert torch.equal(logits(reloaded(model, tmp_path / "whole"), inputs), logits(model, inputs))
+
+
+def test_the_eps_of_a_fold_outlives_the_norm_that_it_was_adjusted_on(tmp_path: Path) -> None:
+    model = build("bert-cls").bert
+    inputs = dummy_inputs(model)
+    quietly(patch_model, model, "layernorm-simple", affine="fold", on_unfoldable="approximate")
+    last = model.encoder.layer[1].output
+    other = nn.LayerNorm(last.LayerNorm.weight.shape, last.LayerNorm.eps)
+    other.load_state_dict(last.LayerNorm.state_dict())
+    last.LayerNorm = other
+    again = reloaded(model, tmp_path)
+    assert again.encoder.layer[1].output.LayerNorm.eps == other.eps != model.config.layer_norm_eps
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
 def test_a_fold_that_changed_values_only_needs_no_spec() -> None:
     model = build("vit")
     fold_affine(model)
