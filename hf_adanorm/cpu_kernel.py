@@ -55,13 +55,15 @@ void forward_##NAME(const T *restrict X, T *restrict Z, float *restrict MEAN, fl
   for (int64_t i = 0; i < rows; i++) {                                                                            \
     const T *restrict x = X + i * H; T *restrict z = Z + i * H;                                                   \
     float mean = mean_##NAME(x, H), var = 0;                                                                      \
+    if (i + 1 < rows) /* the next row comes in while this one is computed */                                      \
+      for (int64_t j = 0; j < H; j += 64 / sizeof(T)) __builtin_prefetch(x + H + j);                              \
     SIMD(omp simd reduction(+:var))                                                                               \
     for (int64_t j = 0; j < H; j++) { float d = LOAD(x[j]) - mean; var += d * d; }                                \
     float rstd = 1.0f / sqrtf(var / H + eps);                                                                     \
     if (MEAN) MEAN[i] = mean;                                                                                     \
     RSTD[i] = rstd;                                                                                               \
     SIMD(omp simd)                                                                                                \
-    for (int64_t j = 0; j < H; j++) { float y = (LOAD(x[j]) - mean) * rstd; z[j] = STORE(C * (1 - k * y) * y); }  \
+    for (int64_t j = 0; j < H; j++) { float y = (LOAD(x[j]) - mean) * rstd; z[j] = STORE((C - C * k * y) * y); }  \
   }                                                                                                               \
 }                                                                                                                 \
 /* dy = phi(y) * dz with phi constant; dx = rstd * (dy - mean(dy) - y * mean(dy * y)). The second term comes      \
@@ -75,13 +77,13 @@ void backward_##NAME(const T *restrict X, const T *restrict DZ, T *restrict DX, 
     float mean = MEAN ? MEAN[i] : mean_##NAME(x, H), rstd = RSTD[i], mean_dy = 0, mean_dyy = 0;                   \
     SIMD(omp simd reduction(+:mean_dy, mean_dyy))                                                                 \
     for (int64_t j = 0; j < H; j++) {                                                                             \
-      float y = (LOAD(x[j]) - mean) * rstd, dy = C * (1 - k * y) * LOAD(dz[j]);                                   \
+      float y = (LOAD(x[j]) - mean) * rstd, dy = (C - C * k * y) * LOAD(dz[j]);                                   \
       mean_dy += dy; mean_dyy += dy * y;                                                                          \
     }                                                                                                             \
     mean_dy *= through_mean / H; mean_dyy *= through_std / H;                                                     \
     SIMD(omp simd)                                                                                                \
     for (int64_t j = 0; j < H; j++) {                                                                             \
-      float y = (LOAD(x[j]) - mean) * rstd, dy = C * (1 - k * y) * LOAD(dz[j]);                                   \
+      float y = (LOAD(x[j]) - mean) * rstd, dy = (C - C * k * y) * LOAD(dz[j]);                                   \
       dx[j] = STORE(rstd * (dy - mean_dy - y * mean_dyy));                                                        \
     }                                                                                                             \
   }                                                                                                               \
@@ -152,13 +154,11 @@ def forward(x: Tensor, eps: float, C: float = 1.0, k: float = 0.0) -> tuple[Tens
     library = _library()
     assert library is not None
     x = x.contiguous()
-    H = x.shape[-1]
-    rows = x.numel() // H
-    z = torch.empty_like(x)
-    stats = torch.empty((2 if x.dtype == torch.float32 else 1, rows), dtype=torch.float32)
-    library["forward", x.dtype](
-        *(x.data_ptr(), z.data_ptr(), *_addresses(stats)),
-        *(rows, H, eps, C, k, _num_threads(x)),
+    dtype, H = x.dtype, x.shape[-1]
+    rows, z = x.numel() // H, torch.empty_like(x)
+    stats = x.new_empty((2 if dtype is torch.float32 else 1, rows), dtype=torch.float32)
+    library["forward", dtype](
+        x.data_ptr(), z.data_ptr(), *_addresses(stats, rows, dtype), rows, H, eps, C, k, _num_threads(x)
     )
     return z, stats
 
@@ -181,26 +181,25 @@ def backward(
     library = _library()
     assert library is not None
     dz = dz.contiguous()
-    H = dz.shape[-1]
-    dx = torch.empty_like(dz)
-    rows, threads = dz.numel() // H, _num_threads(dz)
+    dtype, H = dz.dtype, dz.shape[-1]
+    rows, dx, threads = dz.numel() // H, torch.empty_like(dz), _num_threads(dz)
     if x is None:
-        library["backward_constant_std", dz.dtype](
+        library["backward_constant_std", dtype](
             dz.data_ptr(), dx.data_ptr(), stats.data_ptr(), rows, H, through_mean, threads
         )
     else:
         x = x.contiguous()
-        library["backward", x.dtype](
-            *(x.data_ptr(), dz.data_ptr(), dx.data_ptr(), *_addresses(stats)),
+        library["backward", dtype](
+            *(x.data_ptr(), dz.data_ptr(), dx.data_ptr(), *_addresses(stats, rows, dtype)),
             *(rows, H, C, k, through_mean, through_std, threads),
         )
     return dx
 
 
-def _addresses(stats: Tensor) -> tuple[int | None, int]:
+def _addresses(stats: Tensor, rows: int, dtype: torch.dtype) -> tuple[int | None, int]:
     """Of the means, if they are kept, and of the rstds."""
     address = stats.data_ptr()
-    return (address + 4 * stats.shape[1] if stats.shape[0] == 2 else None), address
+    return (address + 4 * rows if dtype is torch.float32 else None), address
 
 
 def _num_threads(x: Tensor) -> int:

@@ -48,6 +48,7 @@ _HALF = (torch.float16, torch.bfloat16)  # computed in float32 inside, rounded o
 # Fused loops for training on a CPU, or None: importing the package puts `hf_adanorm.cpu_kernel` here.
 cpu_kernel: Any = None
 
+_unwrap_dead = torch._C._functorch.unwrap_if_dead
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
@@ -61,10 +62,12 @@ def _is_recorded(x: Tensor) -> bool:
 def _output_dtype(x: Tensor) -> torch.dtype:
     """What nn.LayerNorm returns here. Under autocast that is the device's affair (float32 on CUDA, the input's dtype
     on CPU): torch is asked, with a tensor that has no elements."""
-    kind = x.device.type
-    if x.dtype in _HALF and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return F.layer_norm(x.new_empty((0, 1)), (1,)).dtype
-    return x.dtype
+    dtype = x.dtype
+    if dtype in _HALF:
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return F.layer_norm(x.new_empty((0, 1)), (1,)).dtype
+    return dtype
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -129,29 +132,27 @@ def _adanorm_forward(
     return u.addcmul_(u, u, value=-k / C).to(dtype)
 
 
-class _AdaNormFunction(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """Without the questions that torch's `apply` asks on functorch in Python, which take as long as a small input:
+    `_is_recorded` has asked them, and there remains a tensor that outlived its transform."""
+
+    @classmethod
+    def apply_eager(cls, x: Tensor, arguments: tuple[Any, ...], kernel: Any) -> Tensor:
+        return cast(Tensor, super(torch.autograd.Function, cls).apply(_unwrap_dead(x), arguments, kernel))  # type: ignore[misc]
+
+
+class _AdaNormFunction(_Function):
     """Saves the input alone (with the CPU kernel also the rows' statistics); the backward pass normalises it again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        normalized_shape: tuple[int, ...],
-        eps: float,
-        C: float,
-        k: float,
-        centered: bool,
-        dtype: torch.dtype,
-        kernel: Any,
-    ) -> Tensor:
-        ctx.arguments = (normalized_shape, eps, C, k, centered, dtype)
-        ctx.kernel = kernel
+    def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...], kernel: Any) -> Tensor:
+        ctx.arguments, ctx.kernel = arguments, kernel
         if kernel is not None:
-            z, stats = kernel.forward(x, eps, C, k)
+            z, stats = kernel.forward(x, *arguments[1:4])
             ctx.save_for_backward(x, stats)
             return cast(Tensor, z)
         ctx.save_for_backward(x)
-        return _adanorm_forward(x, normalized_shape, eps, C, k, centered, dtype)
+        return _adanorm_forward(x, *arguments)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
@@ -164,7 +165,7 @@ class _AdaNormFunction(torch.autograd.Function):
             dx = ctx.kernel.backward(dz, x, stats[0], C, k)
         else:
             dx = _adanorm_backward(_upcast(dz), _upcast(x), normalized_shape, eps, C, k, centered).to(x.dtype)
-        return (dx, *[None] * 7)
+        return dx, None, None
 
 
 def _adanorm_backward(
@@ -212,24 +213,13 @@ def _detachnorm_written(
     return (x * (rstd.detach() if detach_variance else rstd)).to(dtype)
 
 
-class _DetachNormFunction(torch.autograd.Function):
+class _DetachNormFunction(_Function):
     """With the variance detached 1 / std alone is saved: the backward pass is linear in dy and knows no x."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        normalized_shape: tuple[int, ...],
-        eps: float,
-        centered: bool,
-        detach_mean: bool,
-        detach_variance: bool,
-        dtype: torch.dtype,
-        kernel: Any,
-    ) -> Tensor:
-        ctx.arguments = (normalized_shape, eps, centered, detach_mean, detach_variance, dtype)
-        ctx.input_dtype = x.dtype
-        ctx.kernel = kernel
+    def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...], kernel: Any) -> Tensor:
+        ctx.arguments, ctx.kernel, ctx.input_dtype = arguments, kernel, x.dtype
+        normalized_shape, eps, centered, _, detach_variance, dtype = arguments
         if kernel is not None:
             y, stats = kernel.forward(x, eps)
             ctx.save_for_backward(stats, *(() if detach_variance else (x,)))
@@ -270,7 +260,7 @@ class _DetachNormFunction(torch.autograd.Function):
             dy = _upcast(dy)
             dx = _layer_norm_backward(dy, _upcast(x), normalized_shape, mean, rstd)
             dx = dx.add_(dy.mean(_dims(normalized_shape), keepdim=True).mul_(rstd))
-        return (dx.to(ctx.input_dtype), *[None] * 7)
+        return dx.to(ctx.input_dtype), None, None
 
 
 def check_number(name: str, value: Any, *, minimum: float, inclusive: bool, maximum: float | None = None) -> float:
@@ -568,7 +558,7 @@ class AdaNorm(SwappedNorm):
             return _adanorm_written(x, *arguments)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return _adanorm_forward(x, *arguments)
-        return cast(Tensor, _AdaNormFunction.apply(x, *arguments, self._kernel(x, dtype)))  # type: ignore[no-untyped-call]
+        return _AdaNormFunction.apply_eager(x, arguments, self._kernel(x, dtype))
 
     def _faded(self, x: Tensor) -> Tensor:
         h, bias = self._faded_affine(x)  # h = gain * y + bias
@@ -635,7 +625,7 @@ class DetachNorm(SwappedNorm):
         arguments = (self.normalized_shape, self.eps, self.centered, *flags, dtype)
         if _is_recorded(x):
             return _detachnorm_written(x, *arguments)
-        return cast(Tensor, _DetachNormFunction.apply(x, *arguments, self._kernel(x, dtype)))  # type: ignore[no-untyped-call]
+        return _DetachNormFunction.apply_eager(x, arguments, self._kernel(x, dtype))
 
     def _faded(self, x: Tensor) -> Tensor:
         h = self._faded_affine(x)[0]
