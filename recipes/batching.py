@@ -23,11 +23,16 @@ POOL_STEPS = 50
 class Plan(Protocol):
     """What `train_batches` needs to know of an epoch; the same on every process."""
 
-    def steps(self, epoch: int) -> list[np.ndarray]:
+    num_steps: int  # of an epoch
+
+    def steps(self, epoch: int) -> list[Any]:
         """The example indices of every optimiser step of an epoch."""
 
-    def micro_batches(self, step: np.ndarray, rank: int) -> list[list[int]]:
+    def micro_batches(self, step: Any, rank: int) -> list[list[int]]:
         """One process's micro-batches of a step: the same number on every process, none of them empty."""
+
+    def num_examples(self, step: Any) -> int:
+        """The examples of a step over all micro-batches and processes."""
 
 
 class StepPlan:
@@ -78,6 +83,10 @@ class StepPlan:
         """One process's micro-batches of a step: neighbours in length together, dealt out in turn to the processes."""
         return [part[rank :: self.num_processes].tolist() for part in np.array_split(step, self.accumulation)]
 
+    def num_examples(self, step: np.ndarray) -> int:
+        """The examples of a step over all micro-batches and processes."""
+        return len(step)
+
     def _longest_first(self, indices: np.ndarray) -> np.ndarray:
         return indices[np.argsort(-self.lengths[indices], kind="stable")]
 
@@ -101,7 +110,7 @@ def train_batches(
     shares = [plan.micro_batches(step, rank) for step in steps]
     loader = iter(_loader(dataset, [batch for share in shares for batch in share], collate, workers))
     for step, share in zip(steps, shares, strict=True):
-        yield len(step), [next(loader) for _ in share]
+        yield plan.num_examples(step), [next(loader) for _ in share]
 
 
 def eval_batches(

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from batching import StepPlan, eval_batches, train_batches
+from batching import Plan, StepPlan, eval_batches, train_batches
 from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
 from evaluation import gather_by_index, is_better, load_metric, main_first, mean, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
@@ -34,6 +34,7 @@ from image_task import ImageOptions, prepare_image
 from options import (
     FREE_OPTIONS,
     OptimizationOptions,
+    OptionError,
     PatchOptions,
     RunOptions,
     check_ranges,
@@ -44,6 +45,7 @@ from publishing import prepare_push, publish
 from results import format_results, versions
 from step_checks import check_trained, optimizer_step
 from text_task import ModelOptions, Task, TextOptions, prepare_text
+from token_batches import TokenPlan
 from training import (
     ProgressBar,
     Stopwatch,
@@ -67,11 +69,28 @@ class ClassificationOptions(RunOptions, OptimizationOptions, TextOptions, ImageO
 
     task: Literal["text", "image"] = option("text", "what is classified: texts, or pairs of them, or images")
     batch_size: int = option(32, "training examples a micro-batch on each process")
+    max_tokens: int | None = option(
+        None, "texts: a micro-batch holds as many as fit in so many tokens, padding included; wins over batch_size"
+    )
     eval_batch_size: int = option(64, "examples a batch on each process in evaluation")
 
 
 TASKS = {"text": prepare_text, "image": prepare_image}
 PIPELINES = {"text": "text-classification", "image": "image-classification"}
+
+
+def make_plan(lengths: list[int], options: ClassificationOptions, num_processes: int) -> Plan:
+    """Batches of so many examples, or of so many tokens. Raises OptionError for tokens of images."""
+    settings: dict[str, Any] = {
+        "seed": options.seed,
+        "num_processes": num_processes,
+        "accumulation": options.gradient_accumulation_steps,
+    }
+    if options.max_tokens is None:
+        return StepPlan(lengths, options.batch_size, **settings)
+    if options.task != "text":
+        raise OptionError(f"--max_tokens counts those of texts; for task {options.task} give --batch_size")
+    return TokenPlan(lengths, lengths, options.max_tokens, **settings)
 
 
 def calibration_batch(task: Task) -> dict[str, torch.Tensor]:
@@ -116,7 +135,7 @@ def train(
     model: torch.nn.Module,
     optimizer: Any,
     task: Task,
-    plan: StepPlan,
+    plan: Plan,
     checkpoints: Checkpoints,
     options: ClassificationOptions,
 ) -> Progress:
@@ -289,13 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         apply_patch(model, options, lambda: calibration_batch(task))
         norm_modules = count_norms(model, options.norm)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        plan = StepPlan(
-            task.lengths["train"],
-            options.batch_size,
-            seed=options.seed,
-            num_processes=accelerator.num_processes,
-            accumulation=options.gradient_accumulation_steps,
-        )
+        plan = make_plan(task.lengths["train"], options, accelerator.num_processes)
     set_seed(options.seed, device_specific=True)  # other dropout masks on every process
     optimizer = make_optimizer(model, options)
     allow_unused_parameters(accelerator, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import ClassLabel, Dataset, Value
 from idx_images import is_idx, load_idx_images
 from options import option
@@ -31,7 +33,7 @@ class DataOptions:
     dataset_name: str | None = option(None, "data set on the Hub")
     dataset_config: str | None = option(None, "its configuration")
     train_split: str = option("train", "its split to train on")
-    validation_split: str = option("validation", "its split to choose the best checkpoint on")
+    validation_split: str | None = option("validation", "its split to choose the best checkpoint on")
     test_split: str | None = option("test", "its split for the final test")
     train_file: str | None = option(
         None, "local .json, .jsonl, .csv, .tsv or .parquet file (or .gz of it), or MNIST's IDX file of images"
@@ -45,14 +47,15 @@ class DataOptions:
 
 
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
-    """The train, validation and, when there is one, test split.
+    """The train, validation and, when there is one that is to be scored, test split.
 
     Raises DataError for a missing or empty file, an unknown format, a file that cannot be parsed, a data set that
-    cannot be fetched, a missing or an empty split.
+    cannot be fetched, a missing or an empty split, and `split_sizes` that the data cannot fill.
     """
     files = {split: getattr(options, f"{split}_file") for split in SPLITS}
+    sizes = getattr(options, "split_sizes", None)
     if any(files.values()):
-        for split in ("train", "validation"):
+        for split in ("train",) if sizes else ("train", "validation"):
             if files[split] is None:
                 raise DataError(f"--{split}_file is missing: local files were given, but none to {_USE[split]}")
         splits = {split: load_file(file, split) for split, file in files.items() if file is not None}
@@ -60,6 +63,10 @@ def load_splits(options: DataOptions) -> dict[str, Dataset]:
         splits = _load_hub(options)
     else:
         raise DataError("no data: give --train_file and --validation_file, or --dataset_name")
+    if sizes:
+        splits = divide(splits, sizes)
+    if not getattr(options, "score_test", True):
+        splits.pop("test", None)
     for split, limit in ((split, getattr(options, f"max_{split}_samples")) for split in splits):
         if limit is not None:
             if limit < 1:
@@ -69,6 +76,26 @@ def load_splits(options: DataOptions) -> dict[str, Dataset]:
         if len(data) == 0:
             raise DataError(f"the {split} split is empty" + (f" ({files[split]})" if files[split] else ""))
     return splits
+
+
+def divide(splits: dict[str, Dataset], sizes: Sequence[int]) -> dict[str, Dataset]:
+    """All examples of the splits divided at random into `sizes` for train, validation and test; given two sizes, those
+    of train and validation alone, and the test split stays. The draw is always the same.
+
+    Raises DataError for other numbers of sizes, sizes below 1 or beyond what there is, and splits of unlike columns.
+    """
+    pooled = [data for split, data in splits.items() if split != "test" or len(sizes) == 3]
+    total = sum(map(len, pooled))
+    if len(sizes) not in (2, 3) or min(sizes) < 1 or sum(sizes) > total:
+        raise DataError(f"--split_sizes {list(sizes)}: expected 2 or 3 positive sizes of {total:,} examples in all")
+    try:
+        pool = datasets.concatenate_datasets(pooled)
+    except ValueError as error:
+        raise DataError(f"--split_sizes: the splits cannot be put together: {error}") from error
+    order = np.random.default_rng(0).permutation(total)
+    cuts = np.cumsum([0, *sizes]).tolist()
+    parts = [order[start:end] for start, end in itertools.pairwise(cuts)]
+    return splits | {split: pool.select(part).flatten_indices() for split, part in zip(SPLITS, parts, strict=False)}
 
 
 _USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
@@ -118,6 +145,8 @@ def _load_hub(options: DataOptions) -> dict[str, Dataset]:
             f"--dataset_name {options.dataset_name}: cannot be loaded: {first_line}. "
             "Without a network give --train_file, --validation_file and --test_file"
         ) from error
+    if options.validation_split is None and getattr(options, "split_sizes", None) is None:
+        raise DataError("--validation_split is missing: name one, or divide the data with --split_sizes")
     for split, name in names.items():
         if name is not None and name not in found:
             raise DataError(

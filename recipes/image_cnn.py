@@ -1,9 +1,12 @@
-"""A CNN of three convolutions with LayerNorm, as the paper trains on MNIST, as a model like any other.
+"""A small CNN with LayerNorm, as the paper trains on MNIST, as a model like any other.
 
-"3-layer CNN" is all we have of the paper's. Here each layer is a 3x3 convolution, LayerNorm over the channels of every
-position (as in ConvNeXt), ReLU and 2x2 max pooling; a linear classifier reads the flattened last layer. Importing this
-module registers the classes with the Auto classes. The file travels with saved models: elsewhere they load with
-`AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)`.
+The paper: two convolutions, 1 to 20 and 20 to 50 channels, then linear layers, the norm before the activation of every
+linear layer. Each convolution is followed by ReLU and 2x2 max pooling; hidden linear layers of `linear_sizes` and a
+classifier read the flattened last map. The text leaves open whether a convolution, which is linear too, has a norm:
+`norm_before` "linear" puts norms in the hidden linear layers alone, "all" in the convolutions as well, over the
+channels of every position (as in ConvNeXt). "convolution", without linear layers, is what this file was before it knew
+the paper's sizes. Importing this module registers the classes with the Auto classes. The file travels with saved
+models: elsewhere they load with `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 from __future__ import annotations
@@ -16,9 +19,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
+NORM_BEFORE = {"convolution": (True, False), "linear": (False, True), "all": (True, True)}
+
 
 class LayerNormCnnConfig(PreTrainedConfig):
-    """Sizes of the CNN: `hidden_sizes` are the channels of its layers, images are `image_size` x `image_size`."""
+    """Sizes of the CNN.
+
+    `hidden_sizes` are the channels of its convolutions, `padding` is torch's ("same" or "valid"), `linear_sizes` the
+    widths of the hidden linear layers, `norm_before` which activations a norm comes before. Images are `image_size` x
+    `image_size` of `num_channels`; with `grayscale` the first convolution reads their mean over the channels.
+    """
 
     model_type = "layernorm_cnn"
 
@@ -30,6 +40,10 @@ class LayerNormCnnConfig(PreTrainedConfig):
         kernel_size: int = 3,
         dropout: float = 0.0,
         layer_norm_eps: float = 1e-5,
+        padding: str = "same",
+        linear_sizes: tuple[int, ...] | list[int] = (),
+        norm_before: str = "convolution",
+        grayscale: bool = False,
         **kwargs: object,
     ):
         self.image_size = image_size
@@ -38,26 +52,46 @@ class LayerNormCnnConfig(PreTrainedConfig):
         self.kernel_size = kernel_size
         self.dropout = dropout
         self.layer_norm_eps = layer_norm_eps
+        self.padding = padding
+        self.linear_sizes = list(linear_sizes)
+        self.norm_before = norm_before
+        self.grayscale = grayscale
         super().__init__(**kwargs)
 
 
 class LayerNormCnnLayer(nn.Module):
-    """Convolution, norm over channels, ReLU, pooling: (batch, C, H, W) to (batch, C', H // 2, W // 2)."""
+    """Convolution, norm over channels, ReLU, pooling: (batch, C, H, W) to (batch, C', H' // 2, W' // 2)."""
 
     def __init__(self, num_inputs: int, num_outputs: int, config: LayerNormCnnConfig):
         super().__init__()
-        self.convolution = nn.Conv2d(num_inputs, num_outputs, config.kernel_size, padding="same")
-        self.layernorm = nn.LayerNorm(num_outputs, eps=config.layer_norm_eps)
+        self.convolution = nn.Conv2d(num_inputs, num_outputs, config.kernel_size, padding=config.padding)
+        normed = NORM_BEFORE[config.norm_before][0]
+        self.layernorm = nn.LayerNorm(num_outputs, eps=config.layer_norm_eps) if normed else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layernorm(self.convolution(x).permute(0, 2, 3, 1))  # channels last: (batch, H, W, C')
-        return F.max_pool2d(F.relu(x.permute(0, 3, 1, 2)), 2)
+        x = self.convolution(x)
+        if self.layernorm is not None:
+            x = self.layernorm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # channels last: (batch, H', W', C')
+        return F.max_pool2d(F.relu(x), 2)
+
+
+class LayerNormCnnLinear(nn.Module):
+    """Linear layer, norm, ReLU: (batch, inputs) to (batch, outputs)."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, config: LayerNormCnnConfig):
+        super().__init__()
+        self.linear = nn.Linear(num_inputs, num_outputs)
+        normed = NORM_BEFORE[config.norm_before][1]
+        self.layernorm = nn.LayerNorm(num_outputs, eps=config.layer_norm_eps) if normed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.layernorm(self.linear(x)))
 
 
 class LayerNormCnnForImageClassification(PreTrainedModel):
     """The CNN with its classifier.
 
-    Raises ValueError when the image is too small for so many poolings.
+    Raises ValueError when the image is too small for so many poolings, and for an unknown `norm_before` or `padding`.
     """
 
     config_class = LayerNormCnnConfig
@@ -66,16 +100,25 @@ class LayerNormCnnForImageClassification(PreTrainedModel):
 
     def __init__(self, config: LayerNormCnnConfig):
         super().__init__(config)
-        side = config.image_size >> len(config.hidden_sizes)
+        if config.norm_before not in NORM_BEFORE:
+            raise ValueError(f"norm_before must be one of {', '.join(NORM_BEFORE)}, got {config.norm_before!r}")
+        if config.padding not in ("same", "valid"):
+            raise ValueError(f"padding must be same or valid, got {config.padding!r}")
+        lost = 0 if config.padding == "same" else config.kernel_size - 1
+        side, least = config.image_size, 1
+        for _ in config.hidden_sizes:
+            side, least = max(side - lost, 0) // 2, 2 * least + lost
         if side < 1:
             raise ValueError(
                 f"image_size {config.image_size} cannot be halved {len(config.hidden_sizes)} times: "
-                f"give at least {1 << len(config.hidden_sizes)}, or fewer hidden_sizes"
+                f"give at least {least}, or fewer hidden_sizes"
             )
-        sizes = [config.num_channels, *config.hidden_sizes]
+        sizes = [1 if config.grayscale else config.num_channels, *config.hidden_sizes]
         self.layers = nn.ModuleList(LayerNormCnnLayer(*pair, config) for pair in pairwise(sizes))
+        widths = [sizes[-1] * side * side, *config.linear_sizes]
+        self.linear_layers = nn.ModuleList(LayerNormCnnLinear(*pair, config) for pair in pairwise(widths))
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(sizes[-1] * side * side, config.num_labels)
+        self.classifier = nn.Linear(widths[-1], config.num_labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -93,10 +136,13 @@ class LayerNormCnnForImageClassification(PreTrainedModel):
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: object
     ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor, ...]:
         """Logits (batch, classes) of images (batch, channels, image_size, image_size); with labels, the loss too."""
-        x = pixel_values
+        x = pixel_values.mean(1, keepdim=True) if self.config.grayscale else pixel_values
         for layer in self.layers:
             x = layer(x)
-        logits = self.classifier(self.dropout(torch.flatten(x, 1)))
+        x = torch.flatten(x, 1)
+        for layer in self.linear_layers:
+            x = layer(x)
+        logits = self.classifier(self.dropout(x))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)

@@ -250,7 +250,7 @@ def check_ranges(options: OptimizationOptions) -> None:
     """Raise OptionError for a number of the optimisation or run group outside its range."""
     positive = ["learning_rate", "gradient_accumulation_steps", "num_epochs", "max_steps", "eval_steps"]
     positive += ["checkpointing_steps", "save_total_limit", "logging_steps", "watch_norms", "spike_sigmas"]
-    positive += ["batch_size", "eval_batch_size", "max_train_characters"]
+    positive += ["batch_size", "eval_batch_size", "max_tokens", "max_train_characters"]
     positive += [f"max_{split}_samples" for split in ("train", "validation", "test")]
     not_negative = [
         "warmup_steps",

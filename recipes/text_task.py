@@ -37,6 +37,10 @@ class TextOptions(DataOptions):
     text_column: str = option("text", "column of the text")
     text_pair_column: str | None = option(None, "column of the second text, for sentence pairs")
     label_column: str = option("label", "column of the class: integers from 0, or names")
+    split_sizes: list[int] | None = option(
+        None, "divide all examples at random into so many for train, validation and test (two numbers: test stays)"
+    )
+    score_test: bool = option(True, "score the best model on the test split at the end")
     label_names: list[str] | None = option(None, "the classes in order; by default taken from the training data")
     max_length: int = option(128, "longest text in tokens; what is beyond is cut off")
     tokenizer: Literal["word", "wordpiece", "bpe"] = option(
@@ -266,6 +270,9 @@ def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedMo
         config = fresh_config(options, **special, **labels)
         model = build_fresh(AutoModelForSequenceClassification, config)
     positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if positions and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # as RoBERTa counts, the first position comes after that of padding
     if positions is not None and positions < options.max_length:
         raise OptionError(f"--max_length {options.max_length} is beyond the model's {positions} positions")
     if model.config.pad_token_id is None:

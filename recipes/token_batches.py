@@ -22,7 +22,8 @@ class TokenPlan:
     """The steps of every epoch; a `batching.Plan`.
 
     Args:
-        source_lengths, target_lengths: tokens of every sentence pair, the end of the sentence included.
+        source_lengths, target_lengths: tokens of every sentence pair, the end of the sentence included; for single
+            texts both are the same.
         max_tokens: most tokens in a micro-batch on either side, padding included.
 
     Raises ValueError when a sentence alone is beyond `max_tokens`, or the data cannot fill a single step.
@@ -47,7 +48,7 @@ class TokenPlan:
         if self.lengths.max(initial=0) > max_tokens:
             raise ValueError(
                 f"--max_tokens {max_tokens}: the longest training sentence alone has {self.lengths.max()} tokens; "
-                "raise max_tokens or lower the longest source and target length"
+                "raise max_tokens, or cut sentences off earlier"
             )
         # The lengths in sorted order are the same whatever the order of ties, so the cuts are made once.
         order = np.lexsort((self.source_lengths, self.target_lengths))
@@ -57,8 +58,8 @@ class TokenPlan:
         self.num_steps = (len(self.cuts) + 1) // step_size
         if self.num_steps == 0 or len(self.lengths) == 0:
             raise ValueError(
-                f"{len(self.lengths)} training pairs make {len(self.cuts) + 1} micro-batches of {max_tokens} tokens, "
-                f"not enough for {num_processes} processes x {accumulation}: lower max_tokens"
+                f"{len(self.lengths)} training examples make {len(self.cuts) + 1} micro-batches of {max_tokens} "
+                f"tokens, not enough for {num_processes} processes x {accumulation}: lower max_tokens"
             )
         self._cached: tuple[int, list[Step]] | None = None
 
@@ -81,6 +82,10 @@ class TokenPlan:
     def micro_batches(self, step: Step, rank: int) -> list[list[int]]:
         """One process's micro-batches of a step, longest sentences first."""
         return [batch.tolist() for batch in step[rank :: self.num_processes]]
+
+    def num_examples(self, step: Step) -> int:
+        """The examples of a step over all micro-batches and processes."""
+        return sum(map(len, step))
 
     def target_tokens(self, step: Step) -> int:
         """Target tokens of a step over all micro-batches and processes: what its loss is divided by."""

@@ -97,6 +97,24 @@ def test_the_best_model_works_in_a_stock_pipeline_with_its_norms(finished):
     assert [answer["label"] for answer in classify(["word1 great word2", "word5 dull word3"])] == ["1", "0"]
 
 
+def test_the_papers_encoder_in_batches_by_tokens(texts, tmp_path):
+    model = {**TINY_CLASSIFIER, "model_type": "roberta-prelayernorm", "max_position_embeddings": 33}
+    changes = {"model_config": json.dumps(model), "max_tokens": 64, "num_epochs": 2, "max_steps": "null"}
+    classification.main(arguments_for(texts, tmp_path, norm="adanorm", **changes))
+    results = read_results(tmp_path)
+    assert results["norm_modules"] == 4  # before attention and feed-forward, of the embeddings, after the last layer
+    fewest = results["train_tokens"] / 64
+    assert fewest <= results["steps_per_epoch"] <= 1.3 * fewest
+    assert results["history"][-1]["epoch"] == 2
+
+
+def test_positions_that_begin_after_padding_are_counted(texts, tmp_path, capsys):
+    model = {**TINY_CLASSIFIER, "model_type": "roberta-prelayernorm"}
+    with pytest.raises(SystemExit):
+        classification.main(arguments_for(texts, tmp_path, model_config=json.dumps(model)))
+    assert "--max_length 32 is beyond the model's 31 positions" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_repeated(finished, texts, capsys):
     before = (finished / "results.json").stat().st_mtime_ns
     classification.main(arguments_for(texts, finished, C=1.3, k=0.07, test_file=texts["validation"]))

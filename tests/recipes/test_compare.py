@@ -235,7 +235,7 @@ def test_hyper_parameters_are_chosen_on_validation_and_the_test_set_is_not_read(
     assert read(hopeless, "diverged.json")["step"] >= 1
     tried = read(folder / "search" / "adanorm,learning_rate=0.01", "results.json")
     assert tried["test"] is None
-    assert tried["options"]["test_file"] is None
+    assert tried["options"]["score_test"] is False
     final = read(folder / "runs" / "adanorm-seed1", "results.json")
     assert final["options"]["learning_rate"] == 0.01
     assert final["test"]["accuracy"] >= 0

@@ -4,6 +4,7 @@ import json
 import pytest
 from data_loading import DataError, DataOptions, check_text_column, load_file, load_splits, resolve_labels
 from datasets import ClassLabel, Dataset, Features, Value
+from text_task import TextOptions
 
 ROWS = [{"text": "a b", "label": 0}, {"text": "c", "label": 1}]
 
@@ -74,6 +75,35 @@ def test_sample_limits_cut_the_splits(tmp_path):
     good = write_rows(tmp_path / "good.csv")
     splits = load_splits(DataOptions(train_file=good, validation_file=good, max_train_samples=1))
     assert (len(splits["train"]), len(splits["validation"])) == (1, 2)
+
+
+def split_by(sizes, tmp_path, **changes):
+    files = {}
+    for split, texts in {"train": "abcd", "validation": "ef", "test": "ghi"}.items():
+        rows = [{"text": text, "label": 0} for text in texts]
+        files[f"{split}_file"] = write_rows(tmp_path / f"{split}.jsonl", rows)
+    splits = load_splits(TextOptions(**{**files, "split_sizes": sizes, **changes}))
+    return {split: data["text"][:] for split, data in splits.items()}
+
+
+def test_all_examples_are_divided_anew_at_random_and_always_alike(tmp_path):
+    splits = split_by([2, 3, 4], tmp_path)
+    assert {split: len(texts) for split, texts in splits.items()} == {"train": 2, "validation": 3, "test": 4}
+    assert sorted(text for texts in splits.values() for text in texts) == list("abcdefghi")
+    assert splits == split_by([2, 3, 4], tmp_path)
+    assert split_by([2, 3, 4], tmp_path, score_test=False) == {s: splits[s] for s in ("train", "validation")}
+
+
+def test_two_sizes_leave_the_test_split_as_it_is(tmp_path):
+    splits = split_by([3, 1], tmp_path, validation_file=None)
+    assert splits["test"] == list("ghi")
+    assert sorted(splits["train"] + splits["validation"]) == list("abcd")
+
+
+@pytest.mark.parametrize("sizes", [[10], [9, 1], [5, 5], [0, 2], [1, 1, 8]])
+def test_sizes_that_the_data_cannot_fill_are_refused(sizes, tmp_path):
+    with pytest.raises(DataError, match=r"--split_sizes \[.*\]: expected 2 or 3 positive sizes of [69] examples"):
+        split_by(sizes, tmp_path)
 
 
 def test_missing_column_names_the_nearest():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import classification
@@ -14,6 +15,7 @@ from datasets import Dataset, load_dataset
 from idx_images import load_idx_images, read_idx, write_idx
 from image_cnn import LayerNormCnnConfig, LayerNormCnnForImageClassification
 from image_task import ImageOptions, augmented, open_image
+from options import read_config
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -115,9 +117,48 @@ def test_the_cnn_has_a_norm_a_layer_that_patching_finds():
     assert "3 norms, 3 swapped" in str(inspect_model(model))
 
 
-def test_an_image_too_small_for_the_cnn_is_refused():
-    with pytest.raises(ValueError, match="image_size 4 cannot be halved 3 times: give at least 8"):
-        LayerNormCnnForImageClassification(LayerNormCnnConfig(image_size=4))
+def test_a_cnn_saved_before_it_had_linear_layers_gives_the_same_numbers():
+    model = AutoModelForImageClassification.from_pretrained(Path(__file__).with_name("old_cnn"))
+    logits = model(torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)).logits
+    assert logits.double().tolist() == [[-0.5432322025299072, 1.1699341535568237, -1.3900117874145508]]
+
+
+@pytest.mark.parametrize(
+    ("norm_before", "names"),
+    [
+        ("linear", ["linear_layers.0.layernorm"]),
+        ("all", ["layers.0.layernorm", "layers.1.layernorm", "linear_layers.0.layernorm"]),
+    ],
+)
+def test_the_papers_cnn_in_both_readings(norm_before, names):
+    sizes = read_config("recipes/configs/mnist.yaml")["model_config"]
+    config = LayerNormCnnConfig(**{**sizes, "norm_before": norm_before, "num_labels": 10})
+    model = LayerNormCnnForImageClassification(config)
+    weights = {name: tuple(value.shape) for name, value in model.named_parameters() if value.ndim > 1}
+    assert weights == {
+        "layers.0.convolution.weight": (20, 1, 5, 5),
+        "layers.1.convolution.weight": (50, 20, 5, 5),
+        "linear_layers.0.linear.weight": (500, 50 * 4 * 4),
+        "classifier.weight": (10, 500),
+    }
+    assert [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)] == names
+    pixels = torch.randn(2, 3, 28, 28)
+    gray = pixels.mean(1, keepdim=True).expand_as(pixels)
+    torch.testing.assert_close(model(pixels).logits, model(gray).logits)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"image_size": 4}, "image_size 4 cannot be halved 3 times: give at least 8"),
+        ({"image_size": 21, "padding": "valid"}, "image_size 21 cannot be halved 3 times: give at least 22"),
+        ({"norm_before": "relu"}, "norm_before must be one of convolution, linear, all, got 'relu'"),
+        ({"padding": 2}, "padding must be same or valid, got 2"),
+    ],
+)
+def test_sizes_the_cnn_cannot_have_are_refused(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        LayerNormCnnForImageClassification(LayerNormCnnConfig(**sizes))
 
 
 def test_a_fresh_and_then_pretrained_vit_from_paths_in_a_table(digits, tmp_path):
@@ -194,6 +235,8 @@ def test_part_of_a_split_is_a_split_of_a_data_set(tmp_path):
     splits = load_splits(options)
     assert splits["train"]["text"][:] == list("abcde")
     assert splits["validation"]["text"][:] == list("fgh")
+    with pytest.raises(DataError, match="--validation_split is missing"):
+        load_splits(DataOptions(dataset_name=str(tmp_path), validation_split=None, test_split=None))
 
 
 GRAY_VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1}
@@ -208,6 +251,7 @@ GRAY_VIT |= {"num_attention_heads": 1, "intermediate_size": 8, "num_channels": 1
         ({"random_resized_crop": 2}, "--random_resized_crop must be in (0, 1]"),
         ({"model_config": json.dumps({**CNN, "image_size": 4})}, "image_size 4 cannot be halved 3 times"),
         ({"model_config": json.dumps(GRAY_VIT)}, "num_channels is 1; images are read as RGB"),
+        ({"max_tokens": 64}, "--max_tokens counts those of texts; for task image give --batch_size"),
         ({"model_config": json.dumps(CNN), "image_size": 9}, "--image_size 9 is not the image_size of model_config"),
     ],
 )

@@ -49,6 +49,7 @@ def test_two_processes_and_two_accumulated_micro_batches_take_the_same_steps():
         assert [len(share) for share in shares] == [1, 1]
         assert one.micro_batches(left, 0) == shares[0] + shares[1]
         assert one.target_tokens(left) == two.target_tokens(right)
+        assert one.num_examples(left) == two.num_examples(right) == sum(map(len, shares[0] + shares[1]))
 
 
 def test_processes_have_about_the_same_work_at_the_same_time():
