@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .saving.files import write_file
+
 if TYPE_CHECKING:
     from .bench import Measurement
 
@@ -33,15 +35,9 @@ def write(results: Sequence[Measurement], folder: Path, device: torch.device) ->
     """Write bench.csv, bench.txt and bench.png into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     where = describe(device)
-    _replace(folder / "bench.csv", to_csv(results, where).encode())
-    _replace(folder / "bench.txt", to_text(results, where).encode())
-    _replace(folder / "bench.png", to_png(results, where))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_file(folder / "bench.csv", to_csv(results, where).encode())
+    write_file(folder / "bench.txt", to_text(results, where).encode())
+    write_file(folder / "bench.png", to_png(results, where))
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -7,11 +7,12 @@ Tokens come from `hf auth login` or HF_TOKEN, as everywhere in huggingface_hub; 
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 import sys
-import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,8 @@ try:
     import typer
 except ImportError:  # the library itself needs torch and transformers only
     sys.exit('error: the command line needs typer and rich: pip install "hf_adanorm[cli]"')
+
+from .saving.files import TEMPORARY, leads_outside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -95,8 +98,6 @@ def patch(
     """Swap the norms of a model and save it, with its tokenizer or processor, in the dtype of its checkpoint."""
     from . import patch_model
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
     if on_unfoldable == "calibrate":
         raise ValueError(
             "--on-unfoldable calibrate fits to real data, which a command line does not take: call patch_model(model, "
@@ -117,14 +118,16 @@ def patch(
         "affine": affine,
         "on_unfoldable": on_unfoldable,
     }
-    # A wrong option is found before the weights are downloaded. Folding runs the model: not on the meta device.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch_model(_empty_model(config), norm, **{**options, "affine": "drop", "on_unfoldable": "keep"})
-    model = _model_class(config).from_pretrained(name, config=config, revision=revision, dtype="auto")
-    patch_model(model, norm, **options)
-    num_swapped = sum(getattr(type(module), "is_adanorm_module", False) for module in model.modules())
-    with_processor = _save(model, name, revision, out)
+    with _new_folder(out) as folder:
+        # A wrong option is found before the weights are downloaded. Folding runs the model: not on the meta device.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch_model(_empty_model(config), norm, **{**options, "affine": "drop", "on_unfoldable": "keep"})
+        model = _model_class(config).from_pretrained(name, config=config, revision=revision, dtype="auto")
+        patch_model(model, norm, **options)
+        num_swapped = sum(getattr(type(module), "is_adanorm_module", False) for module in model.modules())
+        model.save_pretrained(folder)
+        with_processor = _copy_processor(name, revision, folder)
     url = _push(out, push_to_hub, private) if push_to_hub else None
     if as_json:
         _print_json({"model": name, "out": str(out), "norm": norm, "swapped": num_swapped, "pushed": url})
@@ -275,8 +278,27 @@ _PROCESSOR_FILES = (
 )
 
 
-def _save(model: PreTrainedModel, name: str, revision: str | None, out: Path) -> bool:
-    """Write the folder, under a temporary name until it is complete. Whether a tokenizer or processor went with it."""
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of `out` once it is complete, and leaves nothing after an error."""
+    target = out.resolve()  # a link to an empty folder means that folder
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
+    if target.is_mount():
+        raise FileExistsError(f"{out} is a mount point, which nothing can be renamed to: give a new folder in it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{TEMPORARY}{target.name}-{secrets.token_hex(8)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _copy_processor(name: str, revision: str | None, folder: Path) -> bool:
+    """Copy the files of the tokenizer or processor into `folder`. Whether there were any."""
     from huggingface_hub import snapshot_download
 
     if Path(name).is_dir():
@@ -285,25 +307,13 @@ def _save(model: PreTrainedModel, name: str, revision: str | None, out: Path) ->
         patterns = list(_PROCESSOR_FILES)
         source = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.py"]))
     files = {file for pattern in _PROCESSOR_FILES for file in source.glob(pattern) if file.suffix != ".py"}
-    files = {file for file in files if file.is_file()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        model.save_pretrained(temporary)
-        for file in files:
-            shutil.copyfile(file, temporary / file.name)
-        temporary.chmod(0o777 & ~_umask())
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    outside = sorted(str(file) for file in files if leads_outside(file))
+    if outside:
+        warnings.warn(f"not copied, as these links lead out of the folder: {', '.join(outside)}", stacklevel=2)
+    files = {file for file in files if file.is_file() and not leads_outside(file)}
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
     return bool(files)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _push(folder: Path, repo_id: str, private: bool) -> str:

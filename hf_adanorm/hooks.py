@@ -23,17 +23,20 @@ import copy
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from . import adapters, hub, modeling_adanorm
 from .modeling_adanorm import AdaNormSpec, apply_spec, is_own_reference
+from .saving.files import write_file
 from .saving.wrapping import unwrap_methods, wrap_method
 from .specs import has_spec, refresh_specs
 
@@ -44,7 +47,7 @@ def install() -> None:
     """Wrap the methods; does nothing when they are wrapped already."""
     wrap_method(PreTrainedModel, "post_init", _post_init)
     wrap_method(PreTrainedConfig, "to_json_file", _to_json_file, "json_file_path")
-    wrap_method(PreTrainedModel, "save_pretrained", _save_pretrained)
+    wrap_method(PreTrainedModel, "save_pretrained", _save_pretrained, "save_directory")
     wrap_method(PreTrainedModel, "_upload_modified_files", _upload_modified_files, "working_dir", "repo_id")
     adapters.install()
 
@@ -62,18 +65,22 @@ def _post_init(original: Callable[..., Any], model: PreTrainedModel, bound: Boun
 
 
 def _to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: BoundArguments) -> Any:
-    path = Path(bound.arguments["json_file_path"])
+    path, saving = Path(bound.arguments["json_file_path"]), _SAVING.get()
     if not has_spec(config):
         result = original(config)
-        _remove_own_file(path.parent)
+        if path.name == CONFIG_NAME:
+            with _in_second_place(path.parent):
+                _remove_own_file(path.parent)
         return result
     own = copy.deepcopy(config)  # auto_map belongs to the folder, not to the model in memory
-    own.auto_map = {**(getattr(config, "auto_map", None) or {}), **_auto_map(config)}
-    _write_own_file(path.parent)
+    with _in_second_place(path.parent):
+        write_file(path.parent / FILE_NAME, Path(modeling_adanorm.__file__).read_bytes())
+        own.auto_map = {**(getattr(config, "auto_map", None) or {}), **_auto_map(config)}
     result = original(own)
-    saving = _SAVING.get()
     if saving is not None and saving.config is config:
-        _write_card(path.parent, own, saving)
+        saving.saved = own
+        with suppress(OSError, ValueError):  # said when the card's turn comes
+            saving.user_card = hub.read_card(path.parent / hub.CARD_NAME)
     _wrap_trainer()
     return result
 
@@ -107,17 +114,6 @@ def _is_free(reference: Any) -> bool:
     return reference is None or (isinstance(reference, str) and is_own_reference(reference))
 
 
-def _write_own_file(folder: Path) -> None:
-    source = Path(modeling_adanorm.__file__).read_bytes()
-    target = folder / FILE_NAME
-    temporary = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
-    try:
-        temporary.write_bytes(source)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _remove_own_file(folder: Path) -> None:
     target = folder / FILE_NAME
     if target.is_file() and _first_line(target) == _first_line(Path(modeling_adanorm.__file__)):  # a file of ours
@@ -138,61 +134,88 @@ class _Saving:
     """A call of `model.save_pretrained` that is under way."""
 
     config: PreTrainedConfig
+    saved: PreTrainedConfig | None = None  # what config.json holds, once this process has written it
     user_card: str | None = None  # the folder's card before the call
+    notes: list[str] = field(default_factory=list)  # what went wrong without stopping it
 
 
 _SAVING: ContextVar[_Saving | None] = ContextVar("hf_adanorm_saving", default=None)
 
 
-def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
-    refresh_specs(model)
-    if not has_spec(model.config):
-        return original(model)
-    token = _SAVING.set(_Saving(model.config))
+@contextmanager
+def _in_second_place(folder: Path) -> Iterator[None]:
+    """What is ours never stops a save: an error becomes a warning, once the weights are written."""
     try:
-        return original(model)
+        yield
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        note = f"what hf_adanorm adds to {folder} is not complete, all else is saved: {why}"
+        if (saving := _SAVING.get()) is not None:
+            saving.notes.append(note)
+        else:
+            warnings.warn(note, stacklevel=6)
+
+
+def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
+    folder, saving = Path(bound.arguments["save_directory"]), _Saving(model.config)
+    token = _SAVING.set(saving)
+    try:
+        with _in_second_place(folder):
+            refresh_specs(model)
+            saving.config = model.config
+        result = original(model)
+        if saving.saved is not None:
+            with _in_second_place(folder):
+                _write_card(folder, saving.saved, saving)
     finally:
         _SAVING.reset(token)
+    for note in saving.notes:
+        warnings.warn(note, stacklevel=3)
+    return result
 
 
 def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None:
-    """Called once config.json is written, which only the saving process does."""
+    """Called once all is saved, on the saving process."""
     path = folder / hub.CARD_NAME
-    saving.user_card = hub.read_card(path)
-    if saving.user_card is None:
-        hub.write_text(path, hub.render_card(config.to_dict(), base_model=hub.base_model_of(config)))
-    elif hub.describes(saving.user_card, config.to_dict()) is False:
-        warnings.warn(
+    card = hub.read_card(path)
+    if card is None:
+        write_file(path, hub.render_card(config.to_dict(), base_model=hub.base_model_of(config)))
+    elif hub.describes(card, config.to_dict()) is False:
+        saving.notes.append(
             f"the model card in {folder} describes other norms than the model that is saved there now; "
-            f"hf_adanorm.write_model_card({str(folder)!r}) brings its section up to date",
-            stacklevel=6,
+            f"hf_adanorm.write_model_card({str(folder)!r}) brings its section up to date"
         )
 
 
 def _upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     """Just before a push, transformers has put the repository's card, or an empty form, over the folder's."""
     if has_spec(model.config):
-        path, repo_id = Path(bound.arguments["working_dir"]) / hub.CARD_NAME, bound.arguments["repo_id"]
-        text, saving = hub.read_card(path), _SAVING.get()
-        if text is not None and hub.is_placeholder(text):
-            tags = hub.card_tags(text)
-            if saving is not None and saving.user_card is not None and not hub.is_placeholder(saving.user_card):
-                card = hub.with_tags(saving.user_card, tags)
-            else:
-                base = hub.base_model_of(model.config)
-                config = hub.read_config(path.parent)
-                card = hub.render_card(
-                    config, model_id=repo_id, base_model=base if base != repo_id else None, tags=tags
-                )
-            hub.write_text(path, card)
+        folder = Path(bound.arguments["working_dir"])
+        with _in_second_place(folder):
+            _write_card_to_push(folder, bound.arguments["repo_id"], model.config)
     return original(model)
+
+
+def _write_card_to_push(folder: Path, repo_id: str, config: PreTrainedConfig) -> None:
+    path, saving = folder / hub.CARD_NAME, _SAVING.get()
+    text = hub.read_card(path)
+    if text is None or not hub.is_placeholder(text):
+        return
+    tags = hub.card_tags(text)
+    if saving is not None and saving.user_card is not None and not hub.is_placeholder(saving.user_card):
+        card = hub.with_tags(saving.user_card, tags)
+    else:
+        base = hub.base_model_of(config)
+        base = base if base != repo_id else None
+        card = hub.render_card(hub.read_config(folder), model_id=repo_id, base_model=base, tags=tags)
+    write_file(path, card)
 
 
 def _remove_card_section(folder: Path) -> None:
     path = folder / hub.CARD_NAME
     text = hub.read_card(path)
     if text is not None and (stripped := hub.without_section(text)) != text:
-        hub.write_text(path, stripped)
+        write_file(path, stripped)
 
 
 # ------------------------------------------------------------------------------------------------------- the Trainer
@@ -211,11 +234,12 @@ def _create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundA
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Not for an adapter around a patched base: what it saves is no patched model.
     if trainer.is_world_process_zero() and isinstance(model, PreTrainedModel) and has_spec(model.config):
-        own = copy.deepcopy(model.config)
-        own.auto_map = _auto_map(model.config)
         path = Path(trainer.args.output_dir) / hub.CARD_NAME
-        model_id = getattr(trainer, "hub_model_id", None)
-        hub.write_text(path, hub.render_card(own.to_dict(), existing=hub.read_card(path), model_id=model_id))
+        with _in_second_place(path.parent):
+            own = copy.deepcopy(model.config)
+            own.auto_map = _auto_map(model.config)
+            model_id = getattr(trainer, "hub_model_id", None)
+            write_file(path, hub.render_card(own.to_dict(), existing=hub.read_card(path), model_id=model_id))
     return result
 
 
@@ -224,7 +248,8 @@ def _push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: Bou
     checkpoint = Path(bound.arguments["checkpoint_folder"])
     if trainer.is_world_process_zero() and (checkpoint / FILE_NAME).is_file():
         output_dir = Path(trainer.args.output_dir)
-        _write_own_file(output_dir)
-        if not (output_dir / hub.CARD_NAME).exists():
-            hub.write_text(output_dir / hub.CARD_NAME, hub.read_card(checkpoint / hub.CARD_NAME) or "")
+        with _in_second_place(output_dir):
+            write_file(output_dir / FILE_NAME, Path(modeling_adanorm.__file__).read_bytes())
+            if not os.path.lexists(output_dir / hub.CARD_NAME):
+                write_file(output_dir / hub.CARD_NAME, hub.read_card(checkpoint / hub.CARD_NAME) or "")
     return original(trainer)

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from .modeling_adanorm import AdaNormSpec, NormGroup
+from .saving.files import leads_outside, write_file
 
 BEGIN = "<!-- hf_adanorm: begin. Written by a program: write_model_card replaces what stands between the markers. -->"
 END = "<!-- hf_adanorm: end -->"
@@ -92,7 +93,8 @@ def write_model_card(
     Raises:
         FileNotFoundError: `folder` has no config.json.
         TypeError, ValueError: its config.json describes no patched model, or its spec is none; results without a name
-            of their data; an existing card whose front matter cannot be read, or that holds only one of the markers.
+            of their data; an existing card that is not UTF-8 text, whose front matter cannot be read, or that holds
+            only one of the markers.
 
     Example:
         >>> write_model_card("out", base_model="google-bert/bert-base-uncased", results={"accuracy": 0.9},
@@ -120,7 +122,7 @@ def write_model_card(
         command=command,
         tags=list(tags or ()),
     )
-    write_text(target, text)
+    write_file(target, text)
     return target
 
 
@@ -451,19 +453,16 @@ def _cell(text: str) -> str:
 
 
 def read_card(path: Path) -> str | None:
-    """The text of a card with its line endings, None if there is no such file."""
-    if not path.exists():
+    """The text of a card with its line endings, None if there is no such file.
+
+    Raises:
+        ValueError: what is there cannot be kept: no UTF-8 text, a folder, a link out of the model's folder.
+    """
+    if not os.path.lexists(path):
         return None
-    with path.open(encoding="utf-8", newline="") as file:  # newline="": line endings stay as they are
-        return file.read()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with its line endings as they are: the file is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if leads_outside(path) or not path.is_file():
+        raise ValueError(f"{path} is a folder or a link to what lies elsewhere, no model card: move it away")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, or move it away") from None

@@ -27,10 +27,10 @@ from accelerate import Accelerator
 from accelerate.utils import RNG_STATE_NAME, load
 from safetensors import SafetensorError
 
+from hf_adanorm.saving.files import TEMPORARY, write_file
+
 EXIT_CANNOT_SAVE = 74  # EX_IOERR: a checkpoint could not be written; the one before it stands
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
-
-_TEMPORARY = ".tmp-"
 
 
 class ResumeError(ValueError):
@@ -64,7 +64,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
     NaN and infinity, for which JSON has no name, become null.
     """
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -73,26 +73,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text: the file at `path` is either the old one or the whole new one."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write bytes: the file at `path` is either the old one or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def publish_folder(temporary: Path, target: Path) -> None:
@@ -146,7 +126,7 @@ class Checkpoints:
         self.overwrite = overwrite
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob(f"{_TEMPORARY}*"):
+            for path in self.folder.glob(f"{TEMPORARY}*"):
                 _remove(path)
         accelerator.wait_for_everyone()
 
@@ -241,7 +221,7 @@ class Checkpoints:
 
         Raises SaveError when it cannot be written.
         """
-        temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+        temporary = target.with_name(f"{TEMPORARY}{target.name}")
         if self.accelerator.is_main_process:
             _remove(temporary)
             temporary.mkdir()
@@ -284,8 +264,8 @@ def _number(name: str, prefix: str) -> re.Match[str] | None:
 def _remove(path: Path) -> None:
     """Delete a file or a folder; a folder first loses its name, so that it is never seen half deleted."""
     if path.is_dir() and not path.is_symlink():
-        if not path.name.startswith(_TEMPORARY):
-            doomed = path.with_name(f"{_TEMPORARY}deleted-{path.name}")
+        if not path.name.startswith(TEMPORARY):
+            doomed = path.with_name(f"{TEMPORARY}deleted-{path.name}")
             shutil.rmtree(doomed, ignore_errors=True)
             path = path.rename(doomed)
         shutil.rmtree(path)

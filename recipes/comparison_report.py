@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import write_bytes, write_text
 from comparison import BASELINE, Run, outcome
 from paper_results import COLUMNS, ROWS, paper_score
+
+from hf_adanorm.saving.files import write_file
 
 # Every norm keeps its colour and line in all pictures; the indices are those of hf_adanorm.plots.
 STYLE = {"layernorm": 6, "layernorm-simple": 0, "detachnorm": 3, "adanorm": 1, "none": 2}
@@ -262,7 +263,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_file(path, text.getvalue())
 
 
 def save_figure(figure: Any, stem: Path, *, dpi: int) -> dict[str, bytes]:
@@ -272,7 +273,7 @@ def save_figure(figure: Any, stem: Path, *, dpi: int) -> dict[str, bytes]:
         picture = io.BytesIO()
         figure.savefig(picture, format=suffix, dpi=dpi)
         pictures[suffix] = picture.getvalue()
-        write_bytes(stem.with_name(f"{stem.name}.{suffix}"), pictures[suffix])
+        write_file(stem.with_name(f"{stem.name}.{suffix}"), pictures[suffix])
     return pictures
 
 
@@ -313,14 +314,14 @@ def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], 
     table, differences = paper_table([summary]), difference_table(summary)
     bullets = "\n".join(f"- {line}" for line in notes(summary))
     text = f"# {summary['title']}\n\n{conclusion(summary)}\n\n{to_markdown(table)}\n{to_markdown(differences)}\n"
-    write_text(folder / "table.md", f"{text}{bullets}\n\n    {summary['command']}\n")
-    write_text(folder / "table.tex", f"{to_latex(table)}\n{to_latex(differences)}")
+    write_file(folder / "table.md", f"{text}{bullets}\n\n    {summary['command']}\n")
+    write_file(folder / "table.tex", f"{to_latex(table)}\n{to_latex(differences)}")
     write_csv(folder / "runs.csv", run_rows(runs, search))
     write_csv(folder / "curves.csv", curve_rows(runs))
     figure = draw(summary, runs)
     pictures = save_figure(figure, folder / "curves", dpi=200)
     plt.close(figure)
-    write_text(folder / "report.html", page(summary, runs, pictures["png"]))
+    write_file(folder / "report.html", page(summary, runs, pictures["png"]))
 
 
 _CSS = """
@@ -395,8 +396,8 @@ def main() -> None:
     summaries = [json.loads((folder / "comparison.json").read_text("utf-8")) for folder in arguments.folders]
     table = paper_table(summaries)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.output_dir / "table.md", to_markdown(table))
-    write_text(arguments.output_dir / "table.tex", to_latex(table))
+    write_file(arguments.output_dir / "table.md", to_markdown(table))
+    write_file(arguments.output_dir / "table.tex", to_latex(table))
     print(to_markdown(table))
 
 

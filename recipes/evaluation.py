@@ -85,14 +85,13 @@ def run_fresh_process(script: Path, arguments: Sequence[str]) -> None:
     environment = {
         name: value for name, value in os.environ.items() if name not in names and not name.startswith(launcher)
     }
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env=environment,
-        cwd=tempfile.gettempdir(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    if paths := environment.get("PYTHONPATH"):  # relative ones, "" included, mean the folder that we are in
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep))
+    with tempfile.TemporaryDirectory() as folder:  # of our own: in a shared one anybody may lay out modules
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(
+            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
     if done.returncode != 0:
         raise RuntimeError(f"{script.name} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
 

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from checkpoints import write_json, write_text
+from checkpoints import write_json
 from comparison_report import save_figure
 from study_folder import claim
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_adanorm import calibrate_k, patch_model, set_fade
 from hf_adanorm.fading import Order, fade_at
+from hf_adanorm.saving.files import write_file
 
 WAYS = (
     "layernorm",
@@ -304,7 +305,7 @@ def summarize(args: argparse.Namespace) -> str:
             f"| {spread['validation']} | {spread['test']} | {runs[0]['lr']:g} ({tried}) | {len(runs)} |"
         )
     table = "\n".join(lines)
-    write_text(folder / "table.md", table + "\n")
+    write_file(folder / "table.md", table + "\n")
     plot(found, folder)
     return table
 

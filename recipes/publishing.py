@@ -16,7 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from options import OptionError
 
 from hf_adanorm import write_model_card
-from hf_adanorm.hub import CARD_NAME, read_card, read_config, write_text
+from hf_adanorm.hub import CARD_NAME, read_card, read_config
+from hf_adanorm.saving.files import write_file
 
 _IS_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -39,7 +40,7 @@ def publish(folder: Path, results: dict[str, Any], options: Any, task: str) -> N
         api = HfApi()
         # Somebody may have written the repository's card: keep it, bring our section in it up to date.
         if api.file_exists(options.hub_model_id, CARD_NAME):
-            write_text(folder / CARD_NAME, read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or "")
+            write_file(folder / CARD_NAME, read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or "")
     _write_card(folder, results, options, task)
     if options.push_to_hub:
         message = f"Best model: {options.norm}, step {results['best_step']}"

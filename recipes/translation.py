@@ -38,7 +38,6 @@ from checkpoints import (
     Interruption,
     Progress,
     write_json,
-    write_text,
 )
 from evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from fade import fade, finish_saved_fade, is_fading
@@ -85,6 +84,8 @@ from translation_task import (
     source_texts,
 )
 from weight_average import load_average
+
+from hf_adanorm.saving.files import write_file
 
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
@@ -194,7 +195,7 @@ def write_translations(path: Path, data: Any, translations: list[str]) -> None:
     """One JSON object a line: source, reference, translation."""
     rows = zip(data[SOURCE], references(data), translations, strict=True)
     names = ("source", "reference", "translation")
-    write_text(
+    write_file(
         path, "".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
     )
 

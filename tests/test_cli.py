@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -184,6 +185,28 @@ def test_a_patched_folder_shows_as_swapped(stock: Path, run: Run, tmp_path: Path
     run("patch", stock, tmp_path / "out")
     _, out, _ = run("inspect", tmp_path / "out", "--json")
     assert json.loads(out)["swapped"] == 5
+
+
+def test_out_may_be_a_link_to_an_empty_folder(stock: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert run("patch", stock, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out").is_symlink()
+    assert is_patched(AutoModelForSequenceClassification.from_pretrained(tmp_path / "disk"))
+
+
+def test_links_that_lead_out_of_a_folder_are_not_copied(stock: Path, run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(stock, source)
+    (tmp_path / "secret").write_text("secret")
+    (source / "vocab.extra").symlink_to(tmp_path / "secret")
+    (source / "vocab.same").symlink_to("tokenizer.json")
+    code, _, err = run("patch", source, tmp_path / "out")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "lead out of the folder: " in err
+    assert "vocab.extra" in err
+    assert not (tmp_path / "out" / "vocab.extra").exists()
+    assert (tmp_path / "out" / "vocab.same").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
 def test_dropped_gains_are_warned_of_in_one_line(stock: Path, run: Run, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModel, BertModel, PreTrainedConfig, PreTrainedModel
 
-from hf_adanorm import hooks, is_patched, patch_model
+from hf_adanorm import hooks, is_patched, patch_model, unpatch_model
+from hf_adanorm import hub as card
 from tests.round_trip import CASES, build
 
 
@@ -120,21 +123,56 @@ def test_foreign_classes_need_the_package(tmp_path: Path) -> None:
     )
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+CANNOT_BE_READ: dict[str, Callable[[Path], object]] = {
+    "latin-1": lambda path: path.write_bytes("Modèle".encode("latin-1")),
+    "utf-16": lambda path: path.write_text("Modèle", encoding="utf-16"),
+    "a folder": lambda path: path.mkdir(),
+    "a link that leads outside": lambda path: path.symlink_to("/etc/hostname"),
+    "half a section": lambda path: path.write_text(f"{card.BEGIN}\n---\na: [\n"),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT_BE_READ)
+@pytest.mark.parametrize("patched", [True, False])
+def test_no_card_stops_a_save(what: str, patched: bool, tmp_path: Path) -> None:
     model = patch_model(tiny())
     model.save_pretrained(tmp_path)
-    before = (tmp_path / "modeling_adanorm.py").read_bytes()
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    CANNOT_BE_READ[what](tmp_path / "README.md")
+    before = (tmp_path / "README.md").lstat()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        (model if patched else unpatch_model(model)).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").lstat() == before
+    assert is_patched(AutoModel.from_pretrained(tmp_path)) == patched
+    told = [str(w.message) for w in caught if "what hf_adanorm adds to" in str(w.message)]
+    assert len(told) == (what != "half a section")
+    assert all("README.md" in line for line in told)
 
-    def full_disk(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:100])
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        model.save_pretrained(tmp_path)
-    assert (tmp_path / "modeling_adanorm.py").read_bytes() == before
-    assert not list(tmp_path.glob(".*"))
+def test_even_a_warning_that_raises_comes_after_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "README.md").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match="README"):
+            patch_model(tiny()).save_pretrained(tmp_path)
+    assert is_patched(AutoModel.from_pretrained(tmp_path))
+
+
+def test_a_travelling_file_that_cannot_be_written_is_not_pointed_to(tmp_path: Path) -> None:
+    (tmp_path / "modeling_adanorm.py" / "in the way").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"what hf_adanorm adds.*modeling_adanorm\.py"):
+        patch_model(tiny()).save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert is_patched(AutoModel.from_pretrained(tmp_path))
+
+
+def test_another_json_file_of_a_stock_config_takes_nothing_away(tmp_path: Path) -> None:
+    patch_model(tiny()).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tiny().config.to_json_file(tmp_path / "stock_reference.json")
+    assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
 
 
 IMPORTS = """
