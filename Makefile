@@ -36,7 +36,7 @@ demo: $(STAMP)
 			--output_dir $(DEMO_DIR)/$$norm --overwrite_output_dir true || exit 1; \
 	done
 	@echo
-	@$(BIN)/python recipes/results.py $(DEMO_DIR)/adanorm $(DEMO_DIR)/layernorm
+	@$(BIN)/python recipes/common/results.py $(DEMO_DIR)/adanorm $(DEMO_DIR)/layernorm
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

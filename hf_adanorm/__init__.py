@@ -10,9 +10,9 @@ Importing the package is what teaches stock `from_pretrained`, `pipeline` and `T
 from typing import TYPE_CHECKING, Any
 
 from . import cpu_kernel, modeling_adanorm
-from .hooks import install as _install
 from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, LayerNormSimple, NoNorm, __version__
 from .patching import inspect_model, is_patched, patch_model, unpatch_model
+from .saving.hooks import install as _install
 
 __all__ = [
     "AdaNorm",
@@ -37,32 +37,34 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .comparison import compare_outputs
-    from .diagnostics import WatchNormsCallback, watch_norms
+    from .diagnostics.outputs import compare_outputs
+    from .diagnostics.watch import WatchNormsCallback, watch_norms
     from .fading import FadeCallback, calibrate_k, finish_fading, set_fade
-    from .folding import fold_affine
-    from .hub import write_model_card
+    from .folding.fold import fold_affine
+    from .saving.card import write_model_card
 
 # name -> the module that is imported when it is first used: `import hf_adanorm` stays cheap, and a TrainerCallback
 # would bring in PEFT and more.
 _LAZY = {
     "FadeCallback": "fading",
-    "WatchNormsCallback": "diagnostics",
+    "WatchNormsCallback": "diagnostics.watch",
     "calibrate_k": "fading",
-    "compare_outputs": "comparison",
+    "compare_outputs": "diagnostics.outputs",
     "finish_fading": "fading",
-    "fold_affine": "folding",
+    "fold_affine": "folding.fold",
     "set_fade": "fading",
-    "watch_norms": "diagnostics",
-    "write_model_card": "hub",
+    "watch_norms": "diagnostics.watch",
+    "write_model_card": "saving.card",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name == "plots":
+        return importlib.import_module(".diagnostics.plots", __name__)
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 

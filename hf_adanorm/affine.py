@@ -85,7 +85,7 @@ def fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp:
         ]
         return
     settings = {name: (group.C, group.k) for name, _, _, group in fresh if group.C is not None and group.k is not None}
-    from .folding import fold_norms  # much code that only folding needs
+    from .folding.fold import fold_norms  # much code that only folding needs
 
     report = fold_norms(
         plan.model,

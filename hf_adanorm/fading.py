@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from .detection import check_module, iter_norms
 from .modeling_adanorm import SwappedNorm, check_number
 from .padding import real_rows
-from .specs import swapped_norms, write_specs
+from .saving.spec import swapped_norms, write_specs
 
 Schedule = Literal["linear", "cosine"]
 Order = Literal["together", "forward", "backward"]

@@ -47,8 +47,8 @@ from .modeling_adanorm import (
     source_settings,
 )
 from .report import NormRow, Report
+from .saving.spec import swapped_norms, write_specs
 from .selection import Patterns, check_layers, check_patterns, match_layers, match_names
-from .specs import swapped_norms, write_specs
 
 Targets = Literal["layernorm", "rmsnorm", "all"]
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -26,12 +26,20 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from batching import Plan, StepPlan, eval_batches, train_batches
-from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
-from evaluation import gather_by_index, is_better, load_metric, main_first, mean, peak_memory_mb, run_fresh_process
-from fade import fade, finish_saved_fade, is_fading
-from image_task import ImageOptions, prepare_image
-from options import (
+
+from common.batches import Plan, StepPlan, eval_batches, train_batches
+from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
+from common.evaluation import (
+    gather_by_index,
+    is_better,
+    load_metric,
+    main_first,
+    mean,
+    peak_memory_mb,
+    run_fresh_process,
+)
+from common.fade import fade, finish_saved_fade, is_fading
+from common.options import (
     FREE_OPTIONS,
     OptimizationOptions,
     OptionError,
@@ -41,12 +49,9 @@ from options import (
     option,
     parse_options,
 )
-from publishing import prepare_push, publish
-from results import format_results, versions
-from step_checks import check_trained, optimizer_step
-from text_task import ModelOptions, Task, TextOptions, prepare_text
-from token_batches import TokenPlan
-from training import (
+from common.publishing import prepare_push, publish
+from common.results import format_results, versions
+from common.setup import (
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
@@ -61,6 +66,10 @@ from training import (
     norms_to_trackers,
     set_learning_rate,
 )
+from common.steps import check_trained, optimizer_step
+from common.token_batches import TokenPlan
+from tasks.images import ImageOptions, prepare_image
+from tasks.text import ModelOptions, Task, TextOptions, prepare_text
 
 
 @dataclass(kw_only=True)

@@ -40,13 +40,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints import EXIT_RESUME, write_json
-from comparison import BASELINE, RECIPES, Recipe, RecordError, Run, outcome, summarize
-from comparison_report import write_report
-from options import FREE_OPTIONS, OptionError, check_ranges, parse_options, read_config
-from paper_results import COLUMNS, CONFIGS, ROWS
-from results import align
-
+from common.checkpoints import EXIT_RESUME, write_json
+from common.options import FREE_OPTIONS, OptionError, check_ranges, parse_options, read_config
+from common.results import align
+from comparison.paper import COLUMNS, CONFIGS, ROWS
+from comparison.report import write_report
+from comparison.runs import BASELINE, RECIPES, Recipe, RecordError, Run, outcome, summarize
 from hf_adanorm import AdaNorm, DetachNorm
 
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user

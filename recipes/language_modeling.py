@@ -29,12 +29,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from batching import StepPlan, eval_batches, train_batches
-from byte_data import NUM_BYTES, ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits
-from checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
-from evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
-from fade import fade, finish_saved_fade, is_fading
-from options import (
+from score_bytes import collate_windows, window_bits
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from common.batches import StepPlan, eval_batches, train_batches
+from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress, write_json
+from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
+from common.fade import fade, finish_saved_fade, is_fading
+from common.options import (
     FREE_OPTIONS,
     OptimizationOptions,
     OptionError,
@@ -44,12 +46,9 @@ from options import (
     option,
     parse_options,
 )
-from publishing import prepare_push, publish
-from results import versions
-from score_bytes import collate_windows, window_bits
-from step_checks import check_trained, optimizer_step
-from text_task import ModelOptions, build_fresh, check_model_source, fresh_config, load_pretrained
-from training import (
+from common.publishing import prepare_push, publish
+from common.results import versions
+from common.setup import (
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
@@ -64,7 +63,9 @@ from training import (
     norms_to_trackers,
     set_learning_rate,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from common.steps import check_trained, optimizer_step
+from tasks.bytes import NUM_BYTES, ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits
+from tasks.text import ModelOptions, build_fresh, check_model_source, fresh_config, load_pretrained
 
 
 @dataclass(kw_only=True)

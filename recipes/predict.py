@@ -46,7 +46,7 @@ def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, 
 @torch.inference_mode()
 def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: str) -> list[int]:
     """The class of every image of a data set with a single column."""
-    import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
+    from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
 
     device, dtype = _device_and_dtype(precision)
     processor = AutoImageProcessor.from_pretrained(model_dir)

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_data import Windows
 from transformers import AutoModelForCausalLM
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+from tasks.bytes import Windows
 
 
 def collate_windows(rows: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:

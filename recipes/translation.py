@@ -30,18 +30,20 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from batching import eval_batches
-from bleu import SCORES, translation_scores
-from checkpoints import (
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import AutoModelForSeq2SeqLM
+
+from common.batches import eval_batches
+from common.checkpoints import (
     EXIT_RESUME,
     Checkpoints,
     Interruption,
     Progress,
     write_json,
 )
-from evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
-from fade import fade, finish_saved_fade, is_fading
-from options import (
+from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
+from common.fade import fade, finish_saved_fade, is_fading
+from common.options import (
     FREE_OPTIONS,
     OptimizationOptions,
     OptionError,
@@ -51,13 +53,9 @@ from options import (
     option,
     parse_options,
 )
-from parallel_text import SOURCE
-from publishing import prepare_push, publish
-from results import versions
-from step_checks import check_trained, optimizer_step
-from token_batches import TokenPlan, token_batches
-from torch.distributed.fsdp import register_fsdp_forward_method
-from training import (
+from common.publishing import prepare_push, publish
+from common.results import versions
+from common.setup import (
     ProgressBar,
     Stopwatch,
     allow_unused_parameters,
@@ -72,8 +70,13 @@ from training import (
     norms_to_trackers,
     set_learning_rate,
 )
-from transformers import AutoModelForSeq2SeqLM
-from translation_task import (
+from common.steps import check_trained, optimizer_step
+from common.token_batches import TokenPlan, token_batches
+from common.weight_average import load_average
+from hf_adanorm.saving.files import write_file
+from tasks.bleu import SCORES, translation_scores
+from tasks.parallel_text import SOURCE
+from tasks.translation import (
     IGNORED,
     TranslationDataOptions,
     TranslationModelOptions,
@@ -83,9 +86,6 @@ from translation_task import (
     references,
     source_texts,
 )
-from weight_average import load_average
-
-from hf_adanorm.saving.files import write_file
 
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 

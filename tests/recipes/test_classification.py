@@ -9,14 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import classification
 import pytest
-from checkpoints import EXIT_RESUME
 from safetensors.torch import load_file
-from training import EXIT_DIVERGED
 from transformers import AutoModelForSequenceClassification, pipeline
 
+import classification
 import hf_adanorm
+from common.checkpoints import EXIT_RESUME
+from common.setup import EXIT_DIVERGED
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 SCRIPT = Path(classification.__file__)

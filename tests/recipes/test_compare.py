@@ -12,21 +12,21 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
-import classification
-import compare
 import numpy as np
 import pytest
-from bleu import translation_scores
-from checkpoints import EXIT_RESUME
-from comparison import RECIPES, RecordError, Run, example_statistics
-from comparison_report import conclusion, our_score, to_latex, to_markdown
 from hypothesis import given
 from hypothesis import strategies as st
-from options import OptionError
-from paper_results import COLUMNS, ROWS, paper_score
 from PIL import Image
-from significance import bootstrap_scores, difference_over_seeds, holm, paired_difference
 
+import classification
+import compare
+from common.checkpoints import EXIT_RESUME
+from common.options import OptionError
+from comparison.paper import COLUMNS, ROWS, paper_score
+from comparison.report import conclusion, our_score, to_latex, to_markdown
+from comparison.runs import RECIPES, RecordError, Run, example_statistics
+from comparison.significance import bootstrap_scores, difference_over_seeds, holm, paired_difference
+from tasks.bleu import translation_scores
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 CONFIGS = Path(compare.__file__).with_name("configs")

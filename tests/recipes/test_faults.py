@@ -1,7 +1,7 @@
 """What happens to runs: killed at the worst moments, the disk full, one of two processes gone, asked to stop.
 
 After each, the same command goes on from the newest complete checkpoint and ends with the weights of an undisturbed
-run, bit for bit. `python tests/soak.py` does the same with random kills, many times.
+run, bit for bit. `python tests/campaigns/soak.py` does the same with random kills, many times.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME
 
+from common.checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME
 from tests.recipes.fault_runs import EVERY, STEPS, arguments, write_data
 from tests.recipes.recipe_process import RECIPES, check_whole, resumed_from, same_weights, start, wait
 

@@ -11,19 +11,19 @@ import threading
 import time
 import zipfile
 
-import language_modeling
 import numpy as np
 import pytest
 import torch
-from byte_data import ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits, read_bytes
-from checkpoints import EXIT_RESUME
-from data_loading import DataError
 from hypothesis import given
 from hypothesis import strategies as st
 from score_bytes import collate_windows, window_bits
-from training import EXIT_DIVERGED
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import language_modeling
+from common.checkpoints import EXIT_RESUME
+from common.setup import EXIT_DIVERGED
+from tasks.bytes import ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits, read_bytes
+from tasks.data import DataError
 from tests.recipes.tiny_configs import TINY_DECODER
 
 

@@ -9,16 +9,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
-import classification
-import language_modeling
 import pytest
-import translation
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from options import OptionError, PatchOptions, check_ranges, parse_options, read_config
-from training import apply_patch
 from transformers import BertConfig, BertModel
+
+import classification
+import language_modeling
+import translation
+from common.options import OptionError, PatchOptions, check_ranges, parse_options, read_config
+from common.setup import apply_patch
 
 OPTIONS: dict[str, Any] = {
     "classification": classification.ClassificationOptions,

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from byte_data import ByteDataOptions, Segments, Windows, load_byte_splits, read_bytes
-from data_loading import DataError, check_text_column, load_file, resolve_labels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tasks.bytes import ByteDataOptions, Segments, Windows, load_byte_splits, read_bytes
+from tasks.data import DataError, check_text_column, load_file, resolve_labels
 
 outcomes: Counter[str] = Counter()
 few = settings(max_examples=90, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import translation
 from accelerate.commands.config.config_args import load_config_from_file
-from checkpoints import EXIT_RESUME
-from options import parse_options
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, MBartTokenizer, NllbTokenizer
-from translation_task import decoder_inputs, initialize
 
 import hf_adanorm
+import translation
+from common.checkpoints import EXIT_RESUME
+from common.options import parse_options
+from tasks.translation import decoder_inputs, initialize
 from tests.recipes.tiny_configs import TINY_TRANSLATOR
 
 SCRIPT = Path(translation.__file__)

@@ -2,9 +2,9 @@
 
 import json
 
-import classification
 import pytest
 
+import classification
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 

@@ -1,0 +1,1 @@
+"""What the norms cost, measured: contenders, measurements, report."""

@@ -1,0 +1,214 @@
+"""Recognise norm modules of any architecture by what they compute.
+
+Names say little: `T5LayerNorm` is an RMSNorm, `NoNorm` does not normalise, `ConvNextLayerNorm` may work on
+either layout. So a module that could be a norm (small, its parameters shaped like a gain and a bias, or its
+class named like a norm) is copied with random parameters, the copy runs on random input, and its output is
+held against
+
+    y = a * (x - mean) / sqrt(var + eps) + b        LayerNorm
+    y = a * x / sqrt(mean(x^2) + eps) + b           RMSNorm
+
+over the trailing axes or over axis 1 (see `probing.py`). `nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep
+their forward are read off without running anything, and big modules are never run. What is named like a norm and is
+not one of the two formulas is described by `kind="other"` and a reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hf_adanorm.modeling_adanorm import is_swapped
+
+from .probe import (
+    MAX_NUMEL,
+    NormInfo,
+    extra_inputs,
+    is_sizes,
+    own_forward,
+    probe,
+    reason_for_other,
+    source_class,
+    tensor_shapes,
+)
+
+__all__ = ["NormInfo", "iter_norms", "recognize"]
+
+
+def recognize(module: nn.Module, name: str = "") -> NormInfo | None:
+    """Say what norm `module` computes; None if nothing about it is norm-like.
+
+    `name` is its name in the model, if known: a class without parameters and without a telling name is only
+    looked at when the attribute that holds it is named like a norm.
+    """
+    return _recognize(module, name, {})
+
+
+def check_module(model: object, name: str = "model") -> None:
+    """Raise TypeError unless `model` is a module; `name` is what the caller knows it by."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def iter_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, NormInfo]]:
+    """Yield `(name, module, info)` for everything norm-like in `model`, in the order of `named_modules`.
+
+    Norms that hf_adanorm swapped in are included. Norms inside a conditioned norm carry its name in
+    `info.inside`. A module shared by several parents comes once, under its first name.
+    """
+    cache: dict[Any, NormInfo | None] = {}
+    conditioned = ""  # name of the conditioned norm being walked through
+    label = ""
+    for name, module in model.named_modules():
+        info = _recognize(module, name, cache)
+        if info is None:
+            continue
+        if conditioned and name.startswith(conditioned + "."):
+            info = replace(info, inside=label)
+        elif _is_conditioned(module, cache):
+            conditioned, label = name, f"{name} ({type(module).__name__})"
+        yield name, module, info
+
+
+# --- which modules are looked at ----------------------------------------------------------------------------
+
+_NORM_LIKE = re.compile(r"(?i:norm(?!al(?!i[sz]))|cmvn|standardi[sz])|(?:^|[a-z0-9_])LN(?=$|[A-Z0-9_])|^ln_?\w*$")
+"""Somewhere in a class or attribute name: "norm" (but not "normal"), "LN", "ln_1", "CMVN" (speech features)."""
+_NORM_ENDING = re.compile(
+    r"norm(alization)?_?(\dd|1p|gated|zero|single|continuous|final|layer|act|_)*$", re.IGNORECASE
+)
+"""A class name that claims to be a norm, not merely to contain one."""
+_OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+
+
+def _recognize(module: nn.Module, name: str, cache: dict[Any, NormInfo | None]) -> NormInfo | None:
+    if is_swapped(module):
+        return _of_swapped(module)
+    cls = source_class(module)
+    info: NormInfo | None
+    if isinstance(module, _OTHER_NORMS):
+        return NormInfo(kind="other", reason=reason_for_other(module))
+    if cls.__module__.startswith("torch.") and not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return None  # torch's own modules have no further norms
+    if (info := _of_torch_norm(module)) is not None:
+        return info
+    parametrized = parametrize.is_parametrized(module)
+    children = [child for key, child in module._modules.items() if child is not None and key != "parametrizations"]
+    named = bool(_NORM_LIKE.search(cls.__name__)) or hasattr(module, "normalized_shape")
+    if any(True for child in children for _ in child.parameters()) or (
+        named and any(_recognize(child, "", cache) for child in children)
+    ):
+        return _of_container(module, children, cache) if named else None
+    if not (named or _NORM_LIKE.search(name.rpartition(".")[2])) and not _has_affine_shape(module):
+        return None
+    if sum(math.prod(shape) for shape in tensor_shapes(module).values()) > MAX_NUMEL:
+        return None
+    key = _cache_key(module)
+    if key in cache:
+        return cache[key]
+    info = probe(module)
+    claims = bool(_NORM_ENDING.search(cls.__name__)) or hasattr(module, "normalized_shape")
+    if info.kind == "other" and not claims and not info.reason.startswith(("close to", "LayerNorm", "RMSNorm")):
+        cache[key] = None  # not a norm, and nothing said it was
+        return None
+    cache[key] = info = replace(info, parametrized=parametrized)
+    return info
+
+
+def _of_swapped(module: Any) -> NormInfo:
+    return NormInfo(
+        kind="layernorm" if module.centered else "rmsnorm",
+        normalized_shape=tuple(module.normalized_shape),
+        eps=module.eps,
+        channels_first=module.channels_first,
+    )
+
+
+def _of_torch_norm(module: nn.Module) -> NormInfo | None:
+    """`nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep forward: read off, nothing is run.
+
+    Sizes come from `normalized_shape`: under ZeRO-3 or FSDP the parameters' own shapes are empty or flat.
+    """
+    cls: Any = type(module)
+    is_layernorm = isinstance(module, nn.LayerNorm) and cls.forward is nn.LayerNorm.forward
+    is_rmsnorm = isinstance(module, nn.RMSNorm) and cls.forward is nn.RMSNorm.forward
+    if not (is_layernorm or is_rmsnorm) or own_forward(module) is not None:
+        return None
+    parametrized = parametrize.is_parametrized(module)
+    if not parametrized and any(
+        isinstance(module.__dict__.get(key), Tensor) or _has_hook_reparametrisation(module, key)
+        for key in ("weight", "bias")
+    ):
+        reason = "its weight is computed from other parameters (weight_norm, spectral_norm or the like)"
+        return NormInfo(kind="other", reason=reason)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    eps: float | None = module.eps  # type: ignore[assignment]
+    if eps is None:  # nn.RMSNorm's default
+        eps = torch.finfo(weight.dtype if isinstance(weight, Tensor) else torch.get_default_dtype()).eps
+    return NormInfo(
+        kind="layernorm" if is_layernorm else "rmsnorm",
+        normalized_shape=tuple(module.normalized_shape),  # type: ignore[arg-type]
+        eps=float(eps),
+        has_gain=weight is not None,
+        has_bias=bias is not None,
+        gain_name=None if weight is None else "weight",
+        bias_name=None if bias is None else "bias",
+        parametrized=parametrized,
+    )
+
+
+def _has_hook_reparametrisation(module: nn.Module, key: str) -> bool:
+    return f"{key}_v" in module._parameters or f"{key}_orig" in module._parameters
+
+
+def _of_container(module: nn.Module, children: list[nn.Module], cache: dict[Any, NormInfo | None]) -> NormInfo | None:
+    """Modules with children that hold parameters are never run.
+
+    If they hold a norm, that one is listed instead of them, unless they are conditioned norms, listed
+    with what they take."""
+    if _is_conditioned(module, cache):
+        extra = ", ".join(extra_inputs(module))
+        return NormInfo(kind="other", reason=f"a conditioned norm: gain and bias are computed from {extra}")
+    if not _NORM_ENDING.search(type(module).__name__) or sum(1 for _ in module.modules()) > 12:
+        return None
+    for child in module.modules():
+        if child is not module and _recognize(child, "", cache) is not None:
+            return None
+    return NormInfo(kind="other", reason=reason_for_other(module))
+
+
+def _is_conditioned(module: nn.Module, cache: dict[Any, NormInfo | None]) -> bool:
+    """A class named like a norm that holds a norm and a linear layer and takes further inputs."""
+    if not _NORM_LIKE.search(type(module).__name__) or not module._modules or not extra_inputs(module):
+        return False
+    children = [child for child in module._modules.values() if child is not None]
+    if not any(hasattr(child, "in_features") and hasattr(child, "out_features") for child in children):
+        return False
+    infos = (_recognize(child, "", cache) for child in children)
+    return any(info is not None and info.kind != "other" for info in infos)
+
+
+def _has_affine_shape(module: nn.Module) -> bool:
+    """One or two one-dimensional parameters of the same size: a gain, perhaps a bias."""
+    shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in module._parameters.values() if p is not None]
+    return 1 <= len(shapes) <= 2 and len(set(shapes)) == 1 and len(shapes[0]) == 1 and shapes[0][0] > 1
+
+
+def _cache_key(module: nn.Module) -> Any:
+    """All that can make two modules of a class compute different things.
+
+    Ids hold as long as the model is being walked, which is as long as the cache lives."""
+    simple = (int, float, str, bool, type(None), torch.dtype)
+    attributes = tuple(
+        (key, value if isinstance(value, simple) else tuple(value) if is_sizes(value) else id(value))
+        for key, value in sorted(module.__dict__.items())
+        if not (key.startswith("_") and isinstance(value, (dict, set))) and key != "training"
+    )
+    return type(module), attributes, tuple(sorted(tensor_shapes(module).items()))

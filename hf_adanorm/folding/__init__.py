@@ -1,0 +1,1 @@
+"""Gains and biases folded into the linear layers that read a norm: consumers, plan, fit, and what the user calls."""

@@ -1,0 +1,321 @@
+"""Fold a norm's trained gain and bias into the linear layers that read it, exactly.
+
+    W (g * y + b) + c  =  (W diag(g)) y + (W b + c)
+
+so a LayerNorm whose every reader is a linear layer of its own can become LayerNorm-simple (and AdaNorm with k = 0,
+C = 1) without the model's output changing. One forward pass shows who reads what (`consumers.py`); the whole plan is
+made before the first weight moves (`fold_plan.py`); the outputs before and after are compared, and a difference above
+the tolerance undoes everything.
+
+After a fold the norms hold gain 1 and bias 0, so folding again changes nothing. Linear layers that lacked a bias and
+needed one get it; where that happens, and where an eps was adjusted, it is marked on the module so that the saved
+spec can say so.
+
+Post-norm layers add the norm's output h = g * y + b to a branch that ends in a linear layer (W, c), and feed the sum
+to the next norm, which does not see a common scale. `on_unfoldable="approximate"` then keeps the mean s of g:
+
+    h + W a + c  ~  s * (y + (W / s) a + (c + b) / s),        next norm's eps / s^2
+
+which is exact when all of g is one number, and drops the deviation of g from its mean on that path otherwise.
+`on_unfoldable="calibrate"` takes s, and the gains and biases that the readers get, from a least-squares fit to the
+source's activations on a batch of real data, norm after norm with all before it replaced. So errors do not add up,
+outlier channels (which hardly vary from token to token) go into the bias, and for AdaNorm the fit makes up for what k
+does to the scale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_adanorm.detection import iter_norms
+from hf_adanorm.dummy_inputs import dummy_inputs
+from hf_adanorm.modeling_adanorm import AdaNorm, check_number
+from hf_adanorm.saving.spec import configs_of, write_specs
+
+from .consumers import is_side_output, named_outputs
+from .fit import Fit, run_quietly
+from .plan import TOLERANCES, FoldedNorm, FoldPlan, eps_name
+
+OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a fold did. Prints as a table."""
+
+    norms: tuple[FoldedNorm, ...]
+    difference: float = 0.0
+    """Largest difference of a task output before and after, relative to that output's largest value."""
+    changed: dict[str, float] = field(default_factory=dict)
+    """By-products of the model (hidden states) that are now those of a norm without gain and bias, and by how much."""
+    added_biases: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
+    """Norms whose fold changed more than values: a bias that was not there, an eps."""
+
+    def names(self, *actions: str) -> list[str]:
+        return [norm.name for norm in self.norms if norm.action in actions]
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows: list[tuple[str, str, str]] = []
+        for norm in self.norms:
+            detail = norm.reason or ", ".join(norm.consumers)
+            if norm.deviation is not None:
+                detail += f" (deviation of the gain {norm.deviation:.3f})"
+            rows.append((norm.name, norm.action, detail))
+        return rows
+
+    def _summary(self) -> str:
+        counts = {action: len(self.names(action)) for action in ("folded", "approximated", "kept", "nothing to fold")}
+        text = ", ".join(f"{count} {action}" for action, count in counts.items() if count) or "no norms"
+        text += f"; largest relative difference of the outputs {self.difference:.1e}"
+        if self.changed:
+            text += "; changed: " + ", ".join(
+                f"{path} ({value:.1e})" for path, value in list(self.changed.items())[:4]
+            )
+            text += f" and {len(self.changed) - 4} more" if len(self.changed) > 4 else ""
+        if self.added_biases:
+            text += f"; {len(self.added_biases)} biases added"
+        return text
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+        lines = [f"{name:<{widths[0]}}  {action:<{widths[1]}}  {detail}".rstrip() for name, action, detail in rows]
+        return "\n".join([*lines, self._summary()])
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+        )
+        head = "<tr><th>norm</th><th>action</th><th>consumers, or why not</th></tr>"
+        return f"<table>{head}{cells}</table><p>{html.escape(self._summary())}</p>"
+
+
+def fold_affine(
+    model: nn.Module,
+    *,
+    fold_inputs: Mapping[str, Any] | None = None,
+    on_unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = "keep",
+    tolerance: float | None = None,
+) -> FoldReport:
+    """Fold gain and bias of every LayerNorm and RMSNorm into the linear layers that read it, in place.
+
+    The norms keep their class with gain 1 and bias 0; task outputs stay what they were. Where a linear layer had to be
+    given a bias, or an eps was adjusted, the norm becomes layernorm-simple (the same function), so that the saved
+    model cannot be loaded without this package as if it were the stock one. `patch_model(model, ...,
+    affine="fold")` folds and swaps in one go.
+
+    Args:
+        model: with its weights in memory; not wrapped by DDP, FSDP or torch.compile.
+        fold_inputs: keyword arguments of one forward pass, by default made from the model's config. Give a real batch,
+            with padding if the model takes it, where the default does not run or does not reach every part of the
+            model.
+        on_unfoldable: for norms that something else reads too. "keep" leaves them, "approximate" folds a post-norm
+            residual norm but for the deviation of its gain, "calibrate" does so with gains and biases fitted to the
+            source's activations on `fold_inputs`, norm after norm, "raise" stops before anything was changed.
+        tolerance: largest difference of a task output, relative to its largest value; by default 1e-4 in float32.
+
+    Returns:
+        What became of each norm, and the difference measured.
+
+    Raises:
+        ValueError: a bad argument; no dummy inputs; a norm that cannot be folded with `on_unfoldable="raise"`.
+        RuntimeError: the outputs moved by more than the tolerance. The model is then as it was.
+    """
+    if on_unfoldable not in ("keep", "approximate", "calibrate", "raise"):
+        raise ValueError(f'on_unfoldable must be "keep", "approximate", "calibrate" or "raise", got {on_unfoldable!r}')
+    from hf_adanorm.patching import patch_model, refuse_wrapped  # patching imports this module
+
+    refuse_wrapped(model)
+    names = [name for name, _, info in iter_norms(model) if info.kind != "other"]
+    report = fold_norms(model, names, fold_inputs=fold_inputs, on_unfoldable=on_unfoldable, tolerance=tolerance)
+    if configs_of(model):
+        if report.protect:
+            exactly = "|".join(re.escape(name) for name in report.protect)
+            patch_model(model, "layernorm-simple", include=exactly, targets="all")
+        write_specs(model)
+    return report
+
+
+def fold_norms(
+    model: nn.Module,
+    names: Collection[str],
+    *,
+    fold_inputs: Mapping[str, Any] | None = None,
+    on_unfoldable: OnUnfoldable = "keep",
+    tolerance: float | None = None,
+    settings: Mapping[str, tuple[float, float]] | None = None,
+) -> FoldReport:
+    """`fold_affine` for the norms called `names`; leaves the config alone. `settings` gives the (C, k) that each will
+    have, for "calibrate" (by default 1 and 0: layernorm-simple)."""
+    _check_model(model)
+    if tolerance is not None:
+        check_number("tolerance", tolerance, minimum=0.0, inclusive=True)
+    if on_unfoldable == "calibrate" and fold_inputs is None:
+        raise ValueError(
+            'on_unfoldable="calibrate" fits to real activations: pass fold_inputs, one batch of real data'
+        )
+    if fold_inputs is not None and not isinstance(fold_inputs, Mapping):
+        raise TypeError(
+            f"fold_inputs must map argument names of the model's forward to tensors, got {type(fold_inputs).__name__}"
+        )
+    inputs = _checked(model, fold_inputs) if fold_inputs is not None else dummy_inputs(model)
+    calibrate = on_unfoldable == "calibrate"
+    plan = FoldPlan(model, names, inputs, approximate=calibrate or on_unfoldable == "approximate")
+    kept = [norm for norm in plan.norms if norm.action == "kept"]
+    if kept and on_unfoldable == "raise":
+        listed = "; ".join(f"{norm.name}: {norm.reason}" for norm in kept[:5])
+        more = f" (and {len(kept) - 5} more)" if len(kept) > 5 else ""
+        raise ValueError(
+            f"{len(kept)} of {len(plan.norms)} norms cannot be folded: {listed}{more}. "
+            f'Nothing was changed; on_unfoldable="keep" leaves them as they are'
+        )
+    if all(norm.action in ("kept", "nothing to fold") for norm in plan.norms):
+        return FoldReport(tuple(plan.norms))
+    _check_outputs(plan.watched.outputs)
+    states = _hidden_states(model, inputs)
+    replacements = _replacements(plan, settings or {})
+    undo = plan.apply(Fit(plan, inputs, replacements) if calibrate else None)
+    try:
+        with _replaced(plan, replacements if calibrate else {}):
+            after = dict(named_outputs(run_quietly(model, inputs)))
+            states_after = _hidden_states(model, inputs) if states else {}
+        difference, changed = _compare(dict(named_outputs(plan.watched.outputs)), after)
+        changed |= {path: _difference(states[path], states_after[path]) for path in states}
+        limit = tolerance if tolerance is not None else _default_tolerance(plan)
+        exact = not calibrate and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
+        if exact and not difference <= limit:
+            raise RuntimeError(
+                f"folding moved the outputs by {difference:.2e} of their largest value, "
+                f"above the tolerance {limit:.0e}; "
+                f"the model is as it was. Pass a real batch as fold_inputs, or a larger tolerance to fold_affine if "
+                f"that is rounding (a half-precision model)"
+            )
+        if difference != difference:
+            raise RuntimeError("folding made the outputs NaN; the model is as it was")
+    except BaseException:
+        undo()
+        raise
+    side = {path: value for path, value in changed.items() if value > limit}
+    return FoldReport(tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases), tuple(plan.protect()))
+
+
+def _checked(model: nn.Module, fold_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`fold_inputs`, with which the model runs. Raises ValueError, with the model's own words, when it does not."""
+    inputs = dict(fold_inputs)
+    try:
+        run_quietly(model, inputs)
+    except Exception as error:  # of whatever kind the model makes of them
+        raise ValueError(
+            f"{type(model).__name__} does not run on fold_inputs={{{', '.join(map(str, inputs))}}}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return inputs
+
+
+def _replacements(
+    plan: FoldPlan, settings: Mapping[str, tuple[float, float]]
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What takes the place of each folded norm, as a function of its input."""
+
+    def make(name: str) -> Callable[[Tensor], Tensor]:
+        info, module = plan.infos[name], plan.modules[name]
+        C, k = settings.get(name, (1.0, 0.0))
+        centered = info.kind == "layernorm"
+
+        def norm(x: Tensor) -> Tensor:
+            eps = getattr(module, key) if (key := eps_name(module)) else info.eps  # as adjusted by then
+            swapped = AdaNorm(info.normalized_shape, eps, C, k, centered=centered, channels_first=info.channels_first)
+            return cast(Tensor, swapped(x))
+
+        return norm
+
+    return {name: make(name) for name in plan.folds}
+
+
+@contextlib.contextmanager
+def _replaced(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    hooks = [
+        plan.modules[name].register_forward_hook(lambda module, args, output, new=new: new(args[0]))
+        for name, new in replacements.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_model(model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("folding needs the weights: this model is on the meta device. Load it first")
+    if any(p.numel() == 0 and hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError("folding needs whole weights: fold before DeepSpeed ZeRO-3 partitions them")
+
+
+def _check_outputs(outputs: Any) -> None:
+    """Raise ValueError for outputs that could show no difference."""
+    task = [tensor for _, tensor in named_outputs(outputs) if tensor.is_floating_point()]
+    if not any(bool(tensor.isfinite().any()) for tensor in task):
+        raise ValueError(
+            "the model's outputs on these inputs hold no finite number, by which a fold could be checked: pass "
+            "fold_inputs, a real batch, and look for NaN in the weights"
+        )
+
+
+def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The hidden states that the model returns only when it is asked for them; none where it cannot be asked."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    mark = "_output_capturing_hooks_installed"
+    before = {module: (set(module._forward_hooks), mark in module.__dict__) for module in model.modules()}
+    try:
+        outputs = run_quietly(model, {**inputs, "output_hidden_states": True})
+    except Exception:  # not a parameter of every model
+        return {}
+    finally:
+        for module, (hooks, marked) in before.items():  # transformers leaves the hooks that capture them, and a mark
+            for key in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[key]
+            if not marked:
+                module.__dict__.pop(mark, None)
+    return {path: tensor for path, tensor in named_outputs(outputs) if "hidden_states" in path}
+
+
+def _default_tolerance(plan: FoldPlan) -> float:
+    """That of the coarsest number that the fold changes: of the norms, the layers that take them up, the outputs."""
+    changed = {name for norm, fold in plan.folds.items() for name in (norm, *fold.readers, *fold.branches)}
+    dtypes = {parameter.dtype for name in changed for parameter in plan.modules[name].parameters(recurse=False)}
+    dtypes |= {tensor.dtype for _, tensor in named_outputs(plan.watched.outputs) if tensor.is_floating_point()}
+    return max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes)
+
+
+def _compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """(largest relative difference of the task outputs, differences of the by-products)."""
+    main = any(not is_side_output(path) for path in before)
+    largest, side = 0.0, {}
+    for path, old in before.items():
+        value = _difference(old, after[path])
+        if main and is_side_output(path):
+            side[path] = value
+        elif value != value or value > largest:
+            largest = value
+    return largest, side
+
+
+def _difference(old: Tensor, new: Tensor) -> float:
+    """Largest difference, relative to the largest value; 0 for what holds no floating-point numbers."""
+    if not old.is_floating_point() or old.numel() == 0:
+        return 0.0
+    finite = old.isfinite()  # a fully masked row is NaN before and after
+    gap = (new.double() - old.double())[finite].abs()
+    scale = old.double()[finite].abs()
+    return float(gap.max() / scale.max().clamp_min(1e-30)) if gap.numel() else 0.0

@@ -1,0 +1,440 @@
+"""Which norms can be folded into what, decided for the whole model before a weight moves, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hf_adanorm.detection import NormInfo, iter_norms
+from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
+
+from .consumers import (
+    FOREIGN,
+    AddUse,
+    LinearUse,
+    OtherUse,
+    OutputUse,
+    Use,
+    Watched,
+    is_linear_map,
+    num_inputs,
+    watch_consumers,
+)
+
+if TYPE_CHECKING:
+    from .fit import Fit
+
+# The types of weights that can be folded into, and how far the outputs may move by rounding.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldedNorm:
+    """What became of one norm."""
+
+    name: str
+    action: Literal["folded", "approximated", "kept", "nothing to fold"]
+    consumers: tuple[str, ...] = ()
+    """The linear layers that took the gain and the bias."""
+    reason: str = ""
+    """Why it was kept, or what was approximated."""
+    deviation: float | None = None
+    """Standard deviation of the gain over its mean: what an approximated fold drops on the residual path."""
+
+
+@dataclass
+class Fold:
+    """One norm's part of the plan."""
+
+    gain: Tensor  # float64, flat
+    bias: Tensor
+    readers: dict[str, tuple[int, ...]]  # linear layer -> channel of each column
+    branch_bias: Tensor  # what the residual path adds to the branch, before the division by `scale`
+    branches: tuple[str, ...] = ()
+    next_norms: tuple[str, ...] = ()
+    scale: float = 1.0
+    lost: float = 0.0  # by a fit: share of the source's variation that is not reproduced
+
+
+class FoldPlan:
+    """Decides for every norm; then `apply()` carries it all out and returns the way back."""
+
+    def __init__(self, model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], approximate: bool):
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.infos: dict[str, NormInfo] = {n: i for n, _, i in iter_norms(model) if i.kind != "other"}
+        watchable = {n: (i.normalized_shape, i.channels_first) for n, i in self.infos.items()}
+        self.watched: Watched = watch_consumers(model, watchable, inputs, follow_sums=approximate)
+        self.approximate = approximate
+        self.owners: dict[int, set[str]] = {}
+        for name, module in self.modules.items():
+            for parameter in module.parameters(recurse=False):
+                self.owners.setdefault(parameter.data_ptr(), set()).add(name)
+        self.added_biases: list[str] = []
+        self.masters: dict[str, tuple[Tensor, Tensor]] = {}
+        self.folds: dict[str, Fold] = {}
+        self.norms: list[FoldedNorm] = [self._decide(name) for name in names]
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def _decide(self, name: str) -> FoldedNorm:
+        info, module = self.infos[name], self.modules[name]
+        gain, bias = self._affine(module, info)
+        if not bool(gain.isfinite().all() and bias.isfinite().all()):
+            raise ValueError(f"the gain or bias of {name} is not finite: there is nothing to fold it into")
+        if bool((gain == 1).all()) and not bool(bias.any()):
+            return FoldedNorm(name=name, action="nothing to fold", reason="gain is 1 and bias is 0")
+        if (refusal := self._refuse_norm(name, info, module)) is not None:
+            return FoldedNorm(name=name, action="kept", reason=refusal)
+        uses = self.watched.uses[name]
+        linear = [use for use in uses if isinstance(use, LinearUse)]
+        adds = [use for use in uses if isinstance(use, AddUse)]
+        rest = [use for use in uses if not isinstance(use, (LinearUse, AddUse))]
+        for other in rest:
+            if (refusal := _refuse_use(other)) is not None:
+                return FoldedNorm(name=name, action="kept", reason=refusal)
+        if adds and not self.approximate:
+            reason = f"added to the residual stream (to the output of {adds[0].branch})"
+            return FoldedNorm(name=name, action="kept", reason=reason)
+        for use in linear:
+            if (refusal := self._refuse_reader(name, use, bool(bias.any()))) is not None:
+                return FoldedNorm(name=name, action="kept", reason=refusal)
+        readers = {use.module: use.columns for use in linear}
+        if (unseen := self._unseen(info, readers)) is not None:
+            reason = f"{unseen} did not run on these inputs and may read it too: give fold_inputs that reach it"
+            return FoldedNorm(name=name, action="kept", reason=reason)
+        if not adds:
+            if not readers:
+                return FoldedNorm(name=name, action="kept", reason="nothing reads it")
+            self.folds[name] = Fold(gain, bias, readers, torch.zeros_like(bias))
+            if bool(bias.any()) and any(use.dropout for use in linear):
+                reason = "exact but for dropout, which in training no longer acts on the bias"
+                return FoldedNorm(
+                    name=name, action="approximated", consumers=tuple(readers), reason=reason, deviation=0.0
+                )
+            return FoldedNorm(name=name, action="folded", consumers=tuple(readers))
+        scale = float(gain.mean())
+        if (refusal := self._refuse_residual(name, adds, scale)) is not None:
+            return FoldedNorm(name=name, action="kept", reason=refusal)
+        branches = tuple(dict.fromkeys(use.branch for use in adds))
+        following = tuple(dict.fromkeys(n for use in adds for n in self.watched.sum_readers[use.total]))
+        self.folds[name] = Fold(gain, bias, readers, bias, branches, following, scale)
+        reason = "residual: mean of the gain and the bias into " + ", ".join(branches)
+        if bool(bias.any()) and any(use.dropout or use.branch_dropout for use in adds):
+            reason += "; in training dropout acts on the folded bias"
+        deviation = float(gain.std(correction=0) / scale)
+        return FoldedNorm(
+            name=name,
+            action="approximated",
+            consumers=(*readers, *branches),
+            reason=reason,
+            deviation=deviation,
+        )
+
+    @staticmethod
+    def _affine(module: nn.Module, info: NormInfo) -> tuple[Tensor, Tensor]:
+        """Gain and bias in effect, float64, flat."""
+        width = torch.Size(info.normalized_shape).numel()
+        tensors = [*module.parameters(), *module.buffers()]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        gain = torch.ones(width, dtype=torch.float64, device=device)
+        bias = torch.zeros(width, dtype=torch.float64, device=device)
+        if info.has_gain and info.gain_name:
+            gain = getattr(module, info.gain_name).detach().double().flatten() + info.gain_offset
+        if info.has_bias and info.bias_name:
+            bias = getattr(module, info.bias_name).detach().double().flatten()
+        return gain, bias
+
+    def _refuse_norm(self, name: str, info: NormInfo, module: nn.Module) -> str | None:
+        if info.parametrized or parametrize.is_parametrized(module):
+            return "its gain or bias is parametrized"
+        if info.inside:
+            return f"part of the conditioned norm {info.inside}"
+        if name not in self.watched.uses:
+            return "did not run on these inputs: give fold_inputs that reach it"
+        for key in (info.gain_name, info.bias_name):
+            tensor = getattr(module, key, None) if key else None
+            if isinstance(tensor, Tensor) and (others := self._tied(tensor, name)):
+                return f"its {key} is shared with {others}"
+        if not self.watched.uses[name]:
+            return "nothing reads it"
+        return None
+
+    def _tied(self, tensor: Tensor, name: str) -> str:
+        module = self.modules[name]
+        others = self.owners.get(tensor.data_ptr(), set())
+        return ", ".join(sorted(other for other in others if self.modules[other] is not module))
+
+    def _refuse_reader(self, norm: str, use: LinearUse, has_bias: bool) -> str | None:
+        module = self.modules[use.module]
+        if (refusal := self._refuse_linear(use.module)) is not None:
+            return refusal
+        for call in self.watched.linear_calls[use.module]:
+            if call.get(norm) != use.columns:
+                others = sorted(set(call) - {norm})
+                what = f"the norm {others[0]}" if others else "something that is not this norm's output"
+                return f"{use.module} also reads {what}"
+            mine = {j for j, channel in enumerate(use.columns) if channel != FOREIGN}
+            for other, columns in call.items():
+                if other != norm and mine & {j for j, channel in enumerate(columns) if channel != FOREIGN}:
+                    return f"{use.module} is shared with the norm {other}"
+        if not has_bias:
+            return None
+        if not use.bias_arrives:
+            return f"padded, masked or scaled between the norm and {use.module}, and its bias is not zero"
+        if use.unsure:
+            return f"masked or padded before {use.module}, and its bias is not zero: give fold_inputs that show it"
+        padding = getattr(module, "padding", 0)
+        zeros = getattr(module, "padding_mode", "zeros") == "zeros"
+        if zeros and (padding == "same" or (not isinstance(padding, str) and any(_as_tuple(padding)))):
+            return f"{use.module} pads with zeros, and the norm's bias is not zero"
+        if use.dropout and not self.approximate:
+            return f"dropout in training between the norm and {use.module}, and its bias is not zero"
+        return None
+
+    def _refuse_linear(self, name: str) -> str | None:
+        """Why the weights of a linear layer may not be changed."""
+        module = self.modules[name]
+        if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+            return f"{name} is parametrized, its weight is computed from others"
+        parent = self.modules.get(name.rpartition(".")[0])
+        if hasattr(parent, "base_layer") or any(part.startswith("lora_") for part in name.split(".")):
+            return f"{name} belongs to an adapter: merge it first"
+        weight = module._parameters["weight"]
+        if (
+            not isinstance(weight, Tensor)
+            or weight.dtype not in TOLERANCES
+            or type(weight) not in (nn.Parameter, Tensor)
+        ):
+            return f"{name} is quantised or keeps its weight in another form ({type(weight).__name__})"
+        for key, tensor in module._parameters.items():
+            if tensor is not None and (others := self._tied(tensor, name)):
+                return f"the {key} of {name} is tied to {others}"
+        if (reader := self.watched.weight_readers.get(name)) is not None:
+            return f"the weight of {name} is also read by {reader}"
+        return None
+
+    def _refuse_residual(self, name: str, adds: list[AddUse], scale: float) -> str | None:
+        if scale <= 0:
+            return f"the mean of its gain is {scale:.3g}, and dividing by it needs it positive"
+        sums: set[int] = set()
+        for use in adds:
+            if (refusal := self._refuse_linear(use.branch)) is not None:
+                return f"the branch it is added to: {refusal}"
+            readers = self.watched.linear_readers.get(use.branch, [])
+            mine = sum(other.branch == use.branch for other in adds)
+            if len(readers) != mine or any(reader != "residual" for reader in readers):
+                return f"the output of {use.branch} is read by more than this residual connection"
+            following = self.watched.sum_readers[use.total]
+            if not following or any(reader.startswith("!") for reader in following):
+                what = following[0].lstrip("!") if following else "nothing"
+                return f"the sum with {use.branch} goes on in the residual stream ({what}), not only into a norm"
+            sums.add(use.total)
+        for following_norm in {n for total in sums for n in self.watched.sum_readers[total]}:
+            if any(read not in sums for read in self.watched.norm_reads[following_norm]):
+                return f"{following_norm} also reads something else than this norm's residual sum"
+            if eps_name(self.modules[following_norm]) is None:
+                return f"the eps of {following_norm} cannot be set"
+        return None
+
+    def _unseen(self, info: NormInfo, readers: Iterable[str]) -> str | None:
+        """A linear layer of this width that did not run, beside one that reads the norm (experts, cross-attention)."""
+        for name, module in self.modules.items():
+            if (
+                name in self.watched.ran
+                or not is_linear_map(module)
+                or num_inputs(module) != info.normalized_shape[-1]
+            ):
+                continue
+            owner = name
+            while owner and owner not in self.watched.ran:
+                owner = owner.rpartition(".")[0]
+            prefix = f"{owner}." if owner else ""  # the model itself ran, whatever did not
+            numbered = _is_numbered(name[len(prefix) :])
+            for reader in readers:
+                if reader.startswith(prefix) and (numbered or not _is_numbered(reader[len(prefix) :])):
+                    return name
+        return None
+
+    def protect(self) -> list[str]:
+        added = set(self.added_biases)
+        return [name for name, fold in self.folds.items() if fold.branches or added & set(fold.readers)]
+
+    def result(self, calibrated: bool) -> list[FoldedNorm]:
+        """The norms as decided, with what a fit lost in place of the deviation of the gain."""
+        if not calibrated:
+            return self.norms
+        return [
+            replace(norm, action="approximated", deviation=self.folds[norm.name].lost, reason="fitted to the inputs")
+            if norm.name in self.folds
+            else norm
+            for norm in self.norms
+        ]
+
+    # -- carrying it out ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def apply(self, fit: Fit | None = None) -> Undo:
+        """Change weights, biases, eps, and set the norms' gains to 1 and biases to 0. Float64 arithmetic, rounded
+        once.
+
+        With `fit`, norm after norm in the order they run, each fitted to the source with all before it replaced.
+        """
+        undo = Undo()
+        try:
+            order = [name for name in self.watched.norm_reads if name in self.folds]
+            touched = [(*self.folds[name].readers, *self.folds[name].branches) for name in order]
+            for position, name in enumerate(order):
+                fold = self.folds[name]
+                if fit is not None:
+                    fit.update(name, fold)
+                self._absorb(fold, undo)
+                later = {layer for layers in touched[position + 1 :] for layer in layers}
+                for layer in set(touched[position]) - later:
+                    self.masters.pop(layer, None)  # twice the size of its weight, or four times
+            if fit is not None:
+                fit.close()
+            for name in order:
+                info, module = self.infos[name], self.modules[name]
+                for key, value in ((info.gain_name, 1.0 - info.gain_offset), (info.bias_name, 0.0)):
+                    if key is not None and isinstance(tensor := getattr(module, key, None), Tensor):
+                        undo.keep(tensor)
+                        tensor.fill_(value)
+        except BaseException:
+            if fit is not None:
+                fit.close()
+            undo()
+            raise
+        return undo
+
+    def _absorb(self, fold: Fold, undo: Undo) -> None:
+        """Fold one norm into its readers, its branches and the eps of the norms that follow."""
+        has_bias = bool(fold.bias.any()) or bool(fold.branch_bias.any())
+        for name, columns in fold.readers.items():
+            weight, bias = self._master(name)
+            index = torch.tensor(columns, device=weight.device)
+            own = index >= 0
+            gain = torch.where(own, fold.gain.to(weight.device)[index.clamp_min(0)], 1.0)
+            shift = torch.where(own, fold.bias.to(weight.device)[index.clamp_min(0)], 0.0)
+            self._write(name, *_absorb(self.modules[name], weight, bias, gain, shift), has_bias, undo)
+        for name in fold.branches:
+            weight, bias = self._master(name)
+            bias = (bias + fold.branch_bias.to(bias.device)) / fold.scale
+            self._write(name, weight / fold.scale, bias, has_bias, undo)
+        for name in fold.next_norms:
+            norm = self.modules[name]
+            key = eps_name(norm)
+            assert key is not None  # checked in _refuse_residual
+            undo.eps.append((norm, key, getattr(norm, key), ADJUSTED_EPS in norm.__dict__))
+            setattr(norm, key, getattr(norm, key) / fold.scale**2)
+            norm.__dict__[ADJUSTED_EPS] = True
+
+    def _master(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear layer in float64, as folded so far."""
+        if name not in self.masters:
+            module: Any = self.modules[name]
+            weight = module.weight.detach().double()
+            outputs = weight.shape[1] if _is_conv1d(module) else weight.shape[0]
+            bias = getattr(module, "bias", None)
+            zeros = torch.zeros(outputs, dtype=torch.float64, device=weight.device)
+            self.masters[name] = weight, zeros if bias is None else bias.detach().double()
+        return self.masters[name]
+
+    def _write(self, name: str, weight: Tensor, bias: Tensor, needs_bias: bool, undo: Undo) -> None:
+        self.masters[name] = weight, bias
+        module: Any = self.modules[name]
+        old_weight, old_bias = module.weight, getattr(module, "bias", None)
+        new_weight, new_bias = weight.to(old_weight.dtype), bias.to(old_weight.dtype)
+        if not bool(new_weight.isfinite().all() and new_bias.isfinite().all()):
+            finite = bool(old_weight.isfinite().all() and (old_bias is None or old_bias.isfinite().all()))
+            raise RuntimeError(
+                f"folding into {name} overflows {old_weight.dtype}; the model is as it was. Fold in float32"
+                if finite
+                else f"the weights of {name} are not finite: there is nothing to fold into"
+            )
+        undo.keep(old_weight)
+        old_weight.copy_(new_weight)
+        if old_bias is not None:
+            undo.keep(old_bias)
+            old_bias.copy_(new_bias)
+        elif needs_bias:
+            module.bias = nn.Parameter(new_bias, requires_grad=old_weight.requires_grad)
+            module.__dict__[ADDED_BIAS] = True
+            undo.added.append(module)
+            self.added_biases.append(name)
+
+
+class Undo:
+    """Puts back every tensor and attribute that a fold changed."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[Tensor, Tensor]] = []
+        self.added: list[nn.Module] = []
+        self.eps: list[tuple[nn.Module, str, float, bool]] = []
+
+    def keep(self, tensor: Tensor) -> None:
+        if not any(kept is tensor for kept, _ in self.tensors):
+            self.tensors.append((tensor, tensor.detach().clone()))
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for tensor, old in self.tensors:
+            tensor.copy_(old)
+        for module in self.added:
+            module.bias = None  # type: ignore[assignment]
+            del module.__dict__[ADDED_BIAS]
+        for norm, key, eps, marked in reversed(self.eps):
+            setattr(norm, key, eps)
+            if not marked:
+                norm.__dict__.pop(ADJUSTED_EPS, None)
+
+
+def _absorb(module: nn.Module, weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """(W diag(g), W b + c) for a linear layer, Conv1D (its weight is transposed) or (grouped) convolution."""
+    if _is_conv1d(module):
+        return weight * gain[:, None], bias + shift @ weight
+    if isinstance(module, nn.Linear):
+        return weight * gain, bias + weight @ shift
+    groups = int(module.groups)  # type: ignore[arg-type]
+    outputs, width = weight.shape[0], weight.shape[1]
+    # Output channels of group i read input channels i * width .. (i + 1) * width.
+    gain, shift = (t.view(groups, width).repeat_interleave(outputs // groups, 0) for t in (gain, shift))
+    spatial = [1] * (weight.ndim - 2)
+    moved = (weight * shift.view(outputs, width, *spatial)).flatten(1).sum(1)
+    return weight * gain.view(outputs, width, *spatial), bias + moved
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return is_linear_map(module) and not hasattr(module, "in_features") and not hasattr(module, "in_channels")
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _is_numbered(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
+
+
+def eps_name(module: nn.Module) -> str | None:
+    for key in ("eps", "variance_epsilon"):
+        if isinstance(module.__dict__.get(key), float):
+            return str(key)
+    return None
+
+
+def _refuse_use(use: Use) -> str | None:
+    if isinstance(use, OutputUse):
+        return None if use.side else f"it is the model's output ({use.path})"
+    assert isinstance(use, OtherUse)
+    where = f" in {use.module}" if use.module else ""
+    if use.operation in ("add", "add_"):
+        return f"added to the residual stream{where}"
+    if use.operation.startswith(("another norm", "a linear layer")):
+        return f"read by {use.operation} ({use.module})"
+    return f"read by the operation {use.operation}{where}"

@@ -1,0 +1,257 @@
+"""The places where transformers learns about swapped norms; `install()` sets them up on `import hf_adanorm`.
+
+1. `PreTrainedModel.post_init`, the end of every model's construction and before any weight loads: the spec in
+   `config.adanorm` is applied first. So stock `from_pretrained`, `from_config`, `pipeline` and `Trainer` build the
+   patched architecture.
+2. `PreTrainedConfig.to_json_file`, which every way of saving a config ends in (`save_pretrained`, `push_to_hub`,
+   Trainer checkpoints): config.json gets `auto_map` entries, and `modeling_adanorm.py` is written beside it, so that
+   `trust_remote_code=True` works where hf_adanorm is not installed. An unpatched model takes both away again.
+
+3. `PreTrainedModel.save_pretrained` and the upload that ends a push: the folder or the repository of a patched model
+   gets a model card where it has none. A card that is there is left alone; only the empty form that transformers puts
+   in its place does not count as one.
+4. Two methods of `Trainer`, once it is in use: the card that it writes gets our section, and the pushes of its
+   checkpoints the file of 2, as both would do without.
+5. Three methods of PEFT, once it is imported: see adapters.py.
+
+A config or model without a spec passes through unchanged; `uninstall()` removes the wrappers (see saving/wrapping.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from inspect import BoundArguments
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from hf_adanorm import modeling_adanorm
+from hf_adanorm.modeling_adanorm import AdaNormSpec, apply_spec, is_own_reference
+
+from . import adapters, card
+from .files import write_file
+from .spec import has_spec, refresh_specs
+from .wrapping import unwrap_methods, wrap_method
+
+FILE_NAME = "modeling_adanorm.py"
+
+
+def install() -> None:
+    """Wrap the methods; does nothing when they are wrapped already."""
+    wrap_method(PreTrainedModel, "post_init", _post_init)
+    wrap_method(PreTrainedConfig, "to_json_file", _to_json_file, "json_file_path")
+    wrap_method(PreTrainedModel, "save_pretrained", _save_pretrained, "save_directory")
+    wrap_method(PreTrainedModel, "_upload_modified_files", _upload_modified_files, "working_dir", "repo_id")
+    adapters.install()
+
+
+def uninstall() -> None:
+    """Take the wrappers off. Where another library has wrapped on top of ours, ours becomes a plain pass-through."""
+    adapters.uninstall()
+    unwrap_methods()
+
+
+def _post_init(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
+    if (data := getattr(model.config, "adanorm", None)) is not None:
+        apply_spec(model, AdaNormSpec.from_dict(data))
+    return original(model)
+
+
+def _to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: BoundArguments) -> Any:
+    path, saving = Path(bound.arguments["json_file_path"]), _SAVING.get()
+    if not has_spec(config):
+        result = original(config)
+        if path.name == CONFIG_NAME:
+            with _in_second_place(path.parent):
+                _remove_own_file(path.parent)
+        return result
+    own = copy.deepcopy(config)  # auto_map belongs to the folder, not to the model in memory
+    with _in_second_place(path.parent):
+        write_file(path.parent / FILE_NAME, Path(modeling_adanorm.__file__).read_bytes())
+        own.auto_map = {**(getattr(config, "auto_map", None) or {}), **_auto_map(config)}
+    result = original(own)
+    if saving is not None and saving.config is config:
+        saving.saved = own
+        with suppress(OSError, ValueError):  # said when the card's turn comes
+            saving.user_card = card.read_card(path.parent / card.CARD_NAME)
+    _wrap_trainer()
+    return result
+
+
+def _auto_map(config: PreTrainedConfig) -> dict[str, str]:
+    """One entry for every Auto class that knows this config. Entries that point elsewhere are left alone, and so are
+    configs from outside transformers: such models need the package to load."""
+    if not type(config).__module__.startswith("transformers."):
+        return {}
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    present = getattr(config, "auto_map", None) or {}
+    entries = {}
+    for auto_class in vars(modeling_auto).values():
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if not (isinstance(auto_class, type) and issubclass(auto_class, _BaseAutoModelClass)) or mapping is None:
+            continue
+        model_type = mapping._reverse_config_mapping.get(type(config).__name__)
+        names = mapping._model_mapping.get(model_type)
+        if not names or not _is_free(present.get(auto_class.__name__)):
+            continue
+        names = names if isinstance(names, (tuple, list)) else (names,)
+        architectures = config.architectures or ()
+        name = next((name for name in names if name in architectures), names[0])
+        entries[auto_class.__name__] = f"{modeling_adanorm.__name__.rpartition('.')[2]}.{name}"
+    return entries
+
+
+def _is_free(reference: Any) -> bool:
+    return reference is None or (isinstance(reference, str) and is_own_reference(reference))
+
+
+def _remove_own_file(folder: Path) -> None:
+    target = folder / FILE_NAME
+    if target.is_file() and _first_line(target) == _first_line(Path(modeling_adanorm.__file__)):  # a file of ours
+        target.unlink()
+        _remove_card_section(folder)
+
+
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.readline()
+
+
+# ---------------------------------------------------------------------------------------------------- the model card
+
+
+@dataclass
+class _Saving:
+    """A call of `model.save_pretrained` that is under way."""
+
+    config: PreTrainedConfig
+    saved: PreTrainedConfig | None = None  # what config.json holds, once this process has written it
+    user_card: str | None = None  # the folder's card before the call
+    notes: list[str] = field(default_factory=list)  # what went wrong without stopping it
+
+
+_SAVING: ContextVar[_Saving | None] = ContextVar("hf_adanorm_saving", default=None)
+
+
+@contextmanager
+def _in_second_place(folder: Path) -> Iterator[None]:
+    """What is ours never stops a save: an error becomes a warning, once the weights are written."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        note = f"what hf_adanorm adds to {folder} is not complete, all else is saved: {why}"
+        if (saving := _SAVING.get()) is not None:
+            saving.notes.append(note)
+        else:
+            warnings.warn(note, stacklevel=6)
+
+
+def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
+    folder, saving = Path(bound.arguments["save_directory"]), _Saving(model.config)
+    token = _SAVING.set(saving)
+    try:
+        with _in_second_place(folder):
+            refresh_specs(model)
+            saving.config = model.config
+        result = original(model)
+        if saving.saved is not None:
+            with _in_second_place(folder):
+                _write_card(folder, saving.saved, saving)
+    finally:
+        _SAVING.reset(token)
+    for note in saving.notes:
+        warnings.warn(note, stacklevel=3)
+    return result
+
+
+def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None:
+    """Called once all is saved, on the saving process."""
+    path = folder / card.CARD_NAME
+    text = card.read_card(path)
+    if text is None:
+        write_file(path, card.render_card(config.to_dict(), base_model=card.base_model_of(config)))
+    elif card.describes(text, config.to_dict()) is False:
+        saving.notes.append(
+            f"the model card in {folder} describes other norms than the model that is saved there now; "
+            f"hf_adanorm.write_model_card({str(folder)!r}) brings its section up to date"
+        )
+
+
+def _upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
+    """Just before a push, transformers has put the repository's card, or an empty form, over the folder's."""
+    if has_spec(model.config):
+        folder = Path(bound.arguments["working_dir"])
+        with _in_second_place(folder):
+            _write_card_to_push(folder, bound.arguments["repo_id"], model.config)
+    return original(model)
+
+
+def _write_card_to_push(folder: Path, repo_id: str, config: PreTrainedConfig) -> None:
+    path, saving = folder / card.CARD_NAME, _SAVING.get()
+    text = card.read_card(path)
+    if text is None or not card.is_placeholder(text):
+        return
+    tags = card.card_tags(text)
+    if saving is not None and saving.user_card is not None and not card.is_placeholder(saving.user_card):
+        text = card.with_tags(saving.user_card, tags)
+    else:
+        base = card.base_model_of(config)
+        base = base if base != repo_id else None
+        text = card.render_card(card.read_config(folder), model_id=repo_id, base_model=base, tags=tags)
+    write_file(path, text)
+
+
+def _remove_card_section(folder: Path) -> None:
+    path = folder / card.CARD_NAME
+    text = card.read_card(path)
+    if text is not None and (stripped := card.without_section(text)) != text:
+        write_file(path, stripped)
+
+
+# ------------------------------------------------------------------------------------------------------- the Trainer
+
+
+def _wrap_trainer() -> None:
+    """`Trainer` is not imported for our sake: by the time that it saves a patched model it is there."""
+    module = sys.modules.get("transformers.trainer")
+    if module is not None:
+        wrap_method(module.Trainer, "create_model_card", _create_model_card)
+        wrap_method(module.Trainer, "_push_from_checkpoint", _push_from_checkpoint, "checkpoint_folder")
+
+
+def _create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
+    result = original(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Not for an adapter around a patched base: what it saves is no patched model.
+    if trainer.is_world_process_zero() and isinstance(model, PreTrainedModel) and has_spec(model.config):
+        path = Path(trainer.args.output_dir) / card.CARD_NAME
+        with _in_second_place(path.parent):
+            own = copy.deepcopy(model.config)
+            own.auto_map = _auto_map(model.config)
+            model_id = getattr(trainer, "hub_model_id", None)
+            write_file(path, card.render_card(own.to_dict(), existing=card.read_card(path), model_id=model_id))
+    return result
+
+
+def _push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
+    """It copies a list of known files from the checkpoint and uploads the folder."""
+    checkpoint = Path(bound.arguments["checkpoint_folder"])
+    if trainer.is_world_process_zero() and (checkpoint / FILE_NAME).is_file():
+        output_dir = Path(trainer.args.output_dir)
+        with _in_second_place(output_dir):
+            write_file(output_dir / FILE_NAME, Path(modeling_adanorm.__file__).read_bytes())
+            if not os.path.lexists(output_dir / card.CARD_NAME):
+                write_file(output_dir / card.CARD_NAME, card.read_card(checkpoint / card.CARD_NAME) or "")
+    return original(trainer)

@@ -1,0 +1,277 @@
+"""Write down what is swapped in a model: `config.adanorm` of the model and of the models nested in it.
+
+The spec is resolved (names, no patterns). `*` stands for one number and is written only where every index is swapped,
+so that a config with another number of layers still means the whole stack.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_adanorm.modeling_adanorm import (
+    ADDED_BIAS,
+    ADJUSTED_EPS,
+    AdaNormSpec,
+    NormGroup,
+    SwappedNorm,
+    base_prefix,
+    is_own_reference,
+    is_swapped,
+    matches,
+    number_template,
+    source_settings,
+)
+
+
+def swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
+    """Name and module of every swapped norm, in the order of `named_modules`."""
+    return [(name, module) for name, module in model.named_modules() if is_swapped(module)]
+
+
+def has_spec(config: PreTrainedConfig) -> bool:
+    """Whether the config, or one nested in it, says that norms are swapped."""
+    return any(getattr(part, "adanorm", None) is not None for part in all_configs(config))
+
+
+def all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """`config` and every config nested in it (encoder and decoder, text and vision, ...)."""
+    seen: set[int] = set()
+    waiting = [config]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting.extend(value for value in vars(current).values() if isinstance(value, PreTrainedConfig))
+
+
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PreTrainedConfig):
+                found.update((id(config), config) for config in all_configs(value))
+    return list(found.values())
+
+
+def own_configs(model: nn.Module) -> None:
+    """Give the model deep copies of its configs, shared within the model as before (one memo). Models that were built
+    from the same config object would otherwise change with this one."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                module.__dict__[key] = copy.deepcopy(value, memo)
+
+
+def write_specs(model: nn.Module) -> None:
+    """Set `config.adanorm` of the model and of every model nested in it that has a config of its own, so that a part
+    (the vision tower, the encoder) saves and loads as well as the whole. The configs become the model's own."""
+    own_configs(model)
+    owners: dict[int, list[PreTrainedModel]] = {}
+    for module in model.modules():  # parents come first: the first owner of a config is its outermost
+        if isinstance(module, PreTrainedModel):
+            outer = owners.setdefault(id(module.config), [])
+            if not any(module is inner for owner in outer for inner in owner.modules()):
+                outer.append(module)
+    resolved = [(models, [resolved_spec(part) for part in models]) for models in owners.values()]
+    if not any(is_swapped(module) for module in model.modules()):
+        clear_specs(model)
+    for models, specs in resolved:
+        if specs[0] is None:
+            models[0].config.__dict__.pop("adanorm", None)
+        elif all(spec == specs[0] for spec in specs):
+            models[0].config.adanorm = specs[0].to_dict()
+
+
+def refresh_specs(model: PreTrainedModel) -> None:
+    """Bring `config.adanorm` up to what `model` holds, where a part was patched or unpatched by itself (only that
+    part's config was written then), or a norm was swapped by hand."""
+    data = getattr(model.config, "adanorm", None)
+    if data is None and not any(is_swapped(module) for module in model.modules()):
+        return
+    if data is None or not describes(AdaNormSpec.from_dict(data), model):
+        write_specs(model)
+
+
+def clear_specs(model: nn.Module) -> None:
+    """Take `config.adanorm` and our `auto_map` entries out of every config of the model."""
+    for config in configs_of(model):
+        config.__dict__.pop("adanorm", None)
+        auto_map = getattr(config, "auto_map", None) or {}
+        kept = {key: ref for key, ref in auto_map.items() if not (isinstance(ref, str) and is_own_reference(ref))}
+        if kept:
+            config.auto_map = kept
+        else:
+            config.__dict__.pop("auto_map", None)
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """`model.named_modules()` by the names that the modules have, or will have again, without PEFT: its wrappers are
+    looked through, and the adapters' own layers and copies left out."""
+    seen: set[int] = set()
+    wrapped = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if type(module).__module__.startswith("peft."):
+            for key in ("original_module", "base_layer"):
+                if (inner := module._modules.get(key)) is not None:
+                    yield from walk(name, inner)
+            return
+        yield name, module
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from walk(name if key in wrapped else f"{name}.{key}" if name else key, child)
+
+    return walk("", model)
+
+
+def describes(spec: AdaNormSpec, model: nn.Module) -> bool:
+    """Whether `model`, if built with `spec`, would have the norms that it has; names of another head aside."""
+    here = resolved_spec(model)
+    modules = {_relative(name, base_prefix(model)): module for name, module in plain_modules(model)}
+    return _settings_by_name(spec, modules) == ({} if here is None else _settings_by_name(here, modules))
+
+
+def _named(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """A function that gives those of `names` that a pattern of a spec means."""
+    by_template: dict[str, list[str]] = {}
+    for name in names:
+        by_template.setdefault(number_template(name), []).append(name)
+    return lambda pattern: [name for name in by_template.get(number_template(pattern), []) if matches(pattern, name)]
+
+
+def _settings_by_name(spec: AdaNormSpec, modules: dict[str, nn.Module]) -> dict[tuple[str, str], Any]:
+    named = _named(modules)
+    found: dict[tuple[str, str], Any] = {}
+    for group in spec.groups:
+        for name in (name for pattern in group.modules for name in named(pattern)):
+            source = modules[name].__dict__.get("_source") or modules[name]
+            eps = source_settings(source).get("eps") if group.eps is None else group.eps
+            # The shape and the layout follow from the architecture, whether or not they are spelled out.
+            found["norm", name] = dataclasses.replace(
+                group, modules=(), eps=eps, normalized_shape=None, channels_first=None
+            )
+    found |= {("bias", name): True for pattern in spec.biases for name in named(pattern)}
+    return found | {("eps", name): value for pattern, value in spec.eps for name in named(pattern)}
+
+
+def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
+    """The spec of what is swapped in `model`: names relative to its base model, one group a set of settings."""
+    prefix = base_prefix(model)
+    groups: dict[NormGroup, list[str]] = {}
+    modules = list(plain_modules(model))
+    for name, module in modules:
+        if not is_swapped(module):
+            continue
+        centered = None if module.centered else False
+        settings = {key: value for key, value in module.settings().items() if key != "centered"}
+        group = NormGroup(
+            norm=module.norm,
+            modules=(),
+            centered=centered,
+            fade=module.fade,
+            **settings,
+            **_overrides(module),
+        )
+        groups.setdefault(group, []).append(name)
+    biases, eps = _left_by_folds(modules)
+    if not groups and not biases and not eps:
+        return None
+    by_template: dict[str, set[str]] = {}
+    for name, _ in modules:
+        by_template.setdefault(number_template(name), set()).add(name)
+    return AdaNormSpec(
+        groups=tuple(
+            dataclasses.replace(
+                group, modules=tuple(_relative(name, prefix) for name in _with_stars(names, by_template))
+            )
+            for group, names in groups.items()
+        ),
+        biases=tuple(_relative(name, prefix) for name in _with_stars(biases, by_template)),
+        eps=tuple((_relative(name, prefix), value) for name, value in eps.items()),
+    )
+
+
+def _left_by_folds(modules: list[tuple[str, Any]]) -> tuple[list[str], dict[str, float]]:
+    """The linear layers that a fold gave a bias, and the stock norms whose eps it adjusted, with that eps: as the
+    modules are marked, and as the configs say. Others replace modules (embeddings are resized, layers quantised and
+    dequantised), and a mark goes with its module."""
+    biases = {name for name, module in modules if ADDED_BIAS in module.__dict__}
+    eps = {name: 0.0 for name, module in modules if ADJUSTED_EPS in module.__dict__}
+    seen: set[int] = set()
+    for outer, model in modules:  # parents come first: a config belongs to the outermost model that has it
+        data = getattr(model.config, "adanorm", None) if isinstance(model, PreTrainedModel) else None
+        if data is None or id(model.config) in seen:
+            continue
+        seen.add(id(model.config))
+        spec, prefix = AdaNormSpec.from_dict(data), base_prefix(model)
+        here = f"{outer}." if outer else ""
+        named = _named([_relative(name.removeprefix(here), prefix) for name, _ in modules if name.startswith(here)])
+
+        def absolute(name: str, here: str = here, prefix: str | None = prefix) -> str:
+            return here + (name[1:] if name.startswith("^") else (prefix or "") + name)
+
+        biases |= {absolute(name) for pattern in spec.biases for name in named(pattern)}
+        eps |= {absolute(name): value for pattern, value in spec.eps for name in named(pattern)}
+    return (
+        [name for name, module in modules if name in biases and getattr(module, "bias", None) is not None],
+        {
+            name: source_settings(module).get("eps", eps[name])
+            for name, module in modules
+            if name in eps and not is_swapped(module)
+        },
+    )
+
+
+def _overrides(module: SwappedNorm) -> dict[str, Any]:
+    """The settings that loading cannot read off the stock norm: all, for a norm that was put in by hand."""
+    if module.__dict__["_source"] is None:
+        return {
+            "eps": module.eps,
+            "normalized_shape": module.normalized_shape,
+            "channels_first": module.channels_first,
+        }
+    overrides: dict[str, Any] = module.__dict__["_overrides"]
+    return overrides
+
+
+def _relative(name: str, prefix: str | None) -> str:
+    if prefix is None:
+        return name
+    return name.removeprefix(prefix) if name.startswith(prefix) else f"^{name}"
+
+
+def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:
+    """The names with `*` for a number wherever the model has no other module of such a name."""
+    out: list[str] = []
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        grouped.setdefault(number_template(name), []).append(name)
+    for template, members in grouped.items():
+        out += _star(template.split("."), members, by_template[template])
+    return out
+
+
+def _star(pattern: list[str], members: list[str], everything: set[str]) -> list[str]:
+    """`pattern` if the members are all there is; otherwise the first number is spelled out, and so on."""
+    if len(members) == len(everything):
+        return [".".join(pattern)]
+    position = pattern.index("*")
+    out: list[str] = []
+    for number in dict.fromkeys(name.split(".")[position] for name in members):
+        fixed = [*pattern[:position], number, *pattern[position + 1 :]]
+        mine = [name for name in members if name.split(".")[position] == number]
+        rest = {name for name in everything if name.split(".")[position] == number}
+        out += _star(fixed, mine, rest)
+    return out

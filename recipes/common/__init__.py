@@ -1,0 +1,1 @@
+"""What all recipes share: options, set-up, the loop's parts, checkpoints, evaluation, results, publishing."""

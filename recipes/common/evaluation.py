@@ -1,0 +1,120 @@
+"""Evaluation: predictions of several processes put together, the metrics, models in fresh processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import evaluate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+T = TypeVar("T")
+
+METRICS = Path(__file__).resolve().parents[1] / "metrics"
+
+
+def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call `function` on the main process, then on the others, which find its caches filled.
+
+    An exception on the main process is raised on every process, instead of leaving the others to wait.
+    """
+    if accelerator.num_processes == 1:
+        return function()
+    outcome: list[Any] = [None]
+    result = None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except Exception as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
+    return result if accelerator.is_main_process else function()  # type: ignore[return-value]
+
+
+def load_metric(name: str) -> evaluate.EvaluationModule:
+    """The metric module `recipes/metrics/{name}`, through `evaluate`.
+
+    Every process holds all predictions after `gather_by_index`, so each computes the metric alone and in memory.
+    """
+    return evaluate.load(str(METRICS / name), experiment_id=uuid.uuid4().hex, keep_in_memory=True)
+
+
+def gather_by_index(accelerator: Accelerator, indices: Sequence[int], values: Sequence[Any], total: int) -> list[Any]:
+    """Put the values of all processes in the order of the data set, on every process.
+
+    Args:
+        indices: the example that each value belongs to; examples that several processes hold count once.
+        total: how many examples there are; it is checked that none is missing.
+    """
+    pairs = list(zip((int(index) for index in indices), values, strict=True))
+    if accelerator.num_processes > 1:
+        pairs = gather_object(pairs)
+    ordered = dict(pairs)
+    assert ordered.keys() == set(range(total)), f"{len(ordered)} of {total} examples were evaluated"
+    return [ordered[index] for index in range(total)]
+
+
+def run_fresh_process(script: Path, arguments: Sequence[str]) -> None:
+    """Run a Python script that shares nothing with this process, not even the launcher's variables.
+
+    Raises RuntimeError with what it printed when it fails.
+    """
+    launcher = ("ACCELERATE_", "TORCHELASTIC_", "OMPI_", "PMI_", "FSDP_")
+    names = {
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "ROLE_RANK",
+    }
+    names |= {"ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in names and not name.startswith(launcher)
+    }
+    if paths := environment.get("PYTHONPATH"):  # relative ones, "" included, mean the folder that we are in
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep))
+    with tempfile.TemporaryDirectory() as folder:  # of our own: in a shared one anybody may lay out modules
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(
+            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"{script.name} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+
+
+def peak_memory_mb() -> float | None:
+    """Peak memory of this process in MiB: on the GPU when there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def is_better(scores: Mapping[str, float], best: Mapping[str, float] | None, name: str, *, higher: bool) -> bool:
+    """Whether `scores` beat the `best` so far by the score `name`; what is not finite never does."""
+    if not all(math.isfinite(scores[key]) for key in {name, "loss"}):
+        return False
+    return not best or (scores[name] > best[name] if higher else scores[name] < best[name])
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, summed in float64."""
+    return float(np.mean(np.asarray(values, dtype=np.float64)))

@@ -1,0 +1,75 @@
+"""The model card of a run's best model, and its push to the Hub.
+
+The card of `best/` gets the scores on the test split (or, without one, on validation), the data set and the exact
+command. `--push_to_hub` uploads the folder with it. The repository is made, or found, before training starts, so that
+a missing token is noticed then; a push that fails at the end leaves the results, and the same command tries it again.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from common.options import OptionError
+from hf_adanorm import write_model_card
+from hf_adanorm.saving.card import CARD_NAME, read_card, read_config
+from hf_adanorm.saving.files import write_file
+
+_IS_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def prepare_push(options: Any) -> None:
+    """Find or make the repository. Raises OptionError when the options or the Hub do not allow a push."""
+    if not options.push_to_hub:
+        return
+    if options.hub_model_id is None:
+        raise OptionError("--push_to_hub true needs --hub_model_id, the repository's name such as me/my-model")
+    try:
+        HfApi().create_repo(options.hub_model_id, private=options.hub_private or None, exist_ok=True)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise OptionError(f"cannot push to {options.hub_model_id}: {' '.join(str(error).split())}") from None
+
+
+def publish(folder: Path, results: dict[str, Any], options: Any, task: str) -> None:
+    """Write the card of the model in `folder`, and push the folder if `options` say so."""
+    if options.push_to_hub:
+        api = HfApi()
+        # Somebody may have written the repository's card: keep it, bring our section in it up to date.
+        if api.file_exists(options.hub_model_id, CARD_NAME):
+            write_file(folder / CARD_NAME, read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or "")
+    _write_card(folder, results, options, task)
+    if options.push_to_hub:
+        message = f"Best model: {options.norm}, step {results['best_step']}"
+        api.upload_folder(repo_id=options.hub_model_id, folder_path=folder, commit_message=message)
+        print(f"pushed to {options.hub_model_id}", flush=True)
+
+
+def _write_card(folder: Path, results: dict[str, Any], options: Any, task: str) -> None:
+    split = "test" if results.get("test") else "validation"
+    scores = {name: value for name, value in results[split].items() if isinstance(value, (int, float))}
+    local = options.train_file is not None or options.dataset_name is None
+    is_id = not local and _IS_ID.fullmatch(options.dataset_name) and not Path(options.dataset_name).exists()
+    base = getattr(options, "model_name_or_path", None)
+    base = base if base and _IS_ID.fullmatch(base) and not Path(base).exists() else None
+    if options.norm != "layernorm" or "adanorm" in read_config(folder):
+        write_model_card(
+            folder,
+            model_id=options.hub_model_id,
+            base_model=base if base != options.hub_model_id else None,
+            datasets=[options.dataset_name] if is_id else None,
+            dataset_name=None if is_id else "local files",
+            dataset_split=split,
+            results=scores,
+            task=task,
+            command=results["command"],
+        )
+    elif not (folder / CARD_NAME).exists():  # the control
+        data = ModelCardData(library_name="transformers", pipeline_tag=task, base_model=base)
+        rows = "\n".join(f"| {split} | {name} | {value:.6g} |" for name, value in scores.items())
+        text = f"# {options.hub_model_id or 'LayerNorm'}\n\nThe LayerNorm control of a comparison of norms.\n\n"
+        text += f"| split | metric | value |\n|---|---|---|\n{rows}\n\n```bash\n{results['command']}\n```\n"
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD_NAME)

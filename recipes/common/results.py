@@ -1,0 +1,74 @@
+"""`results.json` of finished runs: what goes in, and a table of several of them.
+
+python recipes/common/results.py outputs/demo/*          a line for each run
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    packages = ("hf-adanorm", "torch", "transformers", "accelerate", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """The results of a finished run. Raises FileNotFoundError when it did not finish."""
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the run in this folder has not finished")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def format_results(results: Sequence[dict[str, Any]]) -> str:
+    """A plain table, one line a run."""
+
+    def percent(scores: dict[str, float] | None) -> str:
+        return "-" if scores is None else f"{100 * scores['accuracy']:.2f}"
+
+    rows = [("norm", "seed", "norms swapped", "parameters", "steps", "validation acc.", "test acc.", "samples/s")]
+    for run in results:
+        speed = run["train_samples_per_second"]
+        rows.append(
+            (
+                run["norm"],
+                str(run["seed"]),
+                str(run["norm_modules"] if run["norm"] != "layernorm" else 0),
+                f"{run['parameters']:,}",
+                str(run["steps"]),
+                percent(run["validation"]),
+                percent(run["test"]),
+                "-" if speed is None else f"{speed:,.0f}",
+            )
+        )
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """A plain table with a rule under its first row."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    folders = sys.argv[1:]
+    if not folders:
+        sys.exit(__doc__)
+    try:
+        print(format_results([read_results(folder) for folder in folders]))
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Applying an optimiser step only when its loss and gradient are in order, and saying where they are not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from common.checkpoints import Progress
+from common.options import OptimizationOptions
+
+# A spike is told by the mean and the spread over so many steps; before there are enough of them nothing is one.
+SPIKE_WINDOW = 128
+SPIKE_LEAST_STEPS = 32
+
+
+class DivergedError(ArithmeticError):
+    """Optimiser step `step`, counted from 1, was spoilt, and the options say to stop."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+def check_trained(progress: Progress) -> None:
+    """Raise DivergedError for a run at its end that has trained nothing, or never was evaluated to a finite score."""
+    if progress.skipped_steps == progress.step:
+        raise DivergedError(f"all {progress.step} steps were left out: nothing was trained", progress.step)
+    if progress.best_step is None:
+        raise DivergedError(f"no evaluation up to step {progress.step} gave a finite score", progress.step)
+
+
+def optimizer_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    loss: torch.Tensor,
+    progress: Progress,
+    options: OptimizationOptions,
+    inputs: dict[str, torch.Tensor] | None = None,
+) -> bool:
+    """Clip, check and apply the gradients of the step after `progress.step`; False when the step was left out.
+
+    `loss` is this process's share of the step's loss, a scalar. What is decided on is the same on every process. Under
+    fp16 the gradient scaler answers an overflow: it leaves the step out, which is reported, and lowers its scale.
+
+    Raises DivergedError, naming the step, when something is not finite and `--on_nonfinite` is "stop" (given the
+    `inputs` of the last micro-batch, it names the first module with such an output, too), and at a spike when
+    `--on_spike` is "stop".
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
+    whole_loss = accelerator.reduce(loss.detach(), "sum").item()
+    finite = math.isfinite(whole_loss) and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
+    scaled = accelerator.scaler is not None and accelerator.scaler.is_enabled()
+    # A scale this small has been halved in vain for dozens of steps: the overflow is not one of precision.
+    hopeless = scaled and not finite and accelerator.scaler.get_scale() < 1e-3
+    spoilt, response, hint = "", "report", ""
+    if not finite and (not scaled or hopeless):
+        spoilt = f"loss {whole_loss}, gradient norm {norm if norm is None else float(norm)}: not finite"
+        response, hint = options.on_nonfinite, "--on_nonfinite skip"
+        if response == "stop" and inputs:
+            spoilt += _first_nonfinite(model, inputs)
+    elif not finite:
+        scale, where = accelerator.scaler.get_scale(), _overflown(accelerator.unwrap_model(model))
+        accelerator.print(
+            f"step {progress.step + 1}: overflow in fp16 at a loss scale of {scale:g}{where}: step left out, "
+            "the scale is lowered"
+        )
+    elif norm is not None:
+        spoilt = _spike(progress.recent_steps, whole_loss, float(norm), options.spike_sigmas)
+        response, hint = options.on_spike, "--on_spike skip"
+        if spoilt:
+            spoilt += _steepest(accelerator.unwrap_model(model))
+        progress.recent_steps = [*progress.recent_steps[1 - SPIKE_WINDOW :], [whole_loss, float(norm)]]
+    if spoilt and response == "stop":
+        raise DivergedError(
+            f"step {progress.step + 1}: {spoilt}. The last checkpoint stands; lower the learning rate, clip harder, "
+            f"or leave such steps out with {hint}",
+            progress.step + 1,
+        )
+    if spoilt:
+        left_out = ": step left out" if response == "skip" else ""
+        accelerator.print(f"step {progress.step + 1}: {spoilt}{left_out}")
+    if response == "skip" and spoilt:
+        optimizer.zero_grad()
+        return False
+    optimizer.step()
+    optimizer.zero_grad()
+    return not accelerator.optimizer_step_was_skipped
+
+
+def _spike(recent: list[list[float]], loss: float, norm: float, sigmas: float) -> str:
+    """How far loss or gradient norm is above those of the recent steps, "" when it is not by `sigmas`."""
+    if len(recent) < SPIKE_LEAST_STEPS:
+        return ""
+    past = np.asarray(recent)  # (steps, 2)
+    usual = past.mean(0)
+    spread = np.maximum(past.std(0), 0.01 * np.abs(usual))  # no spike out of rounding when all steps are alike
+    for name, value, mean, std in zip(("loss", "gradient norm"), (loss, norm), usual, spread, strict=True):
+        if value > mean + sigmas * std:
+            far = (value - mean) / std if std else math.inf
+            return (
+                f"{name} {value:.4g} is a spike, {far:.1f} standard deviations above the mean {mean:.4g} "
+                f"of the {len(recent)} steps before"
+            )
+    return ""
+
+
+def _overflown(model: nn.Module) -> str:
+    """The first parameter whose gradient is not finite, as the end of a clause; "" where none is to be seen."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f", first in the gradient of {name}"
+    return ""
+
+
+def _steepest(model: nn.Module) -> str:
+    """Which parameter has the largest gradient, as the end of a sentence; "" where gradients are not to be seen."""
+    squares = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            square = parameter.grad.detach().float().square().sum()
+            # FSDP2 keeps a shard of each: their sum is gathered.
+            squares[name] = float(square.full_tensor() if hasattr(square, "full_tensor") else square)
+    if not squares:
+        return ""
+    largest = max(squares, key=squares.__getitem__)
+    share = squares[largest] / (sum(squares.values()) or 1.0)
+    return f"; the largest gradient is that of {largest}, {share:.0%} of the square"
+
+
+@torch.no_grad()
+def _first_nonfinite(model: nn.Module, inputs: dict[str, torch.Tensor]) -> str:
+    """Where a forward pass first leaves the finite numbers, as the end of a sentence."""
+    found: list[str] = []
+
+    def check(name: str, module: nn.Module, output: Any) -> None:
+        tensors = output if isinstance(output, (tuple, list)) else [output]
+        if not found and not all(t.isfinite().all() for t in tensors if isinstance(t, torch.Tensor)):
+            found.append(f"{name} ({type(module).__name__})")
+
+    handles = [
+        module.register_forward_hook(lambda module, _, output, name=name: check(name, module, output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f", first in the output of {found[0]}" if found else ", though the forward pass is finite"

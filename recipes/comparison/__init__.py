@@ -1,0 +1,1 @@
+"""Norms compared over seeds: the runs, significance, the paper's figures, the report."""

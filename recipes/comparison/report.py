@@ -1,0 +1,407 @@
+"""Tables, curves and the HTML page of a comparison of norms.
+
+    python recipes/comparison/report.py outputs/rt outputs/mnist --output_dir outputs/all
+
+`compare.py` calls this for its own folder. As a script it puts several finished comparisons side by side, in the
+layout of the paper's table, as `table.md` and `table.tex`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes, where this file runs as a script
+
+import numpy as np
+
+from comparison.paper import COLUMNS, ROWS, paper_score
+from comparison.runs import BASELINE, Run, outcome
+from hf_adanorm.saving.files import write_file
+
+# Every norm keeps its colour and line in all pictures; the indices are those of hf_adanorm.plots.
+STYLE = {"layernorm": 6, "layernorm-simple": 0, "detachnorm": 3, "adanorm": 1, "none": 2}
+
+
+# Numbers as text
+
+
+def our_score(row: Mapping[str, Any], decimals: int) -> str:
+    """Mean and standard deviation over seeds, and what became of seeds that did not finish."""
+    scores = row["scores"]
+    parts = []
+    if scores:
+        mean = f"{row['mean']:.{decimals}f}"
+        parts.append(
+            f"{mean} ± {row['sd']:.{decimals}f} (n={len(scores)})" if row["sd"] is not None else f"{mean} (n=1)"
+        )
+    if row["diverged"]:
+        steps = ", ".join(str(step) for step in row["diverged"].values())
+        parts.append(f"diverged at step {steps}" if not scores else f"{len(row['diverged'])} diverged at step {steps}")
+    if not parts and row["unfinished"]:
+        parts.append("not finished")
+    return "; ".join(parts) or "-"
+
+
+def difference_cells(row: Mapping[str, Any], decimals: int) -> tuple[str, str, str]:
+    """Difference from LayerNorm with its interval over test examples, Holm's p, the interval over seeds."""
+    examples, seeds = row["over_examples"], row["over_seeds"]
+
+    def interval(found: Mapping[str, Any]) -> str:
+        return f"[{found['low']:+.{decimals}f}, {found['high']:+.{decimals}f}]"
+
+    return (
+        f"{examples['mean']:+.{decimals}f} {interval(examples)}" if examples else "-",
+        _p(examples["p_holm"]) if examples else "-",
+        f"{interval(seeds)}, p {_p(seeds['p'])}" if seeds else "-",
+    )
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def conclusion(summary: Mapping[str, Any]) -> str:
+    """One sentence on which norms differ from LayerNorm beyond chance, in the direction of the metric."""
+    better, worse, level = [], [], []
+    for row in summary["rows"]:
+        found = row["over_examples"]
+        if row["norm"] == BASELINE or not found:
+            continue
+        gain = found["mean"] if summary["higher_is_better"] else -found["mean"]
+        (level if found["p_holm"] >= 0.05 else better if gain > 0 else worse).append(ROWS[row["norm"]])
+    diverged = [ROWS[row["norm"]] for row in summary["rows"] if row["diverged"] and not row["scores"]]
+    parts = [
+        f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} {verb}"
+        for names, verb in (
+            (better, "scored better than LayerNorm"),
+            (worse, "scored worse than LayerNorm"),
+            (level, "cannot be told apart from LayerNorm"),
+            (diverged, "diverged"),
+        )
+        if names
+    ]
+    if not better + worse + level:
+        return "No difference from LayerNorm was tested." + (f" {', '.join(diverged)} diverged." if diverged else "")
+    seeds = max(len(row["scores"]) for row in summary["rows"])
+    chance = "by a paired bootstrap over test examples at 5 %, corrected for the number of norms"
+    few = " The variation between seeds is not in this test." if seeds < 5 else ""
+    return f"{'; '.join(parts)} ({chance}).{few}"
+
+
+# Markdown and LaTeX
+
+
+def paper_table(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The paper's layout: a row a norm; for every comparison the paper's column, where there is one, and ours."""
+    head = ["model"]
+    for summary in summaries:
+        arrow = "higher" if summary["higher_is_better"] else "lower"
+        if summary["column"]:
+            head.append(f"{summary['column']} {COLUMNS[summary['column']][0]}, paper")
+        head.append(f"{summary['title']} {summary['label']}, ours, {summary['split']} ({arrow} is better)")
+    table = [head]
+    present = {row["norm"] for summary in summaries for row in summary["rows"]}
+    for norm, name in ROWS.items():
+        if norm not in present:
+            continue
+        cells = [name]
+        for summary in summaries:
+            if summary["column"]:
+                cells.append(paper_score(summary["column"], norm))
+            found = [row for row in summary["rows"] if row["norm"] == norm]
+            cells.append(our_score(found[0], summary["decimals"]) if found else "-")
+        table.append(cells)
+    return table
+
+
+def difference_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Every norm's difference from LayerNorm."""
+    table = [["model", "difference from LayerNorm [95 %]", "p (Holm)", "[95 %] over seeds", "parameters"]]
+    for norm, name in ROWS.items():
+        for row in summary["rows"]:
+            if row["norm"] == norm:
+                cells = ("", "", "") if norm == BASELINE else difference_cells(row, summary["decimals"])
+                parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
+                table.append([name, *cells, parameters])
+    return table
+
+
+def to_markdown(table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines.insert(1, "|---|" + "---:|" * (len(table[0]) - 1))
+    return "\n".join(lines) + "\n"
+
+
+def to_latex(table: Sequence[Sequence[str]]) -> str:
+    """A tabular for the booktabs package."""
+    replace = {"&": r"\&", "%": r"\%", "_": r"\_", "±": r"$\pm$", "<": "$<$", "#": r"\#", "$": r"\$"}
+    rows = [" & ".join("".join(replace.get(letter, letter) for letter in cell) for cell in row) for row in table]
+    body = " \\\\\n".join(rows[1:])
+    columns = "l" + "r" * (len(table[0]) - 1)
+    return (
+        f"% needs \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows[0]} \\\\\n\\midrule\n"
+        f"{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
+    )
+
+
+def notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader must know to read the numbers."""
+    score = f"Mean ± standard deviation over n seeds of the {summary['split']} {summary['label']}"
+    lines = [f"{score}; the checkpoint of each run was chosen on validation."]
+    if summary["num_test_examples"]:
+        lines.append(
+            f"Differences: paired bootstrap over {summary['num_test_examples']:,} test examples, "
+            f"{summary['num_resamples']:,} resamples, seeds paired; over seeds too where there are five."
+        )
+    tried = {ROWS[row["norm"]]: row["tried"] for row in summary["rows"]}
+    if max(tried.values()) > 1:
+        chosen = [
+            f"{ROWS[row['norm']]} {', '.join(f'{k} {v}' for k, v in row['choice'].items())} (of {row['tried']})"
+            for row in summary["rows"]
+        ]
+        lines.append(f"Chosen on validation with the first seed: {'; '.join(chosen)}.")
+    else:
+        lines.append("All norms had the same hyper-parameters; none was tuned here.")
+    if summary["column"]:
+        lines.append(
+            f"The paper's column is {summary['column']}; its models, budgets and data preparation are not ours in all "
+            "respects, so compare differences between norms, not levels."
+        )
+    return lines
+
+
+# Pictures
+
+
+def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
+    """Training loss, validation score and final score, a colour a norm; returns the figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from hf_adanorm.diagnostics.plots import COLORS, LINES, MARKERS
+
+    scale = 100.0 if summary["score"] == "accuracy" else 1.0
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.7), layout="constrained")
+    norms = [row["norm"] for row in summary["rows"]]
+    for norm in norms:
+        style = STYLE[norm]
+        line = {"color": COLORS[style], "linestyle": LINES[style], "linewidth": 1.6, "label": ROWS[norm]}
+        ours = [run for run in runs if run.norm == norm]
+        finished = [run for run in ours if run.status == "finished"]
+        histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
+        _curve(left, [_series(history, "train_history", "loss") for history in histories], line)
+        curves = [_series(history, "history", summary["score"], scale) for history in histories]
+        _curve(middle, curves, {**line, "marker": MARKERS[style], "markersize": 4})
+    tested = False
+    for position, row in enumerate(reversed(summary["rows"])):
+        color = COLORS[STYLE[row["norm"]]]
+        values = list(row["scores"].values())
+        if row["over_examples"]:  # around the mean of this norm, as wide as the interval of the difference
+            low, high = (
+                row["mean"] + row["over_examples"][end] - row["over_examples"]["mean"] for end in ("low", "high")
+            )
+            right.hlines(position, low, high, color=color, linewidth=1.5, alpha=0.7)
+            tested = True
+        if values:
+            right.plot(values, [position] * len(values), "o", color=color, alpha=0.45, markersize=6, clip_on=False)
+            right.plot(row["mean"], position, "|", color=color, markersize=22, markeredgewidth=2.5)
+        elif row["diverged"]:
+            right.text(0.5, position, "diverged", transform=right.get_yaxis_transform(), ha="center", color=color)
+    right.set_yticks(range(len(norms)), [ROWS[norm] for norm in reversed(norms)])
+    right.set_ylim(-1.1, len(norms) - 0.4)
+    arrow = "→ better" if summary["higher_is_better"] else "← better"
+    left.set(xlabel="optimiser step", ylabel="training loss (nats)", title="Training")
+    middle.set(xlabel="optimiser step", ylabel=summary["label"], title="Validation")
+    right.set(xlabel=f"{summary['label']}  {arrow}", title=summary["split"].capitalize())
+    about = "dots: seeds, bars: means" + (", lines: 95 % interval\nof the difference from LayerNorm" if tested else "")
+    right.text(0.5, 0.01, about, transform=right.transAxes, ha="center", va="bottom", fontsize=8, alpha=0.7)
+    handles = left.get_legend_handles_labels()
+    if handles[0]:
+        left.legend(*handles, fontsize=8, frameon=False)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=True, linewidth=0.5, alpha=0.35)
+    return figure
+
+
+def _series(progress: Mapping[str, Any], history: str, key: str, scale: float = 1.0) -> dict[int, float]:
+    entries = progress.get(history, [])
+    return {entry["step"]: entry[key] * scale for entry in entries if entry.get(key) is not None}  # null: not finite
+
+
+def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, Any]) -> None:
+    """The mean of the curves over the steps that all of them reached, with a band from the lowest to the highest."""
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    if not steps:
+        return
+    values = np.asarray([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+    axes.plot(steps, values.mean(0), **line)
+    if len(curves) > 1:
+        axes.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.1, linewidth=0)
+
+
+# Files
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with any keys; a key that a row does not have stays empty."""
+    text = io.StringIO()
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue())
+
+
+def save_figure(figure: Any, stem: Path, *, dpi: int) -> dict[str, bytes]:
+    """Write a figure as `stem`.png and `stem`.svg; returns both, by their format."""
+    pictures = {}
+    for suffix in ("png", "svg"):
+        picture = io.BytesIO()
+        figure.savefig(picture, format=suffix, dpi=dpi)
+        pictures[suffix] = picture.getvalue()
+        write_file(stem.with_name(f"{stem.name}.{suffix}"), pictures[suffix])
+    return pictures
+
+
+def run_rows(runs: Sequence[Run], search: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row a run: how it ended, its scores, what it cost."""
+    rows = []
+    for stage, group in (("search", search), ("run", runs)):
+        for run in group:
+            record = run.record
+            row = {"stage": stage, "norm": run.norm, "seed": run.seed, "outcome": outcome(run), **run.choice}
+            for split in ("validation", "test"):
+                row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
+            costs = ("best_step", "steps", "skipped_steps", "parameters", "num_processes", "seconds_per_step")
+            costs += ("train_samples_per_second", "peak_memory_mb", "command")
+            rows.append(row | {name: record.get(name) for name in costs})
+    return rows
+
+
+def curve_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every logged loss and score in long form."""
+    rows = []
+    for run in runs:
+        progress = run.progress
+        for split, history in (("train", "train_history"), ("validation", "history")):
+            for entry in progress.get(history, []):
+                rows += [
+                    {"norm": run.norm, "seed": run.seed, "split": split, "step": entry["step"], "name": k, "value": v}
+                    for k, v in entry.items()
+                    if k not in {"step", "epoch"}
+                ]
+    return rows
+
+
+def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], search: Sequence[Run]) -> None:
+    """All files of a comparison but `comparison.json`."""
+    import matplotlib.pyplot as plt
+
+    table, differences = paper_table([summary]), difference_table(summary)
+    bullets = "\n".join(f"- {line}" for line in notes(summary))
+    text = f"# {summary['title']}\n\n{conclusion(summary)}\n\n{to_markdown(table)}\n{to_markdown(differences)}\n"
+    write_file(folder / "table.md", f"{text}{bullets}\n\n    {summary['command']}\n")
+    write_file(folder / "table.tex", f"{to_latex(table)}\n{to_latex(differences)}")
+    write_csv(folder / "runs.csv", run_rows(runs, search))
+    write_csv(folder / "curves.csv", curve_rows(runs))
+    figure = draw(summary, runs)
+    pictures = save_figure(figure, folder / "curves", dpi=200)
+    plt.close(figure)
+    write_file(folder / "report.html", page(summary, runs, pictures["png"]))
+
+
+_CSS = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.2rem auto; max-width: 1220px; padding: 0 1.2rem; }
+h1 { font-size: 1.35rem; margin: 0 0 .2rem; } p.lead { margin: .2rem 0 .8rem; font-size: 1.02rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid #8884; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; max-width: 13rem; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+img { width: 100%; height: auto; background: white; border-radius: 4px; margin: .8rem 0 .3rem; }
+details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
+ul { margin: .3rem 0; padding-left: 1.2rem; font-size: .88rem; } .scroll { overflow-x: auto; }
+pre, details { overflow-x: auto; font-size: .82rem; }
+"""
+
+
+def page(summary: Mapping[str, Any], runs: Sequence[Run], picture: bytes) -> str:
+    """The HTML report, in one file without links: conclusion, tables, curves; below, how every run ended."""
+    escape = html.escape
+    source = base64.b64encode(picture).decode()
+    rows = run_rows(runs, [])
+    shown = ["norm", "seed", "outcome", "best_step", "steps", "seconds_per_step", "peak_memory_mb"]
+    shown[3:3] = sorted({key for row in rows for key in row if key.startswith(("validation_", "test_"))})
+    cells = [[_cell(row.get(key)) for key in shown] for row in rows]
+    options = next((run.record["options"] for run in runs if run.record), {})
+    versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
+    bullets = "".join(f"<li>{escape(line)}</li>" for line in notes(summary))
+    both = zip(paper_table([summary]), difference_table(summary), strict=True)
+    table = [[*scores, *differences[1:]] for scores, differences in both]  # the same norms in the same order
+    title = escape(f"Norms compared: {summary['title']}")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{_CSS}</style></head><body>
+<h1>{title}</h1>
+<p class="lead">{escape(conclusion(summary))}</p>
+<div class="scroll">{_html_table(table)}</div>
+<img alt="Training loss, validation score and final score of every norm" src="data:image/png;base64,{source}">
+<ul>{bullets}</ul>
+<details><summary>Every run</summary><div class="scroll">{_html_table([shown, *cells])}</div></details>
+<details><summary>Command, options, versions</summary>
+<pre>{escape(summary["command"])}
+
+{escape(json.dumps(options, indent=2, ensure_ascii=False))}
+
+{escape(versions)}
+{escape(summary["machine"])}</pre></details>
+</body></html>
+"""
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def _html_table(table: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table[1:])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of comparisons")
+    parser.add_argument("--output_dir", required=True, type=Path)
+    arguments = parser.parse_args()
+    missing = [folder for folder in arguments.folders if not (folder / "comparison.json").is_file()]
+    if missing:
+        sys.exit(f"error: {missing[0]} holds no comparison.json: run recipes/compare.py first")
+    summaries = [json.loads((folder / "comparison.json").read_text("utf-8")) for folder in arguments.folders]
+    table = paper_table(summaries)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    write_file(arguments.output_dir / "table.md", to_markdown(table))
+    write_file(arguments.output_dir / "table.tex", to_latex(table))
+    print(to_markdown(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The runs of a comparison of norms: what each recipe measures, what a run's folder tells, the summary of all runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.results import versions
+from comparison.significance import Difference, bootstrap_scores, difference_over_seeds, holm, paired_difference
+
+BASELINE = "layernorm"
+MIN_SEEDS = 5  # from so many seeds on, the bootstrap over seeds is reported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe that can be compared: its script and options, and the score its runs are compared by."""
+
+    script: str
+    options_class: str
+    score: str
+    label: str
+    scale: float = 1.0
+    decimals: int = 2
+    higher_is_better: bool = True
+
+    def selection(self, options: Any) -> tuple[str, bool]:
+        """The validation score that chooses checkpoints and hyper-parameters, and whether higher is better."""
+        name = getattr(options, "best_metric", self.score)
+        return name, self.higher_is_better if name == self.score else name != "loss"
+
+
+RECIPES = {
+    "classification": Recipe(
+        script="classification.py",
+        options_class="ClassificationOptions",
+        score="accuracy",
+        label="accuracy (%)",
+        scale=100.0,
+    ),
+    "translation": Recipe(
+        script="translation.py",
+        options_class="TranslationOptions",
+        score="bleu_tokenized_lowercase",
+        label="BLEU (Moses tokens, lower case)",
+    ),
+    "language_modeling": Recipe(
+        script="language_modeling.py",
+        options_class="LanguageModelingOptions",
+        score="bits_per_character",
+        label="bits per character",
+        decimals=3,
+        higher_is_better=False,
+    ),
+}
+
+
+class RecordError(ValueError):
+    """The file in which a run wrote down its end is broken."""
+
+
+@dataclass
+class Run:
+    """One run of a recipe: where it is and what its folder says of it."""
+
+    norm: str
+    seed: int
+    folder: Path
+    choice: dict[str, Any] = dataclasses.field(default_factory=dict)  # the point of the grid
+
+    @property
+    def status(self) -> str:
+        """`finished`, `diverged`, or `unfinished`."""
+        if (self.folder / "results.json").is_file():
+            return "finished"
+        return "diverged" if (self.folder / "diverged.json").is_file() else "unfinished"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the recipe wrote at the end of the run; empty as long as it has not ended."""
+        names = {"finished": "results.json", "diverged": "diverged.json"}
+        name = names.get(self.status)
+        if name is None:
+            return {}
+        path = self.folder / name
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecordError(f"{path} cannot be read ({error}): delete {self.folder} to run it again") from error
+        if not isinstance(record, dict) or "options" not in record:
+            raise RecordError(f"{path} was not written by a recipe: delete {self.folder} to run it again")
+        return record
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """The histories of losses and scores, also those of a run that did not finish."""
+        record = self.record
+        if "history" in record:
+            return record
+        found = sorted(self.folder.glob("checkpoint-*/progress.json"), key=lambda path: path.stat().st_mtime)
+        return json.loads(found[-1].read_text(encoding="utf-8")) if found else {}
+
+
+def outcome(run: Run) -> str:
+    """How a run ended, in words."""
+    return f"diverged at step {run.record['step']}" if run.status == "diverged" else run.status
+
+
+def example_statistics(recipe: Recipe, run: Run) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """What the run's score needs of every test example, and the score of sums of it; see `significance`."""
+    if recipe.script == "classification.py":
+        answers = json.loads((run.folder / "test_predictions.json").read_text(encoding="utf-8"))
+        correct = np.equal(answers["predictions"], answers["labels"])
+        return np.stack([correct, np.ones_like(correct)], axis=1), lambda sums: 100 * sums[:, 0] / sums[:, 1]
+    if recipe.script == "language_modeling.py":
+        bits = json.loads((run.folder / "test_bits.json").read_text(encoding="utf-8"))
+        return np.asarray([bits["bits"], bits["characters"]]).T, lambda sums: sums[:, 0] / sums[:, 1]
+    return _bleu_statistics(run)
+
+
+def _bleu_statistics(run: Run) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    from sacrebleu.metrics import BLEU
+
+    from tasks.bleu import moses_tokenize
+
+    lines = (run.folder / "test_translations.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    lang = run.record["options"]["target_lang"]
+    hypotheses = moses_tokenize([row["translation"] for row in rows], lang)
+    references = moses_tokenize([row["reference"] for row in rows], lang)
+    # effective_order is what sacreBLEU asks for on single sentences; it does not touch the counts taken here.
+    metric = BLEU(lowercase=True, tokenize="none", force=True, effective_order=True)
+    counts = []
+    for hypothesis, reference in zip(hypotheses, references, strict=True):
+        result = metric.sentence_score(hypothesis, [reference])
+        counts.append([*result.counts, *result.totals, result.sys_len, result.ref_len])
+
+    def score(sums: np.ndarray) -> np.ndarray:
+        rows = sums.astype(int).tolist()
+        return np.asarray([BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9]).score for row in rows])
+
+    return np.asarray(counts), score
+
+
+def summarize(
+    runs: Sequence[Run],
+    search: Sequence[Run],
+    recipe: Recipe,
+    *,
+    title: str,
+    column: str | None,
+    command: str,
+    num_resamples: int,
+) -> dict[str, Any]:
+    """Everything that the report shows, as JSON values. Scores are those of the test split, or without one of the
+    validation split."""
+    finished = [run for run in runs if run.status == "finished"]
+    records = {id(run): run.record for run in finished}
+    split = "test" if all(record["test"] for record in records.values()) else "validation"
+    scores: dict[str, dict[int, float]] = {}
+    for run in finished:
+        score = records[id(run)][split][recipe.score]  # null: not finite
+        scores.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score * recipe.scale
+    differences = _differences(finished, scores, recipe, split, num_resamples)
+    rows = []
+    for norm in dict.fromkeys(run.norm for run in runs):
+        values = list(scores.get(norm, {}).values())
+        rows.append(
+            {
+                "norm": norm,
+                "scores": scores.get(norm, {}),
+                "mean": statistics.fmean(values) if values else None,
+                "sd": statistics.stdev(values) if len(values) > 1 else None,
+                "diverged": {run.seed: run.record["step"] for run in runs if run.norm == norm and _diverged(run)},
+                "unfinished": [run.seed for run in runs if run.norm == norm and run.status == "unfinished"],
+                "parameters": next(
+                    (run.record["parameters"] for run in runs if run.norm == norm and run.record), None
+                ),
+                "choice": next((run.choice for run in runs if run.norm == norm), {}),
+                "tried": max(1, sum(run.norm == norm for run in search)),
+                **differences.get(norm, {"over_examples": None, "over_seeds": None}),
+            }
+        )
+    return {
+        "title": title,
+        "column": column,
+        "split": split,
+        "score": recipe.score,
+        "label": recipe.label,
+        "decimals": recipe.decimals,
+        "higher_is_better": recipe.higher_is_better,
+        "rows": rows,
+        "num_resamples": num_resamples,
+        "num_test_examples": _num_examples(finished, recipe, split),
+        "command": command,
+        "versions": versions(),
+        "machine": f"{cpu_count()} CPU cores, {_accelerators()}, {platform.machine()}",
+    }
+
+
+def _diverged(run: Run) -> bool:
+    return run.status == "diverged"
+
+
+def _accelerators() -> str:
+    count = torch.cuda.device_count()
+    return f"{count} x {torch.cuda.get_device_name(0)}" if count else "no GPU"
+
+
+def _num_examples(finished: Sequence[Run], recipe: Recipe, split: str) -> int | None:
+    return len(example_statistics(recipe, finished[0])[0]) if finished and split == "test" else None
+
+
+def _differences(
+    finished: Sequence[Run],
+    scores: Mapping[str, Mapping[int, float]],
+    recipe: Recipe,
+    split: str,
+    num_resamples: int,
+) -> dict[str, dict[str, Any]]:
+    """Per norm its difference from LayerNorm, over the seeds that both finished."""
+    resampled: dict[tuple[str, int], np.ndarray] = {}
+    if split == "test" and finished:
+        found = [example_statistics(recipe, run) for run in finished]
+        table = bootstrap_scores([rows for rows, _ in found], found[0][1], num_resamples=num_resamples)
+        resampled = {(run.norm, run.seed): row for run, row in zip(finished, table, strict=True)}
+    differences: dict[str, dict[str, Any]] = {}
+    over_examples: dict[str, Difference] = {}
+    for norm in scores.keys() - {BASELINE}:
+        seeds = sorted(scores[norm].keys() & scores.get(BASELINE, {}).keys())
+        if not seeds:
+            continue
+        entry: dict[str, Any] = {"over_examples": None, "over_seeds": None}
+        if resampled:
+            over_examples[norm] = paired_difference(
+                np.stack([resampled[norm, seed] for seed in seeds]),
+                np.stack([resampled[BASELINE, seed] for seed in seeds]),
+            )
+            entry["over_examples"] = dataclasses.asdict(over_examples[norm])
+        if len(seeds) >= MIN_SEEDS:
+            pairs = [[scores[name][seed] for seed in seeds] for name in (norm, BASELINE)]
+            entry["over_seeds"] = dataclasses.asdict(difference_over_seeds(*pairs, num_resamples=num_resamples))
+        differences[norm] = entry
+    for norm, p in holm({norm: difference.p for norm, difference in over_examples.items()}).items():
+        differences[norm]["over_examples"]["p_holm"] = p
+    return differences

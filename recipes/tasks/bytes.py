@@ -1,0 +1,139 @@
+"""Text as a stream of bytes: splits of a file, segments to train on, windows to score, a tokeniser of bytes."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from common.options import option
+from tasks.data import DataError
+
+NUM_BYTES = 256
+
+
+@dataclass(kw_only=True)
+class ByteDataOptions:
+    """A text file, read as bytes; validation and test are its end, as usual for enwik8, or files of their own."""
+
+    train_file: str | None = option(None, "text file: plain, .gz, .bz2, or .zip of one file")
+    validation_file: str | None = option(None, "its own validation file, instead of the end of train_file")
+    test_file: str | None = option(None, "its own test file, instead of the end of train_file")
+    validation_characters: int | None = option(5_000_000, "bytes of train_file before the test to validate on")
+    test_characters: int | None = option(5_000_000, "last bytes of train_file to test on")
+    score_test: bool = option(True, "score the best model on the test split at the end")
+    max_train_characters: int | None = option(None, "use only the first so many bytes of what is left to train on")
+    sequence_length: int = option(512, "bytes the model sees at once")
+    eval_stride: int = option(256, "bytes scored in each window of sequence_length; the rest of it is context")
+    max_validation_samples: int | None = option(None, "score only the first so many windows during training")
+
+
+def read_bytes(file: str | Path, option_name: str) -> np.ndarray:
+    """The bytes of a file, decompressed by its ending, as uint8. Raises DataError naming the option and the file."""
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"--{option_name} {file}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                if len(names) != 1:
+                    raise DataError(f"{file}: expected an archive of one file, it holds {len(names)}")
+                data = archive.read(names[0])
+        elif path.suffix in {".gz", ".bz2"}:
+            data = {".gz": gzip, ".bz2": bz2}[path.suffix].decompress(path.read_bytes())
+        else:
+            data = path.read_bytes()
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def load_byte_splits(options: ByteDataOptions) -> dict[str, np.ndarray]:
+    """`train`, `validation` and, when there is one, `test`.
+
+    The end of the train file is test, what lies before it validation, unless they have files of their own. Raises
+    DataError for a missing or unreadable file, and for splits too short for a window.
+    """
+    if options.train_file is None:
+        raise DataError("--train_file is missing: the text to train on")
+    train = read_bytes(options.train_file, "train_file")
+    splits = {}
+    for split in ("test", "validation"):
+        file, length = getattr(options, f"{split}_file"), getattr(options, f"{split}_characters")
+        if file is not None:
+            splits[split] = read_bytes(file, f"{split}_file")
+        elif length:
+            if not 0 < length < len(train):
+                raise DataError(
+                    f"--{split}_characters {length:,}: only {len(train):,} bytes of {options.train_file} are left"
+                )
+            splits[split], train = train[-length:], train[:-length]
+    if "validation" not in splits:
+        raise DataError("no validation data: give --validation_characters or --validation_file")
+    splits["train"] = train[: options.max_train_characters]
+    for split, data in splits.items():
+        if len(data) <= options.sequence_length:
+            raise DataError(
+                f"the {split} split has {len(data):,} bytes: too few for a sequence of {options.sequence_length} and "
+                "the byte after it"
+            )
+    return splits
+
+
+class Segments:
+    """Consecutive segments of `length` inputs, each with the byte that follows as its last target."""
+
+    def __init__(self, data: np.ndarray, length: int):
+        self.data, self.length = data, length
+
+    def __len__(self) -> int:
+        return (len(self.data) - 1) // self.length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """`length + 1` bytes."""
+        start = index * self.length
+        return self.data[start : start + self.length + 1]
+
+
+class Windows:
+    """Windows that together score every byte but the first exactly once: the first window all of its bytes, the others
+    their last `stride`, which so have at least `length - stride` bytes of context."""
+
+    def __init__(self, data: np.ndarray, length: int, stride: int):
+        self.data, self.length, self.stride = data, length, stride
+
+    def __len__(self) -> int:
+        return 1 + max(0, -(-(len(self.data) - 1 - self.length) // self.stride))
+
+    def span(self, index: int) -> tuple[int, int, int]:
+        """Where the inputs begin, where the targets scored begin and end, as positions of `data`."""
+        first = 1 if index == 0 else 1 + self.length + (index - 1) * self.stride
+        last = min(1 + self.length + index * self.stride, len(self.data))
+        return last - 1 - self.length, first, last
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """`length + 1` bytes, and how many of them, the last, are scored."""
+        begin, first, last = self.span(index)
+        return self.data[begin:last], last - first
+
+
+def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """A tokeniser whose ids are the bytes of the text, saved with the model for stock pipelines."""
+    # GPT-2's table: bytes that print stand for themselves, the others for letters from 256 on, in order.
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(NUM_BYTES) if byte not in printing]
+    letters = {byte: chr(byte) for byte in printing} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in letters.items()}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=max_length, clean_up_tokenization_spaces=False
+    )

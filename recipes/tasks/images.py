@@ -1,0 +1,194 @@
+"""Image classification: from the options to splits of images, an image processor and a model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Image
+from PIL import Image as PilImage
+from PIL import ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
+
+from common.evaluation import main_first
+from common.options import OptionError, option
+from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
+from tasks.data import DataError, check_column, load_splits, resolve_labels
+from tasks.text import Task, build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
+
+Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
+
+
+@dataclass(kw_only=True)
+class ImageOptions:
+    """Images and their augmentation in training (task: image)."""
+
+    image_column: str = option("image", "column of the image: an image, its bytes or its path")
+    image_size: int | None = option(None, "side that images are scaled to; by default the model's")
+    random_crop_padding: int = option(0, "pad by so many pixels and crop back at a random place")
+    random_resized_crop: float | None = option(None, "crop a random part, at least this share of the area")
+    random_rotation: float = option(0.0, "turn by up to so many degrees")
+    horizontal_flip: bool = option(False, "mirror every second image")
+
+
+def prepare_image(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Task:
+    """Load and check the data and the image processor. `options` has DataOptions, ImageOptions and ModelOptions.
+
+    All images become RGB, as stock pipelines make them. Raises DataError or OptionError for whatever would stop the
+    training later.
+    """
+    check_model_source(options)
+    _check_ranges(options)
+    raw = main_first(accelerator, lambda: load_splits(options))
+    for split, data in raw.items():
+        check_column(data, split, options.image_column, "image_column")
+    names, labels = resolve_labels(raw, options.label_column, options.label_names)
+    files = {split: getattr(options, f"{split}_file") for split in raw}
+    splits = {split: _as_images(data, options.image_column, files[split]) for split, data in raw.items()}
+    main_first(accelerator, lambda: _check_images(splits, options.image_column, accelerator))
+    processor = main_first(accelerator, lambda: _processor(options))
+
+    def collate(rows: list[dict[str, Any]], augment: Callable[[PilImage.Image, int], PilImage.Image]) -> Any:
+        images = [open_image(row[options.image_column], f"row {row['index']}") for row in rows]
+        images = [augment(image, row["index"]) for image, row in zip(images, rows, strict=True)]
+        batch_labels = torch.tensor([row["labels"] for row in rows])
+        return {**processor(images=images, return_tensors="pt"), "labels": batch_labels}
+
+    def train_collate(epoch: int) -> Collate:
+        return partial(collate, augment=partial(augmented, options=options, epoch=epoch))
+
+    numbered = {
+        split: data.select_columns(options.image_column)
+        .add_column("labels", labels[split])
+        .add_column("index", np.arange(len(data)))
+        for split, data in splits.items()
+    }
+    return Task(
+        splits=numbered,
+        lengths={split: [1] * len(data) for split, data in numbered.items()},
+        raw_test=splits.get("test"),
+        label_names=names,
+        collate=partial(collate, augment=lambda image, index: image),
+        processor=processor,
+        build_model=lambda: _build_model(options, names),
+        columns=[options.image_column],
+        train_collate=train_collate,
+        auto_class=AutoModelForImageClassification,
+    )
+
+
+def _check_ranges(options: Any) -> None:
+    if options.image_size is not None and options.image_size < 1:
+        raise OptionError(f"--image_size must be positive, got {options.image_size}")
+    if options.random_crop_padding < 0:
+        raise OptionError(f"--random_crop_padding must be at least 0, got {options.random_crop_padding}")
+    if options.random_resized_crop is not None and not 0 < options.random_resized_crop <= 1:
+        raise OptionError(f"--random_resized_crop must be in (0, 1], got {options.random_resized_crop}")
+    if not 0 <= options.random_rotation <= 180:
+        raise OptionError(f"--random_rotation must be between 0 and 180 degrees, got {options.random_rotation}")
+
+
+def _as_images(data: Dataset, column: str, file: str | None) -> Dataset:
+    """The column as encoded images; relative paths are relative to the file that names them."""
+    if getattr(data.features[column], "dtype", None) == "string":
+        folder = Path(file).resolve().parent if file else Path()
+        data = data.map(lambda row: {column: None if row[column] is None else str(folder / row[column])})
+    try:
+        return data.cast_column(column, Image(decode=False))
+    except Exception as error:  # of pyarrow's making, by version
+        raise DataError(f"column {column!r} holds {data.features[column]}, not images or paths of images") from error
+
+
+def _check_images(splits: dict[str, Dataset], column: str, accelerator: Accelerator) -> None:
+    """Raise DataError saying where unless the headers of all images can be read. One process looks."""
+    if not accelerator.is_main_process:
+        return
+    for split, data in splits.items():
+        for row, value in enumerate(data[column]):
+            with _opened(value, f"{split} split, row {row}"):
+                pass
+
+
+def open_image(value: dict[str, Any] | None, where: str) -> PilImage.Image:
+    """An encoded image, as RGB; one of 16 bits is scaled to 8. Raises DataError saying where it cannot be read."""
+    with _opened(value, where) as image:
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            values = np.asarray(image).astype(np.int64)
+            if image.mode != "I" or values.max(initial=0) > 255:  # 32 bits may hold 8 as well
+                values //= 257
+            return PilImage.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(value: dict[str, Any] | None, where: str) -> Iterator[PilImage.Image]:
+    if value is None:
+        raise DataError(f"{where}: there is no image")
+    try:
+        source = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
+        with PilImage.open(source) as image:
+            yield image
+    except (OSError, TypeError, SyntaxError, PilImage.DecompressionBombError) as error:
+        raise DataError(f"{where}: not a readable image: {error}") from error
+
+
+def augmented(image: PilImage.Image, index: int, *, options: Any, epoch: int) -> PilImage.Image:
+    """A random variant of an image, that depends on seed, epoch and example alone: however a run is divided over
+    workers and processes, or resumed, it sees the same images."""
+    draw = np.random.default_rng((options.seed, epoch, index))
+    width, height = image.size
+    if options.random_rotation:
+        image = image.rotate(draw.uniform(-1, 1) * options.random_rotation, PilImage.Resampling.BILINEAR)
+    if options.random_crop_padding:
+        padding = options.random_crop_padding
+        left, top = draw.integers(2 * padding + 1, size=2).tolist()
+        image = ImageOps.expand(image, padding).crop((left, top, left + width, top + height))
+    if options.random_resized_crop is not None:
+        ratio = np.exp(draw.uniform(-1, 1) * np.log(4 / 3))  # width to height, as usual from 3/4 to 4/3
+        area = draw.uniform(options.random_resized_crop, 1) * width * height
+        w, h = min(width, round(np.sqrt(area * ratio)) or 1), min(height, round(np.sqrt(area / ratio)) or 1)
+        left, top = int(draw.integers(width - w + 1)), int(draw.integers(height - h + 1))
+        image = image.resize((width, height), PilImage.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+    if options.horizontal_flip and draw.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return image
+
+
+def _processor(options: Any) -> Any:
+    if options.model_name_or_path:
+        processor = load_pretrained(AutoImageProcessor, options.model_name_or_path)
+        if options.image_size:
+            processor.size = {"height": options.image_size, "width": options.image_size}
+        return processor
+    side = options.image_size or getattr(fresh_config(options), "image_size", None)
+    if not isinstance(side, int):
+        raise OptionError("--image_size is missing: the model's config does not tell the size of its images")
+    half = [0.5] * 3
+    return ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=half, image_std=half)
+
+
+def _build_model(options: Any, names: Sequence[str]) -> PreTrainedModel:
+    if options.model_name_or_path:
+        model = load_pretrained(AutoModelForImageClassification, options.model_name_or_path, **label_mappings(names))
+    else:
+        sizes = {"image_size": options.image_size} if options.image_size else {}
+        side = options.model_config.get("image_size", options.image_size)
+        if options.image_size and side not in (options.image_size, [options.image_size] * 2):
+            raise OptionError(
+                f"--image_size {options.image_size} is not the image_size of model_config, "
+                f"{options.model_config['image_size']}: leave one of them out"
+            )
+        config = fresh_config(options, **sizes, **label_mappings(names))
+        model = build_fresh(AutoModelForImageClassification, config)
+    channels = getattr(model.config, "num_channels", 3)
+    if channels != 3:
+        raise OptionError(f"the model's num_channels is {channels}; images are read as RGB: it must be 3")
+    return model

@@ -1,0 +1,281 @@
+"""Text classification, of single texts or of pairs: from the options to tokenised splits and a model."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from common.checkpoints import publish_folder
+from common.evaluation import main_first
+from common.options import OptionError, option
+from tasks.data import DataOptions, check_text_column, load_splits, resolve_labels
+from tasks.tokenization import train_encoder_tokenizer
+
+
+@dataclass(kw_only=True)
+class TextOptions(DataOptions):
+    """Columns and tokeniser of a text classification task."""
+
+    text_column: str = option("text", "column of the text")
+    text_pair_column: str | None = option(None, "column of the second text, for sentence pairs")
+    label_column: str = option("label", "column of the class: integers from 0, or names")
+    split_sizes: list[int] | None = option(
+        None, "divide all examples at random into so many for train, validation and test (two numbers: test stays)"
+    )
+    score_test: bool = option(True, "score the best model on the test split at the end")
+    label_names: list[str] | None = option(None, "the classes in order; by default taken from the training data")
+    max_length: int = option(128, "longest text in tokens; what is beyond is cut off")
+    tokenizer: Literal["word", "wordpiece", "bpe"] = option(
+        "word", "tokeniser trained on the training data when the model starts from model_config"
+    )
+    vocab_size: int = option(30000, "largest size of its vocabulary")
+    min_frequency: int = option(2, "a word must occur this often to be in its vocabulary")
+    lowercase: bool = option(True, "whether it lower-cases")
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """The model: a pretrained one, or a fresh one built from a config."""
+
+    model_name_or_path: str | None = option(None, "pretrained model on the Hub or in a folder")
+    model_config: dict[str, Any] = option({}, "config of a fresh model: model_type and any of its fields")
+
+
+@dataclass
+class Task:
+    """What the training loop needs to know of a task.
+
+    `splits` holds `train`, `validation` and, when there is one, `test`, each with a `labels` column; `raw_test` is the
+    test split as it was loaded, of which the `columns` are what is classified, for prediction in a fresh process;
+    `processor` is saved with the model. `train_collate(epoch)` gives the training batches of an epoch, `collate` those
+    of evaluation.
+    """
+
+    splits: dict[str, Dataset]
+    lengths: dict[str, list[int]]
+    raw_test: Dataset | None
+    label_names: list[str]
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    processor: Any
+    build_model: Callable[[], PreTrainedModel]
+    columns: list[str]
+    train_collate: Callable[[int], Callable[[list[Any]], dict[str, torch.Tensor]]]
+    auto_class: type
+
+
+def check_model_source(options: Any) -> None:
+    """Raise OptionError unless the model is either pretrained or fresh."""
+    if bool(options.model_name_or_path) == bool(options.model_config):
+        raise OptionError("give either --model_name_or_path or model_config (with a model_type), not both or none")
+
+
+def label_mappings(names: Sequence[str]) -> dict[str, Any]:
+    """What a model's config says of the classes."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
+    """The config of a fresh model: `values`, then `model_config`, which must name a model_type.
+
+    Raises OptionError for an unknown model_type, for a field that its config does not have, and for one that does not
+    go with `values`.
+    """
+    sizes = dict(options.model_config)
+    model_type = sizes.pop("model_type", None)
+    if model_type is None:
+        raise OptionError("model_config needs a model_type, for instance bert")
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise OptionError(f"model_config: transformers has no model_type {model_type!r}{hint}")
+    try:
+        config = AutoConfig.for_model(model_type, **{**values, **sizes})
+    except Exception as error:  # transformers checks fields by classes of its own
+        raise OptionError(f"model_config of {model_type}: {' '.join(str(error).split())}") from error
+    known = _fields(model_type) | values.keys()
+    for name, value in sizes.items():
+        if len(known) > len(values) and name not in known and not _has_effect(config, name, {**values, **sizes}):
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise OptionError(f"model_config: {model_type} has no field {name!r}{hint}")
+        if isinstance(value, int) and value < 0 and re.search(r"^(num|n)_|_(size|dim|layers)$", name):
+            raise OptionError(f"model_config: {name} must not be negative, got {value}")
+        if name == "pad_token_id" and values.get(name) not in (None, value):
+            raise OptionError(f"model_config: {name} is {values[name]} in the tokeniser, not {value}: leave it out")
+    if sizes.get("vocab_size", math.inf) < values.get("vocab_size", 0):
+        raise OptionError(
+            f"model_config: vocab_size {sizes['vocab_size']} is less than the tokeniser's {values['vocab_size']}: "
+            "leave it out"
+        )
+    return config
+
+
+def _fields(model_type: str) -> set[str]:
+    """What a config of this type takes; nothing where it has no defaults to tell it by."""
+    try:
+        config = AutoConfig.for_model(model_type)
+    except Exception:  # of whatever kind the config makes of no arguments
+        return set()
+    # Some are properties, and the attention is chosen by a name that no attribute has.
+    return {*vars(config), *dir(type(config)), *config.attribute_map, "attn_implementation", "torch_dtype"}
+
+
+def _has_effect(config: PreTrainedConfig, name: str, given: dict[str, Any]) -> bool:
+    """Whether a field that the config does not declare is one all the same: it changes others (`rope_theta`), or the
+    model's code reads it (`position_buckets`)."""
+    without = AutoConfig.for_model(config.model_type, **{key: value for key, value in given.items() if key != name})
+    fields = {key: value for key, value in config.to_dict().items() if key != name}
+    if fields != without.to_dict():
+        return True
+    code = Path(inspect.getfile(type(config)))
+    modeling = code.with_name(code.name.replace("configuration_", "modeling_"))
+    return modeling.is_file() and re.search(rf"\b{re.escape(name)}\b", modeling.read_text("utf-8")) is not None
+
+
+def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """A fresh model. Raises OptionError, in the model's own words, for a config that it cannot be built from."""
+    try:
+        return auto_class.from_config(config)
+    except OptionError:
+        raise
+    except Exception as error:  # of whatever kind the model makes of it
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise OptionError(f"model_config: no {config.model_type} can be built from it: {said}") from error
+
+
+def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """What `auto_class` loads by `name`. Raises OptionError naming the option when there is no such thing."""
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except OSError as error:
+        said = str(error).strip().splitlines()
+        raise OptionError(f"--model_name_or_path {name}: {said[0] if said else type(error).__name__}") from error
+
+
+def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Task:
+    """Load and check the data, train or load the tokeniser, tokenise. `options` has TextOptions and ModelOptions.
+
+    Raises DataError or OptionError for whatever would stop the training later.
+    """
+    check_model_source(options)
+    if options.max_length < 3:
+        raise OptionError(f"--max_length must be at least 3 tokens, got {options.max_length}")
+    raw = main_first(accelerator, lambda: load_splits(options))
+    columns = [options.text_column, *([options.text_pair_column] if options.text_pair_column else [])]
+    check_text_column(raw, options.text_column, "text_column")
+    if options.text_pair_column:
+        check_text_column(raw, options.text_pair_column, "text_pair_column")
+    names, labels = resolve_labels(raw, options.label_column, options.label_names)
+
+    if options.model_name_or_path:
+        tokenizer = main_first(accelerator, lambda: load_pretrained(AutoTokenizer, options.model_name_or_path))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    else:
+        tokenizer = _trained_tokenizer(raw["train"], columns, options, accelerator, output_dir, resuming)
+    tokenizer.model_max_length = options.max_length
+    # It recommends __call__ over pad, which does not apply: texts are tokenised once and padded in every batch.
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+
+    def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = tokenizer(*(rows[column] for column in columns), truncation=True, max_length=options.max_length)
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    def prepare(split: str) -> Dataset:
+        data = raw[split].map(
+            tokenize,
+            batched=True,
+            remove_columns=raw[split].column_names,
+            num_proc=options.preprocessing_workers,
+            desc=f"Tokenising {split}",
+        )
+        return data.add_column("labels", labels[split])
+
+    splits = main_first(accelerator, lambda: {split: prepare(split) for split in raw})
+    lengths = {split: data["length"][:] for split, data in splits.items()}
+    splits = {split: data.remove_columns("length") for split, data in splits.items()}
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch_labels = torch.tensor([row.pop("labels") for row in rows])
+        return {**tokenizer.pad(rows, return_tensors="pt"), "labels": batch_labels}
+
+    return Task(
+        splits=splits,
+        lengths=lengths,
+        raw_test=raw.get("test"),
+        label_names=names,
+        collate=collate,
+        processor=tokenizer,
+        build_model=lambda: _build_model(options, tokenizer, names),
+        columns=columns,
+        train_collate=lambda epoch: collate,
+        auto_class=AutoModelForSequenceClassification,
+    )
+
+
+def _trained_tokenizer(
+    data: Dataset,
+    columns: list[str],
+    options: Any,
+    accelerator: Accelerator,
+    output_dir: Path,
+    resuming: bool,
+) -> Any:
+    folder = output_dir / "tokenizer"
+    if accelerator.is_main_process and not (resuming and folder.exists()):
+        tokenizer = train_encoder_tokenizer(
+            (text for column in columns for text in data[column]),
+            kind=options.tokenizer,
+            vocab_size=options.vocab_size,
+            min_frequency=options.min_frequency,
+            lowercase=options.lowercase,
+            max_length=options.max_length,
+        )
+        temporary = output_dir / ".tmp-tokenizer"
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(temporary)
+        publish_folder(temporary, folder)
+    accelerator.wait_for_everyone()
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedModel:
+    labels = label_mappings(names)
+    if options.model_name_or_path:
+        model = load_pretrained(AutoModelForSequenceClassification, options.model_name_or_path, **labels)
+    else:
+        special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        config = fresh_config(options, **special, **labels)
+        model = build_fresh(AutoModelForSequenceClassification, config)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if positions and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # as RoBERTa counts, the first position comes after that of padding
+    if positions is not None and positions < options.max_length:
+        raise OptionError(f"--max_length {options.max_length} is beyond the model's {positions} positions")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model

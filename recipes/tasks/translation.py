@@ -1,0 +1,333 @@
+"""Translation: from the options to tokenised splits, a collate function and a model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from common.checkpoints import publish_folder
+from common.evaluation import main_first
+from common.options import OptionError, option
+from tasks.bleu import moses_detokenize
+from tasks.data import DataError
+from tasks.joint_bpe import train_joint_bpe
+from tasks.parallel_text import REFERENCE, SOURCE, TARGET, ParallelOptions, load_pairs
+from tasks.text import build_fresh, fresh_config, load_pretrained
+
+IGNORED = -100  # the label of padding
+
+
+@dataclass(kw_only=True)
+class TranslationDataOptions(ParallelOptions):
+    """Tokeniser and lengths."""
+
+    vocab_size: int = option(8000, "size of the joint BPE vocabulary trained for a fresh model")
+    lowercase: bool = option(False, "whether the trained tokeniser lower-cases, both languages")
+    max_source_length: int = option(128, "longest source in tokens; what is beyond is cut off")
+    max_target_length: int = option(128, "longest target in tokens; what is beyond is cut off")
+    source_lang_code: str | None = option(
+        None, "source language as a multilingual pretrained tokeniser names it, for instance de_DE"
+    )
+    target_lang_code: str | None = option(None, "target language as such a tokeniser names it")
+    source_prefix: str = option("", "put before every source text, for instance for T5")
+    cache_dir: str | None = option(None, "where tokenised splits are kept; by default in the cache of `datasets`")
+
+
+@dataclass(kw_only=True)
+class TranslationModelOptions:
+    """The model: a pretrained one, or a fresh one built from a config."""
+
+    model_name_or_path: str | None = option(None, "pretrained seq2seq model on the Hub or in a folder")
+    model_config: dict[str, Any] = option({}, "config of a fresh model: model_type and any of its fields")
+    dropout: float | None = option(None, "dropout; by default what the model's config says")
+    attention_dropout: float | None = option(None, "dropout of attention weights")
+    activation_dropout: float | None = option(None, "dropout after the feed-forward activation")
+    initialization: Literal["model", "xavier", "kaiming"] = option(
+        "model",
+        "initialisation of a fresh model: the model's own; Xavier, as in fairseq; or, as in the paper's De-En runs, "
+        "Xavier with Kaiming for the attention",
+    )
+
+
+@dataclass
+class TranslationTask:
+    """What the training loop needs to know.
+
+    `raw` holds the text columns of every split, `splits` their `input_ids` and `labels`, `lengths` the numbers of
+    tokens of sources and of targets. `restore` makes plain text of what was decoded.
+    """
+
+    raw: dict[str, Dataset]
+    splits: dict[str, Dataset]
+    lengths: dict[str, tuple[list[int], list[int]]]
+    tokenizer: Any
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+    build_model: Callable[[], PreTrainedModel]
+    restore: Callable[[list[str]], list[str]]
+
+
+def prepare_translation(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> TranslationTask:
+    """Load and check the data, train or load the tokeniser, tokenise.
+
+    Raises DataError or OptionError for whatever would stop the training later.
+    """
+    if bool(options.model_name_or_path) == bool(options.model_config):
+        raise OptionError("give either --model_name_or_path or model_config (with a model_type), not both or none")
+    for name in ("max_source_length", "max_target_length"):
+        if getattr(options, name) < 2:
+            raise OptionError(f"--{name} must be at least 2 tokens, got {getattr(options, name)}")
+    if options.model_name_or_path and options.initialization != "model":
+        raise OptionError(f"--initialization {options.initialization} is for fresh models; leave it out")
+    raw = main_first(accelerator, lambda: load_pairs(options))
+    for split in raw.keys() - {"train"}:
+        references(raw[split], split)
+    tokenizer = _tokenizer(raw["train"], options, accelerator, output_dir, resuming)
+    splits = main_first(
+        accelerator, lambda: {split: _tokenize(data, tokenizer, options) for split, data in raw.items()}
+    )
+    lengths = {split: (data["source_length"][:], data["target_length"][:]) for split, data in splits.items()}
+    splits = {split: data.select_columns(["input_ids", "labels"]) for split, data in splits.items()}
+
+    def restore(texts: list[str]) -> list[str]:
+        texts = [" ".join(text.split()) for text in texts]
+        return moses_detokenize(texts, options.target_lang) if options.text_preparation == "moses" else texts
+
+    return TranslationTask(
+        raw=raw,
+        splits=splits,
+        lengths=lengths,
+        tokenizer=tokenizer,
+        collate=_Collator(tokenizer.pad_token_id),
+        build_model=lambda: _build_model(options, tokenizer),
+        restore=restore,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ tokens
+
+
+def _tokenizer(data: Dataset, options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Any:
+    if options.model_name_or_path:
+        tokenizer = main_first(accelerator, lambda: load_pretrained(AutoTokenizer, options.model_name_or_path))
+        for attribute, name in (("src_lang", "source_lang_code"), ("tgt_lang", "target_lang_code")):
+            code = getattr(options, name)
+            if code is None:
+                if hasattr(type(tokenizer), "src_lang"):
+                    raise OptionError(f"--{name} is missing: {options.model_name_or_path} translates many languages")
+                continue
+            lang_token_id(tokenizer, code)
+            setattr(tokenizer, attribute, code)
+        return tokenizer
+    folder = output_dir / "tokenizer"
+    if accelerator.is_main_process and not (resuming and folder.exists()):
+        tokenizer = train_joint_bpe(
+            itertools.chain(data[SOURCE], data[TARGET]),
+            vocab_size=options.vocab_size,
+            lowercase=options.lowercase,
+            max_length=max(options.max_source_length, options.max_target_length),
+            split_punctuation=options.text_preparation != "moses",
+        )
+        temporary = output_dir / ".tmp-tokenizer"
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(temporary)
+        publish_folder(temporary, folder)
+    accelerator.wait_for_everyone()
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def lang_token_id(tokenizer: Any, code: str) -> int:
+    """The id of a language's token. Raises OptionError, naming the codes there are, when the tokeniser has none."""
+    if hasattr(tokenizer, "get_lang_id") and code in getattr(tokenizer, "lang_code_to_token", {}):
+        return tokenizer.get_lang_id(code)  # M2M100: `de` is written `__de__`
+    number = tokenizer.convert_tokens_to_ids(code)
+    if number is None or number == tokenizer.unk_token_id:
+        known = sorted(getattr(tokenizer, "lang_code_to_token", None) or getattr(tokenizer, "lang_code_to_id", {}))
+        known = known or list(tokenizer.all_special_tokens)
+        raise OptionError(f"language code {code!r} is none of the tokeniser's: {', '.join(map(str, known[:60]))}")
+    return number
+
+
+def _tokenize(data: Dataset, tokenizer: Any, options: Any) -> Dataset:
+    """`input_ids`, `labels` and their lengths, kept on the disk: the same text is tokenised once for all runs."""
+
+    def tokenize(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+        source = tokenizer(
+            [options.source_prefix + text for text in rows[SOURCE]],
+            truncation=True,
+            max_length=options.max_source_length,
+        )["input_ids"]
+        target = tokenizer(text_target=rows[TARGET], truncation=True, max_length=options.max_target_length)[
+            "input_ids"
+        ]
+        lengths = {"source_length": [len(ids) for ids in source], "target_length": [len(ids) for ids in target]}
+        return {"input_ids": source, "labels": target, **lengths}
+
+    key = hashlib.sha256()
+    for text in itertools.chain(data[SOURCE], data[TARGET]):
+        key.update(text.encode() + b"\n")
+    written = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    names = ("source_prefix", "max_source_length", "max_target_length", "source_lang_code", "target_lang_code")
+    key.update(json.dumps([written, [getattr(options, name) for name in names]]).encode())
+    name = key.hexdigest()[:32]
+    folder = Path(options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "adanorm-translation")
+    folder.mkdir(parents=True, exist_ok=True)
+    return data.map(
+        tokenize,
+        batched=True,
+        remove_columns=data.column_names,
+        num_proc=options.preprocessing_workers,
+        cache_file_name=str(folder / f"{name}.arrow"),
+        new_fingerprint=name,
+        load_from_cache_file=True,
+        desc="Tokenising",
+    )
+
+
+class _Collator:
+    """Pads source and target of a batch, each to its longest: int64 tensors of (batch, longest)."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids = _pad([row["input_ids"] for row in rows], self.pad_token_id)
+        mask = _pad([[1] * len(row["input_ids"]) for row in rows], 0)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "labels": _pad([row["labels"] for row in rows], IGNORED),
+        }
+
+
+def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads to predict `labels` (batch, length): they, shifted, behind its start token."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    shifted = torch.roll(labels, 1, dims=1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
+
+
+# ------------------------------------------------------------------------------------------------------- model
+
+
+def _build_model(options: Any, tokenizer: Any) -> PreTrainedModel:
+    dropouts = {
+        name: getattr(options, name)
+        for name in ("dropout", "attention_dropout", "activation_dropout")
+        if getattr(options, name) is not None
+    }
+    if options.model_name_or_path:
+        config = _with_dropouts(load_pretrained(AutoConfig, options.model_name_or_path), dropouts)
+        model = load_pretrained(AutoModelForSeq2SeqLM, options.model_name_or_path, config=config)
+    else:
+        special = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "decoder_start_token_id": tokenizer.eos_token_id,
+            "forced_eos_token_id": None,
+        }
+        if options.model_config.get("model_type") == "marian":
+            special |= {"decoder_vocab_size": len(tokenizer)}
+        config = _with_dropouts(fresh_config(options, **special), dropouts)
+        model = build_fresh(AutoModelForSeq2SeqLM, config)
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        if options.initialization != "model":
+            initialize(model, options.initialization)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(options.max_source_length, options.max_target_length)
+    if positions is not None and positions < longest and model.config.model_type != "m2m_100":
+        raise OptionError(f"a length of {longest} tokens is beyond the model's {positions} positions")
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+    settings = model.generation_config
+    settings.num_beams, settings.length_penalty = options.num_beams, options.length_penalty
+    settings.max_length = options.max_target_length
+    if options.target_lang_code is not None:
+        target = lang_token_id(tokenizer, options.target_lang_code)
+        example = tokenizer(text_target="a")["input_ids"]
+        if example[-1] == target:  # mBART-25: the language is what the decoder starts with
+            model.config.decoder_start_token_id = settings.decoder_start_token_id = target
+        elif example[0] == target:  # the others: it is the first token of every translation
+            settings.forced_bos_token_id = target
+    if model.config.decoder_start_token_id is None:
+        raise OptionError("the model has no decoder_start_token_id; give --target_lang_code")
+    return model
+
+
+def _with_dropouts(config: Any, dropouts: dict[str, float]) -> Any:
+    for name, value in dropouts.items():
+        field_name = {"dropout": "dropout_rate"}.get(name, name) if not hasattr(config, name) else name
+        if not hasattr(config, field_name):
+            raise OptionError(f"--{name}: {config.model_type} has no such dropout")
+        setattr(config, field_name, value)
+    return config
+
+
+@torch.no_grad()
+def initialize(model: PreTrainedModel, kind: Literal["xavier", "kaiming"]) -> None:
+    """Initialise all linear and embedding weights as the paper's runs do; biases become 0.
+
+    Linear layers: Xavier uniform; queries, keys and values as one matrix of three times the height. Embeddings: normal
+    with standard deviation width^-1/2. `kaiming` draws the attention's four matrices from U(-width^-1/2, width^-1/2),
+    which is Kaiming uniform with a = sqrt(5).
+
+    Raises OptionError for a model whose attention projections cannot be told by their names.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    found = 0
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Embedding):
+            if not module.weight.requires_grad:  # sinusoidal positions
+                continue
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            if module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.Linear) and id(module.weight) not in embeddings:
+            projection = leaf in {"q_proj", "k_proj", "v_proj"}
+            found += projection
+            if kind == "kaiming" and (projection or leaf == "out_proj"):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            else:
+                nn.init.xavier_uniform_(module.weight, gain=2**-0.5 if projection else 1.0)
+            if module.bias is not None:
+                module.bias.zero_()
+    if not found:
+        raise OptionError(
+            f"--initialization {kind}: {type(model).__name__} has no q_proj, k_proj and v_proj; leave it at 'model'"
+        )
+
+
+def source_texts(data: Dataset, prefix: str) -> list[str]:
+    """What `translate.py` is given for a split."""
+    return [" ".join((prefix + text).split("\n")) for text in data[SOURCE]]
+
+
+def references(data: Dataset, split: str = "") -> list[str]:
+    """The reference translations of a split, as they came, spaces apart. Raises DataError when all are empty."""
+    found = [" ".join(text.split()) for text in data[REFERENCE]]
+    if not any(found):
+        raise DataError(f"all references of the {split} split are empty")
+    return found

@@ -1,0 +1,479 @@
+"""Every model type in transformers' auto mappings: build tiny, patch, run, save, load elsewhere, compare, undo.
+
+    OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out sweep.csv        # all types; resumes; about half an hour
+    OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out sweep.csv --again --types bert,clip
+    python tests/campaigns/sweep.py --out sweep.csv --report                       # the totals alone
+    python tests/campaigns/sweep.py --out sweep.csv --markdown table.md --classes classes.md
+
+For each type one process builds a tiny model with random gains and biases, runs it, counts its mean-subtracting norms
+by a probe of the whole model (`norm_census`), saves an unpatched control, patches (C = 1.3, k = 0.07, eps = 2e-5),
+runs forward and backward, saves, takes the patch back and compares with the original bit for bit. A second process, in
+which nothing was patched, loads control and patched model with stock `from_pretrained` and compares weights, norm
+settings and outputs. Where the control itself does not come back bit for bit, the patched model may be as far off.
+Types without a mean-subtracting norm are patched with `targets="rmsnorm"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import transformers
+from torch import Tensor
+
+from hf_adanorm import patch_model, unpatch_model
+from hf_adanorm.detection import NormInfo, iter_norms
+from tests.zoo import tiny_inputs, tiny_models
+from tests.zoo.norm_census import census
+from tests.zoo.tiny_inputs import tensors
+
+SETTINGS: dict[str, Any] = {"C": 1.3, "k": 0.07, "eps": 2e-5}
+TRAIN_ONLY = ("reformer", "rwkv")  # no backward pass in eval mode
+MAX_PARAMETERS = 30_000_000
+STAGES = ("built", "forward before", "forward after", "backward", "saved", "round trip", "unpatch")
+FIELDS = ["model_type", "class", "way", "parameters", "targets", *STAGES, "counted", "swapped", "exercised",
+          "explained", "missed", "changed", "control exact", "seconds", "cpu seconds", "failed at", "reason", "inputs",
+          "norms"]  # fmt: skip
+
+
+class FailedError(Exception):
+    """A stage went wrong: its name and what happened."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(reason)
+        self.stage = stage
+
+
+# --- one type --------------------------------------------------------------------------------------------------------
+
+
+def find_runnable(model_type: str, row: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The first class and way to shrink it that builds and runs."""
+    ways = list(tiny_models.configs(model_type))
+    num_classes = len(tiny_models.model_classes(model_type, ways[0][1]))
+    if not num_classes:
+        raise FailedError("built", "no class of its own in transformers")
+    reasons: list[str] = []
+    for index in range(min(num_classes, 4)):
+        for way, fresh in ways:
+            config = copy.deepcopy(fresh)
+            cls = tiny_models.model_classes(model_type, config)[index]
+            try:
+                config = type(config).from_dict(config.to_dict())  # as it will be after saving
+                size = tiny_models.num_parameters(cls, config)
+                if size > MAX_PARAMETERS:
+                    reasons.append(f"{cls.__name__} ({way}) has {size / 1e6:.0f}M parameters")
+                    continue
+                model = tiny_models.build(cls, config)
+                row["built"] = "yes"
+                inputs, _ = tiny_inputs.run(model)
+            except Exception as error:
+                reasons.append(f"{cls.__name__} ({way}): {_short(error)}")
+                continue
+            row |= {"class": cls.__name__, "way": way, "parameters": size, "forward before": "yes"}
+            row["inputs"] = " ".join(inputs)
+            return model, inputs
+    raise FailedError("forward before" if row.get("built") else "built", reasons[0])
+
+
+def _short(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = f" at {Path(frame.filename).name}:{frame.lineno}" if frame else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+
+
+def forward(model: torch.nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """All floating tensors the model returns, every random draw seeded."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [t.detach().clone() for t in tensors(model(**copy.deepcopy(inputs)))]
+
+
+def distance(left: list[Tensor], right: list[Tensor]) -> float:
+    """The largest difference; inf if shapes differ, 0 where both are the same non-finite value."""
+    if [t.shape for t in left] != [t.shape for t in right]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if a.numel() == 0 or torch.equal(a, b):
+            continue
+        gap = (a.double() - b.double()).abs()
+        gap[(a == b) | (a.isnan() & b.isnan())] = 0
+        worst = max(worst, float(gap.nan_to_num(nan=float("inf")).max()))
+    return worst
+
+
+def norm_settings(model: torch.nn.Module) -> dict[str, Any]:
+    return {
+        name: [m.norm, m.C, m.k, m.eps, list(m.normalized_shape), m.channels_first, m.centered]
+        for name, m in model.named_modules()
+        if getattr(m, "is_adanorm_module", False)
+    }
+
+
+def formula(info: NormInfo) -> str:
+    if info.kind == "other":
+        return f"left alone: {info.reason}"
+    gain = "" if not info.has_gain else "w * " if not info.gain_offset else "(1 + w) * "
+    value = "(x - mean) / sqrt(var + eps)" if info.kind == "layernorm" else "x / sqrt(mean(x^2) + eps)"
+    return gain + value + (" + b" if info.has_bias else "") + (", channels first" if info.channels_first else "")
+
+
+def stage(name: str, row: dict[str, Any], action: Callable[[], Any]) -> Any:
+    try:
+        result = action()
+    except FailedError:
+        raise
+    except Exception as error:
+        raise FailedError(name, _short(error)) from error
+    row[name] = "yes"
+    return result
+
+
+def patch_and_save(model_type: str, folder: Path, row: dict[str, Any]) -> None:
+    """The first process: everything up to saving, and the undo."""
+    model, inputs = find_runnable(model_type, row)
+    original = forward(model, inputs)
+    noise = distance(original, forward(model, inputs))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    found, ran = census(model, lambda: model(**copy.deepcopy(inputs)))
+    infos = {name: (module, info) for name, module, info in iter_norms(model)}
+    row["norms"] = json.dumps(sorted({(type(m).__name__, formula(i)) for m, i in infos.values()}))
+    kinds = Counter(info.kind for _, info in infos.values() if not info.inside)
+    targets = "layernorm" if kinds["layernorm"] else "rmsnorm" if kinds["rmsnorm"] else ""
+    row |= {"targets": targets, "counted": len(found)}
+    if not targets:
+        _check_count(found, ran, set(), infos, row)
+        return
+
+    before: int | str
+    try:
+        before = backward(model, inputs)
+    except Exception as error:
+        before = _short(error)
+    model.save_pretrained(folder / "control")
+    stage("forward after", row, lambda: patch_model(model, "adanorm", targets=targets, **SETTINGS))
+    settings = norm_settings(model)
+    row |= {"swapped": len(settings), "exercised": len(ran & set(settings))}
+    _check_count(found, ran, set(settings), infos, row)
+    patched = stage("forward after", row, lambda: forward(model, inputs))
+    row["changed"] = "yes" if distance(original, patched) > 10 * noise else "no"
+    stage("backward", row, lambda: check_backward(model, inputs, before))
+    stage("saved", row, lambda: model.save_pretrained(folder / "patched"))
+    torch.save(
+        {"inputs": inputs, "patched": patched, "original": original, "noise": noise, "settings": settings,
+         "state": dict(model.state_dict()), "control_state": state},
+        folder / "expected.pt",
+    )  # fmt: skip
+
+    def undo() -> None:
+        unpatch_model(model)
+        after = model.state_dict()
+        if list(after) != list(state) or any(not torch.equal(after[k], v) for k, v in state.items()):
+            raise FailedError("unpatch", "weights differ from the original's")
+        if (gap := distance(original, forward(model, inputs))) > noise:
+            raise FailedError("unpatch", f"outputs differ from the original's by {gap:.1e}")
+
+    stage("unpatch", row, undo)
+
+
+def _check_count(
+    found: set[str], ran: set[str], swapped: set[str], infos: dict[str, tuple[Any, NormInfo]], row: dict[str, Any]
+) -> None:
+    """Swapped and explained norms are all there are, and nothing else was swapped (of what the forward ran)."""
+    explained = {name for name in found - swapped if _is_explained(name, infos)}
+    missed = sorted(found - swapped - explained)
+    wrong = sorted(name for name in swapped & ran - found if row["targets"] == "layernorm")
+    row |= {"explained": len(explained), "missed": " ".join(missed)}
+    if missed:
+        raise FailedError("forward after", f"not recognised: {missed[:3]}")
+    if wrong:
+        raise FailedError("forward after", f"swapped, though the probe says they subtract no mean: {wrong[:3]}")
+
+
+def _is_explained(name: str, infos: dict[str, tuple[Any, NormInfo]]) -> bool:
+    """Listed with a reason; a functional norm inside a listed conditioned norm is part of that one."""
+    return name in infos and (infos[name][1].kind == "other" or bool(infos[name][1].inside))
+
+
+def backward(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
+    """One backward pass through all outputs; the number of gradients that are not finite."""
+    torch.manual_seed(0)
+    model.requires_grad_(True)
+    model.train(model.config.model_type in TRAIN_ONLY)
+    try:
+        outputs = [t for t in tensors(model(**copy.deepcopy(inputs))) if t.requires_grad]
+        if not outputs:
+            raise FailedError("backward", "no output requires a gradient")
+        finite = [t.nan_to_num(posinf=0, neginf=0) for t in outputs]
+        torch.stack([t.square().mean() for t in finite]).sum().backward()
+    finally:
+        model.eval()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    if not grads:
+        raise FailedError("backward", "no parameter received a gradient")
+    return sum(not bool(torch.isfinite(g).all()) for g in grads)
+
+
+def check_backward(model: torch.nn.Module, inputs: dict[str, Any], before: int | str) -> None:
+    """The patched model trains wherever the unpatched one does."""
+    try:
+        bad = backward(model, inputs)
+    except Exception as error:
+        if isinstance(before, str):
+            raise FailedError("backward", f"unpatched neither: {before}") from error
+        raise
+    if isinstance(before, str) or bad > before:
+        raise FailedError("backward", f"{bad} gradients are not finite (unpatched: {before})")
+
+
+def load_and_compare(folder: Path, row: dict[str, Any]) -> None:
+    """The second process: stock loading of control and patched model."""
+    expected = torch.load(folder / "expected.pt", weights_only=False)
+
+    def compare() -> None:
+        config = transformers.AutoConfig.from_pretrained(folder / "control")
+        cls = next(c for c in tiny_models.model_classes(config.model_type, config) if c.__name__ == row["class"])
+        options = {"attn_implementation": "eager", "dtype": torch.float32}
+        try:
+            control = cls.from_pretrained(folder / "control", **options).eval()
+        except Exception as error:
+            raise FailedError("round trip", f"the unpatched control does not load either: {_short(error)}") from error
+        patched = cls.from_pretrained(folder / "patched", **options).eval()
+        control_gap = distance(expected["original"], forward(control, expected["inputs"]))
+        row["control exact"] = "yes" if control_gap == 0 else f"{control_gap:.1e}"
+        if norm_settings(patched) != expected["settings"]:
+            raise FailedError("round trip", "norm settings differ")
+        off_in_control = _differing(control.state_dict(), expected["control_state"])
+        off = [k for k in _differing(patched.state_dict(), expected["state"]) if k not in off_in_control]
+        if off:
+            raise FailedError("round trip", f"weights differ: {off[:3]}")
+        gap = distance(expected["patched"], forward(patched, expected["inputs"]))
+        if gap > max(10 * control_gap, expected["noise"]):
+            raise FailedError(
+                "round trip", f"outputs differ by {gap:.1e} (the unpatched control's by {control_gap:.1e})"
+            )
+
+    stage("round trip", row, compare)
+
+
+def _differing(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    keys = set(state) ^ set(expected)
+    same = (k for k in state.keys() & expected.keys())
+    return sorted(keys | {k for k in same if not _same(state[k], expected[k])})
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def warm_up() -> None:
+    """Build, save and load an unpatched model here, so that the forked processes inherit what that imports."""
+    import transformers.modelcard  # writing a patched model's card takes it, and with it the Trainer, peft ...
+
+    config = next(config for _, config in tiny_models.configs("bert"))
+    model = tiny_models.build(transformers.BertModel, config)
+    inputs, _ = tiny_inputs.run(model)
+    sum(t.sum() for t in tensors(model(**inputs))).backward()  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        transformers.AutoModel.from_pretrained(folder)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def in_fork(action: Callable[[dict[str, Any]], None], row: dict[str, Any], seconds: int) -> None:
+    """Run `action(row)` in a forked process with a time limit; what it wrote into row comes back.
+
+    Forking saves the imports: the parent has them done and never patches anything, so that a child is as fresh as a
+    new interpreter that imported hf_adanorm.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # CPU time: what a busy machine adds is no one's fault
+        signal.alarm(20 * seconds)
+        try:
+            action(row)
+        except FailedError as failure:
+            row |= {"failed at": failure.stage, "reason": str(failure)}
+        except BaseException as error:
+            row |= {"failed at": _next_stage(row), "reason": _short(error)}
+        with os.fdopen(write, "w") as stream:
+            json.dump(row, stream)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        text = stream.read()
+    _, status, usage = os.wait4(child, 0)
+    if text:
+        row |= json.loads(text)
+    else:
+        late = os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF)
+        cause = f"took longer than {seconds} s" if late else f"died with status {status}"
+        row |= {"failed at": _next_stage(row), "reason": cause}
+    row["cpu seconds"] = round(row.get("cpu seconds", 0) + usage.ru_utime + usage.ru_stime, 1)
+
+
+def _next_stage(row: dict[str, Any]) -> str:
+    return next((name for name in STAGES if not row.get(name)), STAGES[-1])
+
+
+def sweep_type(model_type: str, seconds: int) -> dict[str, Any]:
+    """One row of the table."""
+    start = time.time()
+    row: dict[str, Any] = {"model_type": model_type}
+    folder = Path(tempfile.mkdtemp(prefix="sweep_"))
+    try:
+        in_fork(lambda r: patch_and_save(model_type, folder, r), row, seconds)
+        if row.get("saved"):
+            failed = {k: row.pop(k) for k in ("failed at", "reason") if k in row}
+            in_fork(lambda r: load_and_compare(folder, r), row, seconds)
+            row |= failed
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    row["seconds"] = round(time.time() - start, 1)
+    return row
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    with path.open(newline="") as stream:
+        return {row["model_type"]: dict.fromkeys(FIELDS, "") | row for row in csv.DictReader(stream)}
+
+
+def write_rows(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, FIELDS, restval="")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+    partial.replace(path)
+
+
+def totals(rows: dict[str, dict[str, Any]]) -> str:
+    """Counts by stage, for all types and by what was swapped."""
+    groups = {
+        "all": list(rows.values()),
+        "layernorm": [r for r in rows.values() if r["targets"] == "layernorm"],
+        "rmsnorm only": [r for r in rows.values() if r["targets"] == "rmsnorm"],
+        "no such norm": [r for r in rows.values() if r["forward before"] and not r["targets"]],
+    }
+    lines = [f"{'':14s} types " + " ".join(f"{s:>14s}" for s in STAGES) + "   complete"]
+    for label, group in groups.items():
+        counts = " ".join(f"{sum(1 for r in group if r.get(s)):14d}" for s in STAGES)
+        complete = sum(1 for r in group if r["targets"] and all(r.get(s) for s in STAGES) and not r["failed at"])
+        lines.append(f"{label:14s} {len(group):5d} {counts} {complete:10d}")
+    wall, cpu = (sum(float(r[k] or 0) for r in rows.values()) / 60 for k in ("seconds", "cpu seconds"))
+    slowest = sorted(rows.values(), key=lambda r: -float(r["cpu seconds"] or 0))[:5]
+    lines.append(f"{wall:.1f} minutes in all, {cpu:.1f} of CPU time; most CPU seconds: ")
+    lines[-1] += ", ".join(f"{r['model_type']} {r['cpu seconds']}" for r in slowest)
+    return "\n".join(lines)
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The support table: what works by name, everything else with its cause."""
+    complete = [r for r in rows.values() if r["targets"] and all(r.get(s) for s in STAGES) and not r["failed at"]]
+    layer = [r["model_type"] for r in complete if r["targets"] == "layernorm"]
+    rms = [r["model_type"] for r in complete if r["targets"] == "rmsnorm"]
+    neither = [r["model_type"] for r in rows.values() if r["forward before"] and not r["targets"]]
+    idle = [r["model_type"] for r in complete if r["changed"] == "no" and r["exercised"] in ("", "0")]
+    lines = [
+        f"Patched, run forward and backward, saved, reloaded and undone: {len(complete)} of {len(rows)} types",
+        "", f"- LayerNorm ({len(layer)}): {', '.join(sorted(layer))}",
+        "", f'- RMSNorm only, with `targets="rmsnorm"` ({len(rms)}): {", ".join(sorted(rms))}',
+        "", f"- nothing to swap ({len(neither)}): {', '.join(sorted(neither))}",
+        "", "The inputs of these reached none of the swapped norms, so that their forward and backward passes say"
+        f" nothing about them, while saving, loading and undoing do ({len(idle)}): {', '.join(sorted(idle))}",
+        "", "| type | not verified from | cause |", "|---|---|---|",
+    ]  # fmt: skip
+    for row in rows.values():
+        if row["failed at"]:
+            reason = row["reason"].replace("|", "\\|")[:200]
+            lines.append(f"| {row['model_type']} | {row['failed at']} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def classes(rows: dict[str, dict[str, Any]]) -> str:
+    """Every norm class met, with the formula found for it."""
+    found: dict[str, set[str]] = {}
+    users: Counter[str] = Counter()
+    for row in rows.values():
+        for name, text in json.loads(row["norms"] or "[]"):
+            found.setdefault(name, set()).add(text)
+            users[name] += 1
+    lines = ["| class | types | formula |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {users[name]} | {'; '.join(t if 'left' in t else f'`{t}`' for t in sorted(found[name]))} |"
+        for name in sorted(found, key=lambda n: (sorted(found[n])[0], n))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="CSV file, read back to resume")
+    parser.add_argument("--types", help="comma-separated model types; default: all")
+    parser.add_argument("--again", action="store_true", help="redo types that are in the file already")
+    parser.add_argument("--failed", action="store_true", help="redo types that failed")
+    parser.add_argument("--seconds", type=int, default=30, help="CPU time limit of each of a type's two processes")
+    parser.add_argument("--report", action="store_true", help="only print the totals of --out")
+    parser.add_argument("--markdown", type=Path, help="write the support table there")
+    parser.add_argument("--classes", type=Path, help="write the list of norm classes there")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)
+    rows = read_rows(args.out)
+    todo = args.types.split(",") if args.types else tiny_models.model_types()
+    if unknown := sorted(set(todo) - set(tiny_models.model_types())):
+        parser.error(f"not a model type of transformers {transformers.__version__}: {unknown}")
+    if not args.report:
+        warm_up()
+    for model_type in [] if args.report else todo:
+        if model_type in rows and not args.again and not (args.failed and rows[model_type]["failed at"]):
+            continue
+        row = rows[model_type] = dict.fromkeys(FIELDS, "") | sweep_type(model_type, args.seconds)
+        write_rows(args.out, rows)
+        verdict = (
+            f"{row['failed at']}: {row['reason'][:160]}" if row["failed at"] else f"{row['swapped'] or 0} swapped"
+        )
+        print(f"{model_type:34s} {row['seconds']:5.1f} s  {row['class']:40s} {verdict}", flush=True)
+    print(totals(rows))
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+    if args.classes:
+        args.classes.write_text(classes(rows))
+
+
+if __name__ == "__main__":
+    main()

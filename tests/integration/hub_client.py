@@ -1,0 +1,180 @@
+"""What the fresh processes of test_hub.py do: `python -m tests.integration.hub_client TASK FOLDER`, JSON last.
+
+Tasks whose name ends in `without_package` run where hf_adanorm cannot be imported.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TASK = sys.argv[1] if __name__ == "__main__" else ""
+if TASK.endswith("without_package"):
+    sys.modules["hf_adanorm"] = None  # type: ignore[assignment]  # as if it were not installed
+
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
+
+from tests.zoo.tiny_text import TEXTS, make_tokenizer
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+NORMS = ("adanorm", "layernorm-simple", "detachnorm", "none")
+REPOS = [f"me/{norm}-{form}" for norm in NORMS for form in ("whole", "sharded")]
+
+
+def build(norm: str | None = "adanorm", seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = transformers.BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)).eval()
+    if norm is not None:
+        import hf_adanorm
+
+        hf_adanorm.patch_model(model, norm, **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> list[list[float]]:
+    return model.eval()(**make_tokenizer()(TEXTS, padding=True, return_tensors="pt")).logits.tolist()
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """What it returns, or its error as text."""
+    try:
+        return function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def load(repo: str, **options: Any) -> Any:
+    return attempt(lambda: logits(AutoModelForSequenceClassification.from_pretrained(repo, **options)))
+
+
+def run_pipeline(repo: str, **options: Any) -> Any:
+    def run() -> Any:
+        classifier = pipeline("text-classification", model=repo, top_k=None, function_to_apply="none", **options)
+        scores = [{entry["label"]: entry["score"] for entry in answer} for answer in classifier(TEXTS)]
+        return [[answer["LABEL_0"], answer["LABEL_1"]] for answer in scores]
+
+    return attempt(run)
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+
+
+def push(folder: Path) -> dict[str, Any]:
+    reference = {}
+    for repo in REPOS:
+        norm, form = repo.removeprefix("me/").rsplit("-", 1)
+        model = build(norm)
+        model.push_to_hub(repo, **({"max_shard_size": "40KB"} if form == "sharded" else {}), tags=["tiny"])
+        make_tokenizer().push_to_hub(repo)
+        reference[repo] = logits(model)
+
+    model = build()
+    model.save_pretrained(folder / "saved", push_to_hub=True, repo_id="me/saved", commit_message="Saved and pushed")
+    reference["me/saved"] = logits(model)
+    model.config.save_pretrained(str(folder / "config"), push_to_hub=True, repo_id="me/config")
+    model.config.push_to_hub("me/pushed-config")
+    model.push_to_hub("me/private", private=True)
+
+    model.push_to_hub("me/revised")
+    other = build(C=2.0)
+    other.push_to_hub("me/revised", revision="wide")
+    reference["me/revised"], reference["me/revised@wide"] = logits(model), logits(other)
+
+    (folder / "own-card").mkdir()
+    (folder / "own-card" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    model.save_pretrained(folder / "own-card", push_to_hub=True, repo_id="me/own-card")
+    build(None).push_to_hub("me/was-stock")  # transformers' empty form of a card
+    model.push_to_hub("me/was-stock")
+    model.push_to_hub("me/remote-card")
+    return reference
+
+
+def pull_with_package(folder: Path) -> dict[str, Any]:
+    import hf_adanorm  # noqa: F401
+
+    out: dict[str, Any] = {"stock": {repo: load(repo) for repo in [*REPOS, "me/saved", "me/trained"]}}
+    out["trust"] = {repo: load(repo, trust_remote_code=True) for repo in REPOS}
+    out["pipeline"] = {repo: run_pipeline(repo) for repo in REPOS}
+    out["pipeline with trust"] = {repo: run_pipeline(repo, trust_remote_code=True) for repo in REPOS}
+    out["newer"] = {repo: load(repo) for repo in ("me/newer", "me/newer-file")}
+    out["newer with trust"] = load("me/newer-file", trust_remote_code=True)
+    out["newer in a pipeline"] = run_pipeline("me/newer")
+    first = json.loads((folder / "first-commit.json").read_text())
+    out["revision"] = {name: load("me/revised", revision=name) for name in ("main", "wide", first)}
+    out["private"] = {
+        "wrong token": load("me/private", token="hf_wrong"),
+        "no token": load("me/private", token=False),
+        "token of the environment": load("me/private"),
+    }
+    return out
+
+
+def pull_without_package(folder: Path) -> dict[str, Any]:
+    out: dict[str, Any] = {"stock": {repo: load(repo) for repo in [*REPOS, "me/trained"]}}
+    out["pipeline"] = {repo: run_pipeline(repo) for repo in REPOS}
+    out["trust"] = {repo: load(repo, trust_remote_code=True) for repo in [*REPOS, "me/trained"]}
+    out["pipeline with trust"] = {repo: run_pipeline(repo, trust_remote_code=True) for repo in REPOS}
+    out["newer"] = load("me/newer")
+    out["newer with trust"] = load("me/newer", trust_remote_code=True)
+    out["newer file with trust"] = load("me/newer-file", trust_remote_code=True)
+    model = AutoModelForSequenceClassification.from_pretrained("me/adanorm-whole", trust_remote_code=True)
+    model.push_to_hub("me/again")
+    out["again"] = load("me/again", trust_remote_code=True)
+    out["again without trust"] = load("me/again")
+    return out
+
+
+def break_off(folder: Path) -> dict[str, Any]:
+    """A push whose upload breaks off; nothing waits between the retries."""
+    time.sleep = lambda seconds: None  # type: ignore[assignment]
+    error = attempt(lambda: build(C=3.0).push_to_hub("me/adanorm-whole"))
+    return {"error": error, "after": load("me/adanorm-whole", force_download=True)}
+
+
+def train(folder: Path) -> dict[str, Any]:
+    """Trainer pushes a checkpoint while it trains, and the model with its card at the end."""
+    import hf_adanorm  # noqa: F401
+
+    tokenizer, model = make_tokenizer(), build()
+    data = [{**tokenizer(text), "labels": i % 2} for i, text in enumerate(TEXTS)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        push_to_hub=True,
+        hub_model_id="me/trained",
+        hub_strategy="every_save",
+        max_steps=2,
+        save_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    trainer.evaluate()
+    while trainer.push_in_progress is not None and not trainer.push_in_progress.is_done():
+        time.sleep(0.05)
+    trainer.push_to_hub()
+    return {"me/trained": logits(model)}
+
+
+def main(folder: Path) -> None:
+    with contextlib.redirect_stdout(sys.stderr):  # the last line of stdout is the answer, whatever transformers prints
+        answer = globals()[TASK](folder)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[2]))

@@ -1,0 +1,410 @@
+"""Push and pull through a Hub server on loopback, every step in a fresh process, and the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_adanorm import AdaNormSpec, patch_model, unpatch_model, write_model_card
+from hf_adanorm.saving.card import BEGIN, END, without_section
+from tests.integration.hub_client import NORMS, REPOS, build
+from tests.integration.hub_server import HubServer
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "hf_token_of_the_loopback_hub"
+
+
+class Session:
+    """A hub and the fresh processes that speak with it."""
+
+    def __init__(self, hub: HubServer, folder: Path):
+        self.hub, self.folder = hub, folder
+        self.output = ""
+
+    def run(self, task: str) -> dict[str, Any]:
+        home = self.folder / f"home-{task}"  # nobody shares a cache
+        env = {**os.environ, **self.hub.environment(home, TOKEN), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.integration.hub_client", task, str(self.folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+        self.output += done.stdout + done.stderr
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    def card(self, repo: str) -> str:
+        return self.hub.repos[repo].files()["README.md"].decode()
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    with HubServer(tokens={TOKEN: "me"}) as hub:
+        hub.create_repo("me/remote-card", {"README.md": b"---\ntags:\n- mine\n---\n# Written by hand\n"})
+        yield Session(hub, tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="module")
+def pushed(session: Session) -> dict[str, Any]:
+    """The logits of every pushed model, as they were where it was made."""
+    reference = session.run("push")
+    (session.folder / "first-commit.json").write_text(json.dumps(session.hub.repos["me/revised"].branches["main"]))
+    files = session.hub.repos["me/adanorm-whole"].files()
+    config = json.loads(files["config.json"])
+    config["adanorm"] |= {"format": 2, "version": "9.1.0"}
+    files = {**files, "config.json": json.dumps(config).encode()}
+    session.hub.create_repo("me/newer", files)
+    code = files["modeling_adanorm.py"].decode()
+    newer = code.replace("\nFORMAT = 1", "\nFORMAT = 2").replace('__version__ = "0.1.0"', '__version__ = "9.1.0"')
+    assert newer != code
+    session.hub.create_repo("me/newer-file", {**files, "modeling_adanorm.py": newer.encode()})
+    return reference
+
+
+@pytest.fixture(scope="module")
+def trained(session: Session) -> dict[str, Any]:
+    return session.run("train")
+
+
+@pytest.fixture(scope="module")
+def with_package(session: Session, pushed: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    return session.run("pull_with_package")
+
+
+@pytest.fixture(scope="module")
+def without_package(session: Session, pushed: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    return session.run("pull_without_package")
+
+
+# ----------------------------------------------------------------------------------------------------------- pushing
+
+
+def test_a_push_uploads_model_travelling_file_card_and_tokenizer(session: Session, pushed: dict[str, Any]) -> None:
+    expected = {"README.md", "config.json", "modeling_adanorm.py", "tokenizer.json", "tokenizer_config.json"}
+    for repo in REPOS:
+        files = set(session.hub.repos[repo].files()) - {".gitattributes"}
+        weights = {name for name in files if name.startswith("model")} - {"modeling_adanorm.py"}
+        assert files - weights == expected
+        assert ("model.safetensors.index.json" in weights) == repo.endswith("sharded")
+        assert len(weights) > 3 if repo.endswith("sharded") else weights == {"model.safetensors"}
+
+
+def test_weights_go_through_the_lfs_protocol(session: Session, pushed: dict[str, Any]) -> None:
+    assert "POST /me/adanorm-whole.git/info/lfs/objects/batch" in session.hub.requests
+    assert session.hub.repos["me/adanorm-whole"].files()["model.safetensors"] in session.hub.lfs.values()
+
+
+@pytest.mark.parametrize("repo", ["me/config", "me/pushed-config"])
+def test_a_pushed_config_alone_brings_the_travelling_file(session: Session, pushed: dict[str, Any], repo: str) -> None:
+    files = session.hub.repos[repo].files()
+    assert {"config.json", "modeling_adanorm.py"} <= set(files)
+    assert json.loads(files["config.json"])["auto_map"]["AutoModel"] == "modeling_adanorm.BertModel"
+
+
+def test_a_broken_upload_leaves_the_previous_commit(session: Session, pushed: dict[str, Any]) -> None:
+    before = dict(session.hub.repos["me/adanorm-whole"].branches)
+    session.hub.break_uploads = True
+    try:
+        answer = session.run("break_off")
+    finally:
+        session.hub.break_uploads = False
+    assert isinstance(answer["error"], str)
+    assert "Error" in answer["error"]
+    assert answer["after"] == pushed["me/adanorm-whole"]
+    assert session.hub.repos["me/adanorm-whole"].branches == before
+
+
+def test_trainer_pushes_the_travelling_file_with_every_checkpoint(session: Session, trained: dict[str, Any]) -> None:
+    commits = [files for files in session.hub.repos["me/trained"].commits.values() if "config.json" in files]
+    assert len(commits) >= 2
+    assert all({"modeling_adanorm.py", "README.md"} <= set(files) for files in commits)
+
+
+# ------------------------------------------------------------------------------------------------------ who may pull
+
+
+@pytest.mark.parametrize("repo", REPOS)
+def test_who_pulls_and_how(
+    pushed: dict[str, Any], with_package: dict[str, Any], without_package: dict[str, Any], repo: str
+) -> None:
+    """The same logits, or an error; in a pipeline too."""
+    right = pushed[repo]
+    for answers in (with_package, without_package):
+        assert answers["trust"][repo] == right
+        assert _close(answers["pipeline with trust"][repo], right)
+    assert with_package["stock"][repo] == right
+    assert _close(with_package["pipeline"][repo], right)
+    for how in ("stock", "pipeline"):
+        assert "size mismatch" in without_package[how][repo] or "ignore_mismatched_sizes" in without_package[how][repo]
+
+
+def test_pulls_after_other_ways_to_push(
+    pushed: dict[str, Any], trained: dict[str, Any], with_package: dict[str, Any], without_package: dict[str, Any]
+) -> None:
+    assert with_package["stock"]["me/saved"] == pushed["me/saved"]
+    assert with_package["stock"]["me/trained"] == trained["me/trained"]
+    assert without_package["trust"]["me/trained"] == trained["me/trained"]
+    assert "ignore_mismatched_sizes" in without_package["stock"]["me/trained"]
+
+
+def test_a_newer_format_names_both_versions(with_package: dict[str, Any], without_package: dict[str, Any]) -> None:
+    answers = [*with_package["newer"].values(), with_package["newer with trust"], with_package["newer in a pipeline"]]
+    for answer in [*answers, without_package["newer with trust"]]:
+        assert "9.1.0" in answer
+        assert "0.1.0" in answer
+    assert "ignore_mismatched_sizes" in without_package["newer"]
+
+
+def test_a_newer_travelling_file_serves_its_own_format(
+    pushed: dict[str, Any], without_package: dict[str, Any]
+) -> None:
+    assert without_package["newer file with trust"] == pushed["me/adanorm-whole"]
+
+
+def test_revisions(pushed: dict[str, Any], with_package: dict[str, Any], session: Session) -> None:
+    main, wide, first = with_package["revision"].values()
+    assert main == first == pushed["me/revised"]
+    assert wide == pushed["me/revised@wide"]
+    assert main != wide
+
+
+def test_a_private_repository_needs_its_token(pushed: dict[str, Any], with_package: dict[str, Any]) -> None:
+    answers = with_package["private"]
+    assert answers["token of the environment"] == pushed["me/saved"]
+    for how in ("wrong token", "no token"):
+        assert answers[how].startswith("OSError: ")  # transformers' own
+        assert "me/private" in answers[how] or "Invalid credentials" in answers[how]
+
+
+def test_a_trusted_load_without_the_package_can_be_pushed_again(
+    session: Session, pushed: dict[str, Any], without_package: dict[str, Any]
+) -> None:
+    files = session.hub.repos["me/again"].files()
+    first = session.hub.repos["me/adanorm-whole"].files()
+    assert files["modeling_adanorm.py"] == first["modeling_adanorm.py"]
+    config = json.loads(files["config.json"])
+    assert config["auto_map"]["AutoModelForSequenceClassification"] == "modeling_adanorm.BertForSequenceClassification"
+    assert config["adanorm"] == json.loads(first["config.json"])["adanorm"]
+    assert without_package["again"] == pushed["me/adanorm-whole"]
+    assert "ignore_mismatched_sizes" in without_package["again without trust"]
+
+
+def test_the_server_knew_every_request(
+    session: Session, with_package: dict[str, Any], without_package: dict[str, Any]
+) -> None:
+    assert session.hub.unknown == []
+
+
+def test_the_token_is_in_no_output_and_no_file(
+    session: Session, with_package: dict[str, Any], without_package: dict[str, Any]
+) -> None:
+    assert TOKEN not in session.output
+    for repo in session.hub.repos.values():
+        for files in repo.commits.values():
+            assert not any(TOKEN.encode() in data for data in files.values())
+    assert not any(TOKEN.encode() in path.read_bytes() for path in session.folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------- the model card
+
+
+@pytest.mark.parametrize("repo", [*REPOS, "me/saved", "me/trained", "me/was-stock"])
+def test_pushed_cards_say_how_to_load_and_pass_validation(
+    session: Session, pushed: dict[str, Any], trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, repo: str
+) -> None:
+    text = session.card(repo)
+    card = ModelCard(text)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", session.hub.url)
+    card.validate()
+    assert card.data.library_name == "transformers"
+    assert "hf_adanorm" in card.data.tags
+    call = f'AutoModelForSequenceClassification.from_pretrained("{repo}"'
+    assert f"{call})" in text
+    assert f"{call}, trust_remote_code=True)" in text
+    assert "ignore_mismatched_sizes=True" in text
+    spec = AdaNormSpec.from_dict(json.loads(session.hub.repos[repo].files()["config.json"])["adanorm"])
+    assert json.dumps(spec.to_dict()) in text
+
+
+def test_tags_of_a_push_reach_the_card(session: Session, pushed: dict[str, Any]) -> None:
+    assert ModelCard(session.card("me/adanorm-whole")).data.tags == ["hf_adanorm", "adanorm", "tiny"]
+
+
+def test_a_card_that_is_there_is_never_overwritten(session: Session, pushed: dict[str, Any]) -> None:
+    assert ModelCard(session.card("me/remote-card")).text == "# Written by hand\n"
+    assert session.card("me/own-card") == "---\nlicense: mit\n---\n# Mine\n"
+
+
+def test_the_trainers_card_keeps_what_the_trainer_wrote(session: Session, trained: dict[str, Any]) -> None:
+    text = session.card("me/trained")
+    assert "### Training hyperparameters" in text
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert "generated_from_trainer" in ModelCard(text).data.tags
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    build("detachnorm").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_saving_leaves_an_existing_card_alone_and_warns_when_it_tells_of_other_norms(saved: Path) -> None:
+    before = (saved / "README.md").read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build("detachnorm").save_pretrained(saved)
+    with pytest.warns(UserWarning, match="describes other norms"):
+        build("adanorm").save_pretrained(saved)
+    assert (saved / "README.md").read_bytes() == before
+
+
+def test_a_card_that_a_save_wrote_is_what_write_model_card_writes(saved: Path) -> None:
+    before = (saved / "README.md").read_text()
+    (saved / "README.md").unlink()
+    assert write_model_card(saved).read_text() == before
+
+
+def test_an_unpatched_save_takes_our_section_away(saved: Path) -> None:
+    (saved / "README.md").write_text((saved / "README.md").read_text() + "\nA remark.\n")
+    unpatch_model(build("detachnorm")).save_pretrained(saved)
+    text = (saved / "README.md").read_text()
+    assert BEGIN not in text
+    assert "A remark." in text
+    assert ModelCard(text).data.tags is None
+    assert without_section(text) == text
+
+
+def test_saving_a_config_alone_writes_no_card(tmp_path: Path) -> None:
+    build().config.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "modeling_adanorm.py"]
+
+
+def test_results_data_and_command_reach_front_matter_and_text(
+    saved: Path, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_model_card(
+        saved,
+        model_id="me/model",
+        base_model="google-bert/bert-base-uncased",
+        datasets=["cornell-movie-review-data/rotten_tomatoes"],
+        dataset_split="test",
+        results={"accuracy": 0.7721, "loss": 0.5},
+        command="recipes/classification.py --norm adanorm",
+        tags=["mine"],
+    )
+    card = ModelCard(path.read_text())
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", session.hub.url)
+    card.validate()
+    assert card.data.base_model == "google-bert/bert-base-uncased"
+    assert card.data.datasets == ["cornell-movie-review-data/rotten_tomatoes"]
+    assert card.data.metrics == ["accuracy", "loss"]
+    assert [(r.metric_type, r.metric_value, r.dataset_split, r.task_type) for r in card.data.eval_results] == [
+        ("accuracy", 0.7721, "test", "text-classification"),
+        ("loss", 0.5, "test", "text-classification"),
+    ]
+    assert "| accuracy | 0.7721 |" in card.text
+    assert "recipes/classification.py --norm adanorm" in card.text
+
+
+def test_refreshing_replaces_our_section_only(saved: Path) -> None:
+    path = write_model_card(saved, datasets=["a/b"], results={"accuracy": 0.5})
+    text = (
+        path.read_text().replace("---\n", "---\nlicense: mit\n", 1).replace(BEGIN, f"Before.\n\n{BEGIN}")
+        + "\nAfter.\n"
+    )
+    path.write_text(text)
+    write_model_card(saved, datasets=["a/b"], results={"accuracy": 0.75})
+    text = path.read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert text.index("Before.") < text.index(BEGIN) < text.index(END) < text.index("After.")
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "mit"
+    (result,) = front["model-index"][0]["results"]
+    assert [metric["value"] for metric in result["metrics"]] == [0.75]
+    assert "0.75 |" in text
+    assert "0.5 |" not in text
+
+
+def test_a_card_without_front_matter_gains_one(saved: Path) -> None:
+    (saved / "README.md").write_text("# By hand\n\nText.\n")
+    text = write_model_card(saved).read_text()
+    assert text.startswith("---\n")
+    assert "# By hand\n\nText.\n" in text
+    assert BEGIN in text
+
+
+def test_the_base_model_is_the_hub_id_that_was_loaded_never_a_path(tmp_path: Path) -> None:
+    model = build()
+    for name, expected in (("org/model", "org/model"), (str(tmp_path), None), ("../up/model", None), ("", None)):
+        model.config._name_or_path = name
+        model.save_pretrained(tmp_path / "out")
+        assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == expected
+        (tmp_path / "out" / "README.md").unlink()
+
+
+def test_long_lists_of_modules_are_cut_in_the_table_and_whole_in_the_spec(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=8, num_hidden_layers=12, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    model = patch_model(BertModel(config), layers=range(11))
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "and 14 more |" in text
+    assert all(f"encoder.layer.{i}.output.LayerNorm" in text for i in range(11))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_card_names_the_norm_and_its_settings(tmp_path: Path, norm: str) -> None:
+    build(norm).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    shown = {
+        "adanorm": "| AdaNorm | C = 1.0, k = 0.1 |",
+        "layernorm-simple": "| LayerNorm-simple (no gain, no bias) | as the replaced norm |",
+        "detachnorm": "| detach_mean = True, detach_variance = True |",
+        "none": "| no normalisation | as the replaced norm |",
+    }
+    assert shown[norm] in text
+
+
+def test_the_card_of_a_model_in_the_middle_of_a_fade_says_so(tmp_path: Path) -> None:
+    patch_model(build(None), affine="fade").save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "in the middle of a fade" in text
+    assert "have no gain and no bias" not in text
+
+
+def test_write_model_card_refuses_what_is_no_patched_model(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="save_pretrained"):
+        write_model_card(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no patched model"):
+        write_model_card(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="no JSON"):
+        write_model_card(tmp_path)
+    with pytest.raises(ValueError, match="datasets or dataset_name"):
+        write_model_card(saved, results={"accuracy": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("---\na: [\n---\n", "front matter"), (f"{BEGIN}\n", "both markers"), (f"{END}\n{BEGIN}\n", "both markers")],
+)
+def test_write_model_card_refuses_a_card_it_cannot_keep(saved: Path, text: str, message: str) -> None:
+    (saved / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        write_model_card(saved)
+    assert (saved / "README.md").read_text() == text
+
+
+def _close(left: Any, right: list[list[float]]) -> bool:
+    """A pipeline's answer, one text at a time and so with other rounding than a padded batch."""
+    return isinstance(left, list) and left == [pytest.approx(row, abs=1e-5) for row in right]

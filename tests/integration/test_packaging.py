@@ -1,0 +1,139 @@
+"""sdist and wheel build, install into a fresh environment, and work there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import hf_adanorm
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77 or newer")
+
+
+def run(*command, **options):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist, made from a copy of the project, and the wheel, made from the unpacked sdist."""
+    work = tmp_path_factory.mktemp("build")
+    source = work / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "hf_adanorm", source / "hf_adanorm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "import sys, setuptools.build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
+    sdist = work / run(sys.executable, "-c", build, "sdist", work, cwd=source).split()[-1]
+    with tarfile.open(sdist) as archive:
+        archive.extractall(work / "unpacked", filter="data")
+    (unpacked,) = (work / "unpacked").iterdir()
+    wheel = work / run(sys.executable, "-c", build, "wheel", work, cwd=unpacked).split()[-1]
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def metadata(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        names = set(archive.namelist())
+    assert {name.split("/")[0] for name in names} == {"hf_adanorm", f"hf_adanorm-{hf_adanorm.__version__}.dist-info"}
+    for path in (ROOT / "hf_adanorm").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert path.relative_to(ROOT).as_posix() in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_what_the_build_needs(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "hf_adanorm/__init__.py", "hf_adanorm/py.typed"} <= names
+
+
+def test_metadata_is_complete(metadata):
+    assert metadata["Name"] == "hf-adanorm"
+    assert metadata["Version"] == hf_adanorm.__version__
+    assert metadata["Summary"]
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"]
+    assert metadata["Keywords"]
+    assert metadata.get_all("Classifier")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# hf_adanorm")
+
+
+def test_the_core_needs_torch_and_transformers_only(metadata):
+    core = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
+    assert sorted(re.match(r"[\w-]+", need)[0] for need in core) == ["torch", "transformers"]
+    assert {"cli", "plots", "recipes", "test", "all"} <= set(metadata.get_all("Provides-Extra"))
+
+
+def test_versions_agree():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert hf_adanorm.__version__ in changelog
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1].strip("\"'") == hf_adanorm.__version__
+
+
+WORK = """
+import json, sys
+import transformers
+from transformers import PreTrainedModel
+seen = set(sys.modules)
+import hf_adanorm
+light = not {"matplotlib", "typer", "accelerate.utils.modeling"} & (set(sys.modules) - seen)
+from transformers import AutoModel, BertConfig, BertModel
+import torch
+config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=20)
+model = BertModel(config)
+hf_adanorm.patch_model(model, "adanorm").eval().save_pretrained("saved")
+again = AutoModel.from_pretrained("saved").eval()
+weights, reloaded = model.state_dict(), again.state_dict()
+same = weights.keys() == reloaded.keys() and all(torch.equal(weights[name], reloaded[name]) for name in weights)
+# A file's tensors lie elsewhere in a cache line, and some processors multiply by such a matrix in another order.
+inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+same = same and hf_adanorm.compare_outputs(model, again, inputs, tolerance=1e-6).first is None
+with hf_adanorm.watch_norms(model, every=1) as log:
+    model.train()(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state.square().sum().backward()
+print(json.dumps({"file": hf_adanorm.__file__, "light": light, "same": same, "watched": len(log.names)}))
+"""
+
+
+def test_installs_into_a_fresh_environment_and_works(built, tmp_path):
+    folder = tmp_path / "fresh"
+    venv.create(folder, with_pip=False)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", built[1])
+    # torch and transformers come from the environment of the tests, after the fresh one's own packages.
+    purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (purelib / "tests_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    told = json.loads(run(python, "-c", WORK, cwd=tmp_path, env=environment).splitlines()[-1])
+    assert Path(told["file"]).is_relative_to(folder)
+    assert told["light"]
+    assert told["same"]
+    assert told["watched"] == 3
+    script = python.parent / "hf-adanorm"
+    assert "inspect" in run(script, "--help", cwd=tmp_path, env=environment)

@@ -1,0 +1,152 @@
+"""Every code block of the README holds: Python blocks run in order, commands name what exists."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SHELL = [code for language, code in BLOCKS if language in ("bash", "sh", "console")]
+
+
+def commands(block: str) -> list[list[str]]:
+    """The block's command lines as words, without comments, variables set for one command, and prompts."""
+    found = []
+    for line in block.replace("\\\n", " ").splitlines():
+        for part in re.split(r"\s&&\s|\s\|\s", line.removeprefix("$ ")):
+            words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words = words[1:]
+            if words:
+                found.append(words)
+    return found
+
+
+ALL_COMMANDS = [words for block in SHELL for words in commands(block)]
+
+
+def run_help(script: Path, monkeypatch, capsys) -> str:
+    """What `script --help` prints."""
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def option_names(words: list[str]) -> list[str]:
+    return [word.split("=")[0] for word in words if word.startswith("--")]
+
+
+def test_every_block_says_its_language():
+    assert BLOCKS
+    assert {language for language, _ in BLOCKS} <= {
+        "python",
+        "bash",
+        "sh",
+        "console",
+        "yaml",
+        "json",
+        "text",
+        "bibtex",
+    }
+
+
+@pytest.mark.skipif(not PYTHON, reason="the README has no Python block")
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict[str, object] = {"__name__": "__readme__"}
+    for number, code in enumerate(PYTHON, start=1):
+        exec(compile(code, f"README.md, Python block {number}", "exec"), names)
+    assert "hf_adanorm" in sys.modules
+
+
+def test_shell_commands_are_known_ones():
+    known = {"pip", "make", "python", "accelerate", "torchrun", "hf-adanorm", "git", "cd", "tensorboard", "sbatch"}
+    assert {words[0] for words in ALL_COMMANDS} <= known
+
+
+def test_installed_extras_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installs = [words for words in ALL_COMMANDS if words[:2] == ["pip", "install"]]
+    assert installs
+    for words in installs:
+        for word in words[2:]:
+            for extra in re.findall(r"\[([\w,-]+)\]", word):
+                assert set(extra.split(",")) <= set(project["optional-dependencies"]), word
+            if word.endswith(".txt"):
+                assert (ROOT / word).is_file()
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in ALL_COMMANDS:
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets
+
+
+def recipe_commands() -> dict[str, list[list[str]]]:
+    """Script of the recipes -> the options that README gives to it."""
+    found: dict[str, list[list[str]]] = {}
+    for words in ALL_COMMANDS:
+        scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+        if scripts and words[0] in ("python", "accelerate", "torchrun"):
+            found.setdefault(words[scripts[0]], []).append(words)
+    return found
+
+
+@pytest.mark.parametrize("script", recipe_commands() or [pytest.param("", marks=pytest.mark.skip("no recipe"))])
+def test_recipes_exist_and_know_their_options(script, monkeypatch, capsys):
+    path = ROOT / script
+    assert path.is_file()
+    monkeypatch.syspath_prepend(str(path.parent))
+    told_by = [path]
+    if path.name == "compare.py":  # passes on what it does not know
+        told_by += [path.parent / "classification.py", path.parent / "translation.py"]
+    known = {name for told in told_by for name in re.findall(r"--[\w-]+", run_help(told, monkeypatch, capsys))}
+    for words in recipe_commands()[script]:
+        assert set(option_names(words[words.index(script) + 1 :])) <= known
+
+
+@pytest.mark.parametrize("script", recipe_commands() or [pytest.param("", marks=pytest.mark.skip("no recipe"))])
+def test_launchers_know_their_options(script):
+    launch = pytest.importorskip("accelerate.commands.launch")
+    known = {name for action in launch.launch_command_parser()._actions for name in action.option_strings}
+    for words in recipe_commands()[script]:
+        if words[:2] == ["accelerate", "launch"]:
+            assert set(option_names(words[: words.index(script)])) <= known
+
+
+def test_files_that_commands_name_exist():
+    """Paths into the repository, in commands and in links."""
+    for words in ALL_COMMANDS:
+        for word in words[1:]:
+            value = word.split("=")[-1]
+            if re.match(r"(recipes|hf_adanorm|tests)/", value):
+                assert (ROOT / value).exists(), value
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(r'<img[^>]*src="([^"]+)"', TEXT):
+        if "://" not in link:
+            assert (ROOT / link).exists(), link
+
+
+def test_hf_adanorm_commands_know_their_options():
+    typer = pytest.importorskip("typer")
+    from hf_adanorm.cli import app
+
+    subcommands = typer.main.get_command(app).commands
+    for words in ALL_COMMANDS:
+        if words[0] == "hf-adanorm":
+            assert words[1] in subcommands, words
+            parameters = subcommands[words[1]].params
+            known = {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
+            assert set(option_names(words)) <= known | {"--help"}

@@ -1,0 +1,450 @@
+"""Stock `save_pretrained` and `from_pretrained` of patched models.
+
+`python -m tests.integration.test_saving` prints the table of all cases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
+
+import hf_adanorm
+from hf_adanorm import AdaNormSpec, inspect_model, is_patched, patch_model, unpatch_model
+from hf_adanorm.saving.spec import swapped_norms
+from tests.zoo.round_trip import CASES, SWAPS, auto_class, build, difference, inputs, norms, run
+
+ALL = [(case, swap) for case in CASES for swap in SWAPS]
+ROOT = Path(__file__).parents[2]
+
+
+def patched(case: str, swap: str = "adanorm", **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return patch_model(build(case), **SWAPS[swap], **options)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every architecture under every norm, `CASE/SWAP`, and unpatched, `CASE/control`."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_all(folder)
+    return folder
+
+
+def save_all(folder: Path) -> None:
+    for case in CASES:
+        build(case).save_pretrained(folder / case / "control")
+        for swap in SWAPS:
+            patched(case, swap).save_pretrained(folder / case / swap)
+
+
+def control(case: str, folder: Path) -> float:
+    """What a stock model differs from itself after a round trip."""
+    again = auto_class(CASES[case].auto_class).from_pretrained(folder / case / "control")
+    return difference(run(again, inputs(case)), run(build(case), inputs(case)))
+
+
+@pytest.fixture(scope="module")
+def child(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process in which hf_adanorm cannot be imported makes of every folder."""
+    return run_child(saved, tmp_path_factory.mktemp("child"))
+
+
+def run_child(folder: Path, scratch: Path) -> dict[str, Any]:
+    out = scratch / "out.pt"
+    command = [sys.executable, "-m", "tests.integration.load_without_package", str(folder), str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = torch.load(out)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- with the package
+
+
+@pytest.mark.parametrize(("case", "swap"), ALL)
+def test_reloaded_model_is_the_saved_one(case: str, swap: str, saved: Path) -> None:
+    before = patched(case, swap)
+    after, info = auto_class(CASES[case].auto_class).from_pretrained(saved / case / swap, output_loading_info=True)
+    assert type(after) is type(before)
+    assert not any(info.values()), info
+    assert norms(after) == norms(before)
+    assert norms(after)
+    old, new = before.state_dict(), after.state_dict()
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key], new[key]) for key in old)
+    assert difference(run(after, inputs(case)), run(before, inputs(case))) <= control(case, saved) + 1e-7
+
+
+@pytest.mark.parametrize(("case", "swap"), ALL)
+def test_swap_changes_outputs(case: str, swap: str) -> None:
+    """Otherwise the round trip above would prove nothing."""
+    assert difference(run(patched(case, swap), inputs(case)), run(build(case), inputs(case))) > 1e-3
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_settings_survive(swap: str, saved: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(saved / "bert" / swap)
+    norm = model.bert.encoder.layer[1].output.LayerNorm
+    assert norm.norm == swap
+    assert norm.eps == 1e-3
+    assert norm.normalized_shape == (32,)
+    if swap == "adanorm":
+        assert (norm.C, norm.k) == (1.3, 0.07)
+    if swap == "detachnorm":
+        assert (norm.detach_mean, norm.detach_variance) == (False, True)
+
+
+def test_eps_of_the_replaced_norm_survives(tmp_path: Path) -> None:
+    config = CASES["bert"].config()
+    config.layer_norm_eps = 3e-4
+    patch_model(BertModel(config)).save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).embeddings.LayerNorm.eps == 3e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_head_swaps_what_was_swapped_and_nothing_else(case: str, saved: Path) -> None:
+    full = norms(patched(case))
+    cls = auto_class(CASES[case].other_head)
+    other, info = cls.from_pretrained(saved / case / "adanorm", output_loading_info=True)
+    assert not info["mismatched_keys"]
+    common = {name.removeprefix(f"{other.base_model_prefix}.") for name, _ in other.named_modules()}
+    expected = {n.removeprefix(f"{other.base_model_prefix}.") for n in full}
+    found = {n.removeprefix(f"{other.base_model_prefix}.") for n in norms(other)}
+    assert found == expected & common
+    assert found
+
+
+def test_head_norm_that_was_not_in_the_checkpoint_stays_stock(tmp_path: Path) -> None:
+    patch_model(BertModel(CASES["bert"].config())).save_pretrained(tmp_path)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert isinstance(model.cls.predictions.transform.LayerNorm, torch.nn.LayerNorm)
+    assert len(norms(model)) == 5
+
+
+@pytest.mark.parametrize("affine", ["drop", "fade"])
+def test_norms_that_the_checkpoint_lacks_start_as_new_ones(affine: Any, tmp_path: Path) -> None:
+    patch_model(build("bert"), affine=affine).save_pretrained(tmp_path)
+    model = BertModel.from_pretrained(tmp_path, num_hidden_layers=4, add_pooling_layer=False)
+    fading = affine == "fade"
+    expected = {"weight": 1.0, **({"fade_gain": 1.0, "fade_bias": 0.0, "fade_progress": 0.0} if fading else {})}
+    new = model.encoder.layer[3].output.LayerNorm
+    assert {name: set(t.tolist()) for name, t in new.named_buffers()} == {k: {v} for k, v in expected.items()}
+    old = model.encoder.layer[1].output.LayerNorm
+    assert not fading or len(set(old.fade_gain.tolist())) > 1  # those of the checkpoint
+
+
+@pytest.mark.parametrize("affine", ["drop", "fade"])
+def test_a_model_that_gets_its_memory_late_is_initialized(affine: Any) -> None:
+    """As FSDP does: built on the meta device, `to_empty`, then `init_weights` or each module's `reset_parameters`."""
+    config = patch_model(build("bert"), affine=affine).config
+    with torch.device("meta"):
+        models = [transformers.AutoModel.from_config(config) for _ in range(2)]
+    for model, by_module in zip(models, (False, True), strict=True):
+        for buffer in model.to_empty(device="cpu").buffers():
+            buffer.fill_(77)
+        if by_module:
+            for _, norm in swapped_norms(model):
+                norm.reset_parameters()
+        else:
+            model.init_weights()
+        for name, norm in swapped_norms(model):
+            assert all(set(t.tolist()) <= {0.0, 1.0} for t in norm.buffers()), name
+
+
+def test_initializing_again_leaves_a_fade_alone() -> None:
+    model = patch_model(build("bert"), affine="fade").to(torch.bfloat16)
+    before = model.state_dict()
+    model.init_weights()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_some_layers_only(tmp_path: Path) -> None:
+    before = patched("bert", layers=[-1])
+    before.save_pretrained(tmp_path)
+    after = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert norms(after) == norms(before)
+    assert set(norms(after)) == {f"bert.encoder.layer.1.{part}.LayerNorm" for part in ("attention.output", "output")}
+    assert difference(run(after, inputs("bert")), run(before, inputs("bert"))) <= 1e-7
+
+
+def test_two_kinds_of_norm_in_one_model(tmp_path: Path) -> None:
+    before = patched("marian", include=".*encoder.*")
+    patch_model(before, "detachnorm", detach_variance=False, include=".*decoder.*final_layer_norm")
+    before.save_pretrained(tmp_path)
+    after = auto_class(CASES["marian"].auto_class).from_pretrained(tmp_path)
+    assert norms(after) == norms(before)
+    assert difference(run(after, inputs("marian")), run(before, inputs("marian"))) <= 1e-7
+
+
+def test_part_of_a_composite_saves_and_loads_alone(saved: Path, tmp_path: Path) -> None:
+    clip = AutoModel.from_pretrained(saved / "clip" / "adanorm")
+    vision = transformers.CLIPVisionModel.from_pretrained(saved / "clip" / "adanorm")
+    expected = {n.removeprefix("vision_model."): s for n, s in norms(clip).items() if n.startswith("vision_model.")}
+    assert {n.removeprefix("vision_model."): s for n, s in norms(vision).items()} == expected
+
+    both = auto_class("AutoModelForSeq2SeqLM").from_pretrained(saved / "encoder-decoder" / "adanorm")
+    both.encoder.save_pretrained(tmp_path)
+    assert norms(AutoModel.from_pretrained(tmp_path)) == norms(both.encoder)
+
+
+def test_composite_of_patched_parts_is_patched(saved: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    patch_model(BertModel(CASES["bert"].config()), C=1.3).save_pretrained(part)
+    both = transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(part, part)
+    both.save_pretrained(tmp_path / "both")
+    again, info = transformers.EncoderDecoderModel.from_pretrained(tmp_path / "both", output_loading_info=True)
+    assert not any(info.values()), info
+    assert norms(again) == norms(both)
+    assert len(norms(again)) == 10  # the new cross-attention was in neither part: it stays stock
+
+
+def test_part_patched_by_itself_saves_with_the_whole(tmp_path: Path) -> None:
+    """The part's config is its own copy then; the whole must not be saved as if nothing had happened."""
+    config = CASES["bert"].config()
+    model, sibling = (transformers.BertForMaskedLM(config) for _ in range(2))
+    patch_model(model.bert, **SWAPS["adanorm"])
+    model.save_pretrained(tmp_path)
+    assert norms(AutoModelForMaskedLM.from_pretrained(tmp_path)) == norms(model)
+    assert len(norms(model)) == 5
+    patch_model(model.bert, **{**SWAPS["adanorm"], "C": 1.7})
+    model.save_pretrained(tmp_path)
+    assert norms(AutoModelForMaskedLM.from_pretrained(tmp_path)) == norms(model)
+    unpatch_model(model.bert)
+    model.save_pretrained(tmp_path)
+    assert not is_patched(AutoModelForMaskedLM.from_pretrained(tmp_path))
+    assert getattr(sibling.config, "adanorm", None) is None
+
+
+def test_norm_put_in_by_hand_saves_and_loads(tmp_path: Path) -> None:
+    model = build("bert")
+    model.bert.encoder.layer[1].output.LayerNorm = hf_adanorm.AdaNorm(32, eps=1e-3, C=1.3)
+    model.save_pretrained(tmp_path)
+    after = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert norms(after) == norms(model)
+    assert difference(run(after, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
+
+
+def test_stock_config_on_a_patched_checkpoint_raises(saved: Path) -> None:
+    with pytest.raises(RuntimeError, match="size"):
+        AutoModelForMaskedLM.from_pretrained(saved / "bert" / "adanorm", config=CASES["bert"].config())
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    before = patched("bart")
+    before.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    after, info = auto_class("AutoModelForSeq2SeqLM").from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert norms(after) == norms(before)
+    assert difference(run(after, inputs("bart")), run(before, inputs("bart"))) <= 1e-7
+
+
+def test_bfloat16_loading(saved: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(saved / "bert" / "adanorm", dtype=torch.bfloat16)
+    assert {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()} == {torch.bfloat16}
+    expected = patched("bert").to(torch.bfloat16)
+    assert torch.equal(model(**inputs("bert")).logits, expected(**inputs("bert")).logits)
+
+
+def test_from_config_builds_the_patched_architecture(saved: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(saved / "bert" / "adanorm")
+    assert norms(AutoModelForMaskedLM.from_config(config)) == norms(patched("bert"))
+
+
+def test_saving_again_changes_nothing(saved: Path, tmp_path: Path) -> None:
+    """No drift in the config from load to save."""
+    model = AutoModelForMaskedLM.from_pretrained(saved / "bert" / "adanorm")
+    model.save_pretrained(tmp_path)
+    first = json.loads((saved / "bert" / "adanorm" / "config.json").read_text())
+    assert json.loads((tmp_path / "config.json").read_text()) == first
+    assert (tmp_path / "modeling_adanorm.py").read_bytes() == Path(hf_adanorm.modeling_adanorm.__file__).read_bytes()
+
+
+def test_saving_leaves_the_config_in_memory_without_auto_map(tmp_path: Path) -> None:
+    model = patched("bert")
+    model.save_pretrained(tmp_path)
+    assert getattr(model.config, "auto_map", None) is None
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_adanorm.BertModel"
+
+
+def test_unpatched_model_takes_the_file_away_again(tmp_path: Path) -> None:
+    model = patched("bert")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_adanorm.py").exists()
+    unpatch_model(model).save_pretrained(tmp_path)
+    assert not (tmp_path / "modeling_adanorm.py").exists()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "adanorm" not in config
+    assert "auto_map" not in config
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert difference(run(again, inputs("bert")), run(build("bert"), inputs("bert"))) <= 1e-7
+
+
+def test_patched_config_on_stock_weights_raises(saved: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(saved / "bert" / "adanorm")
+    with pytest.raises(RuntimeError, match="size"):
+        AutoModelForMaskedLM.from_pretrained(saved / "bert" / "control", config=config)
+
+
+def test_higher_format_raises_and_names_both_versions(tmp_path: Path) -> None:
+    patched("bert").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["adanorm"] |= {"format": 7, "version": "9.9.9", "unheard_of": True}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"hf_adanorm 9\.9\.9.*hf_adanorm {hf_adanorm.__version__}"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_spec_that_names_a_linear_layer_raises(tmp_path: Path) -> None:
+    patched("bert").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["adanorm"]["groups"][0]["modules"] = ["encoder.layer.*.output.dense"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no normalisation layer"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_spec_in_config_is_the_documented_one() -> None:
+    spec = patched("bert").config.adanorm
+    assert AdaNormSpec.from_dict(spec).to_dict() == spec
+    assert spec["format"] == 1
+    assert spec["version"] == hf_adanorm.__version__
+    (group,) = spec["groups"]
+    assert group == {
+        "norm": "adanorm",
+        "C": 1.3,
+        "k": 0.07,
+        "eps": 1e-3,
+        "modules": [
+            "embeddings.LayerNorm",
+            "encoder.layer.*.attention.output.LayerNorm",
+            "encoder.layer.*.output.LayerNorm",
+            "^cls.predictions.transform.LayerNorm",
+        ],
+    }
+
+
+# --------------------------------------------------------------------------- trust_remote_code, with and without
+
+
+@pytest.mark.parametrize(("case", "swap"), ALL)
+def test_without_package_and_without_trust_loading_raises(case: str, swap: str, child: dict[str, Any]) -> None:
+    error = child[case, swap]["without_trust"]
+    assert error is not None
+    assert "size" in error
+
+
+@pytest.mark.parametrize(("case", "swap"), ALL)
+def test_without_package_and_with_trust_outputs_are_equal(
+    case: str, swap: str, saved: Path, child: dict[str, Any]
+) -> None:
+    got = child[case, swap]
+    before = patched(case, swap)
+    assert got["class"] == type(before).__name__
+    assert got["norms"] == norms(before)
+    assert not any(got["info"].values()), got["info"]
+    old = before.state_dict()
+    assert old.keys() == got["state"].keys()
+    assert all(torch.equal(old[key], got["state"][key]) for key in old)
+    assert difference(got["run"], run(before, inputs(case))) <= control(case, saved) + 1e-7
+
+
+def test_without_package_norms_that_the_checkpoint_lacks_start_as_new_ones(child: dict[str, Any]) -> None:
+    state = child["bert", "deeper"]["state"]
+    assert state["bert.encoder.layer.3.output.LayerNorm.weight"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_again_without_package_loads_with_it(case: str, saved: Path, child: dict[str, Any]) -> None:
+    """The travelling file travels on."""
+    folder = saved / case / "resaved"
+    assert (folder / "modeling_adanorm.py").exists()
+    after, info = auto_class(CASES[case].auto_class).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert difference(run(after, inputs(case)), run(patched(case), inputs(case))) <= control(case, saved) + 1e-7
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resaved_without_package_loads_with_trust_again(case: str, child: dict[str, Any]) -> None:
+    assert child[case, "resaved"]["norms"] == child[case, "adanorm"]["norms"]
+    assert difference(child[case, "resaved"]["run"], child[case, "adanorm"]["run"]) <= 1e-7
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_package_and_trust_there_is_one_set_of_classes(
+    case: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = auto_class(CASES[case].auto_class)
+    model = cls.from_pretrained(saved / case / "adanorm", trust_remote_code=True)
+    assert type(model) is type(patched(case))
+    assert {type(m) for m in model.modules() if getattr(m, "is_adanorm_module", False)} == {hf_adanorm.AdaNorm}
+    assert inspect_model(model).num_swapped == len(norms(model)) > 0
+    with pytest.warns(UserWarning, match="gain 1 and bias 0"):
+        unpatch_model(model)
+    assert not is_patched(model)
+    patch_model(model, "detachnorm")
+    model.save_pretrained(tmp_path)
+    assert norms(cls.from_pretrained(tmp_path, trust_remote_code=True)) == norms(model)
+
+
+# ------------------------------------------------------------------------------------------------------- pipeline
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "a", "fine", "film"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(CASES["bert"].config())
+    patch_model(model, **SWAPS["adanorm"])
+    model.save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    (got,) = pipeline("text-classification", str(tmp_path), device="cpu", top_k=None)(["a fine film"])
+    expected = model.eval()(**fast("a fine film", return_tensors="pt")).logits.softmax(-1).sort(descending=True).values
+    assert torch.allclose(torch.tensor([[row["score"] for row in got]]), expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+
+
+def main() -> None:
+    """Print the largest relative difference of outputs and input gradients of every case."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_all(folder)
+        without = run_child(folder, folder)
+        print(f"{'model':16}{'norm':18}{'norms':>6}{'control':>10}{'package':>10}{'trust only':>12}  without either")
+        for case, swap in ALL:
+            expected = run(patched(case, swap), inputs(case))
+            model = auto_class(CASES[case].auto_class).from_pretrained(folder / case / swap)
+            ours = difference(run(model, inputs(case)), expected)
+            theirs = difference(without[case, swap]["run"], expected)
+            raised = "raises" if without[case, swap]["without_trust"] else "LOADS"
+            count = len(norms(model))
+            print(f"{case:16}{swap:18}{count:6}{control(case, folder):10.1e}{ours:10.1e}{theirs:12.1e}  {raised}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""What a checkpoint from a stranger can and cannot make this package do."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertModel
+
+import hf_adanorm
+from hf_adanorm import AdaNormSpec, modeling_adanorm, patch_model, write_model_card
+
+ROOT = Path(__file__).parents[2]
+TRAVELLER = Path(modeling_adanorm.__file__)
+SOURCES = sorted((ROOT / "hf_adanorm").glob("*.py"))
+SPEC: dict[str, Any] = {
+    "format": 1,
+    "version": "0.1.0",
+    "groups": [{"norm": "adanorm", "C": 1.0, "k": 0.1, "modules": ["embeddings.LayerNorm"]}],
+}
+
+
+def nodes(path: Path, kind: type[ast.AST]) -> list[Any]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kind)]
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that any import statement of a file names."""
+    found = {alias.name.partition(".")[0] for node in nodes(path, ast.Import) for alias in node.names}
+    return found | {(node.module or "").partition(".")[0] for node in nodes(path, ast.ImportFrom) if not node.level}
+
+
+def calls(path: Path) -> list[str]:
+    return [ast.unparse(node.func) for node in nodes(path, ast.Call)]
+
+
+# ------------------------------------------------------------------------------------------------ the travelling file
+
+
+def test_the_travelling_file_imports_torch_transformers_and_the_standard_library_only() -> None:
+    assert imported(TRAVELLER) <= {"torch", "transformers", *sys.stdlib_module_names}
+    assert not any(node.level for node in nodes(TRAVELLER, ast.ImportFrom))
+    by_name = [node for node in nodes(TRAVELLER, ast.Call) if ast.unparse(node.func).endswith("import_module")]
+    assert [ast.unparse(node.args[0]) for node in by_name] == ["'hf_adanorm.modeling_adanorm'"]
+
+
+def test_the_travelling_file_reaches_for_no_file_process_network_or_code() -> None:
+    forbidden = {"open", "eval", "exec", "compile", "__import__", "input", "print"}
+    assert forbidden.isdisjoint(calls(TRAVELLER))
+    unwanted = {"os", "sys", "io", "subprocess", "socket", "urllib", "pathlib", "shutil", "ctypes", "pickle", "re"}
+    assert unwanted.isdisjoint(imported(TRAVELLER))
+
+
+def test_importing_the_travelling_file_opens_nothing_for_writing_and_starts_nothing(tmp_path: Path) -> None:
+    """Where it is pulled: in a process without the package, under an audit hook."""
+    copied = tmp_path / TRAVELLER.name
+    copied.write_bytes(TRAVELLER.read_bytes())
+    code = f"""
+        import importlib.util, json, sys
+        sys.modules["hf_adanorm"] = None
+        sys.dont_write_bytecode = True
+        import torch, transformers
+        transformers.PreTrainedModel
+        events = []
+        watching = True
+
+        def watch(event, arguments):
+            if watching:
+                events.append((event, [str(argument) for argument in arguments]))
+
+        sys.addaudithook(watch)
+        spec = importlib.util.spec_from_file_location("modeling_adanorm", {str(copied)!r})
+        module = sys.modules["modeling_adanorm"] = importlib.util.module_from_spec(spec)
+        before = set(sys.modules)
+        spec.loader.exec_module(module)
+        watching = False
+        print(json.dumps({{"events": events, "modules": sorted(set(sys.modules) - before)}}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["modules"] == []
+    modes = [arguments[1] for event, arguments in seen["events"] if event == "open"]
+    assert set(modes) <= {"r", "rb"}
+    harmless = {"open", "import", "compile", "exec", "marshal.loads", "sys._getframe", "object.__getattr__"}
+    assert {event for event, _ in seen["events"]} <= harmless | {"os.listdir", "os.scandir", "code.__new__"}
+
+
+@pytest.mark.parametrize(
+    "name", ["os", "torch", "Trainer", "BertConfig", "AutoTokenizer", "pipeline", "nope", "__loader"]
+)
+def test_only_model_classes_of_transformers_can_be_asked_for(name: str) -> None:
+    with pytest.raises(AttributeError, match="has no attribute"):
+        modeling_adanorm.__getattr__(name)
+    assert modeling_adanorm.BertModel.__name__ == "BertModel"
+
+
+# -------------------------------------------------------------------------------------------------------- no pickle
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_the_package_neither_reads_nor_writes_pickles(path: Path) -> None:
+    assert {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}.isdisjoint(imported(path))
+    assert {"torch.load", "torch.save", "eval", "exec"}.isdisjoint(calls(path))
+
+
+def test_patching_saving_loading_and_the_card_unpickle_nothing(tmp_path: Path) -> None:
+    code = """
+        import sys, warnings
+        import transformers, hf_adanorm
+        warnings.simplefilter("ignore")
+        found = []
+        sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        config = transformers.BertConfig(**sizes)
+        hf_adanorm.patch_model(transformers.BertModel(config)).save_pretrained("out")
+        model = transformers.AutoModel.from_pretrained("out")
+        hf_adanorm.write_model_card("out")
+        hf_adanorm.unpatch_model(model)
+        print(len(found))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "0"
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "modeling_adanorm.py"}
+
+
+# ------------------------------------------------------------------------------------------ what config.json may say
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    patch_model(BertModel(BertConfig(vocab_size=9, **sizes))).save_pretrained(folder)
+    return folder
+
+
+def with_spec(checkpoint: Path, folder: Path, spec: Any) -> Path:
+    for path in checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["adanorm"] = spec
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(SPEC), **changes}
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    return changed(groups=[{**SPEC["groups"][0], **changes}])
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+MALICIOUS: dict[str, Any] = {
+    "a string": "adanorm",
+    "a list": [SPEC],
+    "a number": 1,
+    "format as text": changed(format="1"),
+    "format zero": changed(format=0),
+    "version as a number": changed(version=1),
+    "unknown entry": changed(auto_map={"AutoModel": "evil.Model"}),
+    "groups as an object": changed(groups={}),
+    "a group as text": changed(groups=["adanorm"]),
+    "another norm": group(norm="os.system"),
+    "a norm that is a list": group(norm=["adanorm"]),
+    "a setting that is none": group(forward="lambda x: x"),
+    "C as text": group(C="1"),
+    "C as a bool": group(C=True),
+    "C infinite": group(C=1e999),
+    "C beyond float": group(C=10**400),
+    "k negative": group(k=-1.0),
+    "eps as a list": group(eps=[1e-5]),
+    "modules as text": group(modules="embeddings.LayerNorm"),
+    "modules of numbers": group(modules=[1]),
+    "a regular expression": group(modules=["embeddings.(LayerNorm|dropout)"]),
+    "a catastrophic regular expression": group(modules=["(a+)+$"]),
+    "a wildcard in a name": group(modules=["embeddings.Layer*"]),
+    "a path": group(modules=["../../etc/passwd"]),
+    "an absolute path": group(modules=["/etc/passwd"]),
+    "an empty name": group(modules=[""]),
+    "a name too long": group(modules=["a." * 600 + "a"]),
+    "too many names": group(modules=["a"] * 100_001),
+    "too many groups": changed(groups=[SPEC["groups"][0]] * 10_001),
+    "a deep shape": group(normalized_shape=nested(400)),
+    "a deep module list": group(modules=nested(400)),
+    "a negative shape": group(normalized_shape=[-1]),
+    "a linear layer": group(modules=["encoder.layer.0.attention.self.query"]),
+    "an embedding": group(modules=["embeddings.word_embeddings"]),
+    "a whole layer": group(modules=["encoder.layer.0"]),
+    "biases as text": changed(biases="encoder"),
+    "a bias for a norm": changed(biases=["encoder.layer.0.output.LayerNorm"]),
+    "eps for a linear layer": changed(eps={"encoder.layer.0.attention.self.query": 1e-5}),
+    "eps as a list of names": changed(eps=["embeddings.LayerNorm"]),
+}
+
+
+@pytest.mark.parametrize("what", MALICIOUS)
+def test_a_spec_that_is_none_is_refused_with_a_clear_error(checkpoint: Path, tmp_path: Path, what: str) -> None:
+    folder = with_spec(checkpoint, tmp_path, MALICIOUS[what])
+    with pytest.raises((TypeError, ValueError)) as caught:
+        AutoModel.from_pretrained(folder)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_config_nested_too_deep_to_read_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = with_spec(checkpoint, tmp_path, None)
+    deep = "[" * 200_000 + "]" * 200_000
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("null", deep, 1))
+    with pytest.raises(ValueError, match="no JSON"):
+        write_model_card(folder)
+
+
+def test_long_values_do_not_fill_the_error_message() -> None:
+    for spec in (
+        group(C="x" * 10**6),
+        group(norm="x" * 10**6),
+        group(normalized_shape=["x"] * 10**5),
+        changed(version=9),
+    ):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            AdaNormSpec.from_dict(spec)
+        assert len(str(caught.value)) < 600
+
+
+def test_a_spec_of_the_largest_size_is_read_in_a_moment() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertModel(BertConfig(vocab_size=9, **sizes))
+    names = [f"encoder.layer.*.a{i}.*.*.*.*" for i in range(100_000)]
+    start = time.perf_counter()
+    modeling_adanorm.apply_spec(model, AdaNormSpec.from_dict(group(modules=names)))
+    assert time.perf_counter() - start < 20
+    assert not hf_adanorm.is_patched(model)
+
+
+def test_names_are_compared_never_run_as_patterns() -> None:
+    for path in (TRAVELLER, ROOT / "hf_adanorm" / "hooks.py", ROOT / "hf_adanorm" / "specs.py"):
+        assert "re" not in imported(path)
+        assert "fnmatch" not in imported(path)
+
+
+def test_a_spec_that_names_unknown_modules_swaps_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    config = BertConfig.from_pretrained(checkpoint)
+    config.adanorm = group(modules=["__class__", "forward", "encoder.layer.7.output.LayerNorm"])
+    assert not hf_adanorm.is_patched(BertModel(config))
+
+
+def test_references_to_other_code_are_left_alone_and_not_followed(checkpoint: Path, tmp_path: Path) -> None:
+    folder = with_spec(checkpoint, tmp_path, SPEC)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('code from the checkpoint ran')\n")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModel.from_pretrained(folder)
+
+
+def test_a_card_holds_what_a_config_says_as_text_only(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["Bert\n# heading <script>"],
+        "model_type": "bert",
+        "adanorm": changed(version="1```\n<!-- hf_adanorm: end -->\n# heading"),
+        "auto_map": {"AutoModel": "x"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = write_model_card(tmp_path).read_text()
+    assert "\n# heading" not in text
+    assert "<script>" not in text
+    write_model_card(tmp_path)
+    assert text.count("hf_adanorm: begin") == 1
+
+
+def test_no_module_option_takes_a_token() -> None:
+    source = (ROOT / "hf_adanorm" / "cli.py").read_text()
+    names = {node.arg for node in nodes(ROOT / "hf_adanorm" / "cli.py", ast.arg)}
+    assert not any("token" in name for name in names)
+    assert "get_token" not in source
+
+
+def test_the_spec_that_is_right_loads(checkpoint: Path, tmp_path: Path) -> None:
+    """The cases above fail for their own reason."""
+    config = BertConfig.from_pretrained(checkpoint)
+    config.adanorm = SPEC
+    with torch.device("meta"):
+        assert hf_adanorm.is_patched(BertModel(config))

@@ -1,0 +1,35 @@
+"""What the recipes do around an evaluation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from common.evaluation import run_fresh_process
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+import beside
+Path(sys.argv[1]).write_text(f"{beside.WHERE}\\n{os.getcwd()}\\n{os.environ['PYTHONPATH']}")
+"""
+
+
+def test_a_fresh_process_starts_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others leave in the shared temporary folder is not imported; relative paths mean what they meant here."""
+    shared, here = tmp_path / "shared", tmp_path / "here"
+    for folder in (shared, here):
+        folder.mkdir()
+        (folder / "beside.py").write_text(f"WHERE = {folder.name!r}")
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text(SCRIPT)
+    monkeypatch.setattr("tempfile.tempdir", str(shared))
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "lib"]))
+    run_fresh_process(tmp_path / "script" / "script.py", [str(tmp_path / "told")])
+    where, folder, paths = (tmp_path / "told").read_text().splitlines()
+    assert where == "here"
+    assert Path(folder).parent == shared
+    assert paths.split(os.pathsep) == [str(here), str(here / "lib")]

@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+
+from classification import ClassificationOptions
+from common.options import OptionError, check_ranges, parse_options, read_config
+
+
+def test_config_file_sets_options_and_the_command_line_wins(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("norm: detachnorm\nlearning_rate: 1e-3\nmodel_config: {model_type: bert, hidden_size: 8}\n")
+    options = parse_options(ClassificationOptions, ["--config", str(config), "--norm", "none", "--layers", "[0, -1]"])
+    assert (options.norm, options.learning_rate, options.layers) == ("none", 1e-3, [0, -1])
+    assert options.model_config == {"model_type": "bert", "hidden_size": 8}
+
+
+def test_data_files_in_a_config_are_relative_to_it(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("train_file: data/train.csv\n")
+    options = parse_options(ClassificationOptions, [f"--config={config}", "--test_file", "here.csv"])
+    assert options.train_file == str(tmp_path / "data" / "train.csv")
+    assert options.test_file == "here.csv"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--nrom", "none"], "did you mean --norm?"),
+        (["--norm", "batchnorm"], "layernorm-simple"),
+        (["--seed", "one"], "seed"),
+        (["--config", "absent.yaml"], "absent.yaml: no such file"),
+    ],
+)
+def test_bad_command_lines_end_with_code_2_and_the_reason(argv, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_options(ClassificationOptions, argv)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_unknown_key_in_a_config_names_the_nearest_option(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("learning_rat: 1\n")
+    with pytest.raises(OptionError, match="'learning_rat'; did you mean 'learning_rate'"):
+        read_config(config, {"learning_rate", "norm"})
+
+
+def test_config_that_is_no_mapping_is_refused(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("- a\n- b\n")
+    with pytest.raises(OptionError, match="expected a mapping"):
+        read_config(config, {"norm"})
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_options(ClassificationOptions, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    for item in dataclasses.fields(ClassificationOptions):
+        assert f"--{item.name} " in text
+        assert item.metadata["help"].split()[0] in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.0}, {"max_steps": 0}, {"warmup_ratio": 2.0}, {"adam_beta2": 1.0}]
+)
+def test_numbers_outside_their_range_are_named(change):
+    with pytest.raises(OptionError, match=next(iter(change))):
+        check_ranges(ClassificationOptions(**change))

@@ -1,0 +1,94 @@
+"""A recipe's push: the best model with card and results, through a Hub server on loopback; and a start from it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import classification
+from tests.integration.hub_server import HubServer
+
+SCRIPT = Path(classification.__file__)
+TOKEN = "hf_token_of_the_loopback_hub"
+TINY = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY |= {"intermediate_size": 16, "max_position_embeddings": 32}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer(tokens={TOKEN: "me"}) as server:
+        yield server
+
+
+def run(hub, home, texts, *options, token=TOKEN):
+    files = ["--train_file", texts["train"], "--validation_file", texts["validation"]]
+    settings = ["--max_steps", "4", "--batch_size", "8", "--max_length", "32", "--min_frequency", "1"]
+    command = [sys.executable, SCRIPT, *files, *settings, "--progress_bar", "false", *options]
+    env = {**os.environ, **hub.environment(home, token)}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def first(hub, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    options = ["--model_config", json.dumps(TINY), "--C", "1.3", "--output_dir", folder / "run"]
+    push = ["--push_to_hub", "true", "--hub_model_id", "me/demo"]
+    done = run(hub, folder / "home", texts, *options, *push)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert TOKEN not in done.stdout + done.stderr
+    return folder
+
+
+def test_the_best_model_is_pushed_with_card_and_results(first, hub):
+    files = hub.repos["me/demo"].files()
+    assert {"config.json", "model.safetensors", "modeling_adanorm.py", "tokenizer.json", "README.md"} <= set(files)
+    assert files["model.safetensors"] == (first / "run" / "best" / "model.safetensors").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    results = json.loads((first / "run" / "results.json").read_text())
+    scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert scores == results["validation"]
+    assert {(r.dataset_name, r.dataset_split) for r in card.data.eval_results} == {("local files", "validation")}
+    assert results["command"] in card.text
+    assert "C = 1.3" in card.text
+
+
+def test_the_same_command_pushes_a_finished_run_and_keeps_a_card_written_there(first, hub, texts):
+    text = hub.repos["me/demo"].files()["README.md"].decode() + "\nA remark.\n"
+    hub.create_repo("me/again", {"README.md": text.encode()})
+    options = ["--model_config", json.dumps(TINY), "--C", "1.3", "--output_dir", first / "run"]
+    done = run(hub, first / "home", texts, *options, "--push_to_hub", "true", "--hub_model_id", "me/again")
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = hub.repos["me/again"].files()
+    assert files["model.safetensors"] == hub.repos["me/demo"].files()["model.safetensors"]
+    assert "A remark." in files["README.md"].decode()
+
+
+def test_a_run_starts_from_a_pushed_checkpoint(first, hub, texts, tmp_path):
+    options = [
+        "--model_name_or_path",
+        "me/demo",
+        "--C",
+        "1.3",
+        "--learning_rate",
+        "1e-9",
+        "--output_dir",
+        tmp_path / "r",
+    ]
+    done = run(hub, tmp_path / "home", texts, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (json.loads((f / "results.json").read_text()) for f in (first / "run", tmp_path / "r"))
+    assert after["validation"]["loss"] == pytest.approx(before["validation"]["loss"], abs=1e-4)
+    assert ModelCard.load(tmp_path / "r" / "best" / "README.md").data.base_model == "me/demo"
+
+
+def test_a_push_without_a_token_ends_before_training(hub, texts, tmp_path):
+    options = ["--model_config", json.dumps(TINY), "--output_dir", tmp_path / "run"]
+    done = run(hub, tmp_path / "home", texts, *options, "--push_to_hub", "true", "--hub_model_id", "me/x", token=None)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "cannot push to me/x" in line
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -1,0 +1,102 @@
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import BertConfig, BertModel
+
+from common.checkpoints import Progress
+from common.options import OptimizationOptions, OptionError, PatchOptions
+from common.setup import (
+    UNTIMED_STEPS,
+    Stopwatch,
+    apply_patch,
+    learning_rate_at,
+    make_optimizer,
+)
+
+
+def tiny_bert():
+    return BertModel(
+        BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    )
+
+
+def rates(total, **options):
+    return [learning_rate_at(step, total, OptimizationOptions(**options)) for step in range(total)]
+
+
+def test_linear_schedule_rises_over_the_warm_up_and_falls_to_the_minimum():
+    found = rates(10, learning_rate=1.0, warmup_steps=4, min_lr=0.1, lr_schedule="linear")
+    assert found[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert found[-1] == pytest.approx(1.0 - 0.9 * 5 / 6)
+
+
+def test_inverse_sqrt_schedule_is_the_papers():
+    options = OptimizationOptions(
+        learning_rate=1.5e-3, warmup_steps=8000, warmup_init_lr=1e-7, lr_schedule="inverse_sqrt"
+    )
+    assert learning_rate_at(0, 90000, options) == pytest.approx(1e-7 + (1.5e-3 - 1e-7) / 8000)
+    assert learning_rate_at(7999, 90000, options) == pytest.approx(1.5e-3)
+    assert learning_rate_at(31999, 90000, options) == pytest.approx(1.5e-3 / 2)
+
+
+@given(st.sampled_from(["linear", "cosine", "constant", "inverse_sqrt"]), st.integers(1, 300), st.floats(0, 1))
+def test_every_schedule_stays_between_zero_and_its_peak(schedule, total, ratio):
+    found = rates(total, learning_rate=0.5, warmup_ratio=ratio, lr_schedule=schedule)
+    assert all(0 <= rate <= 0.5 + 1e-12 for rate in found)
+    peak = max(range(total), key=found.__getitem__)
+    assert found[: peak + 1] == sorted(found[: peak + 1])
+    assert found[peak:] == sorted(found[peak:], reverse=True)
+
+
+def test_biases_and_gains_are_not_decayed():
+    model = tiny_bert()
+    optimizer = make_optimizer(model, OptimizationOptions(weight_decay=0.1))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"norm": "adanorm"}, 5),
+        ({"norm": "layernorm"}, 5),
+        ({"norm": "none", "layers": [-1]}, 2),
+        ({"norm": "detachnorm", "detach_mean": False, "exclude": ["embeddings.LayerNorm"]}, 4),
+    ],
+)
+def test_patch_options_reach_the_model(options, count):
+    model = tiny_bert()
+    assert apply_patch(model, PatchOptions(**options)) == count
+    swapped = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
+    assert len(swapped) == (0 if options["norm"] == "layernorm" else count)
+
+
+def test_impossible_patch_options_name_the_norm():
+    with pytest.raises(OptionError, match=r"--norm adanorm: .*-1"):
+        apply_patch(tiny_bert(), PatchOptions(norm="adanorm", C=-1.0))
+
+
+def test_the_control_refuses_a_patched_model():
+    model = tiny_bert()
+    apply_patch(model, PatchOptions(norm="adanorm"))
+    with pytest.raises(OptionError, match="already patched"):
+        apply_patch(model, PatchOptions(norm="layernorm"))
+
+
+def test_speed_leaves_out_the_first_steps_and_pauses():
+    progress = Progress()
+    watch = Stopwatch(progress)
+    for _ in range(UNTIMED_STEPS):
+        watch.step(8)
+    assert watch.samples_per_second is None
+    watch.pause()
+    time.sleep(0.2)
+    watch.resume()
+    time.sleep(0.01)
+    watch.step(8)
+    assert (progress.samples, progress.timed_samples) == (8 * (UNTIMED_STEPS + 1), 8)
+    assert 0.01 <= progress.timed_seconds < 0.2

@@ -1,0 +1,178 @@
+import gzip
+import json
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from tasks.data import DataError, DataOptions, check_text_column, load_file, load_splits, resolve_labels
+from tasks.text import TextOptions
+
+ROWS = [{"text": "a b", "label": 0}, {"text": "c", "label": 1}]
+
+
+def write_rows(path, rows=ROWS):
+    if path.name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.name.endswith(".jsonl.gz"):
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        sep = "\t" if path.suffix == ".tsv" else ","
+        path.write_text("\n".join([f"text{sep}label", *(f"{r['text']}{sep}{r['label']}" for r in rows)]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet"])
+def test_every_format_gives_the_same_rows(name, tmp_path):
+    assert load_file(write_rows(tmp_path / name)).to_list() == ROWS
+
+
+def test_missing_file_names_it_and_the_nearest(tmp_path):
+    write_rows(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match=r"--train_file .*trian.jsonl: no such file; did you mean train.jsonl\?"):
+        load_file(tmp_path / "trian.jsonl")
+
+
+def test_unknown_format_lists_the_known(tmp_path):
+    (tmp_path / "a.xlsx").write_text("x")
+    with pytest.raises(DataError, match=r"'.xlsx'; known are .json"):
+        load_file(tmp_path / "a.xlsx")
+
+
+def test_broken_file_is_reported_in_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"\n{{{\n')
+    with pytest.raises(DataError, match="cannot be read as json") as raised:
+        load_file(tmp_path / "a.jsonl")
+    assert "\n" not in str(raised.value)
+
+
+def test_empty_split_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n")
+    (tmp_path / "b.csv").write_text("")
+    good = write_rows(tmp_path / "good.csv")
+    for bad in ("a.csv", "b.csv"):
+        with pytest.raises(DataError, match="validation split is empty"):
+            load_splits(DataOptions(train_file=good, validation_file=str(tmp_path / bad)))
+
+
+def test_local_files_need_a_validation_file_and_win_over_the_hub(tmp_path):
+    good = write_rows(tmp_path / "good.csv")
+    with pytest.raises(DataError, match="--validation_file is missing"):
+        load_splits(DataOptions(train_file=good))
+    splits = load_splits(DataOptions(dataset_name="no/such", train_file=good, validation_file=good))
+    assert set(splits) == {"train", "validation"}
+
+
+def test_no_data_at_all_is_said():
+    with pytest.raises(DataError, match="--train_file and --validation_file, or --dataset_name"):
+        load_splits(DataOptions())
+
+
+def test_sample_limits_cut_the_splits(tmp_path):
+    good = write_rows(tmp_path / "good.csv")
+    splits = load_splits(DataOptions(train_file=good, validation_file=good, max_train_samples=1))
+    assert (len(splits["train"]), len(splits["validation"])) == (1, 2)
+
+
+def split_by(sizes, tmp_path, **changes):
+    files = {}
+    for split, texts in {"train": "abcd", "validation": "ef", "test": "ghi"}.items():
+        rows = [{"text": text, "label": 0} for text in texts]
+        files[f"{split}_file"] = write_rows(tmp_path / f"{split}.jsonl", rows)
+    splits = load_splits(TextOptions(**{**files, "split_sizes": sizes, **changes}))
+    return {split: data["text"][:] for split, data in splits.items()}
+
+
+def test_all_examples_are_divided_anew_at_random_and_always_alike(tmp_path):
+    splits = split_by([2, 3, 4], tmp_path)
+    assert {split: len(texts) for split, texts in splits.items()} == {"train": 2, "validation": 3, "test": 4}
+    assert sorted(text for texts in splits.values() for text in texts) == list("abcdefghi")
+    assert splits == split_by([2, 3, 4], tmp_path)
+    assert split_by([2, 3, 4], tmp_path, score_test=False) == {s: splits[s] for s in ("train", "validation")}
+
+
+def test_two_sizes_leave_the_test_split_as_it_is(tmp_path):
+    splits = split_by([3, 1], tmp_path, validation_file=None)
+    assert splits["test"] == list("ghi")
+    assert sorted(splits["train"] + splits["validation"]) == list("abcd")
+
+
+@pytest.mark.parametrize("sizes", [[10], [9, 1], [5, 5], [0, 2], [1, 1, 8]])
+def test_sizes_that_the_data_cannot_fill_are_refused(sizes, tmp_path):
+    with pytest.raises(DataError, match=r"--split_sizes \[.*\]: expected 2 or 3 positive sizes of [69] examples"):
+        split_by(sizes, tmp_path)
+
+
+def test_missing_column_names_the_nearest():
+    splits = {"train": Dataset.from_list(ROWS)}
+    with pytest.raises(DataError, match="only 'text', 'label'; did you mean --text_column text"):
+        check_text_column(splits, "txt", "text_column")
+    with pytest.raises(DataError, match="did you mean --label_column label"):
+        resolve_labels(splits, "labels")
+
+
+@pytest.mark.parametrize("value", [None, 3])
+def test_row_without_text_is_named(value):
+    data = Dataset.from_dict({"text": [value, value] if value else ["a", None]})
+    with pytest.raises(DataError, match=r"validation split, column 'text', row \d: expected text, got"):
+        check_text_column({"validation": data}, "text", "text_column")
+
+
+def test_texts_and_numbers_in_one_column_are_refused(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 3}\n')
+    with pytest.raises(DataError, match=r"column 'text'.*expected text|cannot be read as json"):
+        check_text_column({"train": load_file(path)}, "text", "text_column")
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="a folder, not a file"):
+        load_file(tmp_path)
+
+
+def labels_of(train, validation, names=None):
+    splits = {"train": Dataset.from_dict({"label": train}), "validation": Dataset.from_dict({"label": validation})}
+    return resolve_labels(splits, "label", names)
+
+
+def test_integers_stand_for_themselves():
+    assert labels_of([0, 2, 1], [2]) == (["0", "1", "2"], {"train": [0, 2, 1], "validation": [2]})
+
+
+def test_a_few_examples_of_many_classes_are_enough():
+    assert len(labels_of([0, 999, 5], [7])[0]) == 1000
+
+
+def test_strings_are_numbered_in_sorted_or_given_order():
+    assert labels_of(["b", "a"], ["b"]) == (["a", "b"], {"train": [1, 0], "validation": [1]})
+    assert labels_of(["b", "a"], ["b"], ["b", "a"])[1] == {"train": [0, 1], "validation": [0]}
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "names", "said"),
+    [
+        ([0, 1], [0, 2], None, "validation split, column 'label', row 1: label 2 is outside the range 0 to 1"),
+        ([0, -1, 1], [0], None, "train split, column 'label', row 1: label -1 is outside"),
+        ([0, 5], [0], ["no", "yes"], "label 5 is outside the range 0 to 1"),
+        (["a", "b"], ["c"], None, "label 'c' is none of the 2 classes"),
+        ([0.5, 1.0], [0.5], None, "all integers or all strings, got 0.5"),
+        (["a", None], ["a"], None, "train split, column 'label', row 1: there is no label"),
+        ([0, 1, 10**9], [0], None, "labels go up to 1000000000, but only 3 different ones"),
+        ([0, 0], [0], None, "single class"),
+        (["a", "b"], ["a"], ["a", "a"], "a name twice"),
+    ],
+)
+def test_bad_labels_are_named_with_their_place(train, validation, names, said):
+    with pytest.raises(DataError) as raised:
+        labels_of(train, validation, names)
+    assert said in str(raised.value)
+
+
+def test_class_names_of_the_data_set_are_used():
+    features = Features({"label": ClassLabel(names=["neg", "pos"]), "text": Value("string")})
+    data = Dataset.from_dict({"label": [1, 0], "text": ["a", "b"]}, features=features)
+    assert resolve_labels({"train": data}, "label") == (["neg", "pos"], {"train": [1, 0]})

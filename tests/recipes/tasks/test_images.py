@@ -1,0 +1,295 @@
+"""The classification recipe on images: the small CNN, any vision model, IDX files, augmentation."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+import classification
+from common.options import read_config
+from hf_adanorm import inspect_model, patch_model
+from tasks.data import DataError, DataOptions, load_splits
+from tasks.idx_images import load_idx_images, read_idx, write_idx
+from tasks.image_cnn import LayerNormCnnConfig, LayerNormCnnForImageClassification
+from tasks.images import ImageOptions, augmented, open_image
+
+CNN = {"model_type": "layernorm_cnn", "image_size": 8, "hidden_sizes": [8, 8, 8]}
+VIT = {
+    "model_type": "vit",
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Bright squares in the left or in the right half of noise, as IDX files."""
+    folder = tmp_path_factory.mktemp("digits")
+    draw = np.random.default_rng(0)
+    files = {}
+    for split, size in {"train": 64, "validation": 21}.items():
+        labels = draw.integers(2, size=size).astype(np.uint8)
+        images = draw.integers(60, size=(size, 8, 8)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2:6, 4 * label : 4 * label + 4] += 150
+        files[split] = folder / f"{split}-images-idx3-ubyte.gz"
+        write_idx(files[split], images)
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
+    return files
+
+
+def run(digits, folder, **changes):
+    options = {
+        "task": "image",
+        "train_file": digits["train"],
+        "validation_file": digits["validation"],
+        "model_config": json.dumps(CNN),
+        "batch_size": 16,
+        "num_epochs": 5,
+        "learning_rate": 0.01,
+        "output_dir": folder,
+        **changes,
+    }
+    classification.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """The CNN, tested on its own validation file: both accuracies must agree."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run(digits, folder, test_file=digits["validation"], random_crop_padding=1, k=0.07)
+
+
+def test_the_cnn_learns_and_scores_the_same_in_a_fresh_process(trained):
+    _, results = trained
+    assert results["norm_modules"] == 3
+    assert results["validation"]["accuracy"] > 0.9
+    assert results["test"]["accuracy"] == results["validation"]["accuracy"]
+
+
+def test_the_cnn_loads_elsewhere_by_the_code_it_travels_with(trained, digits):
+    folder, _ = trained
+    pixels = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
+    here = AutoModelForImageClassification.from_pretrained(folder / "best")(pixels).logits
+    code = (
+        "import sys, torch, hf_adanorm\n"
+        "from transformers import AutoModelForImageClassification\n"
+        f"model = AutoModelForImageClassification.from_pretrained({str(folder / 'best')!r}, trust_remote_code=True)\n"
+        "norms = [m for m in model.modules() if getattr(m, 'is_adanorm_module', False)]\n"
+        "pixels = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)\n"
+        "print([(m.norm, m.k) for m in norms], model(pixels).logits.double().tolist())\n"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120)
+    assert there.returncode == 0, there.stderr
+    assert there.stdout.strip() == f"{[('adanorm', 0.07)] * 3} {here.double().tolist()}"
+
+
+def test_the_best_model_works_in_a_stock_pipeline(trained):
+    folder, _ = trained
+    classify = pipeline("image-classification", str(folder / "best"))
+    right = np.zeros((8, 8), dtype=np.uint8)
+    right[2:6, 4:] = 180
+    assert classify(Image.fromarray(right))[0]["label"] == "1"
+
+
+def test_the_cnn_has_a_norm_a_layer_that_patching_finds():
+    model = LayerNormCnnForImageClassification(LayerNormCnnConfig(image_size=8, hidden_sizes=[4, 4, 4]))
+    patch_model(model, "none")
+    pixels = torch.randn(2, 3, 8, 8)
+    output = model(pixels, labels=torch.tensor([0, 1]))
+    assert output.logits.shape == (2, 2)
+    assert output.loss.item() == pytest.approx(
+        torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 1])).item()
+    )
+    assert "3 norms, 3 swapped" in str(inspect_model(model))
+
+
+def test_a_cnn_saved_before_it_had_linear_layers_gives_the_same_numbers():
+    model = AutoModelForImageClassification.from_pretrained(Path(__file__).with_name("old_cnn"))
+    logits = model(torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)).logits
+    assert logits.double().tolist() == [[-0.5432322025299072, 1.1699341535568237, -1.3900117874145508]]
+
+
+@pytest.mark.parametrize(
+    ("norm_before", "names"),
+    [
+        ("linear", ["linear_layers.0.layernorm"]),
+        ("all", ["layers.0.layernorm", "layers.1.layernorm", "linear_layers.0.layernorm"]),
+    ],
+)
+def test_the_papers_cnn_in_both_readings(norm_before, names):
+    sizes = read_config("recipes/configs/mnist.yaml")["model_config"]
+    config = LayerNormCnnConfig(**{**sizes, "norm_before": norm_before, "num_labels": 10})
+    model = LayerNormCnnForImageClassification(config)
+    weights = {name: tuple(value.shape) for name, value in model.named_parameters() if value.ndim > 1}
+    assert weights == {
+        "layers.0.convolution.weight": (20, 1, 5, 5),
+        "layers.1.convolution.weight": (50, 20, 5, 5),
+        "linear_layers.0.linear.weight": (500, 50 * 4 * 4),
+        "classifier.weight": (10, 500),
+    }
+    assert [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)] == names
+    pixels = torch.randn(2, 3, 28, 28)
+    gray = pixels.mean(1, keepdim=True).expand_as(pixels)
+    torch.testing.assert_close(model(pixels).logits, model(gray).logits)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"image_size": 4}, "image_size 4 cannot be halved 3 times: give at least 8"),
+        ({"image_size": 21, "padding": "valid"}, "image_size 21 cannot be halved 3 times: give at least 22"),
+        ({"norm_before": "relu"}, "norm_before must be one of convolution, linear, all, got 'relu'"),
+        ({"padding": 2}, "padding must be same or valid, got 2"),
+    ],
+)
+def test_sizes_the_cnn_cannot_have_are_refused(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        LayerNormCnnForImageClassification(LayerNormCnnConfig(**sizes))
+
+
+def test_a_fresh_and_then_pretrained_vit_from_paths_in_a_table(digits, tmp_path):
+    data = load_idx_images(digits["train"])
+    rows = []
+    for index, row in enumerate(data):
+        row["image"].save(tmp_path / f"{index}.png")
+        rows.append({"picture": f"{index}.png", "side": ["left", "right"][row["label"]]})
+    table = tmp_path / "table.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    files = {"train_file": table, "validation_file": table, "image_column": "picture", "label_column": "side"}
+    fresh = run(digits, tmp_path / "fresh", model_config=json.dumps(VIT), num_epochs=1, **files)
+    assert fresh["validation"]["accuracy"] >= 0.4
+    changes = {"model_config": "{}", "model_name_or_path": tmp_path / "fresh" / "best", "learning_rate": 1e-9}
+    tuned = run(digits, tmp_path / "tuned", max_steps=1, test_file=table, **files, **changes)
+    assert tuned["validation"]["accuracy"] == fresh["validation"]["accuracy"] == tuned["test"]["accuracy"]
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned" / "best")
+    assert model.config.id2label == {0: "left", 1: "right"}
+
+
+def test_augmentation_depends_on_seed_epoch_and_example_alone():
+    options = ImageOptions(random_crop_padding=2, random_resized_crop=0.5, random_rotation=20.0, horizontal_flip=True)
+    options = SimpleNamespace(seed=3, **vars(options))
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(12, 10, 3)).astype(np.uint8))
+    variants = {
+        key: np.asarray(augmented(image, key[1], options=options, epoch=key[0])).tobytes()
+        for key in [(0, 0), (0, 1), (1, 0), (1, 1)]
+    }
+    assert len(set(variants.values())) == 4
+    again = augmented(image, 1, options=options, epoch=1)
+    assert np.asarray(again).tobytes() == variants[1, 1]
+    assert again.size == image.size
+
+
+@pytest.mark.parametrize(
+    ("option", "check"),
+    [
+        ({"random_crop_padding": 1}, lambda a, b: any((np.roll(a, s, (0, 1)) == b).mean() > 0.5 for s in OFFSETS)),
+        ({"horizontal_flip": True}, lambda a, b: (a[:, ::-1] == b).all() or (a == b).all()),
+        ({}, lambda a, b: (a == b).all()),
+    ],
+)
+def test_every_augmentation_does_what_it_says(option, check):
+    options = SimpleNamespace(seed=0, **vars(ImageOptions(**option)))
+    pixels = np.random.default_rng(1).integers(256, size=(8, 8, 3)).astype(np.uint8)
+    for index in range(8):
+        assert check(pixels, np.asarray(augmented(Image.fromarray(pixels), index, options=options, epoch=0)))
+
+
+OFFSETS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+
+
+def test_idx_files_are_read_back_and_broken_ones_named(digits, tmp_path):
+    images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+    path = tmp_path / "few-images-idx3-ubyte.gz"
+    write_idx(path, images)
+    assert (read_idx(path) == images).all()
+    with pytest.raises(FileNotFoundError, match="few-labels-idx1-ubyte"):
+        load_idx_images(path)
+    write_idx(tmp_path / "few-labels-idx1-ubyte.gz", np.zeros(3, dtype=np.uint8))
+    with pytest.raises(DataError, match=r"images of shape \(2, 3, 4\), but labels of shape \(3,\)"):
+        load_splits(DataOptions(train_file=str(path), validation_file=str(path)))
+    (tmp_path / "cut").write_bytes(b"\x00\x00\x08\x01\x00\x00\x00\x09abc")
+    with pytest.raises(ValueError, match="cut: not an IDX file"):
+        read_idx(tmp_path / "cut")
+
+
+def test_part_of_a_split_is_a_split_of_a_data_set(tmp_path):
+    Dataset.from_dict({"text": list("abcdefgh"), "label": [0, 1] * 4}).to_parquet(tmp_path / "train.parquet")
+    assert len(load_dataset(str(tmp_path))["train"]) == 8
+    options = DataOptions(
+        dataset_name=str(tmp_path), train_split="train[:-3]", validation_split="train[-3:]", test_split=None
+    )
+    splits = load_splits(options)
+    assert splits["train"]["text"][:] == list("abcde")
+    assert splits["validation"]["text"][:] == list("fgh")
+    with pytest.raises(DataError, match="--validation_split is missing"):
+        load_splits(DataOptions(dataset_name=str(tmp_path), validation_split=None, test_split=None))
+
+
+GRAY_VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1}
+GRAY_VIT |= {"num_attention_heads": 1, "intermediate_size": 8, "num_channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image_column": "picture"}, "--image_column 'picture': the train split has no such column"),
+        ({"image_column": "label"}, "not images or paths of images"),
+        ({"random_resized_crop": 2}, "--random_resized_crop must be in (0, 1]"),
+        ({"model_config": json.dumps({**CNN, "image_size": 4})}, "image_size 4 cannot be halved 3 times"),
+        ({"model_config": json.dumps(GRAY_VIT)}, "num_channels is 1; images are read as RGB"),
+        ({"max_tokens": 64}, "--max_tokens counts those of texts; for task image give --batch_size"),
+        ({"model_config": json.dumps(CNN), "image_size": 9}, "--image_size 9 is not the image_size of model_config"),
+    ],
+)
+def test_bad_input_ends_in_one_line(changes, said, digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(digits, tmp_path / "run", **changes)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("missing.png", "row 1: not a readable image"),
+        ("cut.png", "row 1: not a readable image"),
+        (None, "row 1: there"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named_before_training(broken, said, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:12])
+    rows = [{"image": "good.png", "label": 0}, {"image": broken, "label": 1}, {"image": "good.png", "label": 1}]
+    for name, found in (("train", rows[::2] * 2), ("validation", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
+    files = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl"), "test": None}
+    with pytest.raises(SystemExit) as ended:
+        run(files, tmp_path / "run")
+    assert ended.value.code == 2
+    assert f"validation split, {said}" in capsys.readouterr().err
+
+
+def test_gray_images_of_16_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.asarray([[0, 1000], [30000, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    image = open_image({"bytes": (tmp_path / "deep.png").read_bytes(), "path": None}, "here")
+    assert np.asarray(image)[..., 0].tolist() == [[0, 3], [116, 255]]
+
+
+def test_gray_images_of_32_bits_may_hold_8(tmp_path):
+    Image.fromarray(np.asarray([[0, 255]], dtype=np.int32)).save(tmp_path / "wide.tiff")
+    image = open_image({"bytes": (tmp_path / "wide.tiff").read_bytes(), "path": None}, "here")
+    assert np.asarray(image)[..., 0].tolist() == [[0, 255]]

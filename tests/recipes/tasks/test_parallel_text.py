@@ -1,0 +1,169 @@
+"""Sentence pairs from files, the cleaning of IWSLT14, scores, and the joint tokeniser."""
+
+import gzip
+import json
+
+import pytest
+import sacrebleu
+from transformers import AutoTokenizer
+
+from tasks.bleu import moses_detokenize, moses_tokenize, translation_scores
+from tasks.data import DataError
+from tasks.joint_bpe import train_joint_bpe
+from tasks.parallel_text import ParallelOptions, load_pairs
+
+
+def write(path, lines):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8", newline="\n") as file:
+        file.write("".join(line + "\n" for line in lines))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Plain text in two languages; one sentence holds characters that other tools take for the end of a line."""
+    for split, size in {"train": 30, "val": 5, "test": 4}.items():
+        write(tmp_path / f"{split}.de.gz", [f"Satz\u2028 {split}\x0b {n}" for n in range(size)])
+        write(tmp_path / f"{split}.en.gz", [f"sentence {split} {n}" for n in range(size)])
+    return tmp_path
+
+
+def options_for(folder, **changes):
+    names = {"train": "train", "validation": "val", "test": "test"}
+    files = {f"{split}_file": f"{folder}/{name}.{{lang}}.gz" for split, name in names.items()}
+    return ParallelOptions(**{**files, **changes})
+
+
+def test_plain_text_is_aligned_by_line_feeds_alone(folder):
+    splits = load_pairs(options_for(folder))
+    assert {split: len(data) for split, data in splits.items()} == {"train": 30, "validation": 5, "test": 4}
+    assert splits["train"][7] == {
+        "source": "Satz\u2028 train\x0b 7",
+        "target": "sentence train 7",
+        "reference": "sentence train 7",
+    }
+
+
+def test_languages_of_different_numbers_of_lines_are_refused(folder):
+    write(folder / "val.en.gz", ["one too few"] * 4)
+    with pytest.raises(DataError, match=r"not aligned by line: \[5\] lines in de, \[4\] in en"):
+        load_pairs(options_for(folder))
+
+
+def test_a_missing_language_is_named(folder):
+    with pytest.raises(DataError, match=r"no such file for \{lang\} = fr"):
+        load_pairs(options_for(folder, target_lang="fr"))
+
+
+def test_limits_count_after_the_cleaning(folder):
+    splits = load_pairs(options_for(folder, max_train_samples=4, hold_out_every=3, validation_file=None))
+    assert splits["train"]["target"][:] == [f"sentence train {n}" for n in (0, 1, 3, 4)]
+    assert splits["validation"]["target"][:] == [f"sentence train {n}" for n in range(2, 30, 3)]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_tables_hold_both_languages_in_columns_or_in_one(tmp_path, nested):
+    rows = [{"de": f"Wort {n}", "en": f"word {n}"} for n in range(6)]
+    write(tmp_path / "a.jsonl", [json.dumps({"translation": row} if nested else {**row, "id": 1}) for row in rows])
+    file = str(tmp_path / "a.jsonl")
+    column = "translation" if nested else None
+    splits = load_pairs(ParallelOptions(train_file=file, validation_file=file, translation_column=column))
+    assert splits["train"]["source"][:] == [row["de"] for row in rows]
+    assert splits["validation"]["target"][:] == [row["en"] for row in rows]
+    splits = load_pairs(ParallelOptions(train_file=file, translation_column=column, hold_out_every=3))
+    assert splits["train"]["source"][:] == [f"Wort {n}" for n in (0, 1, 3, 4)]
+    assert splits["validation"]["source"][:] == ["Wort 2", "Wort 5"]
+
+
+def test_a_missing_column_names_those_there_are(tmp_path):
+    write(tmp_path / "a.jsonl", [json.dumps({"de": "a", "en": "b"})])
+    file = str(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="--target_lang 'fr': the train split has no such column, only 'de', 'en'"):
+        load_pairs(ParallelOptions(train_file=file, validation_file=file, target_lang="fr"))
+
+
+def test_the_usual_preparation_of_iwslt14(tmp_path):
+    """Tags dropped, Moses's tokens, the ratio 1.5, every third of the rest held out, the test sets joined in order."""
+    english = [f"It's talk {n}, isn't it?" for n in range(12)]
+    for lang, lines in {"de": [f"Das ist Rede {n}, nicht wahr?" for n in range(12)], "en": list(english)}.items():
+        lines[5] = "zu kurz" if lang == "de" else "much too long " * 9
+        body = ["<url>http://x</url>", "<title>A title here.</title>", "<talkid>1</talkid>", *lines]
+        write(tmp_path / f"train.tags.de-en.{lang}", body)
+        for name in ("tst2010", "dev2010"):
+            segments = [f'<seg id="{n}"> {name} {lang} {n} &amp; more </seg>' for n in (1, 2)]
+            write(tmp_path / f"IWSLT14.TED.{name}.de-en.{lang}.xml", ["<doc>", *segments, "</doc>"])
+    splits = load_pairs(
+        ParallelOptions(
+            train_file=f"{tmp_path}/train.tags.de-en.{{lang}}",
+            test_file=f"{tmp_path}/IWSLT14.TED*.de-en.{{lang}}.xml",
+            text_preparation="moses",
+            hold_out_every=3,
+            max_length_ratio=1.5,
+            max_words=175,
+        )
+    )
+    kept = ["A title here.", *english[:5], *english[6:]]
+    assert splits["train"]["reference"][:] == [text for n, text in enumerate(kept) if n % 3 != 2]
+    assert splits["validation"]["reference"][:] == kept[2::3]
+    assert splits["train"]["target"][1] == "It 's talk 0 , isn 't it ?"
+    names = ("dev2010", "tst2010")
+    assert splits["test"]["reference"][:] == [f"{name} en {n} & more" for name in names for n in (1, 2)]
+
+
+def test_scores_are_sacrebleus_and_the_tokenised_one_is_of_moses_tokens():
+    hypotheses = ["The cat doesn't sit, on the Mat.", "A dog & a bird run away today"]
+    references = ["the cat doesn't sit on the mat.", "A dog and a bird ran away today"]
+    scores, signatures = translation_scores(hypotheses, references, "en")
+    assert scores["sacrebleu"] == sacrebleu.corpus_bleu(hypotheses, [references]).score
+    assert scores["chrf"] == sacrebleu.corpus_chrf(hypotheses, [references]).score
+    assert scores["sacrebleu_lowercase"] == sacrebleu.corpus_bleu(hypotheses, [references], lowercase=True).score
+    tokens = ["the cat doesn 't sit , on the mat .", "a dog & a bird run away today"]
+    reference_tokens = ["the cat doesn 't sit on the mat .", "a dog and a bird ran away today"]
+    by_hand = sacrebleu.corpus_bleu(tokens, [reference_tokens], tokenize="none", force=True)
+    assert scores["bleu_tokenized_lowercase"] == by_hand.score
+    assert "case:mixed" in signatures["sacrebleu"]
+    assert "tok:13a" in signatures["sacrebleu"]
+    assert "case:lc|eff:no|tok:none" in signatures["bleu_tokenized_lowercase"]
+    assert signatures["bleu_tokenized_lowercase"].endswith("moses:en")
+    with pytest.raises(ValueError, match="1 translations for 2 references"):
+        translation_scores(hypotheses[:1], references, "en")
+
+
+def test_text_in_tokens_already_keeps_them():
+    texts = ["It 's talk , isn 't it ?"] * 3
+    tokenizer = train_joint_bpe(texts, vocab_size=60, lowercase=True, max_length=50, split_punctuation=False)
+    assert tokenizer.tokenize(texts[0]) == ["▁it", "▁'s", "▁talk", "▁,", "▁isn", "▁'t", "▁it", "▁?"]
+    assert tokenizer.decode(tokenizer(texts[0])["input_ids"], skip_special_tokens=True) == texts[0].lower()
+
+
+def test_mosess_tokens_become_plain_text_again():
+    texts = ['He said: "It\'s 3.5 % (at most)."', "Well, don't!"]
+    assert moses_detokenize(moses_tokenize(texts, "en"), "en") == ['He said: "It\'s 3.5% (at most)."', "Well, don't!"]
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_the_joint_tokeniser_gives_the_text_back_after_a_reload(tmp_path, lowercase):
+    texts = ["Ein kleiner Hund, der bellt.", "A small dog that barks (loudly)!", "Một con chó nhỏ."] * 3
+    tokenizer = train_joint_bpe(texts, vocab_size=150, lowercase=lowercase, max_length=50)
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in texts:
+        ids = reloaded(text)["input_ids"]
+        assert ids == tokenizer(text)["input_ids"]
+        assert ids[-1] == reloaded.eos_token_id
+        assert reloaded.decode(ids, skip_special_tokens=True) == (text.lower() if lowercase else text)
+    assert (reloaded.bos_token_id, reloaded.pad_token_id, reloaded.eos_token_id) == (0, 1, 2)
+    assert (
+        train_joint_bpe(texts, vocab_size=150, lowercase=lowercase, max_length=50).get_vocab() == reloaded.get_vocab()
+    )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "raw"), [("gz", b"no gzip"), ("gz", b"\x1f\x8b\x08"), ("txt", "größer".encode("latin-1"))]
+)
+def test_a_text_file_that_cannot_be_read_is_named(tmp_path, suffix, raw):
+    for lang in ("de", "en"):
+        (tmp_path / f"train.{lang}.{suffix}").write_bytes(raw)
+    pattern = str(tmp_path / f"train.{{lang}}.{suffix}")
+    with pytest.raises(DataError, match=r"--train_file .*train\.\{lang\}.*\{lang\} = de: cannot be read"):
+        load_pairs(ParallelOptions(train_file=pattern, validation_file=pattern))

@@ -1,0 +1,623 @@
+"""watch_norms against statistics computed by hand in float64, and in every way a model is trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from hf_adanorm import (
+    AdaNorm,
+    DetachNorm,
+    LayerNormSimple,
+    NoNorm,
+    WatchNormsCallback,
+    compare_outputs,
+    patch_model,
+    set_fade,
+    watch_norms,
+)
+from hf_adanorm.diagnostics.log import FIELDS, HISTOGRAM_BINS
+
+WIDTH, ROWS = 24, 40
+
+
+def bert(norm: str = "layernorm", **options) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertForSequenceClassification(config)
+    return model if norm == "layernorm" else patch_model(model, norm, **options)
+
+
+def batch(seed: int = 0, size: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": torch.randint(0, 50, (size, 8), generator=generator),
+        "labels": torch.randint(0, 2, (size,), generator=generator),
+    }
+
+
+def train(model, steps: int = 1, accumulate: int = 1, optimizer=None) -> None:
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1e-3)
+    model.train()
+    for step in range(steps):
+        for micro in range(accumulate):
+            model(**batch(step * accumulate + micro)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def num_hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+
+def reference(norm: nn.Module, x: torch.Tensor, grad: torch.Tensor, k: float = 0.1) -> dict[str, float]:
+    """All statistics of one norm, from the definitions, in float64."""
+    x, grad = x.double(), grad.double()
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+    sigma = (var + norm.eps).sqrt()
+    y = (x - mean) / sigma
+    leaf = x.clone().requires_grad_(True)
+    copy.deepcopy(norm).double()(leaf).backward(grad)
+    dx = leaf.grad
+    if isinstance(norm, nn.LayerNorm):
+        dy = grad * norm.weight.double()
+    elif isinstance(norm, AdaNorm):
+        dy = grad * norm.C * (1 - norm.k * y)
+    else:
+        dy = grad
+    k = getattr(norm, "k", k)
+    out = {
+        "input_mean": x.mean(),
+        "input_std": var.sqrt().mean(),
+        "share_negative": (y >= 1 / k).double().mean(),
+        "share_falling": (y > 1 / (2 * k)).double().mean(),
+        "grad_output_mean": grad.mean(-1).abs().mean(),
+        "grad_output_var": grad.var(-1, correction=0).mean(),
+        "grad_detached_mean": (dy.mean(-1).abs() / sigma[:, 0]).mean(),
+        "grad_detached_var": (dy.var(-1, correction=0) / var[:, 0].add(norm.eps)).mean(),
+        "grad_input_mean": dx.mean(-1).abs().mean(),
+        "grad_input_var": dx.var(-1, correction=0).mean(),
+    }
+    return {name: value.item() for name, value in out.items()}
+
+
+def stock_norm() -> nn.LayerNorm:
+    norm = nn.LayerNorm(WIDTH)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+NORMS = {
+    "layernorm": stock_norm,
+    "adanorm": lambda: AdaNorm(WIDTH, C=1.5, k=0.3),
+    "layernorm-simple": lambda: LayerNormSimple(WIDTH),
+    "detachnorm": lambda: DetachNorm(WIDTH),
+    "mean-detached": lambda: DetachNorm(WIDTH, detach_variance=False),
+    "variance-detached": lambda: DetachNorm(WIDTH, detach_mean=False),
+}
+
+
+def record_alone(norm: nn.Module, x: torch.Tensor, grad: torch.Tensor, **options):
+    with watch_norms(nn.Sequential(norm), every=1, **options) as log:
+        # x + 0 has a gradient and another reader: a residual connection must not show in the norm's own gradient.
+        leaf = x.clone().requires_grad_(True)
+        inner = leaf + 0
+        torch.autograd.backward([norm(inner), 3 * inner], [grad, torch.ones_like(x)])
+    return log
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_are_those_of_the_definitions(name):
+    torch.manual_seed(1)
+    norm = NORMS[name]()
+    x = 2 * torch.randn(ROWS, WIDTH) + torch.randn(ROWS, 1)
+    x[:4, 0] += 30
+    grad = 1e-3 * (torch.randn(ROWS, WIDTH) + 0.5)
+    (record,) = record_alone(norm, x, grad).records
+    expected = reference(norm, x, grad)
+    assert record.num_rows == ROWS
+    for field, value in expected.items():
+        assert getattr(record, field) == pytest.approx(value, rel=2e-4, abs=2e-9), field
+    assert expected["share_falling"] > expected["share_negative"] or name != "adanorm"
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_theorem_1_holds_in_the_record(name):
+    """The four rows of Theorem 1: who re-centres, who re-scales."""
+    torch.manual_seed(2)
+    x = torch.randn(ROWS, WIDTH) * 3
+    (record,) = record_alone(NORMS[name](), x, torch.randn(ROWS, WIDTH) + 1.0 + x / 3).records
+    recentres = name not in ("detachnorm", "mean-detached")
+    rescales = name not in ("detachnorm", "variance-detached")
+    if recentres:
+        assert record.grad_input_mean < 1e-5 * record.grad_detached_mean
+    else:
+        assert record.grad_input_mean == pytest.approx(record.grad_detached_mean, rel=1e-4)
+    if rescales:
+        assert record.grad_input_var < 0.95 * record.grad_detached_var
+    else:
+        assert record.grad_input_var == pytest.approx(record.grad_detached_var, rel=1e-4)
+
+
+def test_without_a_norm_the_gradient_passes_unchanged():
+    x, grad = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    (record,) = record_alone(NoNorm(WIDTH), x, grad).records
+    assert record.norm == "none"
+    assert record.grad_input_var == record.grad_output_var
+    assert record.grad_detached_var != record.grad_detached_var  # NaN: there is no y
+
+
+def test_rmsnorm_is_divided_by_its_root_mean_square():
+    torch.manual_seed(3)
+    norm = nn.RMSNorm(WIDTH, eps=1e-6)
+    x, grad = torch.randn(ROWS, WIDTH) + 2, torch.randn(ROWS, WIDTH)
+    (record,) = record_alone(norm, x, grad).records
+    rms = x.double().square().mean(-1).add(1e-6).sqrt()
+    assert record.norm == "rmsnorm"
+    assert record.grad_detached_mean == pytest.approx(float((grad.double().mean(-1).abs() / rms).mean()), rel=1e-4)
+
+
+def test_channels_first_rows_are_positions():
+    torch.manual_seed(4)
+    norm = AdaNorm(6, channels_first=True)
+    x, grad = torch.randn(2, 6, 5, 3), torch.randn(2, 6, 5, 3)
+    (record,) = record_alone(norm, x, grad).records
+    rows = [t.movedim(1, -1).reshape(-1, 6) for t in (x, grad)]
+    expected = reference(AdaNorm(6), *rows)
+    assert record.num_rows == 30
+    assert record.grad_input_var == pytest.approx(expected["grad_input_var"], rel=1e-4)
+
+
+def test_histogram_counts_every_value_of_y():
+    x = torch.randn(ROWS, WIDTH)
+    log = record_alone(AdaNorm(WIDTH), x, torch.ones(ROWS, WIDTH), histogram=True)
+    counts = log.histograms["0"]
+    assert counts.shape == (HISTOGRAM_BINS,)
+    assert counts.sum() == ROWS * WIDTH
+    y = nn.functional.layer_norm(x, (WIDTH,))
+    assert counts[HISTOGRAM_BINS // 2 :].sum() == int((y >= 0).sum())
+
+
+def test_bfloat16_is_measured_in_float32():
+    torch.manual_seed(5)
+    norm = LayerNormSimple(WIDTH, dtype=torch.bfloat16)
+    x, grad = torch.randn(ROWS, WIDTH).bfloat16(), (1e-3 * torch.randn(ROWS, WIDTH)).bfloat16()
+    (record,) = record_alone(norm, x, grad).records
+    assert record.grad_output_var == pytest.approx(float(grad.double().var(-1, correction=0).mean()), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ steps and hooks
+
+
+def test_records_every_nth_step_from_the_first():
+    model = bert("adanorm")
+    with watch_norms(model, every=3) as log:
+        train(model, steps=7)
+    assert log.steps == [1, 4, 7]
+    assert log.values("grad_input_var").shape == (3, 7)
+    assert torch.isfinite(log.values("grad_input_var")).all()
+
+
+def test_no_hooks_between_recorded_steps_or_afterwards():
+    model = bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with watch_norms(model, every=3):
+        assert num_hooks(model) > 0
+        train(model, 1, optimizer=optimizer)
+        assert num_hooks(model) == 0
+        train(model, 2, optimizer=optimizer)
+        assert num_hooks(model) > 0
+    assert num_hooks(model) == 0
+    from torch.optim.optimizer import _global_optimizer_post_hooks
+
+    assert not _global_optimizer_post_hooks
+
+
+def test_an_exception_leaves_nothing_behind():
+    model = bert()
+    with pytest.raises(RuntimeError, match="broken off"), watch_norms(model):
+        raise RuntimeError("broken off")
+    assert num_hooks(model) == 0
+
+
+def test_training_is_not_changed_by_watching():
+    plain, watched = bert("adanorm"), bert("adanorm")
+    train(plain, 3)
+    with watch_norms(watched, every=1):
+        train(watched, 3)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+
+
+def test_evaluation_is_not_recorded():
+    model = bert()
+    with watch_norms(model, every=1) as log, torch.no_grad():
+        model.eval()(**batch())
+    assert log.records == []
+
+
+def test_accumulated_micro_batches_are_one_step():
+    """The row averages of a step of two micro-batches are the mean of those of each alone."""
+    together, first, second = bert("adanorm"), bert("adanorm"), bert("adanorm")
+    with watch_norms(together, every=1) as log:
+        train(together, steps=1, accumulate=2)
+    parts = []
+    for model, seed in ((first, 0), (second, 1)):
+        with watch_norms(model, every=1) as part:
+            model.train()(**batch(seed)).loss.backward()
+        parts.append(part)
+    assert log.steps == [1]
+    assert log.records[0].num_rows == 2 * parts[0].records[0].num_rows
+    for field in ("input_std", "grad_output_var", "grad_input_var"):
+        mean = (parts[0].values(field) + parts[1].values(field)) / 2
+        torch.testing.assert_close(log.values(field), mean, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_does_not_count_twice(use_reentrant):
+    plain, checkpointed = bert("adanorm"), bert("adanorm")
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
+    logs = []
+    for model in (plain, checkpointed):
+        with watch_norms(model, every=1, histogram=True) as log:
+            train(model, steps=2)
+        logs.append(log)
+    assert logs[0].names == logs[1].names
+    assert [r.num_rows for r in logs[0].records] == [r.num_rows for r in logs[1].records]
+    for field in FIELDS:
+        rounding = 1e-9 if field == "grad_input_mean" else 1e-12  # the former is zero but for rounding
+        torch.testing.assert_close(logs[0].values(field), logs[1].values(field), rtol=1e-4, atol=rounding)
+    assert all(torch.equal(logs[0].histograms[name], logs[1].histograms[name]) for name in logs[0].names)
+
+
+def test_gradient_norms_are_those_of_the_layers_before_and_after():
+    model = bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch_norms(model, every=1) as log:
+        model.train()(**batch()).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    names = dict(model.named_modules())
+
+    def norm_of(name):
+        return float(torch.cat([p.grad.flatten() for p in names[name].parameters()]).norm())
+
+    record = next(r for r in log.records if r.name == "bert.encoder.layer.1.attention.output.LayerNorm")
+    assert record.grad_norm_before == pytest.approx(norm_of("bert.encoder.layer.1.attention.output.dense"), rel=1e-5)
+    assert record.grad_norm_after == pytest.approx(norm_of("bert.encoder.layer.1.intermediate.dense"), rel=1e-5)
+
+
+def test_names_come_in_the_order_in_which_the_norms_run():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second, self.first, self.linear = nn.LayerNorm(4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(self.linear(self.first(x)))
+
+    model = Backwards()
+    with watch_norms(model) as log:
+        model(torch.randn(3, 4)).square().sum().backward()
+    assert log.names == ["first", "second"]
+    assert log.records[0].grad_input_var != log.records[0].grad_input_var  # NaN: the input has no gradient
+
+
+def test_a_shared_norm_counts_every_call():
+    norm = nn.LayerNorm(4)
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm)
+    with watch_norms(model) as log:
+        model(torch.randn(5, 4)).square().sum().backward()
+    assert [record.num_rows for record in log.records] == [10]
+
+
+def test_another_models_optimizer_ends_no_step():
+    model, other = bert(), nn.Linear(2, 2)
+    with watch_norms(model, every=1) as log:
+        other(torch.randn(1, 2)).sum().backward()
+        torch.optim.SGD(other.parameters(), lr=0.1).step()
+        train(model, 1)
+    assert log.steps == [1]
+
+
+def test_two_optimizers_of_one_model_are_one_step():
+    model = bert()
+    head, rest = list(model.classifier.parameters()), list(model.bert.parameters())
+    optimizers = [torch.optim.SGD(p, lr=1e-3) for p in (rest, head)]
+    with watch_norms(model, every=1) as log:
+        for step in range(2):
+            model.train()(**batch(step)).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+    assert log.steps == [1, 2]
+
+
+def test_steps_can_be_ended_by_hand():
+    model = bert()
+    with watch_norms(model, every=2, start_step=10) as log:
+        for seed in range(3):
+            model.train()(**batch(seed)).loss.backward()
+            log.end_step()
+    assert log.steps == [11, 13]
+    with pytest.raises(RuntimeError, match="outside"):
+        log.end_step()
+
+
+def test_fading_norms_are_watched_with_their_gain_of_the_moment():
+    model = bert()
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+    stock = copy.deepcopy(model)
+    patch_model(model, "adanorm", affine="fade")
+    set_fade(model, 0.0)
+    logs = []
+    for each in (stock, model):
+        with watch_norms(each, every=1) as log:
+            each.train()(**batch()).loss.backward()
+        logs.append(log)
+    # before the fade begins the model is the stock one
+    for field in ("grad_detached_mean", "grad_detached_var", "grad_input_var"):
+        torch.testing.assert_close(logs[1].values(field), logs[0].values(field), rtol=1e-3, atol=1e-12)
+
+
+def test_a_model_patched_while_it_is_watched_is_looked_at_again():
+    model = bert()
+    with watch_norms(model, every=1) as log:
+        train(model, 1)
+        patch_model(model, "detachnorm")
+        train(model, 2)
+    # the step in which it happened is left out
+    assert [(r.step, r.norm) for r in log.records] == [(1, "layernorm")] * 7 + [(3, "detachnorm")] * 7
+
+
+def test_pre_norm_and_encoder_models():
+    torch.manual_seed(0)
+    small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 50}
+    gpt = GPT2LMHeadModel(GPT2Config(**small, bos_token_id=1, eos_token_id=1))
+    t5 = T5EncoderModel(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    ids = torch.randint(0, 50, (2, 6))
+    for model, kind in ((gpt, "layernorm"), (t5, "rmsnorm")):
+        with watch_norms(model) as log:
+            model.train()(input_ids=ids)[0].square().mean().backward()
+        assert {record.norm for record in log.records} == {kind}
+        assert len(log.names) == 5
+
+
+# ------------------------------------------------------------------------------------------------------- the log
+
+
+def test_scalars_and_rows_go_to_json():
+    model = bert("adanorm")
+    with watch_norms(model, every=1) as log:
+        train(model, 2)
+    rows = json.loads(json.dumps(log.to_rows()))
+    assert [row["step"] for row in rows] == [1] * 7 + [2] * 7
+    scalars = log.scalars()
+    name = "bert.encoder.layer.0.output.LayerNorm"
+    assert scalars[f"norms/grad_input_var/{name}"] == next(
+        row["grad_input_var"] for row in rows if row["name"] == name and row["step"] == 2
+    )
+    assert log.scalars(1) != scalars
+    assert name in str(log)
+
+
+def test_bad_arguments_are_named():
+    model = bert()
+    with pytest.raises(TypeError, match="every must be an integer"), watch_norms(model, every=2.5):
+        pass
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"), watch_norms(model, every=0):
+        pass
+    with pytest.raises(ValueError, match="k must be a finite number > 0"), watch_norms(model, k=0.0):
+        pass
+    with pytest.raises(TypeError, match="model must be"), watch_norms("bert"):
+        pass
+    with pytest.raises(ValueError, match="has no LayerNorm"), watch_norms(nn.Linear(2, 2)):
+        pass
+    with watch_norms(model) as log, pytest.raises(ValueError, match="no statistic 'variance'"):
+        log.values("variance")
+
+
+# ------------------------------------------------------------------------------------------- compile, Trainer, DDP
+
+
+def test_compiled_models_run_recorded_steps_eagerly_and_say_so():
+    eager, compiled = bert("adanorm"), bert("adanorm")
+    wrapper = torch.compile(compiled, backend="eager")
+    with watch_norms(eager, every=2) as expected:
+        train(eager, 3)
+    with pytest.warns(UserWarning, match="without torch.compile"), watch_norms(wrapper, every=2) as log:
+        train(wrapper, 3)
+    assert log.steps == [1, 3]
+    assert log.names == expected.names
+    torch.testing.assert_close(log.values("grad_input_var"), expected.values("grad_input_var"), rtol=1e-4, atol=1e-15)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # the step between them was compiled
+
+
+class Sentences(torch.utils.data.Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        item = batch(i, 1)
+        return {"input_ids": item["input_ids"][0], "labels": item["labels"][0]}
+
+
+def test_trainer_callback_records_and_reaches_the_trackers(tmp_path, monkeypatch):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+
+    from transformers import (
+        Trainer,
+        TrainingArguments,
+    )  # the distributed worker, which imports this file, needs neither
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=5,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(model=bert("adanorm"), args=arguments, train_dataset=Sentences())
+    callback = WatchNormsCallback(trainer, every=2)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.log.steps == [1, 3, 5]
+    assert callback.log.records[0].num_rows == 2 * 2 * 8
+    assert num_hooks(trainer.model) == 0
+    (folder,) = {path.parent for path in (tmp_path / "events").rglob("events.out.tfevents.*")}
+    events = tensorboard.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    name = "train/norms/grad_input_var/bert.encoder.layer.0.output.LayerNorm"
+    assert [event.step for event in events.Scalars(name)] == [1, 3, 5]
+    assert not any("norms/" in key for entry in trainer.state.log_history for key in entry)
+
+
+WORKER = """
+import json, os, sys, torch
+sys.path.insert(0, os.environ["ROOT"])
+import torch.distributed as dist
+from tests.unit.diagnostics.test_watch import batch, bert, num_hooks
+from hf_adanorm import watch_norms
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = bert("adanorm").train()
+wrapped = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-3)
+with watch_norms(wrapped, every=2) as log:
+    for step in range(3):
+        wrapped(**batch(10 * step + rank, 2 + 2 * rank)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+merged = log.gather()
+out = {"world": dist.get_world_size(), "hooks": num_hooks(wrapped), "own": log.to_rows(), "merged": merged.to_rows()}
+open(os.environ["OUT"] + f"/{rank}.json", "w").write(json.dumps(out))
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_processes_record_their_rows_and_join_them(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "OUT": str(tmp_path), "ROOT": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["world"] == 2
+    assert first["hooks"] == 0
+    assert first["merged"] == second["merged"]
+    assert [row["name"] for row in first["own"]] == [row["name"] for row in first["merged"]]
+    assert {row["step"] for row in first["own"]} == {1, 3}
+    assert not any(row["name"].startswith("module.") for row in first["own"])
+    for a, b, both in zip(first["own"], second["own"], first["merged"], strict=True):
+        assert (a["num_rows"], b["num_rows"], both["num_rows"]) == (16, 32, 48)
+        assert both["grad_input_var"] == pytest.approx((a["grad_input_var"] + 2 * b["grad_input_var"]) / 3)
+
+
+# ------------------------------------------------------------------------------------------------ compare_outputs
+
+
+def test_models_part_at_the_first_norm_that_was_swapped():
+    stock = bert().bert
+    patched = patch_model(copy.deepcopy(stock), "adanorm", layers=[2])
+    comparison = compare_outputs(stock, patched, {"input_ids": batch()["input_ids"]})
+    assert comparison.first.name == "encoder.layer.2.attention.output.LayerNorm"
+    assert (comparison.first.class_a, comparison.first.class_b) == ("LayerNorm", "AdaNorm")
+    assert comparison.rows[0].max_abs == 0
+    assert comparison.output.max_abs > 1e-3
+    assert "<- first" in str(comparison)
+    assert "<- first" not in str(comparison).split("layer.2")[0]
+
+
+def test_a_reload_is_identical(tmp_path):
+    model = bert("adanorm").bert
+    model.save_pretrained(tmp_path)
+    comparison = compare_outputs(model, BertModel.from_pretrained(tmp_path), {"input_ids": batch()["input_ids"]})
+    assert comparison.identical
+    assert comparison.first is None
+    assert "bit for bit" in str(comparison)
+
+
+def test_comparison_changes_neither_model():
+    model, other = bert().train(), bert("adanorm").train()
+    state = torch.random.get_rng_state()
+    compare_outputs(model, other, batch())
+    assert model.training
+    assert other.training
+    assert num_hooks(model) == num_hooks(other) == 0
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_dropout_does_not_make_models_differ():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    assert compare_outputs(model, copy.deepcopy(model), torch.randn(3, 4)).identical
+
+
+def test_small_differences_are_equal_within_the_tolerance():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    other = copy.deepcopy(model)
+    other[0].weight.data += 1e-7
+    inputs = torch.randn(3, 4)
+    comparison = compare_outputs(model, other, inputs)
+    assert comparison.first is None
+    assert not comparison.identical
+    assert compare_outputs(model, other, inputs, tolerance=0).first.name == "0"
+
+
+def test_shapes_nan_and_one_sided_modules_are_reported():
+    model, other = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    other[0].load_state_dict(model[0].state_dict())
+    other.append(nn.ReLU())
+    comparison = compare_outputs(model, other, (torch.randn(3, 4),))
+    assert comparison.first.name == "1"
+    assert "shapes differ" in comparison.first.note
+    assert comparison.only_in_b == ("2",)
+    broken = copy.deepcopy(model)
+    broken[0].weight.data[0, 0] = float("nan")
+    assert compare_outputs(model, broken, torch.randn(3, 4)).first.name == "0"
+
+
+def test_models_without_a_common_module_are_refused():
+    model = bert()
+    with pytest.raises(ValueError, match=r"no module in common.*model\.bert"):
+        compare_outputs(nn.Sequential(nn.Linear(2, 2)), nn.ModuleDict({"a": nn.Linear(2, 2)})["a"], torch.randn(1, 2))
+    with pytest.raises(TypeError, match="inputs must be"):
+        compare_outputs(model, model, "text")
+    with pytest.raises(ValueError, match="tolerance"):
+        compare_outputs(model, model, batch(), tolerance=-1.0)

@@ -1,0 +1,324 @@
+"""PEFT on patched models, and adapters that remember the norms of their base."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import hf_adanorm
+from hf_adanorm import is_patched, patch_model, unpatch_model
+from hf_adanorm.saving.spec import resolved_spec
+from tests.zoo.round_trip import SWAPS, build, difference, inputs, norms, run
+
+pytestmark = pytest.mark.filterwarnings("ignore:the trained gains and biases:UserWarning")
+
+LORA = {"r": 4, "target_modules": ["query", "value"], "init_lora_weights": False}
+HOLE = "saved without its base"
+
+
+def base(swap: str = "adanorm") -> PreTrainedModel:
+    return patch_model(build("bert"), **SWAPS[swap])
+
+
+@pytest.fixture
+def saved_base(tmp_path: Path) -> Path:
+    base().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def stray(tmp_path: Path) -> Path:
+    """An adapter of a base that was patched in memory."""
+    with pytest.warns(UserWarning, match=HOLE):
+        get_peft_model(base(), LoraConfig(**LORA)).save_pretrained(tmp_path / "stray")
+    return tmp_path / "stray"
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForMaskedLM.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------- LoRA as it should work
+
+
+def test_lora_trains_on_a_patched_model() -> None:
+    model = get_peft_model(base(), LoraConfig(r=4, target_modules=["query", "value"]))
+    batch = inputs("bert")
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    gradients = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert gradients == {name for name, _ in model.named_parameters() if "lora_B" in name}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.step()
+    assert model(**batch, labels=batch["input_ids"]).loss < loss
+
+
+def test_adapter_of_a_saved_base_goes_and_comes_back_in_silence(saved_base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load(saved_base), LoraConfig(**LORA))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(load(saved_base), tmp_path / "adapter")
+    assert difference(run(again, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
+    assert norms(again) == norms(model)
+
+
+def test_adapter_folder_names_a_base_that_loads_by_itself(saved_base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load(saved_base), LoraConfig(**LORA))
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    assert difference(run(again, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
+
+
+def test_merged_model_saves_and_loads_as_a_patched_model(saved_base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load(saved_base), LoraConfig(**LORA))
+    expected = run(model, inputs("bert"))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    assert norms(again) == norms(base())
+    assert difference(run(again, inputs("bert")), expected) < 1e-5
+
+
+def test_modules_to_save_with_norms_inside(saved_base: Path, tmp_path: Path) -> None:
+    """The head, its swapped norm included, becomes the adapter's own copy."""
+    config = LoraConfig(**LORA, modules_to_save=["transform"])
+    model = get_peft_model(load(saved_base), config)
+    with torch.no_grad():
+        model.base_model.model.cls.predictions.transform.modules_to_save["default"].dense.weight.mul_(1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(load(saved_base), tmp_path / "adapter")
+    assert len(norms(again)) == 7
+    assert difference(run(again, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert norms(load(tmp_path / "merged")) == norms(base())
+
+
+def test_norms_themselves_in_modules_to_save(tmp_path: Path) -> None:
+    """LayerNorms under training are wrapped; patched behind PEFT's back they save under their own names."""
+    model = get_peft_model(build("bert"), LoraConfig(**LORA, modules_to_save=["LayerNorm"]))
+    patch_model(model, **SWAPS["adanorm"])
+    assert len(norms(model)) == 12
+    assert resolved_spec(model.base_model.model) == resolved_spec(base())
+    model.merge_and_unload().save_pretrained(tmp_path)
+    assert norms(load(tmp_path)) == norms(base())
+
+
+def test_two_adapters_on_one_patched_base(saved_base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load(saved_base), LoraConfig(**LORA))
+    model.add_adapter("other", LoraConfig(**LORA))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(saved_base), tmp_path)
+    again.load_adapter(tmp_path / "other", adapter_name="other")
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        again.set_adapter(name)
+        assert difference(run(again, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
+
+
+def test_adapters_through_transformers_own_methods(saved_base: Path, tmp_path: Path) -> None:
+    model = load(saved_base)
+    model.add_adapter(LoraConfig(**LORA))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    again = load(saved_base)
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert difference(run(again, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
+    direct = load(tmp_path / "adapter")  # the base by its name in the adapter's config
+    assert difference(run(direct, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
+
+
+# ------------------------------------------------------------------------------------------- patching under an adapter
+
+
+def test_patch_after_lora_uses_the_names_of_the_object_passed() -> None:
+    model = get_peft_model(build("bert"), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="include"):
+        patch_model(model, include=r"bert\.embeddings\.LayerNorm")
+    patch_model(model, **SWAPS["adanorm"], include=r"base_model\.model\.bert\.embeddings\.LayerNorm")
+    assert set(norms(model)) == {"base_model.model.bert.embeddings.LayerNorm"}
+
+
+def test_patch_after_lora_writes_the_bases_spec(tmp_path: Path) -> None:
+    model = get_peft_model(build("bert"), LoraConfig(**LORA))
+    assert patch_model(model, **SWAPS["adanorm"]) is model
+    inner = model.get_base_model()
+    assert inner.config.adanorm == base().config.adanorm
+    assert model.config is inner.config
+    merged = model.merge_and_unload()
+    expected = run(merged, inputs("bert"))
+    merged.save_pretrained(tmp_path)
+    assert difference(run(load(tmp_path), inputs("bert")), expected) <= 1e-7
+
+
+def test_unpatch_under_an_adapter_is_bit_for_bit() -> None:
+    model = get_peft_model(build("bert"), LoraConfig(**LORA))
+    expected = run(model, inputs("bert"))
+    unpatch_model(patch_model(model))
+    assert not is_patched(model)
+    assert difference(run(model, inputs("bert")), expected) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- closing the hole
+
+
+def test_adapter_of_a_base_patched_in_memory_warns_and_carries_the_spec(stray: Path) -> None:
+    config = json.loads((stray / "adapter_config.json").read_text())
+    assert config["auto_mapping"]["adanorm"] == base().config.adanorm
+    assert config["auto_mapping"]["base_model_class"] == "BertForMaskedLM"
+
+
+def test_warning_names_the_base_that_the_adapter_will_be_put_on(tmp_path: Path) -> None:
+    build("bert").save_pretrained(tmp_path / "stock")
+    model = get_peft_model(patch_model(load(tmp_path / "stock")), LoraConfig(**LORA, task_type="FEATURE_EXTRACTION"))
+    with pytest.warns(UserWarning, match=r"the base that it names, '.*stock', does not have these norms") as caught:
+        model.save_pretrained(tmp_path / "adapter")
+    assert len([w for w in caught if HOLE in str(w.message)]) == 1
+
+
+def test_attaching_it_to_a_stock_base_raises_before_anything_is_attached(stray: Path) -> None:
+    model = build("bert")
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(
+        ValueError, match=r"adanorm, C=1\.3, k=0\.07.*BertForMaskedLM has its stock norms.*patch_model"
+    ):
+        PeftModel.from_pretrained(model, stray)
+    assert [type(m) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("other", ["layernorm-simple", "detachnorm", "none", "C", "eps", "fewer"])
+def test_attaching_it_to_a_base_with_other_norms_raises(other: str, stray: Path) -> None:
+    changed: dict[str, dict[str, Any]] = {"C": {"C": 1.2}, "eps": {"eps": 1e-5}, "fewer": {"layers": [0]}}
+    options = {**SWAPS["adanorm"], **changed[other]} if other in changed else SWAPS[other]
+    with pytest.raises(ValueError, match="trained on a base with other norms"):
+        PeftModel.from_pretrained(patch_model(build("bert"), **options), stray)
+
+
+def test_attaching_it_to_a_base_with_these_norms_works(stray: Path) -> None:
+    assert is_patched(PeftModel.from_pretrained(base(), stray))
+
+
+def test_attaching_it_by_the_other_ways_raises_too(stray: Path) -> None:
+    with pytest.raises(ValueError, match="other norms"):
+        build("bert").load_adapter(str(stray))
+    model = get_peft_model(build("bert"), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="other norms"):
+        model.load_adapter(stray, adapter_name="stray")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_another_head_on_the_same_base_counts_as_the_same(tmp_path: Path, saved_base: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(saved_base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(model, LoraConfig(**LORA, task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    again = AutoModelForSequenceClassification.from_pretrained(saved_base)
+    assert is_patched(PeftModel.from_pretrained(again, tmp_path / "adapter"))
+
+
+def test_prompt_tuning_is_guarded_as_well(tmp_path: Path) -> None:
+    model = patch_model(build("gpt2"))
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.warns(UserWarning, match=HOLE):
+        get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="other norms"):
+        PeftModel.from_pretrained(build("gpt2"), tmp_path)
+
+
+def test_patch_after_the_adapter_is_seen_at_save(tmp_path: Path) -> None:
+    model = get_peft_model(build("bert"), LoraConfig(**LORA))
+    patch_model(model, **SWAPS["adanorm"])
+    with pytest.warns(UserWarning, match=HOLE):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="other norms"):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
+    unpatch_model(model)
+    model.save_pretrained(tmp_path)
+    assert not is_patched(PeftModel.from_pretrained(build("bert"), tmp_path))
+
+
+def test_one_config_object_serves_patched_and_stock_models_alike() -> None:
+    config = LoraConfig(**LORA)
+    assert is_patched(get_peft_model(base(), config))
+    assert not is_patched(get_peft_model(build("bert"), config))
+
+
+def test_stock_adapters_are_saved_as_ever(tmp_path: Path) -> None:
+    model = get_peft_model(build("bert"), LoraConfig(**LORA))
+    model.save_pretrained(tmp_path / "with")
+    hf_adanorm.saving.hooks.uninstall()
+    try:
+        model.save_pretrained(tmp_path / "without")
+    finally:
+        hf_adanorm.saving.hooks.install()
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    assert all((tmp_path / "with" / n).read_bytes() == (tmp_path / "without" / n).read_bytes() for n in names)
+
+
+def test_copies_and_pickles_of_an_adapted_model_keep_the_guard(tmp_path: Path) -> None:
+    model = get_peft_model(base(), LoraConfig(**LORA))
+    for i, twin in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        with pytest.warns(UserWarning, match=HOLE):
+            twin.save_pretrained(tmp_path / str(i))
+        config = json.loads((tmp_path / str(i) / "adapter_config.json").read_text())
+        assert config["auto_mapping"]["adanorm"] == base().config.adanorm
+
+
+def test_adapter_on_a_plain_module(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+
+    config = LoraConfig(r=2, target_modules=["0"])
+    with pytest.warns(UserWarning, match=r"saved without its base.*names no base"):
+        get_peft_model(patch_model(make()), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Sequential has its stock norms"):
+        PeftModel.from_pretrained(make(), tmp_path)
+
+
+IMPORTS = """
+import sys
+import torch, transformers
+import hf_adanorm
+from hf_adanorm.saving import adapters
+assert "peft" not in sys.modules
+assert len([f for f in sys.meta_path if isinstance(f, adapters._Finder)]) == 1
+import peft
+from peft.config import PeftConfigMixin
+assert hasattr(PeftConfigMixin.save_pretrained, "_hf_adanorm_original")
+assert not [f for f in sys.meta_path if isinstance(f, adapters._Finder)]
+"""
+
+
+def test_peft_imported_later_is_wrapped_then() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+
+
+def test_peft_imported_before_is_wrapped_at_once() -> None:
+    assert hasattr(peft.PeftConfig.save_pretrained, "_hf_adanorm_original")
+    hf_adanorm.saving.adapters.install()
+    assert not any(isinstance(finder, hf_adanorm.saving.adapters._Finder) for finder in sys.meta_path)
+
+
+def test_absent_peft_stays_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    finder = hf_adanorm.saving.adapters._Finder()
+    monkeypatch.setattr(sys, "meta_path", [finder])
+    assert finder.find_spec("peft") is None
+    assert finder.find_spec("json") is None

@@ -1,0 +1,197 @@
+"""The wrappers around transformers: installed once, invisible to stock models, removable, good neighbours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, BertModel, PreTrainedConfig, PreTrainedModel
+
+from hf_adanorm import is_patched, patch_model
+from hf_adanorm.saving import card, hooks, unpatch_model
+from tests.zoo.round_trip import CASES, build
+
+
+def tiny() -> BertModel:
+    return BertModel(CASES["bert"].config())
+
+
+def test_install_twice_wraps_once() -> None:
+    before = PreTrainedModel.post_init, PreTrainedConfig.to_json_file
+    hooks.install()
+    assert (PreTrainedModel.post_init, PreTrainedConfig.to_json_file) == before
+    assert not hasattr(PreTrainedModel.post_init.__wrapped__, "__wrapped__")
+
+
+def test_uninstall_and_install_again(tmp_path: Path) -> None:
+    patch_model(tiny()).save_pretrained(tmp_path)
+    wrapper = PreTrainedModel.post_init
+    hooks.uninstall()
+    try:
+        assert PreTrainedModel.post_init is wrapper.__wrapped__
+        with pytest.raises(RuntimeError, match="size"):
+            AutoModel.from_pretrained(tmp_path)
+    finally:
+        hooks.install()
+    assert is_patched(AutoModel.from_pretrained(tmp_path))
+
+
+def test_other_wrappers_on_top_go_on_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    ours = PreTrainedModel.post_init
+
+    def theirs(self: PreTrainedModel) -> None:
+        seen.append(type(self).__name__)
+        ours(self)
+
+    monkeypatch.setattr(PreTrainedModel, "post_init", theirs)
+    config = patch_model(tiny()).config
+    assert is_patched(BertModel(config))
+    assert seen == ["BertModel", "BertModel"]
+    hooks.uninstall()
+    try:
+        assert not is_patched(BertModel(config))  # ours steps aside, theirs stays
+        assert seen == ["BertModel"] * 3
+    finally:
+        monkeypatch.undo()
+        hooks.install()
+
+
+def test_stock_model_saves_without_a_trace(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "with")
+    hooks.uninstall()
+    try:
+        model.save_pretrained(tmp_path / "without")
+    finally:
+        hooks.install()
+    files = {path.name: path.read_bytes() for path in (tmp_path / "without").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "with").iterdir()} == files
+
+
+def test_saving_a_stock_model_leaves_a_foreign_file_of_our_name(tmp_path: Path) -> None:
+    (tmp_path / "modeling_adanorm.py").write_text("# mine\n")
+    tiny().save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_adanorm.py").read_text() == "# mine\n"
+
+
+def test_auto_map_entries_that_point_elsewhere_stay(tmp_path: Path) -> None:
+    model = patch_model(tiny())
+    model.config.auto_map = {"AutoModel": "other/repo--their_file.TheirBert", "AutoTokenizer": "x.Y"}
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "other/repo--their_file.TheirBert"
+    assert auto_map["AutoTokenizer"] == "x.Y"
+    assert auto_map["AutoModelForMaskedLM"] == "modeling_adanorm.BertForMaskedLM"
+
+
+def test_auto_map_names_the_class_that_was_saved(tmp_path: Path) -> None:
+    patch_model(build("encoder-decoder")).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(auto_map.values()) == {"modeling_adanorm.EncoderDecoderModel"}
+
+
+def test_config_saved_alone_brings_the_file(tmp_path: Path) -> None:
+    patch_model(tiny()).config.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "modeling_adanorm.py"}
+
+
+def test_foreign_classes_need_the_package(tmp_path: Path) -> None:
+    """A config class from outside transformers: no auto_map of ours, the hooks alone bring the norms back."""
+
+    class ForeignConfig(type(CASES["bert"].config())):  # type: ignore[misc]
+        model_type = "foreign-bert"
+
+    class ForeignBert(BertModel):
+        config_class = ForeignConfig
+
+    config = ForeignConfig(**CASES["bert"].config().to_dict() | {"model_type": "foreign-bert"})
+    model = patch_model(ForeignBert(config))
+    model.save_pretrained(tmp_path)
+    assert "AutoModel" not in (json.loads((tmp_path / "config.json").read_text()).get("auto_map") or {})
+    again = ForeignBert.from_pretrained(tmp_path)
+    assert is_patched(again)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+CANNOT_BE_READ: dict[str, Callable[[Path], object]] = {
+    "latin-1": lambda path: path.write_bytes("Modèle".encode("latin-1")),
+    "utf-16": lambda path: path.write_text("Modèle", encoding="utf-16"),
+    "a folder": lambda path: path.mkdir(),
+    "a link that leads outside": lambda path: path.symlink_to("/etc/hostname"),
+    "half a section": lambda path: path.write_text(f"{card.BEGIN}\n---\na: [\n"),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT_BE_READ)
+@pytest.mark.parametrize("patched", [True, False])
+def test_no_card_stops_a_save(what: str, patched: bool, tmp_path: Path) -> None:
+    model = patch_model(tiny())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    CANNOT_BE_READ[what](tmp_path / "README.md")
+    before = (tmp_path / "README.md").lstat()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        (model if patched else unpatch_model(model)).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").lstat() == before
+    assert is_patched(AutoModel.from_pretrained(tmp_path)) == patched
+    told = [str(w.message) for w in caught if "what hf_adanorm adds to" in str(w.message)]
+    assert len(told) == (what != "half a section")
+    assert all("README.md" in line for line in told)
+
+
+def test_even_a_warning_that_raises_comes_after_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "README.md").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match="README"):
+            patch_model(tiny()).save_pretrained(tmp_path)
+    assert is_patched(AutoModel.from_pretrained(tmp_path))
+
+
+def test_a_travelling_file_that_cannot_be_written_is_not_pointed_to(tmp_path: Path) -> None:
+    (tmp_path / "modeling_adanorm.py" / "in the way").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"what hf_adanorm adds.*modeling_adanorm\.py"):
+        patch_model(tiny()).save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert is_patched(AutoModel.from_pretrained(tmp_path))
+
+
+def test_another_json_file_of_a_stock_config_takes_nothing_away(tmp_path: Path) -> None:
+    patch_model(tiny()).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tiny().config.to_json_file(tmp_path / "stock_reference.json")
+    assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
+
+
+IMPORTS = """
+import json, sys, time
+import torch, transformers
+from transformers import PreTrainedModel
+before = set(sys.modules)
+start = time.perf_counter()
+import hf_adanorm
+seconds = time.perf_counter() - start
+new = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+print(json.dumps({"seconds": seconds, "peft": "peft" in sys.modules, "new": new}))
+"""
+
+
+def test_import_is_cheap_and_brings_no_optional_library() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    print(f"import hf_adanorm after transformers: {found['seconds'] * 1000:.0f} ms")
+    assert not found["peft"]
+    assert not {"peft", "accelerate", "rich", "typer", "matplotlib", "datasets", "sklearn"} & set(found["new"])
+    assert found["seconds"] < 1  # some 30 ms; the machine may be busy

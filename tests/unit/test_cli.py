@@ -1,0 +1,299 @@
+"""The command line: against a Hub server in fresh processes, and in this process on folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from hf_adanorm import is_patched
+from hf_adanorm.cli import main
+from tests.integration.hub_server import HubServer
+from tests.zoo.tiny_text import make_tokenizer
+
+TOKEN = "hf_token_of_the_loopback_hub"
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock model with its tokenizer, in bfloat16."""
+    folder = tmp_path_factory.mktemp("stock") / "model"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(stock: Path) -> Iterator[HubServer]:
+    with HubServer(tokens={TOKEN: "me"}) as server:
+        server.create_repo("org/bert", {path.name: path.read_bytes() for path in stock.iterdir()})
+        yield server
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+def run_fresh(hub: HubServer, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **hub.environment(home, TOKEN)}
+    command = [sys.executable, "-m", "hf_adanorm.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+# ----------------------------------------------------------------------------------------------------------- the hub
+
+
+def test_inspect_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
+    asked = len(hub.requests)
+    done = run_fresh(hub, tmp_path, "inspect", "org/bert", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["model"], report["model_class"]) == ("org/bert", "BertForSequenceClassification")
+    assert (report["swapped"], report["swappable"]) == (0, 5)
+    requests = hub.requests[asked:]
+    assert any("config.json" in request for request in requests)
+    assert not any("safetensors" in request or "_lfs" in request for request in requests)
+
+
+def test_patch_pushes_model_tokenizer_and_card(hub: HubServer, stock: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--C", "1.5", "--layers", "-1", "--push-to-hub", "me/patched", "--private", "--json"]
+    done = run_fresh(hub, tmp_path / "home", "patch", "org/bert", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert json.loads(done.stdout)["swapped"] == 2
+    assert hub.repos["me/patched"].private
+    files = hub.repos["me/patched"].files()
+    assert {name: data for name, data in files.items() if not name.startswith(".")} == {
+        path.name: path.read_bytes() for path in out.iterdir()
+    }
+    assert files["tokenizer.json"] == (stock / "tokenizer.json").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "org/bert"
+    assert "me/patched" in card.text
+    weights = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert hub.unknown == []
+
+
+def test_an_unknown_repository_is_one_line_and_code_2(hub: HubServer, tmp_path: Path) -> None:
+    done = run_fresh(hub, tmp_path, "inspect", "org/nothing")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if "org/nothing" in line]
+    assert line.startswith("error: ")
+
+
+def test_patching_takes_little_more_memory_than_loading(tmp_path: Path) -> None:
+    """Peak resident memory beyond that of the imports, in copies of the model (about 210 MB)."""
+    sizes = {"hidden_size": 768, "num_hidden_layers": 4, "intermediate_size": 3072, "vocab_size": 32_000}
+    config = BertConfig(architectures=["BertForSequenceClassification"], **sizes)
+    with torch.device("meta"):
+        model = BertForSequenceClassification(config)
+    weights = {name: torch.ones(p.shape) for name, p in model.state_dict().items() if "position_ids" not in name}
+    config.save_pretrained(tmp_path / "model")
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    size = sum(tensor.numel() * 4 for tensor in weights.values())
+    del weights
+
+    def peak(*command: str) -> int:
+        process = subprocess.Popen([sys.executable, *command], cwd=tmp_path, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    assert resource.RUSAGE_CHILDREN  # ru_maxrss is what wait4 gives
+    load = "AutoModelForSequenceClassification.from_pretrained('model')"
+    touch = f"print(sum(float(p.sum()) for p in {load}.parameters()))"
+    imports = (
+        "import hf_adanorm; from transformers import AutoModelForSequenceClassification; import transformers.models"
+    )
+    loading = peak("-c", f"{imports}; {touch}")
+    patching = peak("-m", "hf_adanorm.cli", "patch", "model", "out")
+    assert patching - loading < 0.3 * size
+
+
+# ----------------------------------------------------------------------------------------------------------- folders
+
+
+def test_inspect_prints_the_table(stock: Path, run: Run) -> None:
+    code, out, _ = run("inspect", stock)
+    assert code == 0
+    assert out.startswith("BertForSequenceClassification: 5 norms")
+    assert "would be swapped" in out
+
+
+def test_inspect_takes_the_options_of_patch(stock: Path, run: Run) -> None:
+    code, out, _ = run("inspect", stock, "--include", "output.LayerNorm", "--layers", "0", "--json")
+    assert code == 0
+    chosen = [norm["name"] for norm in json.loads(out)["norms"] if norm["chosen"]]
+    assert chosen == [f"bert.encoder.layer.0.{part}.LayerNorm" for part in ("attention.output", "output")]
+    code, out, _ = run("inspect", stock, "--exclude-regex", ".*attention.*", "--json")
+    assert json.loads(out)["swappable"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "norm"),
+    [
+        (["--norm", "layernorm-simple"], "LayerNormSimple((16,), eps=1e-12)"),
+        (["--norm", "detachnorm", "--no-detach-mean"], "detach_mean=False, detach_variance=True"),
+        (["--norm", "none", "--eps", "0.5"], "NoNorm((16,), eps=0.5)"),
+        (["--k", "0.2", "--no-centered"], "C=1.0, k=0.2, centered=False"),
+    ],
+)
+def test_patch_writes_a_model_that_stock_calls_load(
+    stock: Path, run: Run, tmp_path: Path, options: list[str], norm: str
+) -> None:
+    code, out, err = run("patch", stock, tmp_path / "out", *options)
+    assert (code, err) == (0, "")
+    assert "5 swapped norms" in out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert is_patched(model)
+    assert norm in str(model.bert.embeddings.LayerNorm)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (stock / "tokenizer.json").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_patched_folder_shows_as_swapped(stock: Path, run: Run, tmp_path: Path) -> None:
+    run("patch", stock, tmp_path / "out")
+    _, out, _ = run("inspect", tmp_path / "out", "--json")
+    assert json.loads(out)["swapped"] == 5
+
+
+def test_out_may_be_a_link_to_an_empty_folder(stock: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert run("patch", stock, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out").is_symlink()
+    assert is_patched(AutoModelForSequenceClassification.from_pretrained(tmp_path / "disk"))
+
+
+def test_links_that_lead_out_of_a_folder_are_not_copied(stock: Path, run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(stock, source)
+    (tmp_path / "secret").write_text("secret")
+    (source / "vocab.extra").symlink_to(tmp_path / "secret")
+    (source / "vocab.same").symlink_to("tokenizer.json")
+    code, _, err = run("patch", source, tmp_path / "out")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "lead out of the folder: " in err
+    assert "vocab.extra" in err
+    assert not (tmp_path / "out" / "vocab.extra").exists()
+    assert (tmp_path / "out" / "vocab.same").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_dropped_gains_are_warned_of_in_one_line(stock: Path, run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "trained"
+    model = AutoModelForSequenceClassification.from_pretrained(stock)
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.weight.fill_(2.0)
+    model.save_pretrained(source)
+    code, out, err = run("patch", source, tmp_path / "out")
+    assert code == 0
+    assert err.startswith("warning: the trained gains and biases of 1 norms are dropped")
+    assert err.count("\n") == 1
+    assert "no tokenizer" in out
+
+
+def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path) -> None:
+    run("patch", stock, tmp_path / "out")
+    data = ["--dataset", "a/b", "--dataset-split", "test"]
+    code, out, _ = run("card", tmp_path / "out", "--result", "accuracy=0.5", *data, "--json")
+    assert code == 0
+    card = ModelCard.load(json.loads(out)["card"])
+    assert [(r.metric_type, r.metric_value, r.dataset_split) for r in card.data.eval_results] == [
+        ("accuracy", 0.5, "test")
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "./nowhere"], "./nowhere is no folder with a config.json"),
+        (["inspect", "{stock}", "--targets", "both"], "targets must be one of"),
+        (["inspect", "{stock}", "--include", "nope"], "is the ending of no norm's name. Closest: "),
+        (["inspect", "{stock}", "--include", "a", "--include-regex", "b"], "exclude each other"),
+        (["inspect", "{stock}", "--layers", "x"], "Invalid value for '--layers'"),
+        (["inspect"], "Missing argument 'NAME_OR_PATH'"),
+        (["inspect", "{stock}", "--nope"], "No such option: --nope"),
+        (["patch", "{stock}", "{tmp}/out", "--norm", "foo"], "norm must be one of"),
+        (["patch", "{stock}", "{tmp}/out", "--C", "-1"], "C must be a finite number > 0"),
+        (["patch", "{stock}", "{stock}"], "exists and is not an empty folder"),
+        (["patch", "{stock}", "{tmp}/out", "--affine", "fold", "--on-unfoldable", "calibrate"], "fits to real data"),
+        (["card", "{tmp}"], "config.json does not exist"),
+        (["card", "{stock}"], "no patched model"),
+        (["card", "{stock}", "--result", "accuracy"], "METRIC=VALUE"),
+        (["nope"], "No such command 'nope'"),
+    ],
+)
+def test_errors_are_one_line_and_code_2(
+    stock: Path, run: Run, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    before = sorted(path.name for path in stock.iterdir())
+    code, out, err = run(*(a.format(stock=stock, tmp=tmp_path) for a in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in stock.iterdir()) == before
+
+
+def test_a_config_with_a_bad_spec_is_one_line(stock: Path, run: Run, tmp_path: Path) -> None:
+    config = {
+        **json.loads((stock / "config.json").read_text()),
+        "adanorm": {"format": 7, "version": "9.0", "groups": []},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, _, err = run("inspect", tmp_path)
+    assert code == 2
+    assert err.startswith("error: config.adanorm has format 7, written by hf_adanorm 9.0")
+    assert err.count("\n") == 1
+
+
+def test_nothing_half_written_is_left_when_saving_fails(
+    stock: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    code, _, err = run("patch", stock, tmp_path / "out")
+    assert (code, err) == (2, "error: no space left\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_arguments_the_help_is_printed(run: Run) -> None:
+    code, _, err = run()
+    assert code == 2
+    assert all(command in err for command in ("inspect", "patch", "card"))
