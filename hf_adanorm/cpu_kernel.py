@@ -131,8 +131,8 @@ _Library = dict[tuple[str, torch.dtype], Callable[..., None]]
 def supports(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
     """Whether the loops serve this input: float32 or bfloat16 on a CPU, one normalised dimension."""
     return (
-        x.dtype in _NAMES
-        and x.device.type == "cpu"
+        x.is_cpu
+        and x.dtype in _NAMES
         and len(normalized_shape) == 1
         and x.shape[-1:] == normalized_shape
         and _library() is not None

@@ -48,6 +48,8 @@ _HALF = (torch.float16, torch.bfloat16)  # computed in float32 inside, rounded o
 # Fused loops for training on a CPU, or None: importing the package puts `hf_adanorm.cpu_kernel` here.
 cpu_kernel: Any = None
 
+# As C functions: called in every forward pass, where a small input takes as long as a few lines of Python.
+_is_tracing = torch._C._is_tracing
 _unwrap_dead = torch._C._functorch.unwrap_if_dead
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
@@ -56,7 +58,7 @@ def _is_recorded(x: Tensor) -> bool:
     """Whether the operations on `x` are recorded or transformed, so that the written-out formula is called for."""
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return True
-    return bool(torch.jit.is_tracing() or _functorch_active())  # type: ignore[attr-defined, no-untyped-call]
+    return bool(_is_tracing() or _functorch_active())
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
