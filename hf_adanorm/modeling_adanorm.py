@@ -28,6 +28,7 @@ from typing import Any, ClassVar, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
 __version__ = "0.1.0"
@@ -40,8 +41,8 @@ ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"
 
 # Eager mode runs on torch's fused LayerNorm, with the backward passes given by hand, so that no more activations
 # are saved than nn.LayerNorm saves. Wherever operations are recorded (torch.compile, torch.export, torch.jit.trace,
-# torch.func) or differentiated twice, the formula is written out instead: a compiler fuses it into its neighbours,
-# and autograd knows every derivative of it.
+# torch.func), differentiated twice or forwards, the formula is written out instead: a compiler fuses it into its
+# neighbours, and autograd knows every derivative of it.
 
 _HALF = (torch.float16, torch.bfloat16)  # computed in float32 inside, rounded once at the end
 
@@ -58,7 +59,7 @@ def _is_recorded(x: Tensor) -> bool:
     """Whether the operations on `x` are recorded or transformed, so that the written-out formula is called for."""
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return True
-    return bool(_is_tracing() or _functorch_active())
+    return bool(_is_tracing() or _functorch_active() or forward_ad._current_level >= 0)
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hf_adanorm import AdaNorm, DetachNorm, LayerNormSimple, NoNorm, cpu_kernel, modeling_adanorm
 
@@ -490,6 +491,18 @@ def test_traces_and_maps(norm):
     gradient = torch.func.grad(lambda x: module(x).pow(3).sum())(x)
     low = leaf(x)
     torch.testing.assert_close(gradient, torch.autograd.grad(module(low).pow(3).sum(), low)[0])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@NORM
+def test_forward_mode_takes_for_constant_what_backward_mode_does(norm, requires_grad):
+    x, v, dz = random(3, H), random(3, H, seed=1), random(3, H, seed=2)
+    low = leaf(x)
+    (dx,) = torch.autograd.grad(make(norm)(low), low, dz)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(requires_grad), v)
+        tangent = forward_ad.unpack_dual(make(norm)(dual)).tangent
+    torch.testing.assert_close((dz * tangent).sum(), (dx * v).sum())
 
 
 @pytest.mark.parametrize("norm", [*NORMS, ("none", {})])
