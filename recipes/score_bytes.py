@@ -3,7 +3,8 @@
     python recipes/score_bytes.py --model outputs/enwik/best --data test.txt --output bits.json
 
 The language modelling recipe runs this in a fresh process, so that its test score is that of the model as others load
-it. The output holds the bits and the number of characters (bytes) of every window, in the order of the file.
+it. The output holds the bits and the number of characters (bytes) of every window, in the order of the file; for a
+model with a memory (XLNet's `mem_len`), of every segment.
 """
 
 from __future__ import annotations
@@ -41,6 +42,37 @@ def window_bits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
     return (nats * batch["scored"]).sum(1) / math.log(2)
 
 
+def stream_bits(
+    model: torch.nn.Module, data: np.ndarray, length: int, num_streams: int, *, rank: int = 0, num_processes: int = 1
+) -> tuple[list[int], list[tuple[float, int]]]:
+    """Segments by number, and for each the bits that it costs a model with a memory and how many bytes it has; every
+    byte but the first is scored once.
+
+    The text is cut into `num_streams` contiguous streams that are read segment by segment, all at a time; their memory
+    is empty at first and carried on. A process reads every `num_processes`-th stream, in as many steps as the others.
+    """
+    device = next(model.parameters()).device
+    num_segments = -(-(len(data) - 1) // length)
+    streams = np.array_split(np.arange(num_segments), min(num_streams, num_segments))
+    own = streams[rank::num_processes]
+    indices, outputs, memory = [], [], None
+    for position in range(len(streams[0])):
+        segments = [int(stream[position]) for stream in own if position < len(stream)]  # the longest streams are first
+        rows = [data[segment * length : (segment + 1) * length + 1] for segment in segments or [0]]
+        padded = np.zeros((len(rows), length + 1), dtype=np.int64)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        batch = torch.from_numpy(padded).to(device)
+        memory = memory and [layer[:, : len(rows)] for layer in memory]
+        output = model(input_ids=batch[:, :-1], mems=memory, use_mems=True)
+        memory = list(output.mems)
+        nats = F.cross_entropy(output.logits.float().transpose(1, 2), batch[:, 1:], reduction="none")  # (rows, length)
+        for segment, row, its_nats in zip(segments, rows, nats, strict=False):
+            indices.append(segment)
+            outputs.append((its_nats[: len(row) - 1].sum().item() / math.log(2), len(row) - 1))
+    return indices, outputs
+
+
 @torch.inference_mode()
 def score_file(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     """Bits and characters of every window of `arguments.data`."""
@@ -48,12 +80,18 @@ def score_file(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arguments.mixed_precision, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device).eval()
     data = np.frombuffer(Path(arguments.data).read_bytes(), dtype=np.uint8)
+    autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+    if getattr(model.config, "mem_len", None):
+        with autocast:
+            indices, outputs = stream_bits(model, data, arguments.sequence_length, arguments.batch_size)
+        outputs = [output for _, output in sorted(zip(indices, outputs, strict=True))]
+        return {"bits": [output[0] for output in outputs], "characters": [output[1] for output in outputs]}
     windows = Windows(data, arguments.sequence_length, arguments.stride)
     bits: list[float] = []
     for start in range(0, len(windows), arguments.batch_size):
         rows = [windows[index] for index in range(start, min(start + arguments.batch_size, len(windows)))]
         batch = {name: tensor.to(device) for name, tensor in collate_windows(rows).items()}
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        with autocast:
             bits += window_bits(model, batch).tolist()
     return {"bits": bits, "characters": [windows[index][1] for index in range(len(windows))]}
 

@@ -103,6 +103,37 @@ class Segments:
         return self.data[start : start + self.length + 1]
 
 
+class StreamPlan:
+    """Steps that read the text as contiguous streams, for models with a memory; a `common.batches.Plan` of `Segments`.
+
+    The text is cut into as many streams as a step has rows, and every row of every micro-batch goes on where it
+    stopped at the step before. Nothing is shuffled; what does not fill a last step is left out. Raises ValueError when
+    the text cannot fill a single one.
+    """
+
+    def __init__(self, num_segments: int, batch_size: int, *, num_processes: int = 1, accumulation: int = 1):
+        self.shape = (accumulation, num_processes, batch_size)
+        self.num_streams = accumulation * num_processes * batch_size
+        self.num_steps = num_segments // self.num_streams
+        if self.num_steps == 0:
+            raise ValueError(
+                f"{num_segments} training segments cannot fill {num_processes} processes x {accumulation} "
+                f"micro-batches of {batch_size} streams: lower --batch_size"
+            )
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The segments of every step of an epoch, the same in each."""
+        return list(np.arange(self.num_streams) * self.num_steps + np.arange(self.num_steps)[:, None])
+
+    def micro_batches(self, step: np.ndarray, rank: int) -> list[list[int]]:
+        """One process's micro-batches of a step, a stream at the same place in each step."""
+        return step.reshape(self.shape)[:, rank].tolist()
+
+    def num_examples(self, step: np.ndarray) -> int:
+        """The segments of a step over all micro-batches and processes."""
+        return len(step)
+
+
 class Windows:
     """Windows that together score every byte but the first exactly once: the first window all of its bytes, the others
     their last `stride`, which so have at least `length - stride` bytes of context."""

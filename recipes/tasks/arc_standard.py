@@ -1,0 +1,193 @@
+"""Arc-standard parsing (Nivre 2004) of many sentences at a time, on the features of Chen and Manning (2014).
+
+A state holds a stack, which begins with the artificial root, and a buffer, which begins with all words. SHIFT moves
+the next word onto the stack; LEFT makes the second of the stack a dependent of the top and takes it off, RIGHT the top
+one of the second. Every sentence of n words takes 2 n transitions, so that those of a batch go on in lockstep, and the
+longest, which are first, remain.
+
+Transition 0 is SHIFT, 2 l - 1 is LEFT with relation l, 2 l is RIGHT with it; relations count from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NULL, ROOT, UNKNOWN = 0, 1, 2  # ids of words and of tags that no word has; NULL is also that of a missing relation
+NUM_WORDS, NUM_TAGS, NUM_RELATIONS = 18, 18, 12
+NUM_FEATURES = NUM_WORDS + NUM_TAGS + NUM_RELATIONS
+_BOTTOM = 2  # place of the root on the stack: what lies under it is none
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sentence in numbers, each (words,); heads and relations only where the tree is known."""
+
+    words: np.ndarray
+    tags: np.ndarray
+    heads: np.ndarray | None = None
+    relations: np.ndarray | None = None  # 0 for one that is not known
+
+    @property
+    def has_oracle(self) -> bool:
+        """Whether transitions can build its tree: it is projective, and all its relations are known."""
+        return self.heads is not None and bool(np.all(self.relations)) and is_projective(self.heads)
+
+
+def is_projective(heads: Sequence[int] | np.ndarray) -> bool:
+    """Whether no two arcs of a tree cross, that from the root at the left included. Heads: 0 is the root."""
+    heads = np.asarray(heads)
+    words = np.arange(1, len(heads) + 1)
+    low, high = np.minimum(heads, words), np.maximum(heads, words)
+    begins_inside = (low[:, None] < low) & (low < high[:, None])
+    return not bool((begins_inside & (high > high[:, None])).any())
+
+
+class States:
+    """The states of a batch of sentences, longest first. What has been parsed: `heads` and `relations`, (sentences,
+    words + 2), at the place of each word from 1."""
+
+    def __init__(self, sentences: Sequence[Encoded]):
+        self.lengths = np.asarray([len(sentence.words) for sentence in sentences])
+        assert (np.diff(self.lengths) <= 0).all(), "sentences must be sorted, longest first"
+        self.none = int(self.lengths[0]) + 1  # place of no word: its word, tag and relation are NULL
+        shape = (len(sentences), self.none + 1)
+        self.words, self.tags, self.heads, self.relations = np.zeros((4, *shape), dtype=np.int32)
+        for row, sentence in enumerate(sentences):
+            self.words[row, 1 : len(sentence.words) + 1] = sentence.words
+            self.tags[row, 1 : len(sentence.words) + 1] = sentence.tags
+        self.words[:, 0] = self.tags[:, 0] = ROOT
+        # The outermost and the second outermost dependents on either side; how many a word has in all.
+        self.left, self.left2, self.right, self.right2 = np.full((4, *shape), self.none, dtype=np.int32)
+        self.num_dependents = np.zeros(shape, dtype=np.int32)
+        self.stack = np.full((len(sentences), self.none + _BOTTOM + 1), self.none, dtype=np.int32)
+        self.stack[:, _BOTTOM] = 0
+        self.top = np.full(len(sentences), _BOTTOM)
+        self.next = np.ones(len(sentences), dtype=np.int64)
+        self.rows = np.arange(len(sentences))
+        self.steps_done = 0
+
+    @property
+    def num_active(self) -> int:
+        """How many sentences, the first, are not yet parsed."""
+        return int(np.count_nonzero(2 * self.lengths > self.steps_done))
+
+    def features(self) -> np.ndarray:
+        """(active, 48): the 18 words, the 18 tags and the 12 relations that a transition is chosen by.
+
+        The first three of stack and buffer; of the first two of the stack, the outermost and second outermost
+        dependents on either side, and the leftmost of the leftmost and the rightmost of the rightmost.
+        """
+        n = self.num_active
+        row = self.rows[:n, None]
+        stack = self.stack[row, self.top[:n, None] - np.arange(3)]
+        buffer = self.next[:n, None] + np.arange(3)
+        buffer = np.where(buffer <= self.lengths[:n, None], buffer, self.none)
+        upper = stack[:, :2]
+        left, right = self.left[row, upper], self.right[row, upper]
+        dependents = [left, right, self.left2[row, upper], self.right2[row, upper]]
+        dependents += [self.left[row, left], self.right[row, right]]
+        places = np.concatenate([stack, buffer, *dependents], axis=1)  # (active, 18)
+        relations = self.relations[row, places[:, -NUM_RELATIONS:]]
+        return np.concatenate([self.words[row, places], self.tags[row, places], relations], axis=1)
+
+    def allowed(self, *, single_root: bool) -> np.ndarray:
+        """(active, 3): whether SHIFT, LEFT and RIGHT are possible. With `single_root`, the root takes its dependent
+        when nothing else is left."""
+        n = self.num_active
+        shift = self.next[:n] <= self.lengths[:n]
+        two = self.top[:n] > _BOTTOM + 1  # words on the stack
+        right = self.top[:n] > _BOTTOM
+        if single_root:
+            right = right & (two | ~shift)
+        return np.stack([shift, two, right], axis=1)
+
+    def apply(self, transitions: np.ndarray) -> None:
+        """Move every active sentence by its transition, (active,); each must be possible."""
+        rows = np.flatnonzero(transitions == 0)
+        self.top[rows] += 1
+        self.stack[rows, self.top[rows]] = self.next[rows]
+        self.next[rows] += 1
+        for is_right, outer, second in ((False, self.left, self.left2), (True, self.right, self.right2)):
+            rows = np.flatnonzero((transitions > 0) & (transitions % 2 == (not is_right)))
+            top, below = self.stack[rows, self.top[rows]], self.stack[rows, self.top[rows] - 1]
+            head, dependent = (below, top) if is_right else (top, below)
+            self.heads[rows, dependent] = head
+            self.relations[rows, dependent] = (transitions[rows] + 1) // 2
+            second[rows, head] = outer[rows, head]  # dependents are added from the inside out
+            outer[rows, head] = dependent
+            self.num_dependents[rows, head] += 1
+            self.top[rows] -= 1
+            self.stack[rows, self.top[rows]] = head
+        self.steps_done += 1
+
+
+def oracle(states: States, sentences: Sequence[Encoded]) -> Iterator[np.ndarray]:
+    """The transitions, (active,), that build the projective trees of `sentences` from fresh `states`, step by step:
+    each is applied before the next is given.
+
+    LEFT and RIGHT as soon as they are right: RIGHT not before the word has all its dependents.
+    """
+    heads, relations, num_dependents = np.zeros((3, *states.heads.shape), dtype=np.int32)
+    for row, sentence in enumerate(sentences):
+        assert sentence.heads is not None
+        assert sentence.relations is not None
+        heads[row, 1 : len(sentence.words) + 1] = sentence.heads
+        relations[row, 1 : len(sentence.words) + 1] = sentence.relations
+        num_dependents[row] = np.bincount(sentence.heads, minlength=states.none + 1)
+    while n := states.num_active:
+        rows = states.rows[:n]
+        top, below = states.stack[rows, states.top[:n]], states.stack[rows, states.top[:n] - 1]
+        _, left, right = states.allowed(single_root=False).T
+        left = left & (heads[rows, below] == top)
+        complete = states.num_dependents[rows, top] == num_dependents[rows, top]
+        right = right & (heads[rows, top] == below) & complete
+        transitions = np.where(left, 2 * relations[rows, below] - 1, np.where(right, 2 * relations[rows, top], 0))
+        yield transitions
+        states.apply(transitions)
+
+
+def longest_first(sentences: Sequence[Encoded]) -> list[int]:
+    """The order of sentences that `States` wants."""
+    return sorted(range(len(sentences)), key=lambda index: -len(sentences[index].words))
+
+
+def training_examples(sentences: Sequence[Encoded], batch_size: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """All states that the oracle passes through, as features (transitions, 48), and its transitions (transitions,)."""
+    features, transitions = [np.zeros((0, NUM_FEATURES), dtype=np.int32)], [np.zeros(0, dtype=np.int32)]
+    order = longest_first(sentences)
+    for start in range(0, len(order), batch_size):
+        batch = [sentences[index] for index in order[start : start + batch_size]]
+        states = States(batch)
+        for step in oracle(states, batch):
+            features.append(states.features())
+            transitions.append(step)
+    return np.concatenate(features), np.concatenate(transitions)
+
+
+def parse(
+    score: Callable[[np.ndarray], np.ndarray], sentences: Sequence[Encoded], *, single_root: bool, batch_size: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Heads and relations of the words of every sentence, by the best possible transition in each state.
+
+    `score` gives scores (states, classes) of features (states, 48); classes are transitions.
+    """
+    order = longest_first(sentences)
+    heads: list[np.ndarray] = [np.zeros(0)] * len(order)
+    relations = list(heads)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        states = States([sentences[index] for index in batch])
+        while states.num_active:
+            scores = score(states.features())
+            allowed = states.allowed(single_root=single_root)
+            pairs = (scores.shape[1] - 1) // 2
+            possible = np.concatenate([allowed[:, :1], np.tile(allowed[:, 1:], pairs)], axis=1)
+            states.apply(np.where(possible, scores, -np.inf).argmax(1))
+        for row, index in enumerate(batch):
+            length = len(sentences[index].words)
+            heads[index] = states.heads[row, 1 : length + 1]
+            relations[index] = states.relations[row, 1 : length + 1]
+    return heads, relations
