@@ -1,14 +1,15 @@
 """AdaNorm and its relatives as drop-in replacements for LayerNorm, in one self-contained file.
 
-Needs torch and transformers only, and runs nothing on import: this very file travels with every saved model,
-so that `from_pretrained(..., trust_remote_code=True)` rebuilds the model where hf_adanorm is not installed.
+Needs torch and transformers only, and looks at their versions on import, no more: this very file travels with every
+saved model, so that `from_pretrained(..., trust_remote_code=True)` rebuilds it where hf_adanorm is not installed.
 
 1. Norms. `AdaNorm`, `LayerNormSimple`, `DetachNorm` and `NoNorm` ("w/o Norm") of Xu et al., "Understanding and
    Improving Layer Normalization", NeurIPS 2019 (arXiv:1911.07013). Each is usable alone in any `nn.Module`.
 2. Spec. What was swapped, in `config.adanorm`: groups of settings, each with the module names it holds for
    (`AdaNormSpec`). It is resolved: names, never patterns, so that loading decides nothing.
-3. Swap. `apply_spec` replaces exactly the named modules of a model that was just built, before weights load.
-4. Classes. `auto_map` in config.json names classes of this module, which are made on demand (`__getattr__`): a
+3. Names. What the spec's names mean in a model, whichever version of transformers wrote them (`find_modules`).
+4. Swap. `apply_spec` replaces exactly the named modules of a model that was just built, before weights load.
+5. Classes. `auto_map` in config.json names classes of this module, which are made on demand (`__getattr__`): a
    subclass of the transformers class of that name that applies the spec. With hf_adanorm installed they hand over
    to the stock class, whose hooks do the same, so there is one set of classes.
 """
@@ -21,20 +22,51 @@ import importlib
 import importlib.util
 import math
 import numbers
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
 __version__ = "0.1.0"
-FORMAT = 1  # of the spec; a reader refuses a higher one
+FORMAT = 2  # of the spec, the highest that is read; a reader refuses a higher one
 # Marks in the __dict__ of stock modules that a fold changed beyond their tensors, for the spec.
 ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"
+
+# ---------------------------------------------------------------------------------------------- the versions
+
+# All that depends on a version of transformers is marked with "transformers < VERSION", the one that ends it.
+OLDEST, NEWEST = (5, 0), (5, 24)  # of transformers: the first that works, the last that was tried
+
+
+def check_version(found: str) -> None:
+    """One sentence for a version of transformers that is too old (ImportError) or was never tried (a warning)."""
+    version = tuple(int(part) if part.isdigit() else 0 for part in found.split(".")[:2])
+    oldest, newest = (".".join(map(str, known)) for known in (OLDEST, NEWEST))
+    if version < OLDEST:
+        raise ImportError(
+            f"hf_adanorm {__version__} needs transformers {oldest} or newer, and {found} is installed: "
+            f'pip install "transformers>={oldest}"'
+        )
+    if version > NEWEST:
+        warnings.warn(
+            f"hf_adanorm {__version__} was tried with transformers {oldest} to {newest}, not with {found}, which is "
+            "installed: should something fail, look for a newer hf_adanorm",
+            stacklevel=2,
+        )
+
+
+check_version(transformers.__version__)
+
+from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402, older ones have no such module
+from transformers.core_model_loading import WeightRenaming  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------- the norms
 
@@ -681,7 +713,8 @@ class NormGroup:
     """One of NORM_CLASSES, such as "adanorm"."""
     modules: tuple[str, ...]
     """Names relative to the base model, such as "encoder.layer.*.output.LayerNorm"; `*` stands for one number,
-    a leading `^` marks a module outside the base model, such as "^cls.predictions.transform.LayerNorm"."""
+    a leading `^` marks a module outside the base model, such as "^cls.predictions.transform.LayerNorm".
+    They are those of the checkpoint's keys, see `spec_names`."""
     C: float | None = None
     k: float | None = None
     detach_mean: bool | None = None
@@ -757,7 +790,8 @@ class AdaNormSpec:
     """Linear layers that were given a bias by a fold, named as in `NormGroup.modules`."""
     eps: tuple[tuple[str, float], ...] = ()
     """(name, eps) of norms that were not swapped but whose eps a fold adjusted."""
-    format: int = FORMAT
+    format: int = 1
+    """1: the names are those of the modules, 2: some are those of the checkpoint's keys, where the two differ."""
     version: str = __version__
     """Of hf_adanorm, when the spec was written."""
 
@@ -774,6 +808,24 @@ class AdaNormSpec:
         if self.eps:
             out["eps"] = dict(self.eps)
         return out
+
+    def names(self) -> list[str]:
+        """Every name in it."""
+        return [*(name for group in self.groups for name in group.modules), *self.biases, *(n for n, _ in self.eps)]
+
+    def renamed(self, names: Mapping[str, str]) -> AdaNormSpec:
+        """The same with other names, those of today in place of those that are gone."""
+        if not names:
+            return self
+        return dataclasses.replace(
+            self,
+            groups=tuple(
+                dataclasses.replace(group, modules=tuple(names.get(name, name) for name in group.modules))
+                for group in self.groups
+            ),
+            biases=tuple(names.get(name, name) for name in self.biases),
+            eps=tuple((names.get(name, name), value) for name, value in self.eps),
+        )
 
     @classmethod
     def from_dict(cls, data: Any) -> AdaNormSpec:
@@ -836,12 +888,153 @@ def _typed(value: Any) -> str:
     return text if text.endswith(f"of type {type(value).__name__}") else f"{text} of type {type(value).__name__}"
 
 
-def _check_name(name: str) -> None:
+def _is_name(name: str) -> bool:
     parts = name.removeprefix("^").split(".")
-    if len(name) > _MAX_NAME or not all(
+    return len(name) <= _MAX_NAME and all(
         part == "*" or part.replace("-", "_").isidentifier() or part.isdigit() for part in parts
-    ):
+    )
+
+
+def _check_name(name: str) -> None:
+    if not _is_name(name):
         raise ValueError(f"{short_repr(name)} is not the name of a module")
+
+
+# ------------------------------------------------------------------------------------------------- the names
+
+# transformers renames modules from one version to the next, and converts the keys of older checkpoints as it loads
+# them; saving converts back. The names in a spec are such keys, too, so they last as long as the weights load.
+
+
+def base_prefix(model: nn.Module) -> str | None:
+    """`"bert."` for a model with a head around its base model, None for a base model or a plain module."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    return f"{prefix}." if isinstance(base, nn.Module) and base is not model else None
+
+
+def number_template(name: str) -> str:
+    """ "encoder.layer.3.norm" -> "encoder.layer.*.norm" """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern`, in which `*` stands for a number, means `name`, of as many parts."""
+    pairs = zip(pattern.split("."), name.split("."), strict=True)
+    return all(want == part or (want == "*" and part.isdigit()) for want, part in pairs)
+
+
+def _renamings(model: nn.Module) -> list[Any]:
+    """How transformers renames what `model` holds when it saves, in order. Left out, as transformers does for a model
+    that was not loaded: prefixes, which a checkpoint may or may not have."""
+    owner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if owner is None:
+        return []
+    found = [c for c in get_model_conversion_mapping(owner, add_legacy=False) if isinstance(c, WeightRenaming)]
+    return [c.reverse_transform() for c in reversed(found) if type(c).__name__ != "PrefixChange"]
+
+
+def plain_name(name: str, prefix: str | None) -> str:
+    """The name of a module relative to the base model, whose own names start with `prefix`; "^..." outside it."""
+    return name.removeprefix(prefix or "") if prefix is None or name.startswith(prefix) else f"^{name}"
+
+
+def spec_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The name in a spec of each of the modules of `model` that `names` names: as in the keys of its checkpoint,
+    relative to the base model. The base model's own renamings count inside it, so that heads make no difference."""
+    prefix = base_prefix(model)
+    inside = _renamings(model if prefix is None else getattr(model, prefix[:-1]))
+    outside = [] if prefix is None else _renamings(model)
+    found = {}
+    for name in names:
+        plain = plain_name(name, prefix)
+        key = f"{plain.removeprefix('^')}.weight"
+        for renaming in outside if plain.startswith("^") else inside:
+            key = renaming.rename_source_key(key)[0]
+        lasting = ("^" if plain.startswith("^") else "") + key.removesuffix(".weight")
+        found[name] = lasting if key.endswith(".weight") and _is_name(lasting) else plain
+    ambiguous = {lasting for lasting, count in Counter(found.values()).items() if count > 1}
+    return {name: plain_name(name, prefix) if lasting in ambiguous else lasting for name, lasting in found.items()}
+
+
+def find_modules(
+    model: nn.Module, spec: AdaNormSpec, modules: Iterable[tuple[str, nn.Module]]
+) -> tuple[AdaNormSpec, dict[str, dict[str, nn.Module]]]:
+    """What each name of `spec` means among the named `modules` of `model`, {} for one that it does not have.
+
+    A name is looked for as the checkpoint's key and as the module's own. Where another version of transformers wrote
+    it and it is neither, it is recognised by its place (`_renamed_by_place`): the spec that comes back has the name
+    of today for it.
+    """
+    by_name = dict(modules)
+    prefix = base_prefix(model)
+    tables = [spec_names(model, by_name), {name: plain_name(name, prefix) for name in by_name}]
+    indices: list[dict[str, list[tuple[str, str]]]] = []
+    for table in tables if spec.format > 1 else reversed(tables):
+        index: dict[str, list[tuple[str, str]]] = {}
+        for name, spelled in table.items():
+            index.setdefault(number_template(spelled), []).append((name, spelled))
+        indices.append(index)
+
+    def look(pattern: str) -> dict[str, nn.Module]:
+        for index in indices:
+            same = index.get(number_template(pattern), ())
+            if hits := {name: by_name[name] for name, spelled in same if matches(pattern, spelled)}:
+                return hits
+        return {}
+
+    found = {pattern: look(pattern) for pattern in spec.names()}
+    written = getattr(getattr(model, "config", None), "transformers_version", None)
+    if all(found.values()) or written in (None, transformers.__version__):
+        return spec, found
+    claimed = {name for hits in found.values() for name in hits}
+    free = [tables[0][name] for name, module in by_name.items() if name not in claimed and _has_gain(module)]
+    renamed = _renamed_by_place([pattern for pattern, hits in found.items() if not hits], free)
+    spec = spec.renamed(renamed)
+    found = {
+        renamed.get(pattern, pattern): hits or look(renamed.get(pattern, pattern)) for pattern, hits in found.items()
+    }
+    if not any(found.values()):
+        warnings.warn(
+            f"config.adanorm, written with transformers {short_repr(written)}, names {len(found)} modules, such as "
+            f"{next(iter(found))!r}, of which this model has none under transformers {transformers.__version__}. If "
+            "loading stops with a size mismatch, they were renamed: load with the version that wrote them",
+            stacklevel=2,
+        )
+    return spec, found
+
+
+def _renamed_by_place(lost: Iterable[str], free: Iterable[str]) -> dict[str, str]:
+    """Names of today for names of `spec` that are gone: the part from the first number on is the same, or without
+    numbers the last part, and as many norms with that ending are `free` as are `lost`; they keep their order.
+    A wrong guess would stop the load: the checkpoint holds one element for a swapped norm, and a gain for another."""
+
+    def by_ending(names: Iterable[str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for template in dict.fromkeys(map(number_template, names)):
+            before, star, after = template.partition("*")
+            found.setdefault(star + after or before.rpartition(".")[2], []).append(template)
+        return found
+
+    # A part of a model can become its base model, and the other way round.
+    lost, free = list(lost), list(free)
+    swapped = {name: name[1:] if name.startswith("^") else f"^{name}" for name in lost}
+    templates = set(map(number_template, free))
+    renamed = {name: other for name, other in swapped.items() if number_template(other) in templates}
+    candidates = by_ending(name for name in free if not name.startswith("^"))
+    today: dict[str, str] = {}
+    for ending, gone in by_ending(n for n in lost if n not in renamed and not n.startswith("^")).items():
+        if len(there := candidates.get(ending, [])) == len(gone):
+            today.update(zip(gone, there, strict=True))
+    for name in lost:
+        if (template := today.get(number_template(name))) is not None:
+            numbers = (part for part in name.split(".") if part == "*" or part.isdigit())
+            renamed[name] = ".".join(next(numbers) if part == "*" else part for part in template.split("."))
+    return renamed
+
+
+def _has_gain(module: nn.Module) -> bool:
+    return _may_be_norm(module) and isinstance(getattr(module, "weight", None), Tensor)
 
 
 # -------------------------------------------------------------------------------------------------- the swap
@@ -939,76 +1132,46 @@ def _choose_encoder_path(model: nn.Module) -> None:
             setattr(module, flag, module.__dict__.pop("_adanorm_" + flag))
 
 
-def base_prefix(model: nn.Module) -> str | None:
-    """`"bert."` for a model with a head around its base model, None for a base model or a plain module."""
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    return f"{prefix}." if isinstance(base, nn.Module) and base is not model else None
-
-
-def number_template(name: str) -> str:
-    """ "encoder.layer.3.norm" -> "encoder.layer.*.norm" """
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern`, in which `*` stands for a number, means `name`, of as many parts."""
-    pairs = zip(pattern.split("."), name.split("."), strict=True)
-    return all(want == part or (want == "*" and part.isdigit()) for want, part in pairs)
-
-
 def apply_spec(model: nn.Module, spec: AdaNormSpec) -> None:
     """Swap exactly the modules that `spec` names; names that `model` does not have (another head) are passed over.
 
     Raises:
         ValueError: a name belongs to a module that cannot be a norm. Nothing was swapped then.
     """
-    prefix = base_prefix(model)
-    by_template: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        by_template.setdefault(number_template(name), []).append((name, module))
+    today, found = find_modules(model, spec, model.named_modules())
 
-    def named(name: str) -> list[tuple[str, nn.Module]]:
-        if name.startswith("^"):
-            if prefix is None:
-                return []
-            name = name[1:]
-        else:
-            name = (prefix or "") + name
-        return [(found, m) for found, m in by_template.get(number_template(name), []) if matches(name, found)]
-
-    def check_norm(found: str, module: nn.Module) -> None:
+    def check_norm(name: str, module: nn.Module) -> None:
         if not _may_be_norm(module):
             raise ValueError(
-                f"config.adanorm names {found!r}, which is a {type(module).__name__} and no normalisation layer"
+                f"config.adanorm names {name!r}, which is a {type(module).__name__} and no normalisation layer"
             )
 
     replacements: dict[int, nn.Module] = {}
-    for group in spec.groups:
-        for found, module in (pair for name in group.modules for pair in named(name)):
+    for group in today.groups:
+        for name, module in (pair for pattern in group.modules for pair in found[pattern].items()):
             if is_as(module, group):
                 continue
-            check_norm(found, module)
+            check_norm(name, module)
             replacements[id(module)] = make_norm(module, group)
     without_bias: list[nn.Module] = []
-    for found, module in (pair for name in spec.biases for pair in named(name)):
+    for name, module in (pair for pattern in today.biases for pair in found[pattern].items()):
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            raise ValueError(
-                f"config.adanorm gives a bias to {found!r}, a {type(module).__name__} and no linear layer"
-            )
+            raise ValueError(f"config.adanorm gives a bias to {name!r}, a {type(module).__name__} and no linear layer")
         if module.bias is None:
             without_bias.append(module)
-    for found, module in (pair for name, _ in spec.eps for pair in named(name)):
-        check_norm(found, module)
+    for name, module in (pair for pattern, _ in today.eps for pair in found[pattern].items()):
+        check_norm(name, module)
     for module in without_bias:
         weight = cast(Tensor, module.weight)
         module.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
         module.__dict__[ADDED_BIAS] = True
-    for name, value in spec.eps:
-        for _, module in named(name):
+    for pattern, value in today.eps:
+        for module in found[pattern].values():
             setattr(module, "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps", value)
             module.__dict__[ADJUSTED_EPS] = True
     replace_modules(model, replacements)
+    if today != spec:
+        cast(PreTrainedModel, model).config.adanorm = today.to_dict()
 
 
 def is_as(module: nn.Module, group: NormGroup) -> bool:
@@ -1113,6 +1276,10 @@ def _applying_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 key: ref.rpartition("--")[2] if isinstance(ref, str) and is_own_reference(ref) else ref
                 for key, ref in auto_map.items()
             }
+            # transformers < 5.13 copies the file of such a class for unknown architectures only
+            own = f"{__name__.rpartition('.')[2]}.{stock.__name__}"
+            if self._auto_class is None and own in self.config.auto_map.values():
+                self._auto_class = next(key for key, ref in self.config.auto_map.items() if ref == own)
 
     def is_custom_code(cls: type) -> bool:
         """False: it is the stock architecture, and must keep transformers' checkpoint key conversions."""

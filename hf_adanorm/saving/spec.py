@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,13 @@ from hf_adanorm.modeling_adanorm import (
     NormGroup,
     SwappedNorm,
     base_prefix,
+    find_modules,
     is_own_reference,
     is_swapped,
-    matches,
     number_template,
+    plain_name,
     source_settings,
+    spec_names,
 )
 
 
@@ -139,39 +141,29 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def describes(spec: AdaNormSpec, model: nn.Module) -> bool:
     """Whether `model`, if built with `spec`, would have the norms that it has; names of another head aside."""
     here = resolved_spec(model)
-    modules = {_relative(name, base_prefix(model)): module for name, module in plain_modules(model)}
-    return _settings_by_name(spec, modules) == ({} if here is None else _settings_by_name(here, modules))
+    return _settings_by_name(spec, model) == ({} if here is None else _settings_by_name(here, model))
 
 
-def _named(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """A function that gives those of `names` that a pattern of a spec means."""
-    by_template: dict[str, list[str]] = {}
-    for name in names:
-        by_template.setdefault(number_template(name), []).append(name)
-    return lambda pattern: [name for name in by_template.get(number_template(pattern), []) if matches(pattern, name)]
-
-
-def _settings_by_name(spec: AdaNormSpec, modules: dict[str, nn.Module]) -> dict[tuple[str, str], Any]:
-    named = _named(modules)
+def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, str], Any]:
+    spec, named = find_modules(model, spec, plain_modules(model))
     found: dict[tuple[str, str], Any] = {}
     for group in spec.groups:
-        for name in (name for pattern in group.modules for name in named(pattern)):
-            source = modules[name].__dict__.get("_source") or modules[name]
+        for name, module in (pair for pattern in group.modules for pair in named[pattern].items()):
+            source = module.__dict__.get("_source") or module
             eps = source_settings(source).get("eps") if group.eps is None else group.eps
             # The shape and the layout follow from the architecture, whether or not they are spelled out.
             found["norm", name] = dataclasses.replace(
                 group, modules=(), eps=eps, normalized_shape=None, channels_first=None
             )
-    found |= {("bias", name): True for pattern in spec.biases for name in named(pattern)}
-    return found | {("eps", name): value for pattern, value in spec.eps for name in named(pattern)}
+    found |= {("bias", name): True for pattern in spec.biases for name in named[pattern]}
+    return found | {("eps", name): value for pattern, value in spec.eps for name in named[pattern]}
 
 
 def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     """The spec of what is swapped in `model`: names relative to its base model, one group a set of settings."""
-    prefix = base_prefix(model)
     groups: dict[NormGroup, list[str]] = {}
-    modules = list(plain_modules(model))
-    for name, module in modules:
+    modules = dict(plain_modules(model))
+    for name, module in modules.items():
         if not is_swapped(module):
             continue
         centered = None if module.centered else False
@@ -188,47 +180,50 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     biases, eps = _left_by_folds(modules)
     if not groups and not biases and not eps:
         return None
+    spelled = spec_names(model, modules)
     by_template: dict[str, set[str]] = {}
-    for name, _ in modules:
+    for name in spelled.values():
         by_template.setdefault(number_template(name), set()).add(name)
+
+    def patterns(names: list[str]) -> tuple[str, ...]:
+        return tuple(_with_stars([spelled[name] for name in names], by_template))
+
+    prefix = base_prefix(model)
+    touched = {*(name for names in groups.values() for name in names), *biases, *eps}
     return AdaNormSpec(
-        groups=tuple(
-            dataclasses.replace(
-                group, modules=tuple(_relative(name, prefix) for name in _with_stars(names, by_template))
-            )
-            for group, names in groups.items()
-        ),
-        biases=tuple(_relative(name, prefix) for name in _with_stars(biases, by_template)),
-        eps=tuple((_relative(name, prefix), value) for name, value in eps.items()),
+        # Where the names are those of the modules, older releases can read them, too.
+        format=1 if all(spelled[name] == plain_name(name, prefix) for name in touched) else 2,
+        groups=tuple(dataclasses.replace(group, modules=patterns(names)) for group, names in groups.items()),
+        biases=patterns(biases),
+        eps=tuple((spelled[name], value) for name, value in eps.items()),
     )
 
 
-def _left_by_folds(modules: list[tuple[str, Any]]) -> tuple[list[str], dict[str, float]]:
+def _left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
     """The linear layers that a fold gave a bias, and the stock norms whose eps it adjusted, with that eps: as the
     modules are marked, and as the configs say. Others replace modules (embeddings are resized, layers quantised and
     dequantised), and a mark goes with its module."""
-    biases = {name for name, module in modules if ADDED_BIAS in module.__dict__}
-    eps = {name: 0.0 for name, module in modules if ADJUSTED_EPS in module.__dict__}
+    biases = {name for name, module in modules.items() if ADDED_BIAS in module.__dict__}
+    eps = {name: 0.0 for name, module in modules.items() if ADJUSTED_EPS in module.__dict__}
     seen: set[int] = set()
-    for outer, model in modules:  # parents come first: a config belongs to the outermost model that has it
+    for outer, model in modules.items():  # parents come first: a config belongs to the outermost model that has it
         data = getattr(model.config, "adanorm", None) if isinstance(model, PreTrainedModel) else None
         if data is None or id(model.config) in seen:
             continue
         seen.add(id(model.config))
-        spec, prefix = AdaNormSpec.from_dict(data), base_prefix(model)
+        spec = AdaNormSpec.from_dict(data)
+        if not (spec.biases or spec.eps):
+            continue
         here = f"{outer}." if outer else ""
-        named = _named([_relative(name.removeprefix(here), prefix) for name, _ in modules if name.startswith(here)])
-
-        def absolute(name: str, here: str = here, prefix: str | None = prefix) -> str:
-            return here + (name[1:] if name.startswith("^") else (prefix or "") + name)
-
-        biases |= {absolute(name) for pattern in spec.biases for name in named(pattern)}
-        eps |= {absolute(name): value for pattern, value in spec.eps for name in named(pattern)}
+        inner = {name.removeprefix(here): module for name, module in modules.items() if name.startswith(here)}
+        spec, named = find_modules(model, spec, inner.items())
+        biases |= {here + name for pattern in spec.biases for name in named[pattern]}
+        eps |= {here + name: value for pattern, value in spec.eps for name in named[pattern]}
     return (
-        [name for name, module in modules if name in biases and getattr(module, "bias", None) is not None],
+        [name for name, module in modules.items() if name in biases and getattr(module, "bias", None) is not None],
         {
             name: source_settings(module).get("eps", eps[name])
-            for name, module in modules
+            for name, module in modules.items()
             if name in eps and not is_swapped(module)
         },
     )
@@ -244,12 +239,6 @@ def _overrides(module: SwappedNorm) -> dict[str, Any]:
         }
     overrides: dict[str, Any] = module.__dict__["_overrides"]
     return overrides
-
-
-def _relative(name: str, prefix: str | None) -> str:
-    if prefix is None:
-        return name
-    return name.removeprefix(prefix) if name.startswith(prefix) else f"^{name}"
 
 
 def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:

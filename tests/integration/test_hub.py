@@ -59,11 +59,11 @@ def pushed(session: Session) -> dict[str, Any]:
     (session.folder / "first-commit.json").write_text(json.dumps(session.hub.repos["me/revised"].branches["main"]))
     files = session.hub.repos["me/adanorm-whole"].files()
     config = json.loads(files["config.json"])
-    config["adanorm"] |= {"format": 2, "version": "9.1.0"}
+    config["adanorm"] |= {"format": 3, "version": "9.1.0"}
     files = {**files, "config.json": json.dumps(config).encode()}
     session.hub.create_repo("me/newer", files)
     code = files["modeling_adanorm.py"].decode()
-    newer = code.replace("\nFORMAT = 1", "\nFORMAT = 2").replace('__version__ = "0.1.0"', '__version__ = "9.1.0"')
+    newer = code.replace("\nFORMAT = 2", "\nFORMAT = 3").replace('__version__ = "0.1.0"', '__version__ = "9.1.0"')
     assert newer != code
     session.hub.create_repo("me/newer-file", {**files, "modeling_adanorm.py": newer.encode()})
     return reference
