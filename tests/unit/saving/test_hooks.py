@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModel, BertModel, PreTrainedConfig, PreTrainedModel
 
-from hf_adanorm import is_patched, patch_model
-from hf_adanorm.saving import card, hooks, unpatch_model
+from hf_adanorm import is_patched, patch_model, unpatch_model
+from hf_adanorm.saving import card, hooks
 from tests.zoo.round_trip import CASES, build
 
 
