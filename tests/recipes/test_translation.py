@@ -402,9 +402,10 @@ def test_initialisation_is_that_of_the_papers_runs():
     ("name", "norms", "millions"),
     [
         ("iwslt14_de_en", 32, 36),
-        ("iwslt15_en_vi", 32, 36),
+        ("iwslt15_en_vi", 32, 49),
         ("wmt14_en_de", 32, 61),
         ("multi30k_de_en", 17, 1.5),
+        ("multi30k_prenorm", 17, 1.5),
         ("demo_en_de", 12, 1.2),
         ("demo_en_vi", 12, 1.0),
     ],
