@@ -40,13 +40,13 @@ from common.evaluation import (
 )
 from common.fade import fade, finish_saved_fade, is_fading
 from common.options import (
-    FREE_OPTIONS,
     OptimizationOptions,
     OptionError,
     PatchOptions,
     RunOptions,
     check_ranges,
     option,
+    options_that_change,
     parse_options,
 )
 from common.publishing import prepare_push, publish
@@ -68,6 +68,7 @@ from common.setup import (
 )
 from common.steps import check_trained, optimizer_step
 from common.token_batches import TokenPlan
+from tasks.data import data_content
 from tasks.images import ImageOptions, prepare_image
 from tasks.text import ModelOptions, Task, TextOptions, prepare_text
 
@@ -294,11 +295,13 @@ def main(argv: list[str] | None = None) -> None:
     with clear_errors():
         check_ranges(options)
         accelerator = make_accelerator(options, options)
+        content = main_first(accelerator, lambda: data_content(options) if accelerator.is_main_process else {})
         checkpoints = Checkpoints(
             output_dir,
             accelerator,
             asdict(options),
-            free=FREE_OPTIONS,
+            content=content,
+            free=options_that_change(ClassificationOptions, "onward", "nothing"),
             keep=options.save_total_limit,
             overwrite=options.overwrite_output_dir,
         )
@@ -334,6 +337,7 @@ def main(argv: list[str] | None = None) -> None:
         "command": shlex.join(["recipes/classification.py", *(sys.argv[1:] if argv is None else argv)]),
         "versions": versions(),
         "options": asdict(options),
+        "content": content,
     }
     with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)

@@ -40,13 +40,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints import EXIT_RESUME, write_json
-from common.options import FREE_OPTIONS, OptionError, check_ranges, parse_options, read_config
+from common.checkpoints import EXIT_RESUME, changed_content, lock_folder, write_json
+from common.options import OptionError, check_ranges, options_that_change, parse_options, read_config
 from common.results import align
 from comparison.paper import COLUMNS, CONFIGS, ROWS
 from comparison.report import write_report
 from comparison.runs import BASELINE, RECIPES, Recipe, RecordError, Run, outcome, summarize
 from hf_adanorm import AdaNorm, DetachNorm
+from tasks.data import DATA_OPTIONS, data_content
 
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
 # A norm that an option says nothing to need not try its values.
@@ -161,6 +162,7 @@ class Comparison:
         self.search: list[Run] = []
         self.runs: list[Run] = []
         self.failed: list[Run] = []
+        self.contents: dict[Any, dict[str, str]] = {}
         self.stopping = False
         self.child: subprocess.Popen[bytes] | None = None
 
@@ -236,17 +238,29 @@ class Comparison:
         saved = run.record.get("options")
         if saved is None:
             return
-        now = json.loads(json.dumps(dataclasses.asdict(self.options(self.arguments(run, test=test)))))
+        options = self.options(self.arguments(run, test=test))
+        now = json.loads(json.dumps(dataclasses.asdict(options)))
         differing = [
-            f"{name}: {saved[name]!r} then, {value!r} now"
-            for name, value in now.items()
-            if name in saved and name not in FREE_OPTIONS | {"cache_dir"} and saved[name] != value
+            f"{name}: {saved[name]!r} then, {now[name]!r} now"
+            for name in sorted(options_that_change(self.options_class, "results", "onward"))
+            if name in saved and saved[name] != now[name]
         ]
+        if changed := changed_content(run.record.get("content"), self.content(options)):
+            raise OptionError(
+                f"{run.folder} holds a run on other data: {changed}; give that data, or another --output_dir"
+            )
         if differing:
             raise OptionError(
                 f"{run.folder} holds a run with other options ({'; '.join(differing)}); "
                 "give the same options, or another --output_dir"
             )
+
+    def content(self, options: Any) -> dict[str, str]:
+        """What tells the content of the data from others; the files are the same for all runs, and read once."""
+        files = tuple(sorted((name, str(value)) for name, value in vars(options).items() if name in DATA_OPTIONS))
+        if files not in self.contents:
+            self.contents[files] = data_content(options)
+        return self.contents[files]
 
     def run_one(self, run: Run, arguments: list[str]) -> None:
         """Start the recipe and wait for it.
@@ -397,6 +411,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         comparison = Comparison(own, rest)
         comparison.check_all()
+        if not (own.estimate or own.report_only):
+            own.output_dir.mkdir(parents=True, exist_ok=True)
+            lock_folder(own.output_dir)
     except OptionError as error:
         sys.exit(_refuse(error))
     command = shlex.join(["recipes/compare.py", *argv])

@@ -37,13 +37,13 @@ from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, Progress,
 from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from common.fade import fade, finish_saved_fade, is_fading
 from common.options import (
-    FREE_OPTIONS,
     OptimizationOptions,
     OptionError,
     PatchOptions,
     RunOptions,
     check_ranges,
     option,
+    options_that_change,
     parse_options,
 )
 from common.publishing import prepare_push, publish
@@ -65,6 +65,7 @@ from common.setup import (
 )
 from common.steps import check_trained, optimizer_step
 from tasks.bytes import NUM_BYTES, ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits
+from tasks.data import data_content
 from tasks.text import ModelOptions, build_fresh, check_model_source, fresh_config, load_pretrained
 
 
@@ -273,11 +274,13 @@ def main(argv: list[str] | None = None) -> None:
                 f"--eval_stride must be between 1 and --sequence_length {options.sequence_length}, "
                 f"got {options.eval_stride}"
             )
+        content = main_first(accelerator, lambda: data_content(options) if accelerator.is_main_process else {})
         checkpoints = Checkpoints(
             output_dir,
             accelerator,
             asdict(options),
-            free=FREE_OPTIONS,
+            content=content,
+            free=options_that_change(LanguageModelingOptions, "onward", "nothing"),
             keep=options.save_total_limit,
             overwrite=options.overwrite_output_dir,
         )
@@ -336,6 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         "command": shlex.join(["recipes/language_modeling.py", *(sys.argv[1:] if argv is None else argv)]),
         "versions": versions(),
         "options": asdict(options),
+        "content": content,
     }
     with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, splits, plan, checkpoints, save_model, options)

@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
     opener = gzip.open if arguments.input.endswith(".gz") else open
-    with opener(arguments.input, "rt", encoding="utf-8", newline="\n") as file:
-        texts = file.read().removesuffix("\n").split("\n")
+    with opener(arguments.input, "rt", encoding="utf-8-sig", newline="\n") as file:
+        texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
     if not any(texts):
         sys.exit(f"error: {arguments.input} is empty")
     translations = translate_texts(

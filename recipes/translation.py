@@ -44,13 +44,13 @@ from common.checkpoints import (
 from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from common.fade import fade, finish_saved_fade, is_fading
 from common.options import (
-    FREE_OPTIONS,
     OptimizationOptions,
     OptionError,
     PatchOptions,
     RunOptions,
     check_ranges,
     option,
+    options_that_change,
     parse_options,
 )
 from common.publishing import prepare_push, publish
@@ -75,6 +75,7 @@ from common.token_batches import TokenPlan, token_batches
 from common.weight_average import load_average
 from hf_adanorm.saving.files import write_file
 from tasks.bleu import SCORES, translation_scores
+from tasks.data import data_content
 from tasks.parallel_text import SOURCE
 from tasks.translation import (
     IGNORED,
@@ -377,11 +378,13 @@ def main(argv: list[str] | None = None) -> None:
         check_ranges(options)
         accelerator = make_accelerator(options, options)
         check_options(options, accelerator)
+        content = main_first(accelerator, lambda: data_content(options) if accelerator.is_main_process else {})
         checkpoints = Checkpoints(
             output_dir,
             accelerator,
             asdict(options),
-            free=FREE_OPTIONS | {"cache_dir"},
+            content=content,
+            free=options_that_change(TranslationOptions, "onward", "nothing"),
             keep=max(options.save_total_limit, options.average_checkpoints),
             overwrite=options.overwrite_output_dir,
         )
@@ -429,6 +432,7 @@ def main(argv: list[str] | None = None) -> None:
         "command": shlex.join(["recipes/translation.py", *(sys.argv[1:] if argv is None else argv)]),
         "versions": versions(),
         "options": asdict(options),
+        "content": content,
     }
     with clear_endings(accelerator, output_dir, results):
         progress = train(accelerator, model, optimizer, task, plan, checkpoints, options)

@@ -10,9 +10,11 @@ checkpoint speaks of. With several machines, `output_dir` must be on a disk that
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -27,7 +29,13 @@ from accelerate import Accelerator
 from accelerate.utils import RNG_STATE_NAME, load
 from safetensors import SafetensorError
 
+from common.options import OptionError
 from hf_adanorm.saving.files import TEMPORARY, write_file
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 EXIT_CANNOT_SAVE = 74  # EX_IOERR: a checkpoint could not be written; the one before it stands
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
@@ -75,6 +83,37 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
+_locks: dict[Path, int] = {}  # held until the process ends
+
+
+def lock_folder(folder: Path) -> None:
+    """Make `folder` this process's alone, to write to, until it ends in whatever way.
+
+    A record lock, which the kernel takes back with its process and which network file systems know between machines;
+    processes that this one forks do not hold it. Where there are no locks, nothing is locked.
+
+    Raises OptionError when another process has it.
+    """
+    path = folder.resolve() / ".lock"
+    if fcntl is None or path in _locks:
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+        os.close(descriptor)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        raise OptionError(
+            f"--output_dir {folder}: another run, {holder or 'which has just begun'}, writes there; give another "
+            "--output_dir, or start again when it has ended"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    _locks[path] = descriptor
+
+
 def publish_folder(temporary: Path, target: Path) -> None:
     """Put a complete folder in its place by one rename, after its files are on the disk."""
     for path in sorted(temporary.rglob("*")):
@@ -103,6 +142,8 @@ class Checkpoints:
         output_dir: the run's folder; made when it is not there.
         accelerator: what the model and the optimiser were, or will be, prepared with.
         config: the run's resolved options. Options not in `free` must be the same when a run is resumed.
+        content: what tells the content of the run's data from others, by option; it, too, must be the same, as far as
+            it is known.
         keep: how many of the newest checkpoints to keep.
         overwrite: start afresh: an earlier run's checkpoints, best models and results are deleted as soon as this one
             begins to train.
@@ -114,6 +155,7 @@ class Checkpoints:
         accelerator: Accelerator,
         config: Mapping[str, Any],
         *,
+        content: Mapping[str, str] | None = None,
         free: frozenset[str] = frozenset(),
         keep: int = 1,
         overwrite: bool = False,
@@ -121,11 +163,13 @@ class Checkpoints:
         self.folder = Path(output_dir)
         self.accelerator = accelerator
         self.config = json.loads(json.dumps({**config, "num_processes": accelerator.num_processes}))
-        self.free = free
+        self.content = dict(content or {})
+        self.free = free | {"content"}
         self.keep = keep
         self.overwrite = overwrite
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(self.folder)
             for path in self.folder.glob(f"{TEMPORARY}*"):
                 _remove(path)
         accelerator.wait_for_everyone()
@@ -155,6 +199,12 @@ class Checkpoints:
             for name in sorted(saved.keys() | self.config.keys())
             if name not in self.free and saved.get(name) != self.config.get(name)
         ]
+        changed = changed_content(saved.get("content"), self.content)
+        if changed:
+            raise ResumeError(
+                f"{latest} was written by a run on other data: {changed}. Give that data to resume, another "
+                "--output_dir, or --overwrite_output_dir true to start afresh"
+            )
         if differing:
             raise ResumeError(
                 f"{latest} was written with other options ({'; '.join(differing)}). Give the same options to resume, "
@@ -188,7 +238,7 @@ class Checkpoints:
             self.accelerator.save_state(str(temporary), safe_serialization=True)
             if self.accelerator.is_main_process:
                 write_json(temporary / "progress.json", asdict(progress))
-                write_json(temporary / "config.json", self.config)
+                write_json(temporary / "config.json", {**self.config, "content": self.content})
         if self.accelerator.is_main_process:
             for old in self._numbered("checkpoint")[: -self.keep]:
                 _remove(old)
@@ -247,6 +297,12 @@ class Checkpoints:
     def _numbered(self, prefix: str) -> list[Path]:
         found = [path for path in self.folder.iterdir() if path.is_dir() and _number(path.name, prefix)]
         return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def changed_content(then: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
+    """Whose data is known to have another content than it had, as the subject of a sentence and its verb; else ""."""
+    names = [f"--{name}" for name, content in now.items() if (then or {}).get(name, content) != content]
+    return f"what {' and '.join(names)} name{'s' * (len(names) == 1)} has changed since" if names else ""
 
 
 def _is_write_error(error: BaseException) -> bool:

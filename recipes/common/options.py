@@ -27,11 +27,26 @@ class OptionError(ValueError):
     """An option, or a combination of options, cannot be used. The message names it and the nearest fix."""
 
 
-def option(default: Any, help: str) -> Any:  # noqa: A002
-    """A dataclass field with a default and the text that `--help` shows."""
+Change = Literal["results", "onward", "nothing"]
+
+
+def option(default: Any, help: str, *, changes: Change = "results") -> Any:  # noqa: A002
+    """A dataclass field with a default, the text that `--help` shows, and what another value of it changes.
+
+    "results": weights or scores; it must be the same when a run is resumed and in all runs of a comparison. "onward":
+    what happens from then on; a resumed run may go on with another value, the runs of a comparison must agree.
+    "nothing": where a run writes and how it is watched.
+    """
+    metadata = {"help": help, "changes": changes}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def options_that_change(options_class: type[Any], *changes: Change) -> frozenset[str]:
+    """The names of the options of which another value changes one of these."""
+    fields = dataclasses.fields(options_class)
+    return frozenset(item.name for item in fields if item.metadata["changes"] in changes)
 
 
 @dataclass(kw_only=True)
@@ -84,65 +99,54 @@ class OptimizationOptions:
     num_epochs: int = option(3, "passes over the training data")
     max_steps: int | None = option(None, "stop after this many optimiser steps; wins over num_epochs")
     on_nonfinite: Literal["stop", "skip"] = option(
-        "stop", "what to do when the loss or its gradient is NaN or infinite: stop, or leave that step out"
+        "stop",
+        "what to do when the loss or its gradient is NaN or infinite: stop, or leave that step out",
+        changes="onward",
     )
     on_spike: Literal["report", "stop", "skip"] = option(
-        "report", "what to do when the loss or its gradient is a spike: say so and go on, stop, or leave that step out"
+        "report",
+        "what to do when the loss or its gradient is a spike: say so and go on, stop, or leave that step out",
+        changes="onward",
     )
-    spike_sigmas: float = option(6.0, "a spike is so many standard deviations above the mean of the last 128 steps")
+    spike_sigmas: float = option(
+        6.0, "a spike is so many standard deviations above the mean of the last 128 steps", changes="onward"
+    )
 
 
 @dataclass(kw_only=True)
 class RunOptions:
     """Where a run writes, what it can be resumed from, how it is launched and watched."""
 
-    output_dir: str = option("outputs/run", "folder for checkpoints, the best model and results.json")
-    overwrite_output_dir: bool = option(False, "start afresh instead of resuming what output_dir holds")
+    output_dir: str = option(
+        "outputs/run", "folder for checkpoints, the best model and results.json", changes="nothing"
+    )
+    overwrite_output_dir: bool = option(
+        False, "start afresh instead of resuming what output_dir holds", changes="nothing"
+    )
     seed: int = option(1, "seed of initialisation, dropout and the order of the data")
     eval_steps: int | None = option(None, "evaluate every so many steps; by default after every epoch")
     checkpointing_steps: int | None = option(
-        None, "save a checkpoint every so many steps; by default after every evaluation"
+        None, "save a checkpoint every so many steps; by default after every evaluation", changes="onward"
     )
-    save_total_limit: int = option(1, "how many of the newest checkpoints to keep")
-    logging_steps: int = option(50, "log the training loss every so many steps")
-    report_to: list[str] = option([], "trackers, by accelerate's names, for instance [tensorboard]")
+    save_total_limit: int = option(1, "how many of the newest checkpoints to keep", changes="nothing")
+    logging_steps: int = option(50, "log the training loss every so many steps", changes="nothing")
+    report_to: list[str] = option([], "trackers, by accelerate's names, for instance [tensorboard]", changes="nothing")
     watch_norms: int | None = option(
-        None, "write to the trackers, every so many steps, what each norm does to activations and gradients"
+        None,
+        "write to the trackers, every so many steps, what each norm does to activations and gradients",
+        changes="nothing",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision of the forward pass; by default what accelerate is configured to"
     )
     compile: bool = option(False, "run the model through torch.compile")
-    progress_bar: bool = option(True, "show a progress bar on the main process")
-    dataloader_workers: int = option(0, "worker processes that collate batches; the result does not depend on it")
-    push_to_hub: bool = option(False, "push the best model, with its card and results, to the Hub")
-    hub_model_id: str | None = option(None, "the repository to push to, such as me/my-model")
-    hub_private: bool = option(False, "make that repository private if it is new")
-
-
-# Options that may differ between a run and its resumption: they change nothing in the weights trained before.
-FREE_OPTIONS = frozenset(
-    {
-        "output_dir",
-        "overwrite_output_dir",
-        "checkpointing_steps",
-        "save_total_limit",
-        "logging_steps",
-        "report_to",
-        "watch_norms",
-        "progress_bar",
-        "dataloader_workers",
-        "preprocessing_workers",
-        "min_frequency",
-        # A run that stopped at a bad step may go on without it.
-        "on_nonfinite",
-        "on_spike",
-        "spike_sigmas",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private",
-    }
-)
+    progress_bar: bool = option(True, "show a progress bar on the main process", changes="nothing")
+    dataloader_workers: int = option(
+        0, "worker processes that collate batches; the result does not depend on it", changes="nothing"
+    )
+    push_to_hub: bool = option(False, "push the best model, with its card and results, to the Hub", changes="nothing")
+    hub_model_id: str | None = option(None, "the repository to push to, such as me/my-model", changes="nothing")
+    hub_private: bool = option(False, "make that repository private if it is new", changes="nothing")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

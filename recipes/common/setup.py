@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -26,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import nn
+from torch.distributed import TCPStore
 
 import hf_adanorm
 from common.checkpoints import EXIT_CANNOT_SAVE, Progress, SaveError, write_json
@@ -45,6 +49,68 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
+class Fate:
+    """What the processes of a run share when one of them cannot go on: all end, with its message and code.
+
+    A process that waits for another in a collective call cannot be told by one. So every process has a thread that
+    looks for the end of the run in the store by which the processes found each other.
+    """
+
+    KEY = "hf_adanorm/end"
+    POLL_SECONDS = 0.3
+    MOST_SECONDS = 5.0  # for the others to have seen it, before the launcher kills them
+
+    def __init__(self) -> None:
+        self.store: TCPStore | None = None
+        self.ending = threading.Lock()
+
+    def share(self) -> None:
+        """From here on, where one process ends by `end`, all do."""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def end(self, message: str, code: int) -> NoReturn:
+        """Say `message` and end the process, and the others of the run, with `code`."""
+        if self.store is None:
+            if _speaks():
+                print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.exit(code)
+        self.store.compare_set(self.KEY, "", json.dumps([os.environ["RANK"], message, code]))
+        self._leave(message)
+
+    def _watch(self) -> None:
+        try:
+            while not self.store.check([self.KEY]):
+                time.sleep(self.POLL_SECONDS)
+        except RuntimeError:  # the store ended with its process
+            return
+        self._leave(None)
+
+    def _leave(self, own: str | None) -> NoReturn:
+        self.ending.acquire()  # for ever: one thread speaks
+        rank, message, code = json.loads(self.store.get(self.KEY))
+        if _speaks():
+            print(f"error: {'' if own == message else f'process {rank}: '}{message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        until = time.monotonic() + self.MOST_SECONDS
+        with suppress(RuntimeError):
+            seen = self.store.add(f"{self.KEY}/seen", 1)
+            while seen < int(os.environ["WORLD_SIZE"]) and time.monotonic() < until:
+                time.sleep(self.POLL_SECONDS / 3)
+                seen = self.store.add(f"{self.KEY}/seen", 0)
+        os._exit(code)  # an orderly exit would wait for the others
+
+
+def _speaks() -> bool:
+    """Whether this process says for its machine what all have to say."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
+
+
+fate = Fate()
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """While a run is set up, end it on the user's mistakes with one line and code 2 instead of a traceback."""
@@ -53,9 +119,7 @@ def clear_errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("HF_ADANORM_DEBUG"):
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_INPUT)
+        fate.end(str(error), EXIT_BAD_INPUT)
 
 
 @contextmanager
@@ -67,17 +131,15 @@ def clear_endings(accelerator: Accelerator, output_dir: Path, record: dict[str, 
     except DivergedError as error:
         if accelerator.is_main_process:
             write_json(output_dir / "diverged.json", {**record, "step": error.step, "diverged": str(error)})
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_DIVERGED)
+        accelerator.wait_for_everyone()  # all are here
+        fate.end(str(error), EXIT_DIVERGED)
     except DataError as error:  # an example that could not be checked before
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_INPUT)
+        fate.end(str(error), EXIT_BAD_INPUT)
     except OSError as error:
         if not isinstance(error, SaveError) and error.errno not in DISK_FULL:
             raise
         hint = "" if isinstance(error, SaveError) else ": make room, and start the same command again"
-        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CANNOT_SAVE)
+        fate.end(f"{error}{hint}", EXIT_CANNOT_SAVE)
 
 
 def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Accelerator:
@@ -108,6 +170,8 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
             f"the launcher started {launched} processes, but accelerate found {accelerator.num_processes}: see "
             "recipes/accelerate for files that fit this machine"
         )
+    if launched > 1:
+        fate.share()
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed asks for the size of a batch where no data loader is prepared; it only enters its own reports.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1

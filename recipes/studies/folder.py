@@ -7,15 +7,18 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from common.checkpoints import write_json
+from common.checkpoints import lock_folder, write_json
 from common.options import OptionError
 
 
 def claim(folder: Path, args: argparse.Namespace, *, free: Collection[str]) -> None:
     """Make `folder`, or take up the one that a study with these options left.
 
-    Raises OptionError naming every option, but those in `free`, that differs from the study that made the folder.
+    Raises OptionError naming every option, but those in `free`, that differs from the study that made the folder, and
+    for a folder that another study is at work in.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
     options = json.loads(json.dumps(vars(args), default=str))
     path = folder / "options.json"
     if path.is_file():
@@ -31,5 +34,4 @@ def claim(folder: Path, args: argparse.Namespace, *, free: Collection[str]) -> N
                 "--output_dir"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, options)

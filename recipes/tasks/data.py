@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import hashlib
 import itertools
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +18,13 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from common.options import option
-from tasks.idx_images import is_idx, load_idx_images
+from tasks.idx_images import is_idx, labels_beside, load_idx_images
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test")
+DATA_OPTIONS = ("train_file", "validation_file", "test_file", "dataset_name")
+# The options that name columns of text, which a CSV cannot tell from numbers, dates and missing values.
+TEXT_COLUMNS = ("text_column", "text_pair_column", "source_lang", "target_lang")
 # More classes than that must occur at least in part: an identifier is no class.
 MOST_CLASSES = 30_000
 
@@ -44,7 +50,7 @@ class DataOptions:
     max_train_samples: int | None = option(None, "use only the first so many training examples")
     max_validation_samples: int | None = option(None, "use only the first so many validation examples")
     max_test_samples: int | None = option(None, "use only the first so many test examples")
-    preprocessing_workers: int | None = option(None, "processes that tokenise")
+    preprocessing_workers: int | None = option(None, "processes that tokenise", changes="nothing")
 
 
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
@@ -59,7 +65,8 @@ def load_splits(options: DataOptions) -> dict[str, Dataset]:
         for split in ("train",) if sizes else ("train", "validation"):
             if files[split] is None:
                 raise DataError(f"--{split}_file is missing: local files were given, but none to {_USE[split]}")
-        splits = {split: load_file(file, split) for split, file in files.items() if file is not None}
+        texts = [getattr(options, name, None) for name in TEXT_COLUMNS]
+        splits = {split: load_file(file, split, texts) for split, file in files.items() if file is not None}
     elif options.dataset_name is not None:
         splits = _load_hub(options)
     else:
@@ -102,8 +109,49 @@ def divide(splits: dict[str, Dataset], sizes: Sequence[int]) -> dict[str, Datase
 _USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
 
 
-def load_file(file: str | Path, split: str = "train") -> Dataset:
-    """One local file, by its ending. Raises DataError naming the file."""
+def content_of(paths: Sequence[Path]) -> str:
+    """What tells the contents of files, and of all files in folders, from others."""
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    key = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            with open(path, "rb") as file:
+                key.update(hashlib.file_digest(file, "sha256").digest())
+    return key.hexdigest()
+
+
+def data_content(options: Any) -> dict[str, str]:
+    """What tells the content of a run's local data from others, by option.
+
+    That of images covers the files that the table names. Of what is not there, and of the Hub's, nothing is said.
+    """
+    content = {}
+    for name in DATA_OPTIONS:
+        value = getattr(options, name, None)
+        if value is None or (name == "dataset_name" and options.train_file is not None):
+            continue
+        langs = [getattr(options, "source_lang", ""), getattr(options, "target_lang", "")]
+        names = [value.replace("{lang}", lang) for lang in dict.fromkeys(langs)] if "{lang}" in value else [value]
+        paths = [Path(found) for name in names for found in sorted(glob.glob(name)) or [name]]
+        if getattr(options, "task", None) == "image" and paths[0].is_file():
+            paths += image_files(paths[0], options.image_column)
+        if all(path.exists() for path in paths):
+            content[name] = content_of(paths)
+    return content
+
+
+def image_files(path: Path, column: str) -> list[Path]:
+    """The files beside a table of images that it speaks of: IDX's labels, or the images that a column names."""
+    if is_idx(path):
+        return [labels_beside(path)]
+    data = load_file(path)
+    values = data[column] if getattr(data.features.get(column), "dtype", None) == "string" else []
+    return [path.resolve().parent / value for value in values if value is not None]
+
+
+def load_file(file: str | Path, split: str = "train", text_columns: Sequence[str | None] = ()) -> Dataset:
+    """One local file, by its ending. In a CSV, cells of `text_columns` are text, whatever they look like, and an empty
+    cell alone is a missing value. Raises DataError naming the file."""
     path = Path(file)
     if path.is_dir():
         raise DataError(f"--{split}_file {file}: a folder, not a file")
@@ -123,23 +171,53 @@ def load_file(file: str | Path, split: str = "train") -> Dataset:
     if path.stat().st_size == 0:
         raise DataError(f"the {split} split is empty ({file})")
     extra: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    if FORMATS[suffix] == "csv":
+        extra |= {
+            "keep_default_na": False,
+            "na_values": [""],
+            "converters": {name: str for name in text_columns if name},
+        }
     try:
-        return datasets.load_dataset(FORMATS[suffix], data_files=str(path.resolve()), split="train", **extra)
+        data = datasets.load_dataset(
+            FORMATS[suffix], data_files=str(path.resolve()), split="train", cache_dir=_cache([path]), **extra
+        )
     except Exception as error:  # datasets wraps the parsers' errors in classes of its own, by version
         cause = error.__cause__ or error
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         if "corresponds to no data" in first_line:
             raise DataError(f"the {split} split is empty ({file})") from error
         raise DataError(f"{file}: cannot be read as {FORMATS[suffix]}: {first_line}") from error
+    if suffix == ".tsv":
+        _check_quotes(file, data)
+    return data
+
+
+def _cache(paths: Sequence[Path]) -> str:
+    """Where `datasets` keeps what it made of these files: other content, other folder. By itself it goes by the time
+    of their last change, which archives and copies keep."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"adanorm-{content_of(paths)[:32]}")
+
+
+def _check_quotes(file: str | Path, data: Dataset) -> None:
+    """Raise DataError where a quotation mark that begins a cell has swallowed the rows up to the next one."""
+    for column in data.column_names:
+        for row, cell in enumerate(data.data.column(column).to_pylist()):
+            if isinstance(cell, str) and "\t" in cell and "\n" in cell:
+                raise DataError(
+                    f"{file}, row {row}, column {column!r}: the quotation mark before {cell[:20]!r} takes in the rows "
+                    'after it; double such marks and put the cell in quotes (""" at its start), or use .jsonl'
+                )
 
 
 def _load_hub(options: DataOptions) -> dict[str, Dataset]:
     names = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
     parts = {name for name in names.values() if name is not None and "[" in name}  # such as train[:-5000]
+    local = Path(options.dataset_name)
+    cache = {"cache_dir": _cache([local])} if local.exists() else {}
     try:
-        found = datasets.load_dataset(options.dataset_name, options.dataset_config)
+        found = datasets.load_dataset(options.dataset_name, options.dataset_config, **cache)
         for part in parts:
-            found[part] = datasets.load_dataset(options.dataset_name, options.dataset_config, split=part)
+            found[part] = datasets.load_dataset(options.dataset_name, options.dataset_config, split=part, **cache)
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -189,7 +267,8 @@ def resolve_labels(
     Integer labels stand for themselves; strings are numbered in the order of `label_names`, by default sorted. Which
     classes there are is decided by `label_names`, the data set's own list, or the training split.
 
-    Raises DataError for a missing column, labels that are neither integers nor strings, and a label outside the range.
+    Raises DataError for a missing column, labels that are neither integers nor strings, a label outside the range, and
+    classes of the training split that differ in spaces alone; warns of spaces around a label.
     """
     raw: dict[str, list[Any]] = {}
     for split, data in splits.items():
@@ -207,6 +286,7 @@ def resolve_labels(
             raise DataError(f"--label_names holds a name twice: {names}")
     elif kind is str:
         names = sorted(set(raw["train"]))
+        _check_spaces(names, column)
     else:
         highest = max((value for value in raw["train"] if isinstance(value, int)), default=-1)
         different = len({value for value in raw["train"] if isinstance(value, int)})
@@ -224,7 +304,9 @@ def resolve_labels(
             where = f"{split} split, column {column!r}, row {row}"
             if kind is str:
                 if value not in numbers:
-                    raise DataError(f"{where}: label {value!r} is none of the {len(names)} classes {names[:20]}")
+                    alike = [name for name in names if name.strip() == str(value).strip()]
+                    hint = f"; it differs from {alike[0]!r} in spaces alone" if alike else ""
+                    raise DataError(f"{where}: label {value!r} is none of the {len(names)} classes {names[:20]}{hint}")
                 labels[split].append(numbers[value])
             elif not isinstance(value, int):
                 raise DataError(f"{where}: labels must be all integers or all strings, got {value!r}")
@@ -235,3 +317,16 @@ def resolve_labels(
     if len(names) < 2:
         raise DataError(f"the training split has a single class, {names}: there is nothing to learn")
     return names, labels
+
+
+def _check_spaces(names: Sequence[str], column: str) -> None:
+    plain = [name.strip() for name in names]
+    for name, stripped in zip(names, plain, strict=True):
+        if plain.count(stripped) > 1:
+            alike = [other for other in names if other.strip() == stripped]
+            raise DataError(
+                f"train split, column {column!r}: the labels {' and '.join(map(repr, alike))} differ in spaces alone; "
+                "take the spaces away, or give the classes by --label_names"
+            )
+        if name != stripped:
+            warnings.warn(f"column {column!r}: there are spaces around the label {name!r}", stacklevel=3)

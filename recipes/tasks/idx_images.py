@@ -44,13 +44,18 @@ def is_idx(path: str | Path) -> bool:
     return "images-idx3-ubyte" in Path(path).name
 
 
+def labels_beside(path: str | Path) -> Path:
+    """The file of labels that belongs to one of images."""
+    return Path(path).with_name(Path(path).name.replace("images-idx3", "labels-idx1"))
+
+
 def load_idx_images(path: str | Path) -> Dataset:
     """Columns `image` and `label` of an IDX file of images and of the labels beside it.
 
     Raises ValueError when a file is broken or the two differ in number, FileNotFoundError when there are no labels.
     """
     path = Path(path)
-    labels_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    labels_path = labels_beside(path)
     if not labels_path.is_file():
         raise FileNotFoundError(f"{labels_path}: no such file; the labels belong beside {path.name}")
     images, labels = read_idx(path), read_idx(labels_path)

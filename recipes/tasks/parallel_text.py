@@ -159,8 +159,9 @@ def _read_text_pair(pattern: str, split: str, options: ParallelOptions) -> Datas
 def _sentences(path: Path) -> Iterator[str]:
     """The sentences of a file, by its name: IWSLT's XML, IWSLT's `train.tags`, or one a line."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        # Only "\n" ends a line: others, U+2028 say, occur inside sentences and would shift the alignment.
-        lines = file.read().decode("utf-8").split("\n")
+        # Only "\n" ends a line: others, U+2028 say, occur inside sentences and would shift the alignment. Editors of
+        # Windows begin a file with a mark that is none of its text.
+        lines = file.read().decode("utf-8-sig").split("\n")
     if lines and not lines[-1]:
         lines.pop()
     name = path.name.removesuffix(".gz")

@@ -44,7 +44,9 @@ class TranslationDataOptions(ParallelOptions):
     )
     target_lang_code: str | None = option(None, "target language as such a tokeniser names it")
     source_prefix: str = option("", "put before every source text, for instance for T5")
-    cache_dir: str | None = option(None, "where tokenised splits are kept; by default in the cache of `datasets`")
+    cache_dir: str | None = option(
+        None, "where tokenised splits are kept; by default in the cache of `datasets`", changes="nothing"
+    )
 
 
 @dataclass(kw_only=True)
@@ -178,7 +180,7 @@ def _tokenize(data: Dataset, tokenizer: Any, options: Any) -> Dataset:
 
     key = hashlib.sha256()
     for text in itertools.chain(data[SOURCE], data[TARGET]):
-        key.update(text.encode() + b"\n")
+        key.update(f"{len(text)}:{text}".encode())
     written = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     names = ("source_prefix", "max_source_length", "max_target_length", "source_lang_code", "target_lang_code")
     key.update(json.dumps([written, [getattr(options, name) for name in names]]).encode())

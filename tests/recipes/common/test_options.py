@@ -3,7 +3,28 @@ import dataclasses
 import pytest
 
 from classification import ClassificationOptions
-from common.options import OptionError, check_ranges, parse_options, read_config
+from common.options import OptionError, check_ranges, options_that_change, parse_options, read_config
+from language_modeling import LanguageModelingOptions
+from translation import TranslationOptions
+
+# What another value changes nothing of what was or will be trained or scored, or only from then on.
+NOTHING = {
+    *("output_dir", "overwrite_output_dir", "save_total_limit", "logging_steps", "report_to", "watch_norms"),
+    *("progress_bar", "dataloader_workers", "preprocessing_workers", "cache_dir"),
+    *("push_to_hub", "hub_model_id", "hub_private"),
+}
+ONWARD = {"checkpointing_steps", "on_nonfinite", "on_spike", "spike_sigmas"}
+
+
+@pytest.mark.parametrize("options_class", [ClassificationOptions, TranslationOptions, LanguageModelingOptions])
+def test_every_option_is_classed_by_what_it_changes(options_class):
+    names = {item.name for item in dataclasses.fields(options_class)}
+    assert options_that_change(options_class, "nothing") == NOTHING & names
+    assert options_that_change(options_class, "onward") == ONWARD
+    assert options_that_change(options_class, "results") == names - NOTHING - ONWARD
+    assert {"min_frequency", "max_length", "vocab_size", "seed", "C"} & names <= options_that_change(
+        options_class, "results"
+    )
 
 
 def test_config_file_sets_options_and_the_command_line_wins(tmp_path):

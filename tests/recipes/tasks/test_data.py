@@ -1,10 +1,12 @@
 import gzip
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from tasks.data import DataError, DataOptions, check_text_column, load_file, load_splits, resolve_labels
+from tasks.data import DataError, DataOptions, check_text_column, data_content, load_file, load_splits, resolve_labels
 from tasks.text import TextOptions
 
 ROWS = [{"text": "a b", "label": 0}, {"text": "c", "label": 1}]
@@ -29,6 +31,77 @@ def write_rows(path, rows=ROWS):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet"])
 def test_every_format_gives_the_same_rows(name, tmp_path):
     assert load_file(write_rows(tmp_path / name)).to_list() == ROWS
+
+
+def test_cells_that_look_like_something_else_stay_text(tmp_path):
+    texts = ["None", "NA", "null", "nan", "1984", "True", "2020-01-01", "a\u2028b", "c\xa0d"]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *(f"{text},{text}" for text in texts)]), encoding="utf-8")
+    data = load_file(tmp_path / "a.csv", text_columns=["text", "absent"])
+    assert data["text"][:] == data["label"][:] == texts
+    (tmp_path / "b.csv").write_text("text,label\n007,3\n,4\n")
+    assert load_file(tmp_path / "b.csv", text_columns=["text"]).to_list() == [
+        {"text": "007", "label": 3},
+        {"text": None, "label": 4},
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.jsonl", "a.json"])
+def test_marks_and_line_ends_of_windows_are_no_part_of_the_rows(name, tmp_path):
+    text = {"csv": "text,label\r\na b,0\r\nc,1", "json": json.dumps(ROWS)}.get(
+        name.split(".")[1], "\r\n".join(map(json.dumps, ROWS))
+    )
+    raw = text.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert load_file(tmp_path / name).to_list() == ROWS
+
+
+def test_a_quotation_mark_that_swallows_rows_of_a_tsv_is_named(tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\nfine\t0\n"open\t1\nb\t0\nc "x"\t1\n')
+    with pytest.raises(DataError, match=r"a.tsv, row 1, column 'text': the quotation mark before 'open"):
+        load_file(tmp_path / "a.tsv")
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_other_content_of_the_same_age_is_read_anew(as_folder, tmp_path):
+    path = tmp_path / "data" / "train.csv"
+    path.parent.mkdir()
+
+    def text(word):
+        path.write_text(f"text,label\n{word},0\n")
+        os.utime(path, (10**9, 10**9))
+        if not as_folder:
+            return load_file(path)[0]["text"]
+        folder = {"dataset_name": str(path.parent), "validation_split": "train", "test_split": None}
+        return load_splits(DataOptions(**folder))["train"][0]["text"]
+
+    assert [text("one"), text("two")] == ["one", "two"]
+
+
+def test_the_content_of_local_data_is_known_by_option(tmp_path):
+    for lang in ("de", "en"):
+        (tmp_path / f"a.{lang}").write_text(lang)
+    train, validation = write_rows(tmp_path / "t.jsonl"), write_rows(tmp_path / "v.jsonl")
+    names = {"train_file": train, "validation_file": validation, "test_file": str(tmp_path / "absent.csv")}
+    before = data_content(DataOptions(**names))
+    assert before["train_file"] == before["validation_file"]  # the same rows
+    assert before.keys() == {"train_file", "validation_file"}
+    write_rows(tmp_path / "v.jsonl", ROWS[::-1])
+    after = data_content(DataOptions(**names))
+    assert [name for name in after if after[name] != before[name]] == ["validation_file"]
+    pairs = SimpleNamespace(train_file=f"{tmp_path}/a.{{lang}}", source_lang="de", target_lang="en")
+    before = data_content(pairs)
+    (tmp_path / "a.en").write_text("EN")
+    assert data_content(pairs) != before
+
+
+def test_the_content_of_images_is_that_of_the_files_named(tmp_path):
+    write_rows(tmp_path / "t.jsonl", [{"image": "a.png", "label": 0}])
+    options = SimpleNamespace(task="image", image_column="image", train_file=str(tmp_path / "t.jsonl"))
+    contents = []
+    for pixels in (b"one", b"two"):
+        (tmp_path / "a.png").write_bytes(pixels)
+        contents.append(data_content(options)["train_file"])
+    assert contents[0] != contents[1]
 
 
 def test_missing_file_names_it_and_the_nearest(tmp_path):
@@ -164,12 +237,20 @@ def test_strings_are_numbered_in_sorted_or_given_order():
         ([0, 1, 10**9], [0], None, "labels go up to 1000000000, but only 3 different ones"),
         ([0, 0], [0], None, "single class"),
         (["a", "b"], ["a"], ["a", "a"], "a name twice"),
+        (["a", "b", "a "], ["a"], None, "the labels 'a' and 'a ' differ in spaces alone"),
+        (["a", "b"], [" b"], None, "label ' b' is none of the 2 classes ['a', 'b']; it differs from 'b' in spaces"),
     ],
 )
 def test_bad_labels_are_named_with_their_place(train, validation, names, said):
     with pytest.raises(DataError) as raised:
         labels_of(train, validation, names)
     assert said in str(raised.value)
+
+
+def test_spaces_around_a_label_are_pointed_out_and_may_be_meant():
+    with pytest.warns(UserWarning, match="there are spaces around the label ' b'"):
+        assert labels_of(["a", " b"], ["a"])[0] == [" b", "a"]
+    assert labels_of(["a", "a "], ["a"], ["a", "a "])[1]["train"] == [0, 1]
 
 
 def test_class_names_of_the_data_set_are_used():

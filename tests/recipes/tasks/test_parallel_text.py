@@ -44,6 +44,13 @@ def test_plain_text_is_aligned_by_line_feeds_alone(folder):
     }
 
 
+def test_marks_and_line_ends_of_windows_are_no_part_of_the_sentences(folder):
+    for lang, words in {"de": "eins\xa0a\r\nzwei", "en": "one\r\ntwo"}.items():
+        (folder / f"val.{lang}.gz").write_bytes(gzip.compress(words.encode("utf-8-sig")))
+    rows = load_pairs(options_for(folder))["validation"].to_list()
+    assert [list(row.values()) for row in rows] == [["eins\xa0a", "one", "one"], ["zwei", "two", "two"]]
+
+
 def test_languages_of_different_numbers_of_lines_are_refused(folder):
     write(folder / "val.en.gz", ["one too few"] * 4)
     with pytest.raises(DataError, match=r"not aligned by line: \[5\] lines in de, \[4\] in en"):
