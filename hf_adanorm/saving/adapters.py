@@ -10,6 +10,9 @@ PEFT and hf_adanorm are imported, in whatever order:
    `auto_mapping` of adapter_config.json, a free-form field of PEFT that loads everywhere. If the base that the file
    names does not have these norms, a warning says so.
 3. Attaching a loaded adapter that carries a spec to a base with other norms raises, before anything is attached.
+   One without a spec was trained on a stock base, or where hf_adanorm was not imported: on a base with swapped norms
+   the base that it names decides, and a warning says what does not fit or cannot be known.
+4. An adapter that would train gains and biases of norms which have none (LN tuning) is refused.
 
 PEFT is never imported from here: a finder on `sys.meta_path` waits for it and leaves once it has come.
 """
@@ -18,10 +21,11 @@ from __future__ import annotations
 
 import importlib.abc
 import json
+import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
 from inspect import BoundArguments
 from pathlib import Path
@@ -30,13 +34,13 @@ from typing import Any
 from torch import nn
 from transformers.utils.hub import cached_file
 
-from hf_adanorm.modeling_adanorm import AdaNormSpec
+from hf_adanorm.modeling_adanorm import AdaNormSpec, is_swapped
 
-from .spec import describes, resolved_spec
+from .spec import describes, differences, resolved_spec
 from .wrapping import wrap_method
 
 KEY = "adanorm"
-_BASE = "_adanorm_base"
+_BASE, _LOADED = "_adanorm_base", "_adanorm_loaded"  # outside the fields that PEFT saves
 
 
 class _Base:
@@ -63,11 +67,13 @@ class _Base:
         return _Base, (None, self.spec)
 
 
-# --------------------------------------------------------------------------------------- the three places in PEFT
+# --------------------------------------------------------------------------------------- the four places in PEFT
 
 
 def _inject_adapter(original: Callable[..., Any], tuner: Any, bound: BoundArguments) -> Any:
-    _attach(tuner.peft_config[bound.arguments["adapter_name"]], bound.arguments["model"])
+    config, model = tuner.peft_config[bound.arguments["adapter_name"]], bound.arguments["model"]
+    _check_trainable(config, tuner, model)
+    _attach(config, model)
     return original(tuner)
 
 
@@ -76,6 +82,12 @@ def _add_adapter(original: Callable[..., Any], peft_model: Any, bound: BoundArgu
     if config.is_prompt_learning:  # those inject nothing
         _attach(config, peft_model.base_model)
     return original(peft_model)
+
+
+def _load_config(original: Callable[..., Any], config_class: Any, bound: BoundArguments) -> Any:
+    config = original(config_class)
+    config.__dict__[_LOADED] = True
+    return config
 
 
 def _save_config(original: Callable[..., Any], config: Any, bound: BoundArguments) -> Any:
@@ -95,34 +107,102 @@ def _save_config(original: Callable[..., Any], config: Any, bound: BoundArgument
 
 
 def _attach(config: Any, model: nn.Module) -> None:
-    mapping = dict(config.auto_mapping or {})
+    mapping, spec = dict(config.auto_mapping or {}), resolved_spec(model)
     if (data := mapping.pop(KEY, None)) is not None:
-        wanted = AdaNormSpec.from_dict(data)
-        if not describes(wanted, model):
+        if differing := differences(AdaNormSpec.from_dict(data), model):
             raise ValueError(
-                f"this adapter was trained on a base with other norms. It needs {_in_words(wanted)}; this "
-                f"{type(model).__name__} has {_in_words(resolved_spec(model))}. Load the patched base that it was "
-                "trained on, or call patch_model with these settings on the stock base, before attaching it"
+                f"this adapter was trained on a base with other norms. {_in_words(differing, model)}. Load the "
+                "patched base that it was trained on, or call patch_model with these settings on the stock base, "
+                "before attaching it"
             )
         config.auto_mapping = mapping or None  # from here on the base itself says what it has
-    config.__dict__[_BASE] = _Base(model, resolved_spec(model))
+    elif config.__dict__.pop(_LOADED, False) and spec is not None:
+        _warn_unless_trained_here(config, model)
+    config.__dict__[_BASE] = _Base(model, spec)
 
 
-def _in_words(spec: AdaNormSpec | None) -> str:
-    if spec is None:
-        return "its stock norms"
+def _warn_unless_trained_here(config: Any, model: nn.Module) -> None:
+    """The adapter has no record of norms, so it was trained on a stock base, or where hf_adanorm was not imported."""
+    name = config.base_model_name_or_path
+    known, saved = _saved_spec(name, config.revision)
+    saved = saved or AdaNormSpec(groups=())
+    if known and not (differing := differences(saved, model)):
+        return
+    why = (
+        f"its base {name!r} has other norms: {_in_words(differing, model)}"
+        if known
+        else f"its base {name!r} cannot be read here, and it keeps no record of norms, as adapters of stock models "
+        "and those trained where hf_adanorm was not imported"
+    )
+    warnings.warn(
+        f"this adapter may not belong to this {type(model).__name__}, whose norms were swapped or folded: {why}. "
+        "Adapters trained on other norms change what the model computes",
+        stacklevel=5,
+    )
+
+
+def _in_words(differing: list[tuple[str, str, Any, Any]], model: nn.Module) -> str:
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for kind, name, wanted, here in differing:
+        grouped.setdefault((_side(kind, wanted, here), _side(kind, here, wanted)), []).append(name)
     parts = []
-    for group in spec.groups:
-        settings = {key: value for key, value in group.to_dict().items() if key not in ("norm", "modules")}
-        listed = ", ".join([group.norm, *(f"{key}={value}" for key, value in settings.items())])
-        more = f" and {len(group.modules) - 2} more" if len(group.modules) > 2 else ""
-        parts.append(f"{listed} at {', '.join(group.modules[:2])}{more}")
-    return "; ".join(parts) or "its stock norms, with biases or eps changed by a fold"
+    for (wanted, here), names in list(grouped.items())[:3]:
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        parts.append(f"it needs {wanted} at {', '.join(names[:2])}{more}; this {type(model).__name__} has {here}")
+    return ". ".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _side(kind: str, value: Any, other: Any) -> str:
+    """One side of a difference, with every setting that takes part in it."""
+    if kind != "norm":
+        return f"the {kind} of a fold" + (f", {value:g}" if kind == "eps" else "") if value else f"its stock {kind}"
+    if value is None:
+        return "its stock norms"
+    settings = {key: value for key, value in vars(value).items() if key not in ("norm", "modules")}
+    if other is not None and other.norm == value.norm:
+        settings = {key: value for key, value in settings.items() if value != getattr(other, key)}
+    else:
+        settings = {key: value for key, value in settings.items() if value is not None}
+    return ", ".join([value.norm, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def _check_trainable(config: Any, tuner: Any, model: nn.Module) -> None:
+    """Refuse to tune gains and biases of norms that have none."""
+    if config.peft_type == "LN_TUNING":
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = config.target_modules or getattr(tuner, "target_module_mapping", {}).get(model_type, ())
+        found, chosen = _without_parameters(targets, model)
+        if chosen and len(found) == chosen:
+            raise ValueError(
+                f"LN tuning has nothing to tune in this {type(model).__name__}: all {chosen} norms that it would "
+                f"train ({', '.join(found[:2])}, ...) were swapped for norms without gain and bias. Tune the stock "
+                "model and patch it afterwards, or use another method, such as LoRA"
+            )
+    else:
+        found, _ = _without_parameters(config.__dict__.get("modules_to_save") or (), model)
+    if found:
+        warnings.warn(
+            f"{len(found)} of the norms that this adapter is to train were swapped ({', '.join(found[:2])}, ...): "
+            "they have no gain and bias to tune",
+            stacklevel=4,
+        )
+
+
+def _without_parameters(targets: str | Iterable[str], model: nn.Module) -> tuple[list[str], int]:
+    """Of the modules that PEFT's `targets` mean, the swapped norms without parameters; and the count of all."""
+    endings = () if isinstance(targets, str) else tuple(f".{target}" for target in targets)
+    matching = [
+        (name, module)
+        for name, module in model.named_modules()
+        if (re.fullmatch(targets, name) if isinstance(targets, str) else f".{name}".endswith(endings))
+    ]
+    found = [name for name, module in matching if is_swapped(module) and not any(True for _ in module.parameters())]
+    return found, len(matching)
 
 
 def _warn_unless_named_base_has(spec: AdaNormSpec, model: nn.Module | None, config: Any) -> None:
     name = config.base_model_name_or_path
-    saved = _saved_spec(name, config.revision)
+    _, saved = _saved_spec(name, config.revision)
     if saved is not None and (saved == spec if model is None else describes(saved, model)):
         return
     warnings.warn(
@@ -134,16 +214,15 @@ def _warn_unless_named_base_has(spec: AdaNormSpec, model: nn.Module | None, conf
     )
 
 
-def _saved_spec(name: str | None, revision: str | None) -> AdaNormSpec | None:
-    """The spec in config.json of the base that an adapter names, a folder or a repository in the local cache."""
-    if not name:
-        return None
+def _saved_spec(name: str | None, revision: str | None) -> tuple[bool, AdaNormSpec | None]:
+    """Whether config.json of the base that an adapter names (a folder, or a repository in the local cache) could be
+    read, and the spec in it."""
     try:
-        path = cached_file(name, "config.json", revision=revision, local_files_only=True)
+        path = cached_file(name, "config.json", revision=revision, local_files_only=True) if name else None
         data = json.loads(Path(path).read_text(encoding="utf-8")).get("adanorm") if path else None
-        return None if data is None else AdaNormSpec.from_dict(data)
+        return path is not None, None if data is None else AdaNormSpec.from_dict(data)
     except (OSError, ValueError, TypeError):  # not there, or not readable: then it cannot be vouched for
-        return None
+        return False, None
 
 
 # ------------------------------------------------------------------------------------------- waiting for the import
@@ -170,6 +249,7 @@ def _wrap_peft() -> None:
     wrap_method(BaseTuner, "inject_adapter", _inject_adapter, "model", "adapter_name")
     wrap_method(PeftModel, "add_adapter", _add_adapter, "peft_config")
     wrap_method(PeftConfigMixin, "save_pretrained", _save_config, "kwargs")
+    wrap_method(PeftConfigMixin, "from_pretrained", _load_config)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -140,8 +140,16 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def describes(spec: AdaNormSpec, model: nn.Module) -> bool:
     """Whether `model`, if built with `spec`, would have the norms that it has; names of another head aside."""
-    here = resolved_spec(model)
-    return _settings_by_name(spec, model) == ({} if here is None else _settings_by_name(here, model))
+    return not differences(spec, model)
+
+
+def differences(spec: AdaNormSpec, model: nn.Module) -> list[tuple[str, str, Any, Any]]:
+    """What `model`, if built with `spec`, would have other than it has, as (kind, module's name, wanted, here): the
+    settings of a "norm", the "bias" of a fold, its "eps"; None for what one side does not have."""
+    wanted, actual = _settings_by_name(spec, model), resolved_spec(model)
+    here = {} if actual is None else _settings_by_name(actual, model)
+    keys = dict.fromkeys([*wanted, *here])
+    return [(*key, wanted.get(key), here.get(key)) for key in keys if wanted.get(key) != here.get(key)]
 
 
 def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, str], Any]:
@@ -153,7 +161,12 @@ def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, st
             eps = source_settings(source).get("eps") if group.eps is None else group.eps
             # The shape and the layout follow from the architecture, whether or not they are spelled out.
             found["norm", name] = dataclasses.replace(
-                group, modules=(), eps=eps, normalized_shape=None, channels_first=None
+                group,
+                modules=(),
+                eps=eps,
+                centered=group.centered is not False,
+                normalized_shape=None,
+                channels_first=None,
             )
     found |= {("bias", name): True for pattern in spec.biases for name in named[pattern]}
     return found | {("eps", name): value for pattern, value in spec.eps for name in named[pattern]}

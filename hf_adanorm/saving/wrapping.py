@@ -27,9 +27,10 @@ def wrap_method(owner: type, name: str, around: Around, *reads: str) -> None:
     """
     if (owner, name) in _ACTIVE:
         return
-    method: Any = getattr(owner, name, None)
+    static = inspect.getattr_static(owner, name, None)
+    method: Any = static.__func__ if isinstance(static, classmethod) else static
     signature = inspect.signature(method) if callable(method) else inspect.Signature()
-    if not {"self", *reads} <= signature.parameters.keys():
+    if not signature.parameters or not set(reads) <= signature.parameters.keys():
         found = f"takes {signature}" if callable(method) else "is not there"
         warnings.warn(
             f"{owner.__module__}.{owner.__qualname__}.{name} {found}: hf_adanorm expects it to take "
@@ -54,14 +55,13 @@ def wrap_method(owner: type, name: str, around: Around, *reads: str) -> None:
 
         return around(original, self, bound)
 
-    setattr(wrapper, _MARK, method)
-    setattr(owner, name, wrapper)
+    setattr(wrapper, _MARK, static)
+    setattr(owner, name, classmethod(wrapper) if isinstance(static, classmethod) else wrapper)
 
 
 def unwrap_methods() -> None:
     """Take all wrappers off. Where another library has wrapped on top of one, it becomes a plain pass-through."""
     for owner, name in list(_ACTIVE):
         _ACTIVE.discard((owner, name))
-        current = owner.__dict__[name]
-        if hasattr(current, _MARK):
-            setattr(owner, name, getattr(current, _MARK))
+        if (original := getattr(getattr(owner, name), _MARK, None)) is not None:
+            setattr(owner, name, original)

@@ -14,12 +14,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import hf_adanorm
 from hf_adanorm import is_patched, patch_model, unpatch_model
+from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
 from hf_adanorm.saving.spec import resolved_spec
 from tests.zoo.round_trip import SWAPS, build, difference, inputs, norms, run
 
@@ -146,6 +147,21 @@ def test_adapters_through_transformers_own_methods(saved_base: Path, tmp_path: P
     assert difference(run(direct, inputs("bert")), run(model, inputs("bert"))) <= 1e-7
 
 
+def test_ln_tuning_says_that_swapped_norms_have_nothing_to_tune() -> None:
+    model = base()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"LN tuning has nothing to tune in this BertForMaskedLM: all 6 norms"):
+        get_peft_model(model, LNTuningConfig(target_modules=["LayerNorm"]))
+    with pytest.raises(ValueError, match="nothing to tune"):
+        get_peft_model(model, LNTuningConfig(target_modules=".*LayerNorm"))
+    assert [type(module) for module in model.modules()] == before
+    some = patch_model(build("bert"), layers=[0])
+    with pytest.warns(UserWarning, match=r"2 of the norms that this adapter is to train were swapped"):
+        get_peft_model(some, LNTuningConfig(target_modules=["LayerNorm"]))
+    with pytest.warns(UserWarning, match=r"6 of the norms that this adapter is to train were swapped"):
+        get_peft_model(base(), LoraConfig(**LORA, modules_to_save=["LayerNorm"]))
+
+
 # ------------------------------------------------------------------------------------------- patching under an adapter
 
 
@@ -210,6 +226,63 @@ def test_attaching_it_to_a_base_with_other_norms_raises(other: str, stray: Path)
     options = {**SWAPS["adanorm"], **changed[other]} if other in changed else SWAPS[other]
     with pytest.raises(ValueError, match="trained on a base with other norms"):
         PeftModel.from_pretrained(patch_model(build("bert"), **options), stray)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"C": 1.2}, r"needs adanorm, C=1\.3 at bert\.embeddings\.LayerNorm, .* and 4 more; .* has adanorm, C=1\.2\."),
+        ({"eps": 1e-5}, r"needs adanorm, eps=0\.001 at .* has adanorm, eps=1e-05\."),
+        ({"centered": False}, r"needs adanorm, centered=True at .* has adanorm, centered=False\."),
+        ({"affine": "fade", "eps": None}, r"fade=None at .* has adanorm, eps=1e-12, fade=\('gain', 'bias'\)\."),
+    ],
+)
+def test_what_differs_is_what_is_named(options: dict[str, Any], told: str, stray: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        PeftModel.from_pretrained(patch_model(build("bert"), **{**SWAPS["adanorm"], **options}), stray)
+
+
+def test_biases_and_eps_of_a_fold_are_named(tmp_path: Path) -> None:
+    def folded() -> PreTrainedModel:
+        model = patch_model(build("bert"), **SWAPS["adanorm"], layers=[0])
+        model.bert.encoder.layer[1].output.LayerNorm.__dict__[ADJUSTED_EPS] = True
+        model.bert.encoder.layer[1].output.dense.__dict__[ADDED_BIAS] = True
+        return model
+
+    with pytest.warns(UserWarning, match=HOLE):
+        get_peft_model(folded(), LoraConfig(**LORA)).save_pretrained(tmp_path)
+    told = (
+        r"needs the bias of a fold at bert\.encoder\.layer\.1\.output\.dense; .* has its stock bias\. It needs the eps"
+    )
+    with pytest.raises(ValueError, match=told):
+        PeftModel.from_pretrained(patch_model(build("bert"), **SWAPS["adanorm"], layers=[0]), tmp_path)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_an_adapter_of_the_stock_base_on_a_patched_one_is_said(trainable: bool, tmp_path: Path) -> None:
+    build("bert").save_pretrained(tmp_path / "stock")
+    get_peft_model(load(tmp_path / "stock"), LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    model = patch_model(load(tmp_path / "stock"), **SWAPS["adanorm"])
+    with pytest.warns(UserWarning, match=r"'.*stock' has other norms: It needs its stock norms at bert.*k=0\.07"):
+        PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=trainable)
+    with pytest.warns(UserWarning, match="has other norms"):
+        patch_model(load(tmp_path / "stock"), **SWAPS["adanorm"]).load_adapter(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_without_a_record_is_told_from_one_of_this_base(saved_base: Path, tmp_path: Path) -> None:
+    """One that was trained where hf_adanorm was not imported, on a base loaded by trust, keeps no record either."""
+    get_peft_model(load(saved_base), LoraConfig(**LORA)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for name, warns in ((config["base_model_name_or_path"], False), ("nobody/nowhere", True), (None, True)):
+        changed = {**config, "auto_mapping": None, "base_model_name_or_path": name}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            PeftModel.from_pretrained(load(saved_base), tmp_path)
+            PeftModel.from_pretrained(build("bert"), tmp_path)
+        told = [str(w.message) for w in caught if "may not belong" in str(w.message)]
+        assert len(told) == warns
+        assert all("cannot be read here" in line for line in told)
 
 
 def test_attaching_it_to_a_base_with_these_norms_works(stray: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -38,6 +38,7 @@ def everything_wrapped(tmp_path: Path) -> set[tuple[type, str]]:
 def calls(folder: Path) -> dict[tuple[type, str], tuple[Callable[..., Any], dict[str, Any]]]:
     """Each wrapped method on a stock model, with all that it must be given."""
     model, adapted = tiny(), get_peft_model(tiny(), lora())
+    adapted.save_pretrained(folder / "adapter")
     arguments = TrainingArguments(str(folder / "trainer"), report_to="none", use_cpu=True, hub_strategy="end")
     trainer = Trainer(model, arguments)
     return {
@@ -55,13 +56,17 @@ def calls(folder: Path) -> dict[tuple[type, str], tuple[Callable[..., Any], dict
             {"model": tiny(), "adapter_name": "default"},
         ),
         (PeftModel, "add_adapter"): (adapted.add_adapter, {"adapter_name": "other", "peft_config": lora()}),
+        (PeftConfigMixin, "from_pretrained"): (
+            PeftConfig.from_pretrained,
+            {"pretrained_model_name_or_path": str(folder / "adapter")},
+        ),
         (PeftConfigMixin, "save_pretrained"): (lora().save_pretrained, {"save_directory": str(folder / "config")}),
     }
 
 
 def test_wrappers_have_the_signatures_of_what_they_wrap(everything_wrapped: set[tuple[type, str]]) -> None:
     for owner, name in everything_wrapped:
-        wrapper = getattr(owner, name)
+        wrapper = getattr(getattr(owner, name), "__func__", getattr(owner, name))
         assert inspect.signature(wrapper) == inspect.signature(wrapper.__wrapped__)
         assert (wrapper.__name__, wrapper.__doc__) == (wrapper.__wrapped__.__name__, wrapper.__wrapped__.__doc__)
 
