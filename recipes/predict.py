@@ -1,10 +1,11 @@
-"""Predict the classes of a file with a saved model, through the stock API and nothing of the training code.
+"""Predict the classes, or the trees, of a file with a saved model, by the stock API and nothing of the training code.
 
     python recipes/predict.py --model outputs/run/best --data test.parquet --output predictions.json
     python recipes/predict.py --task image --columns image --model outputs/mnist/best --data ... --output ...
+    python recipes/predict.py --task parsing --model outputs/parser/best --data raw.conllu --output parsed.conllu
 
-The classification recipe runs this in a fresh process, so that its test accuracy is that of the model as others load
-it. The output is a JSON list of class ids in the order of the file.
+The recipes run this in a fresh process, so that their test scores are those of the model as others load it. The output
+is a JSON list of class ids in the order of the file; for parsing, the CoNLL-U file with heads and relations.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from transformers import (
 )
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+from tasks import image_cnn, transition_parser  # noqa: F401  (registers them with the Auto classes)
+from tasks.arc_standard import ParserVocabulary, parse_sentences
+from tasks.conllu import read_conllu, write_conllu
 
 
 @torch.inference_mode()
@@ -46,8 +50,6 @@ def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, 
 @torch.inference_mode()
 def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: str) -> list[int]:
     """The class of every image of a data set with a single column."""
-    from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
-
     device, dtype = _device_and_dtype(precision)
     processor = AutoImageProcessor.from_pretrained(model_dir)
     model = AutoModelForImageClassification.from_pretrained(model_dir).to(device).eval()
@@ -62,6 +64,19 @@ def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: 
     return predictions
 
 
+@torch.inference_mode()
+def parse_file(model_dir: str, file: str, batch_size: int, precision: str) -> str:
+    """The sentences of a CoNLL-U or CoNLL-X file with heads and relations, whatever those columns held before."""
+    device, dtype = _device_and_dtype(precision)
+    vocabulary = ParserVocabulary.from_pretrained(model_dir)
+    model = AutoModelForSequenceClassification.from_pretrained(model_dir).to(device).eval()
+    sentences = read_conllu(file, tag_column=model.config.tag_column, trees=False)
+    encoded = [vocabulary.encode(sentence) for sentence in sentences]
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        heads, relations = parse_sentences(model, encoded, single_root=model.config.single_root, batch_size=batch_size)
+    return write_conllu(sentences, heads, map(vocabulary.names, relations))
+
+
 def _device_and_dtype(precision: str) -> tuple[str, torch.dtype]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -70,15 +85,19 @@ def _device_and_dtype(precision: str) -> tuple[str, torch.dtype]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the saved model")
-    parser.add_argument("--data", required=True, help="parquet file")
-    parser.add_argument("--task", choices=["text", "image"], default="text")
+    parser.add_argument("--data", required=True, help="parquet file; for parsing, one in CoNLL-U")
+    parser.add_argument("--task", choices=["text", "image", "parsing"], default="text")
     parser.add_argument("--columns", nargs="+", default=["text"], help="text column, or the two of a pair")
-    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--output", required=True, help="file to write")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
-    data = load_dataset("parquet", data_files=arguments.data, split="train", keep_in_memory=True)
     settings = (arguments.batch_size, arguments.mixed_precision)
+    if arguments.task == "parsing":
+        text = parse_file(arguments.model, arguments.data, *settings)
+        Path(arguments.output).write_text(text, encoding="utf-8")
+        return
+    data = load_dataset("parquet", data_files=arguments.data, split="train", keep_in_memory=True)
     if arguments.task == "image":
         predictions = predict_images(arguments.model, data.select_columns(arguments.columns), *settings)
     else:

@@ -10,10 +10,18 @@ Transition 0 is SHIFT, 2 l - 1 is LEFT with relation l, 2 l is RIGHT with it; re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
+from transformers.utils import cached_file
+
+from hf_adanorm.saving.files import write_file
+from tasks.conllu import Sentence
 
 NULL, ROOT, UNKNOWN = 0, 1, 2  # ids of words and of tags that no word has; NULL is also that of a missing relation
 NUM_WORDS, NUM_TAGS, NUM_RELATIONS = 18, 18, 12
@@ -43,6 +51,69 @@ def is_projective(heads: Sequence[int] | np.ndarray) -> bool:
     low, high = np.minimum(heads, words), np.maximum(heads, words)
     begins_inside = (low[:, None] < low) & (low < high[:, None])
     return not bool((begins_inside & (high > high[:, None])).any())
+
+
+class ParserVocabulary:
+    """Words, tags and relations by number; saved beside the model as `vocabulary.json`.
+
+    Words and tags count from 3, after those of no word, of the root and of what is unknown; relations from 1.
+    """
+
+    file_name = "vocabulary.json"
+
+    def __init__(
+        self, words: Sequence[str], tags: Sequence[str], relations: Sequence[str], *, lowercase: bool = False
+    ):
+        self.words, self.tags, self.relations, self.lowercase = list(words), list(tags), list(relations), lowercase
+        self._words, self._tags = ({name: UNKNOWN + 1 + n for n, name in enumerate(names)} for names in (words, tags))
+        self._relations = {name: 1 + n for n, name in enumerate(relations)}
+
+    @classmethod
+    def of(cls, sentences: Sequence[Sentence], *, min_frequency: int, lowercase: bool) -> ParserVocabulary:
+        """Of a treebank, in the order of frequency, then of the alphabet."""
+
+        def counted(values: Iterable[str], least: int = 1) -> list[str]:
+            counts = Counter(values)
+            return sorted((name for name in counts if counts[name] >= least), key=lambda name: (-counts[name], name))
+
+        words = (word.lower() if lowercase else word for sentence in sentences for word in sentence.forms)
+        tags = (tag for sentence in sentences for tag in sentence.tags)
+        relations = (relation for sentence in sentences for relation in sentence.relations)
+        return cls(counted(words, min_frequency), counted(tags), counted(relations), lowercase=lowercase)
+
+    def encode(self, sentence: Sentence) -> Encoded:
+        """A sentence in numbers."""
+        forms = [form.lower() for form in sentence.forms] if self.lowercase else sentence.forms
+        return Encoded(
+            np.asarray([self._words.get(form, UNKNOWN) for form in forms]),
+            np.asarray([self._tags.get(tag, UNKNOWN) for tag in sentence.tags]),
+            np.asarray(sentence.heads) if sentence.heads else None,
+            np.asarray([self._relations.get(name, 0) for name in sentence.relations]) if sentence.heads else None,
+        )
+
+    def names(self, relations: Iterable[int]) -> list[str]:
+        """The names of relations by number."""
+        return [self.relations[number - 1] for number in relations]
+
+    def transitions(self) -> list[str]:
+        """The names of all transitions, in order."""
+        return ["SHIFT", *(f"{kind}-{name}" for name in self.relations for kind in ("LEFT", "RIGHT"))]
+
+    def sizes(self) -> dict[str, int]:
+        """How many of each a model embeds."""
+        rows = {"vocab_size": len(self.words) + UNKNOWN + 1, "num_tags": len(self.tags) + UNKNOWN + 1}
+        return {**rows, "num_relations": len(self.relations) + 1}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `vocabulary.json`."""
+        names = ("words", "tags", "relations", "lowercase")
+        text = json.dumps({name: getattr(self, name) for name in names}, ensure_ascii=False)
+        write_file(Path(folder) / self.file_name, text)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> ParserVocabulary:
+        """That of a saved model, in a folder or on the Hub. Raises OSError when there is none."""
+        return cls(**json.loads(Path(cached_file(str(name), cls.file_name)).read_text(encoding="utf-8")))
 
 
 class States:
@@ -191,3 +262,17 @@ def parse(
             heads[index] = states.heads[row, 1 : length + 1]
             relations[index] = states.relations[row, 1 : length + 1]
     return heads, relations
+
+
+@torch.inference_mode()
+def parse_sentences(
+    model: torch.nn.Module, sentences: Sequence[Encoded], *, single_root: bool, batch_size: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Heads and relations, by number, of every word of every sentence; the model is in eval mode already."""
+    device = next(model.parameters()).device
+
+    def score(features: np.ndarray) -> np.ndarray:
+        return model(input_ids=torch.from_numpy(features).long().to(device)).logits.float().cpu().numpy()
+
+    heads, relations = parse(score, sentences, single_root=single_root, batch_size=batch_size)
+    return [values.tolist() for values in heads], [values.tolist() for values in relations]
