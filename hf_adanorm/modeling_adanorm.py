@@ -85,13 +85,19 @@ cpu_kernel: Any = None
 _is_tracing = torch._C._is_tracing
 _unwrap_dead = torch._C._functorch.unwrap_if_dead
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _is_recorded(x: Tensor) -> bool:
     """Whether the operations on `x` are recorded or transformed, so that the written-out formula is called for."""
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return True
-    return bool(_is_tracing() or _functorch_active() or forward_ad._current_level >= 0)
+    return bool(_is_tracing() or _functorch_active() or forward_ad._current_level >= 0 or _is_legacy_batch(x))
+
+
+def _in_forward_mode() -> bool:
+    """Whether torch may be carrying tangents along (`make_dual`, `jvp`)."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
@@ -122,7 +128,10 @@ def _normalize(x: Tensor, normalized_shape: tuple[int, ...], eps: float, centere
     if not centered:
         return F.rms_norm(x.to(_output_dtype(x)), normalized_shape, None, eps)
     if _is_recorded(x):
-        return F.layer_norm(_upcast(x), normalized_shape, None, None, eps).to(_output_dtype(x))
+        dtype = _output_dtype(x)
+        if _in_forward_mode():  # torch differentiates a tangent of its layer_norm wrongly
+            return _detachnorm_written(x, normalized_shape, eps, centered, False, False, dtype)
+        return F.layer_norm(_upcast(x), normalized_shape, None, None, eps).to(dtype)
     gain = None if x.dtype in _HALF else _ones(x, normalized_shape)
     return F.layer_norm(x, normalized_shape, gain, None, eps)
 
@@ -196,11 +205,41 @@ class _AdaNormFunction(_Function):
         if torch.is_grad_enabled():  # to be differentiated again
             z = _adanorm_written(x, normalized_shape, eps, C, k, centered, dtype)
             dx = torch.autograd.grad(z, x, dz, create_graph=True)[0]
+        elif _is_recorded(dz):
+            y, rstd = _statistics(x, normalized_shape, eps, centered)
+            dx = _written_backward((C - (C * k) * y) * _upcast(dz), y, rstd, normalized_shape, centered).to(x.dtype)
         elif ctx.kernel is not None:
             dx = ctx.kernel.backward(dz, x, stats[0], C, k)
         else:
             dx = _adanorm_backward(_upcast(dz), _upcast(x), normalized_shape, eps, C, k, centered).to(x.dtype)
         return dx, None, None
+
+
+def _statistics(x: Tensor, normalized_shape: tuple[int, ...], eps: float, centered: bool) -> tuple[Tensor, Tensor]:
+    """y = N(x), not rounded, and the reciprocal of what x - mean was divided by."""
+    x = _upcast(x)
+    if not centered:
+        rstd = _rms_reciprocal(x, normalized_shape, eps)
+        return x * rstd, rstd
+    var, mean = torch.var_mean(x, _dims(normalized_shape), correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    return (x - mean) * rstd, rstd
+
+
+def _written_backward(
+    dy: Tensor,
+    y: Tensor | None,
+    rstd: Tensor,
+    normalized_shape: tuple[int, ...],
+    through_mean: bool,
+) -> Tensor:
+    """rstd * (dy - mean(dy) - y * mean(dy * y)), without the second term for a constant mean and without the third
+    for a constant standard deviation (no y). Nothing in place: dy may stand for many gradients, or carry tangents."""
+    dims = _dims(normalized_shape)
+    dx = dy - dy.mean(dims, keepdim=True) if through_mean else dy
+    if y is not None:
+        dx = dx - y * (dy * y).mean(dims, keepdim=True)
+    return dx * rstd
 
 
 def _adanorm_backward(
@@ -280,16 +319,16 @@ class _DetachNormFunction(_Function):
         if not detach_variance and torch.is_grad_enabled():  # to be differentiated again
             y = _detachnorm_written(rest[0], normalized_shape, eps, centered, detach_mean, detach_variance, dtype)
             dx = torch.autograd.grad(y, rest[0], dy, create_graph=True)[0]
-        elif ctx.kernel is not None and not torch.is_grad_enabled():
-            x = None if detach_variance else rest[0]
-            dx = ctx.kernel.backward(dy, x, rstd, through_mean=not detach_mean, through_std=not detach_variance)
-        elif detach_variance:
+        elif detach_variance and (ctx.kernel is None or torch.is_grad_enabled() or _is_recorded(dy)):
             if ctx.kernel is not None:
                 rstd = rstd[0].view(*dy.shape[:-1], 1)
-            if centered and not detach_mean:
-                dy = _upcast(dy)
-                dy = dy - dy.mean(_dims(normalized_shape), keepdim=True)
-            dx = dy * rstd
+            dx = _written_backward(_upcast(dy), None, rstd, normalized_shape, centered and not detach_mean)
+        elif _is_recorded(dy):
+            y, rstd = _statistics(rest[0], normalized_shape, eps, centered)
+            dx = _written_backward(_upcast(dy), y, rstd, normalized_shape, not detach_mean)
+        elif ctx.kernel is not None:
+            x = None if detach_variance else rest[0]
+            dx = ctx.kernel.backward(dy, x, rstd, through_mean=not detach_mean, through_std=not detach_variance)
         else:  # the gradient of an ordinary LayerNorm, and what its mean took away
             x, mean = rest
             dy = _upcast(dy)
@@ -438,19 +477,26 @@ class SwappedNorm(nn.Module):
             return None
         return tuple(name for name in ("gain", "bias") if f"fade_{name}" in self._buffers)
 
+    def _fading_now(self, name: str) -> Tensor | None:
+        """The gain or the bias of the moment; None where there is none."""
+        if (value := self._buffers.get(f"fade_{name}")) is None:
+            return None
+        wide = _upcast(value)
+        end = torch.ones_like(wide) if name == "gain" else torch.zeros_like(wide)
+        progress = cast(Tensor, self._buffers["fade_progress"]).to(wide.dtype)
+        return torch.lerp(wide, end, progress).to(value.dtype)  # exact at both ends
+
     def _faded_affine(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """N(x) with the gain and bias of the moment, and that bias."""
-        progress = self._buffers["fade_progress"]
-        assert progress is not None
-        gain, bias = self._buffers.get("fade_gain"), self._buffers.get("fade_bias")
-        if gain is not None:  # lerp is exact at both ends
-            gain = torch.lerp(gain.float(), torch.ones_like(gain, dtype=torch.float32), progress).to(gain.dtype)
-        if bias is not None:
-            bias = torch.lerp(bias.float(), torch.zeros_like(bias, dtype=torch.float32), progress).to(bias.dtype)
-        if self.centered:
+        gain, bias = self._fading_now("gain"), self._fading_now("bias")
+        if self.centered and not _in_forward_mode():
             # Fused as the stock norm was: at progress 0 the same bits.
             return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps), bias
-        h = F.rms_norm(x, self.normalized_shape, gain, self.eps)
+        if self.centered:
+            h = _normalize(x, self.normalized_shape, self.eps, True)
+            h = h if gain is None else h * gain
+        else:
+            h = F.rms_norm(x, self.normalized_shape, gain, self.eps)
         return (h if bias is None else h + bias), bias
 
     def _faded(self, x: Tensor) -> Tensor:
@@ -597,7 +643,7 @@ class AdaNorm(SwappedNorm):
 
     def _faded(self, x: Tensor) -> Tensor:
         h, bias = self._faded_affine(x)  # h = gain * y + bias
-        progress = cast(Tensor, self._buffers["fade_progress"])[0]
+        progress = cast(Tensor, self._buffers["fade_progress"])[0].to(_upcast(x).dtype)
         C, k = 1.0 + (self.C - 1.0) * progress, self.k * progress
         y = _normalize(x.detach(), self.normalized_shape, self.eps, self.centered)
         phi = (C - (C * k) * y).to(h.dtype)
@@ -665,12 +711,9 @@ class DetachNorm(SwappedNorm):
     def _faded(self, x: Tensor) -> Tensor:
         h = self._faded_affine(x)[0]
         # The forward pass of h, the backward pass of DetachNorm: their difference is zero but for its gradient.
-        y, plain = self._forward(x), _normalize(x, self.normalized_shape, self.eps, self.centered)
-        gain = self._buffers.get("fade_gain")
-        swap = y - plain
-        if gain is not None:
-            progress = cast(Tensor, self._buffers["fade_progress"])
-            swap = swap * torch.lerp(gain.float(), torch.ones_like(gain, dtype=torch.float32), progress).to(h.dtype)
+        swap = self._forward(x) - _normalize(x, self.normalized_shape, self.eps, self.centered)
+        if (gain := self._fading_now("gain")) is not None:
+            swap = swap * gain.to(h.dtype)
         return h + (swap - swap.detach())
 
 

@@ -1,0 +1,194 @@
+"""Every mode of torch's autograd gives what the definition gives in which phi, or what is detached, is a constant.
+
+The definition is an ordinary function in float64, with the constants computed at the point where it is differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad, functional, grad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.func import hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from hf_adanorm.modeling_adanorm import NORM_CLASSES
+
+H, EPS, T = 6, 1e-2, 0.25
+Function = Callable[[Tensor], Tensor]
+
+
+def random(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X, V, W, MANY = random(H, seed=0) * 2 + 0.5, random(H, seed=1), random(H, seed=2), random(3, H, seed=3)
+GAIN, BIAS = random(H, seed=4) + 1.5, random(H, seed=5)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def loss(f: Function) -> Function:
+    return lambda x: (f(x) * W.to(x.dtype)).sum()
+
+
+def reverse(f: Function, x: Tensor) -> Tensor:
+    x = leaf(x)
+    return grad(f(x), x, W.to(x.dtype))[0]
+
+
+def first(f: Function, x: Tensor) -> Tensor:
+    """The gradient, with a graph of its own."""
+    return grad(loss(f)(x), x, create_graph=True)[0]
+
+
+def double(f: Function, x: Tensor) -> Tensor:
+    x = leaf(x)
+    return grad(first(f, x) + 0 * x, x, V.to(x.dtype))[0]  # 0 * x: a constant gradient has no graph
+
+
+def batched(f: Function, x: Tensor) -> Tensor:
+    x = leaf(x)
+    return grad(f(x), x, MANY.to(x.dtype), is_grads_batched=True)[0]
+
+
+def through_a_batched(f: Function, x: Tensor) -> Tensor:
+    x = leaf(x)
+    many = grad(f(x), x, MANY.to(x.dtype), is_grads_batched=True, create_graph=True)[0]
+    return grad((many + 0 * x).pow(2).sum(), x)[0]
+
+
+def tangent(f: Function, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(f(forward_ad.make_dual(x, V.to(x.dtype)))).tangent
+        return torch.zeros_like(x) if found is None else found
+
+
+def forward_over_reverse(f: Function, x: Tensor) -> Tensor:
+    return tangent(lambda x: grad(loss(f)(x), x)[0], leaf(x)).detach()
+
+
+def reverse_over_forward(f: Function, x: Tensor) -> Tensor:
+    x = leaf(x)
+    return grad(tangent(f, x) + 0 * x, x, W.to(x.dtype))[0]
+
+
+def tangent_of_the_gradient_alone(f: Function, x: Tensor) -> Tensor:
+    x = leaf(x)
+    z = f(x)
+    return tangent(lambda dz: grad(z, x, dz)[0], W.to(x.dtype))
+
+
+def with_hooks(f: Function, x: Tensor) -> Tensor:
+    with saved_tensors_hooks(lambda t: t.clone(), lambda t: t), save_on_cpu():
+        return double(f, x)
+
+
+def checkpointed_reentrant(f: Function, x: Tensor) -> Tensor:
+    x = leaf(x)
+    checkpoint(f, x, use_reentrant=True).backward(W.to(x.dtype))  # type: ignore[union-attr]
+    assert x.grad is not None
+    return x.grad
+
+
+MODES: dict[str, Callable[[Function, Tensor], Tensor]] = {
+    "value": lambda f, x: f(x),
+    "reverse": reverse,
+    "double": double,
+    "batched": batched,
+    "through a batched": through_a_batched,
+    "forward": tangent,
+    "forward, with a graph": lambda f, x: tangent(f, leaf(x)).detach(),
+    "forward over reverse": forward_over_reverse,
+    "reverse over forward": reverse_over_forward,
+    "a tangent of the gradient alone": tangent_of_the_gradient_alone,
+    "functional.jacobian": lambda f, x: functional.jacobian(f, x, vectorize=True),
+    "functional.jacobian, forward": lambda f, x: functional.jacobian(f, x, vectorize=True, strategy="forward-mode"),
+    "functional.hessian, forward": lambda f, x: functional.hessian(
+        loss(f), x, vectorize=True, outer_jacobian_strategy="forward-mode"
+    ),
+    "functional.jvp": lambda f, x: functional.jvp(f, x, V.to(x.dtype))[1],
+    "vjp": lambda f, x: vjp(f, x)[1](W.to(x.dtype))[0],
+    "jvp": lambda f, x: jvp(f, (x,), (V.to(x.dtype),))[1],
+    "jacrev": lambda f, x: jacrev(f)(x),
+    "jacfwd": lambda f, x: jacfwd(f)(x),
+    "hessian": lambda f, x: hessian(loss(f))(x),
+    "jacrev of jacrev": lambda f, x: jacrev(jacrev(loss(f)))(x),
+    "jacrev of jacfwd": lambda f, x: jacrev(jacfwd(f))(x),
+    "jacfwd of jacfwd": lambda f, x: jacfwd(jacfwd(f))(x),
+    "vmap": lambda f, x: vmap(torch.func.grad(loss(f)))(torch.stack([x, x]))[0],
+    "hooks of saved tensors": with_hooks,
+    "checkpoint": lambda f, x: double(lambda x: checkpoint(f, x, use_reentrant=False), x),  # type: ignore[return-value,arg-type]
+    "checkpoint, reentrant": checkpointed_reentrant,
+}
+
+
+def statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(-1, keepdim=True) if norm.centered else torch.zeros((), dtype=x.dtype)
+    square = (x - mean).pow(2)
+    if norm.reference == "lancopku":
+        return mean, square.sum(-1, keepdim=True).div(H - 1).sqrt() + norm.eps
+    return mean, (square.mean(-1, keepdim=True) + norm.eps).sqrt()
+
+
+def definition(norm: Any) -> Function:
+    """z = phi * gain * N(x) + bias around X, with phi and what DetachNorm detaches as constants."""
+    mean_there, std_there = statistics(norm, X)
+    C, k = getattr(norm, "C", 1.0), getattr(norm, "k", 0.0)
+    gain, bias = torch.ones(()), torch.zeros(())
+    if norm.fade is not None:
+        gain, bias, C, k = GAIN + T * (1 - GAIN), (1 - T) * BIAS, 1 + T * (C - 1), T * k
+    phi = C * (1 - k * (X - mean_there) / std_there)
+
+    def f(x: Tensor) -> Tensor:
+        mean, std = statistics(norm, x)
+        if norm.norm == "detachnorm":
+            mean = mean_there if norm.detach_mean else mean
+            std = std_there if norm.detach_variance else std
+        return phi * gain * (x - mean) / std + bias
+
+    return f
+
+
+def norms(dtype: torch.dtype) -> Iterator[nn.Module]:
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("adanorm", {"C": 1.3, "k": 0.3}),
+        ("layernorm-simple", {}),
+        *(("detachnorm", {"detach_mean": mean, "detach_variance": std}) for mean, std in ((1, 1), (0, 1), (1, 0))),
+    ]
+    for name, given in kinds:
+        settings = {key: bool(value) if name == "detachnorm" else value for key, value in given.items()}
+        layouts: list[dict[str, Any]] = [{}, {"reference": "lancopku"}]
+        if settings.get("detach_variance", True):
+            layouts.append({"centered": False})
+        for layout in layouts:
+            for fading in (False, True):
+                if fading and "reference" in layout:
+                    continue
+                norm = NORM_CLASSES[name](H, EPS, **settings, **layout, dtype=dtype)
+                if fading:
+                    norm.start_fade(GAIN.to(dtype), BIAS.to(dtype))
+                    norm.fade_progress.fill_(T)  # type: ignore[operator]
+                yield norm
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_takes_the_same_things_for_constants(mode: str, dtype: torch.dtype, training: bool) -> None:
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    for norm in norms(dtype):
+        expected = MODES[mode](definition(norm), X)
+        found = MODES[mode](norm.train(training), X.to(dtype))
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1.0), norm
+
+
+def test_linearize() -> None:
+    norm = next(norms(torch.float64))
+    torch.testing.assert_close(linearize(norm, X)[1](V), jvp(definition(norm), (X,), (V,))[1])
