@@ -37,9 +37,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .calibration import calibrate_k
     from .diagnostics.outputs import compare_outputs
     from .diagnostics.watch import WatchNormsCallback, watch_norms
-    from .fading import FadeCallback, calibrate_k, finish_fading, set_fade
+    from .fading import FadeCallback, finish_fading, set_fade
     from .folding.fold import fold_affine
     from .saving.card import write_model_card
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "FadeCallback": "fading",
     "WatchNormsCallback": "diagnostics.watch",
-    "calibrate_k": "fading",
+    "calibrate_k": "calibration",
     "compare_outputs": "diagnostics.outputs",
     "finish_fading": "fading",
     "fold_affine": "folding.fold",

@@ -1,27 +1,35 @@
 """What becomes of trained gains and biases in a patch: dropped with a warning, folded, or kept to fade out.
 
-`patching.py` makes the plan; the functions here change the groups of its swaps (`fade=...`), take out of it what a
-fold leaves alone, and carry values over when modules are made and undone.
+`swapping.py` makes the plan and carries it out; the functions here change the groups of its swaps (`fade=...`) and
+take out of it what a fold leaves alone.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .detection import NormInfo, recognize
+from .detection import NormInfo
+from .folding.fold import fold_norms
 from .modeling_adanorm import AdaNorm, NormGroup, SwappedNorm, is_swapped
-
-if TYPE_CHECKING:
-    from .patching import Plan
+from .swapping import Change, Plan
 
 
-def refuse_other_functions(plan: Plan, affine: str) -> None:
+def fade(plan: Plan) -> None:
+    """Keep the gains and biases of the norms in the plan as constants that fade out."""
+    _refuse_other_functions(plan, "fade")
+    plan.swaps = [(*swap[:3], _fading_group(*swap[1:])) for swap in plan.swaps]
+    if all(group.fade is None for *_, group in plan.swaps):
+        raise ValueError(
+            f"there is nothing to fade: the {len(plan.swaps)} norms chosen are swapped already, and hold no gain "
+            "and bias. unpatch_model(model) first, or start from the model as it was before it was patched"
+        )
+
+
+def _refuse_other_functions(plan: Plan, affine: str) -> None:
     """A fold and a fade begin with the very function of the source, which another eps or centering is not."""
     options = plan.options
     for name, module, info, _ in plan.swaps:
@@ -49,7 +57,7 @@ def _ramping(module: SwappedNorm, group: NormGroup, *, ramp: bool = True) -> Nor
     return replace(group, fade=()) if ramp and plain and comes_in else group
 
 
-def fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
+def _fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
     """The group with gain and bias fading; a norm that was swapped before keeps the state it has."""
     if is_swapped(module):
         return _ramping(module, group)
@@ -62,19 +70,9 @@ def fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGro
     return replace(group, fade=tuple(key for key, there in present if there))
 
 
-@torch.no_grad()
-def fill_fade(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
-    """Take over gain and bias of the norm that is replaced as constants that fade out."""
-    if new.fade is None or is_swapped(source):
-        return
-    for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
-        if key in new.fade and name is not None:
-            getattr(new, f"fade_{key}").copy_(getattr(source, name).detach().add(offset))
-            new._is_hf_initialized = not new.weight.is_meta
-
-
-def fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp: bool) -> None:
+def fold(plan: Plan, change: Change, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp: bool) -> None:
     """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
+    _refuse_other_functions(plan, "fold")
     fresh = [swap for swap in plan.swaps if not is_swapped(swap[1])]
     if not fresh:  # a second call: what was folded has no gain and bias any more
         at_once = on_unfoldable == "calibrate" or not ramp
@@ -85,10 +83,8 @@ def fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp:
         ]
         return
     settings = {name: (group.C, group.k) for name, _, _, group in fresh if group.C is not None and group.k is not None}
-    from .folding.fold import fold_norms  # much code that only folding needs
-
     report = fold_norms(
-        plan.model,
+        change,
         [name for name, *_ in fresh],
         fold_inputs=inputs,
         on_unfoldable=on_unfoldable,  # type: ignore[arg-type]
@@ -107,7 +103,7 @@ def fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp:
         if name in kept and on_unfoldable != "fade":
             continue
         if name in kept:
-            group = fading_group(module, info, group)
+            group = _fading_group(module, info, group)
         elif is_swapped(module):
             group = _ramping(module, group, ramp=not at_once)
         elif not at_once and group.norm == "adanorm" and (group.C, group.k) != (1.0, 0.0):
@@ -116,57 +112,31 @@ def fold(plan: Plan, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp:
     plan.swaps = swaps
     if kept and on_unfoldable != "fade":
         first = next(norm for norm in report.norms if norm.name in kept)
-        warnings.warn(
+        change.warn(
             f"{len(kept)} of {len(report.norms)} norms cannot be folded and stay as they are ({first.name}: "
-            f"{first.reason}, ...): fold_affine(model) lists each; on_unfoldable says what else can be done",
-            stacklevel=3,
+            f"{first.reason}, ...): fold_affine(model) lists each; on_unfoldable says what else can be done"
         )
     approximated = [norm for norm in report.norms if norm.deviation]
     if on_unfoldable == "approximate" and approximated:
         worst = max(approximated, key=lambda norm: norm.deviation or 0.0)
-        warnings.warn(
+        change.warn(
             f"{len(approximated)} norms were folded but for the deviation of their gain from its mean, up to "
             f"{worst.deviation:.2f} of it (at {worst.name}): the outputs moved by {report.difference:.1%} of their "
-            "largest value. fold_affine(model) reports each norm",
-            stacklevel=3,
+            "largest value. fold_affine(model) reports each norm"
         )
     lost = sorted(norm.deviation for norm in report.norms if norm.deviation is not None)
     if on_unfoldable == "calibrate" and lost and lost[len(lost) // 2] > 0.8:
-        warnings.warn(
+        change.warn(
             f"at these settings half of the norms lose {lost[len(lost) // 2]:.0%} or more of what they passed on: "
-            "choose a smaller k, calibrate_k(model, batches).k gives one for each norm",
-            stacklevel=3,
+            "choose a smaller k, calibrate_k(model, batches).k gives one for each norm"
         )
     if not ramp and on_unfoldable != "calibrate" and plan.options.norm == "adanorm":
-        warnings.warn(
-            "ramp=False sets k and C at once: the outputs of a pretrained model change a lot until it is trained "
-            "again",
-            stacklevel=3,
+        change.warn(
+            "ramp=False sets k and C at once: the outputs of a pretrained model change a lot until it is trained again"
         )
 
 
-@torch.no_grad()
-def reset_affine(norm: nn.Module) -> None:
-    """Gain 1 and bias 0, in whatever form the norm keeps them (a gain stored as an offset from 1 becomes 0)."""
-    info = recognize(norm)
-    offset = 0.0 if info is None else info.gain_offset
-    bias_name = None if info is None else info.bias_name
-    for name, parameter in norm.named_parameters():
-        parameter.fill_(0.0 if name == bias_name else 1.0 - offset)
-
-
-@torch.no_grad()
-def take_back_fading(module: SwappedNorm, source: nn.Module) -> None:
-    """The gain and bias that a fade keeps, back into the norm that they came from."""
-    info = recognize(source)
-    if info is None or not module.fade:
-        return
-    for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
-        if key in module.fade and name is not None:
-            getattr(source, name).copy_(getattr(module, f"fade_{key}").float().sub(offset))
-
-
-def warn_of_dropped(plan: Plan) -> None:
+def warn_of_dropped(plan: Plan, change: Change) -> None:
     """One warning for what trained gains and biases the plan drops, one for fades that it cuts short."""
     trained = 0
     for _, module, info, _ in plan.swaps:
@@ -180,17 +150,15 @@ def warn_of_dropped(plan: Plan) -> None:
     fading = [module for _, module, _, group in plan.swaps if is_swapped(module) and module.fade and not group.fade]
     progress = [module.get_buffer("fade_progress") for module in fading]
     if any(not t.is_meta and float(t) < 1.0 for t in progress):
-        warnings.warn(
+        change.warn(
             f"the fade of {len(fading)} norms ends here, before its time: their gains and biases are dropped. "
-            'affine="fade" keeps them fading',
-            stacklevel=3,
+            'affine="fade" keeps them fading'
         )
     if trained:
-        warnings.warn(
+        change.warn(
             f"the trained gains and biases of {trained} norms are dropped: the model's outputs change until it is "
             'trained again. affine="fold" keeps what it learned, for a post-norm model (BERT, BART) with '
-            'on_unfoldable="calibrate" and k=calibrate_k(model, batches).k',
-            stacklevel=3,
+            'on_unfoldable="calibrate" and k=calibrate_k(model, batches).k'
         )
 
 

@@ -14,41 +14,29 @@ stock saving and loading:
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from .affine import (
-    fading_group,
-    fill_fade,
-    fold,
-    refuse_other_functions,
-    reset_affine,
-    take_back_fading,
-    warn_of_dropped,
+from .affine import fade, fold, warn_of_dropped
+from .detection import check_module
+from .modeling_adanorm import is_swapped, replace_modules
+from .report import Report
+from .saving.spec import left_by_folds, plain_modules, swapped_norms, write_specs
+from .selection import Patterns, check_layers
+from .swapping import (
+    Change,
+    Options,
+    Plan,
+    all_or_nothing,
+    apply_plan,
+    check_choice,
+    choose_norms,
+    make_plan,
+    refuse_wrapped,
+    restored,
 )
-from .detection import NormInfo, check_module, iter_norms, recognize
-from .modeling_adanorm import (
-    ADDED_BIAS,
-    NORM_CLASSES,
-    AdaNorm,
-    DetachNorm,
-    NoNorm,
-    NormGroup,
-    SwappedNorm,
-    is_as,
-    is_swapped,
-    make_norm,
-    replace_modules,
-    short_repr,
-    source_settings,
-)
-from .report import NormRow, Report
-from .saving.spec import swapped_norms, write_specs
-from .selection import Patterns, check_layers, check_patterns, match_layers, match_names
 
 Targets = Literal["layernorm", "rmsnorm", "all"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -109,7 +97,8 @@ def patch_model(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, a pattern that matches no norm, nothing
-            to swap, a model that is already wrapped. The model is as it was then.
+            to swap, a model that is already wrapped. The model is as it was then, as after whatever else is raised
+            (a KeyboardInterrupt, a warning of this call that a filter turns into an error).
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -131,8 +120,8 @@ def patch_model(
         layers=check_layers(layers),
         targets=targets,
     )
-    _check_choice("affine", affine, ("drop", "fold", "fade"))
-    _check_choice("on_unfoldable", on_unfoldable, ("keep", "fade", "approximate", "calibrate", "raise"))
+    check_choice("affine", affine, ("drop", "fold", "fade"))
+    check_choice("on_unfoldable", on_unfoldable, ("keep", "fade", "approximate", "calibrate", "raise"))
     if affine != "drop" and norm == "none":
         raise ValueError(
             f'affine={affine!r} does not go with norm="none", which normalises nothing: use affine="drop"'
@@ -141,21 +130,15 @@ def patch_model(
         name = "fold_inputs" if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"
         raise ValueError(f'{name} goes with affine="fold", got affine={affine!r}')
     plan = make_plan(model, options)
-    if affine != "drop":
-        refuse_other_functions(plan, affine)
-    if affine == "drop":
-        warn_of_dropped(plan)
-    elif affine == "fade":
-        plan.swaps = [(*swap[:3], fading_group(*swap[1:])) for swap in plan.swaps]
-        if all(group.fade is None for *_, group in plan.swaps):
-            raise ValueError(
-                f"there is nothing to fade: the {len(plan.swaps)} norms chosen are swapped already, and hold no gain "
-                "and bias. unpatch_model(model) first, or start from the model as it was before it was patched"
-            )
-    else:
-        fold(plan, on_unfoldable, fold_inputs, ramp)
-    apply_plan(plan)
-    _warn_of_untouched_rmsnorms(plan)
+    with all_or_nothing(model) as change:
+        if affine == "drop":
+            warn_of_dropped(plan, change)
+        elif affine == "fade":
+            fade(plan)
+        else:
+            fold(plan, change, on_unfoldable, fold_inputs, ramp)
+        apply_plan(plan)
+        _warn_of_untouched_rmsnorms(plan, change)
     return model
 
 
@@ -180,20 +163,20 @@ def unpatch_model(model: ModelT) -> ModelT:
     if not swapped:
         raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
     fresh = sum(not module.__dict__["_source_has_values"] and not module.fade for _, module in swapped)
-    replace_modules(model, {id(module): _restored(module) for _, module in swapped})
-    write_specs(model)  # biases that a fold added stay, and loading has to know of them
-    if num_biases := sum(ADDED_BIAS in module.__dict__ for module in model.modules()):
-        warnings.warn(
-            f"{num_biases} linear layers keep the bias that a fold gave them: load what is saved from now on with "
-            "hf_adanorm imported, as without it transformers leaves those biases out with no more than a warning",
-            stacklevel=2,
-        )
-    if fresh:
-        warnings.warn(
-            f"the trained gains and biases of {fresh} of {len(swapped)} norms are not at hand (a saved model does not "
-            "hold them): they come back as gain 1 and bias 0",
-            stacklevel=2,
-        )
+    sources = [module.__dict__["_source"] for _, module in swapped]
+    with all_or_nothing(model, [source for source in sources if source is not None]) as change:
+        replace_modules(model, {id(module): restored(module) for _, module in swapped})
+        write_specs(model)  # biases that a fold added stay, and loading has to know of them
+        if num_biases := len(left_by_folds(dict(plain_modules(model)))[0]):
+            change.warn(
+                f"{num_biases} linear layers keep the bias that a fold gave them: load what is saved from now on with "
+                "hf_adanorm imported, as without it transformers leaves those biases out with no more than a warning"
+            )
+        if fresh:
+            change.warn(
+                f"the trained gains and biases of {fresh} of {len(swapped)} norms are not at hand (a saved model does "
+                "not hold them): they come back as gain 1 and bias 0"
+            )
     return model
 
 
@@ -231,257 +214,20 @@ def inspect_model(
     """
     check_module(model)
     options = Options(include=include, exclude=exclude, layers=check_layers(layers), targets=targets)
-    return Report(model_class=type(model).__name__, rows=tuple(_choose(model, options)))
-
-
-# ------------------------------------------------------------------------------------------------------- the plan
-
-
-def _check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
-    if value not in choices:
-        raise ValueError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The checked options of one call that choose norms and say what they become."""
-
-    norm: str = "adanorm"
-    C: float = 1.0
-    k: float | dict[str, float] = 0.1
-    detach_mean: bool = True
-    detach_variance: bool = True
-    eps: float | None = None
-    centered: bool | None = None
-    include: Patterns = None
-    exclude: Patterns = None
-    layers: tuple[int, ...] | None = None
-    targets: str = "layernorm"
-
-    def __post_init__(self) -> None:
-        _check_choice("norm", self.norm, list(NORM_CLASSES))
-        _check_choice("targets", self.targets, ("layernorm", "rmsnorm", "all"))
-        # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
-        for k in self.k.values() if isinstance(self.k, dict) else (self.k,):
-            AdaNorm(1, C=self.C, k=k)
-        DetachNorm(1, detach_mean=self.detach_mean, detach_variance=self.detach_variance)
-        if self.eps is not None:
-            NoNorm(1, eps=self.eps)
-        if self.centered is not None:
-            NoNorm(1, centered=self.centered)
-        check_patterns("include", self.include)
-        check_patterns("exclude", self.exclude)
-
-    def group(self, name: str, source: nn.Module, info: NormInfo) -> NormGroup:
-        """What `source`, called `name`, becomes. Only what cannot be read off `source` without running it is
-        spelled out."""
-        readable = source_settings(source)
-        facts = {
-            "eps": info.eps,
-            "normalized_shape": info.normalized_shape,
-            "channels_first": info.channels_first,
-        }
-        overrides: dict[str, Any] = {key: value for key, value in facts.items() if readable.get(key) != value}
-        if self.eps is not None:
-            overrides["eps"] = float(self.eps)
-        centered = self.centered if self.centered is not None else info.kind == "layernorm"
-        settings: dict[str, Any] = {}
-        if self.norm == "adanorm":
-            if isinstance(self.k, dict) and name not in self.k:
-                names = ", ".join(map(repr, sorted(self.k)[:3])) + (", ..." if len(self.k) > 3 else "")
-                raise ValueError(f"k has no value for the norm {name!r}; it has {len(self.k)}: {names or 'none'}")
-            settings = {"C": float(self.C), "k": float(self.k[name] if isinstance(self.k, dict) else self.k)}
-        elif self.norm == "detachnorm":
-            settings = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
-        return NormGroup(norm=self.norm, modules=(), centered=None if centered else False, **settings, **overrides)
-
-
-@dataclass
-class Plan:
-    """What a call will do: `swaps` in the order of the model, and every norm of the model in `rows`."""
-
-    model: nn.Module
-    options: Options
-    rows: list[NormRow]
-    swaps: list[tuple[str, nn.Module, NormInfo, NormGroup]] = field(default_factory=list)
-
-
-def make_plan(model: nn.Module, options: Options) -> Plan:
-    """Choose the norms and check that each can be swapped. Changes nothing; raises what `patch_model` raises."""
-    refuse_wrapped(model)
-    plan = Plan(model=model, options=options, rows=_choose(model, options))
-    for row in plan.rows:
-        if not row.chosen:
-            continue
-        if getattr(row.info, "parametrized", False):
-            raise ValueError(
-                f"{row.name} is under torch.nn.utils.parametrize: replacing it would lose the parametrization. Call "
-                f"torch.nn.utils.parametrize.remove_parametrizations first, or exclude={[row.name]!r}"
-            )
-        plan.swaps.append((row.name, row.module, row.info, options.group(row.name, row.module, row.info)))
-    if not plan.swaps:
-        skipped = next((f" ({row.name}: {row.reason})" for row in plan.rows if row.reason), "")
-        raise ValueError(
-            f"{type(model).__name__} has no norm to swap with targets={options.targets!r}{skipped}. "
-            "inspect_model(model) lists every norm"
-        )
-    return plan
-
-
-def _choose(model: nn.Module, options: Options) -> list[NormRow]:
-    """Every norm of the model with the reason why it is left alone, or none if it is chosen."""
-    rows = [
-        NormRow(name=name, module=module, info=info, kind=_kind(module, info))
-        for name, module, info in iter_norms(model)
-    ]
-    kinds = ("layernorm", "rmsnorm") if options.targets == "all" else (options.targets,)
-    in_reach = [row for row in rows if row.kind in kinds]
-    names = [row.name for row in in_reach]
-    try:
-        included = match_names("include", options.include, names)
-        excluded = match_names("exclude", options.exclude, names)
-    except ValueError as error:
-        raise ValueError(f"{error}{_out_of_reach(options, rows, kinds)}") from None
-    layers = None if options.layers is None else match_layers(model, options.layers, names)
-    for row in rows:
-        if row.kind == "other":
-            row.reason = row.info.reason
-        elif row.kind not in kinds:
-            row.reason = f"a {row.kind}, and targets={options.targets!r}"
-        elif row.name in excluded:
-            row.reason = "exclude"
-        elif options.include is not None and row.name not in included:
-            row.reason = "not in include"
-        elif layers is not None and row.name not in layers:
-            row.reason = "not in layers"
-        elif not row.name:
-            row.reason = "it is the norm itself, and a swap happens inside a model: make the new norm directly"
-        elif (inside := getattr(row.info, "inside", "")) and row.name not in included:
-            row.reason = f"part of the conditioned norm {inside}; name it in include to swap it"
-        else:
-            row.chosen = True
-    return rows
-
-
-def _out_of_reach(options: Options, rows: list[NormRow], kinds: Sequence[str]) -> str:
-    """A hint for a pattern that only matches norms which `targets` leaves out, or which cannot be swapped."""
-    for option, patterns in (("include", options.include), ("exclude", options.exclude)):
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-            for row in rows:
-                if row.kind in kinds:
-                    continue
-                try:
-                    match_names(option, pattern if isinstance(patterns, str) else [pattern], [row.name])
-                except ValueError:
-                    continue
-                why = row.info.reason if row.kind == "other" else f"a {row.kind}, and targets={options.targets!r}"
-                return f" ({row.name} is {why})"
-    return ""
-
-
-def _kind(module: nn.Module, info: NormInfo) -> str:
-    """The kind of the norm, for a swapped one that of the norm which it replaced."""
-    source = module.__dict__.get("_source") if is_swapped(module) else None
-    if source is not None and (found := recognize(source)) is not None and found.kind != "other":
-        return found.kind
-    return info.kind
-
-
-_WRAPPERS = {
-    "DataParallel",
-    "DeepSpeedEngine",
-    "DistributedDataParallel",
-    "FSDPModule",
-    "FullyShardedDataParallel",
-    "OptimizedModule",
-}
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise TypeError for what is no module, ValueError for a model that DDP, FSDP or the like already holds."""
-    check_module(model)
-    for module in model.modules():
-        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), "")
-        if not wrapper and getattr(module, "_compiled_call_impl", None) is not None:
-            wrapper = "torch.compile"
-        if wrapper:
-            raise ValueError(
-                f"{type(module).__name__} is already wrapped ({wrapper}): change the norms before "
-                "accelerator.prepare, DDP, FSDP, DeepSpeed or torch.compile"
-            )
-
-
-# ------------------------------------------------------------------------------------------------ apply and undo
-
-
-def apply_plan(plan: Plan) -> None:
-    """Replace the modules and write the specs. Nothing before the first replacement changes the model."""
-    fallback = next((t for t in plan.model.parameters() if t.is_floating_point()), None)
-    replacements: dict[int, nn.Module] = {}
-    for _, module, info, group in plan.swaps:
-        if is_as(module, group):
-            continue
-        new = make_norm(module, group)
-        if fallback is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
-            new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
-        if not is_swapped(module):
-            new.__dict__["_source_has_values"] = True
-        fill_fade(new, module, info)
-        _carry_dispatch_hook(module, new)
-        replacements[id(module)] = new
-    if not replacements:
-        return
-    replace_modules(plan.model, replacements)
-    write_specs(plan.model)
-
-
-def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
-    """accelerate's `device_map` replaces `forward` and moves inputs and offloaded weights in a hook. The new norm has
-    no weight to bring in: it needs the devices only. The old one keeps its hook, which knows where its values are."""
-    hook = getattr(source, "_hf_hook", None)
-    if hook is None:
-        return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    device = getattr(hook, "execution_device", None)
-    same = getattr(hook, "io_same_device", False)
-    if device is not None:
-        new.to_empty(device=device) if new.weight.is_meta else new.to(device)
-        new.weight.fill_(1.0)  # type: ignore[operator]
-    add_hook_to_module(new, AlignDevicesHook(execution_device=device, io_same_device=same))
-
-
-def _restored(module: SwappedNorm) -> nn.Module:
-    """The module that `module` replaced, on its device and in its dtype."""
-    source = module.__dict__["_source"]
-    if source is None:  # a norm that the user put there by hand
-        source = nn.LayerNorm(module.normalized_shape, eps=module.eps)
-    weight = module.weight
-    if not module.__dict__["_source_has_values"]:
-        if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
-            source = source.to_empty(device=weight.device)
-        reset_affine(source)
-        take_back_fading(module, source)
-    if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
-        source.to(device=weight.device, dtype=weight.dtype)
-    source.train(module.training)
-    return source  # type: ignore[no-any-return]
+    return Report(model_class=type(model).__name__, rows=tuple(choose_norms(model, options)))
 
 
 # ------------------------------------------------------------------------------------------------------- warnings
 
 
-def _warn_of_untouched_rmsnorms(plan: Plan) -> None:
+def _warn_of_untouched_rmsnorms(plan: Plan, change: Change) -> None:
     """A language model of RMSNorms whose vision tower or indexer has a few LayerNorms stays as good as unpatched."""
     if plan.options.targets != "layernorm" or plan.options.include is not None:
         return
     left = [row for row in plan.rows if row.kind == "rmsnorm"]
     if len(left) > len(plan.swaps):
         parts = ", ".join(sorted({row.name.split(".")[0] for row in plan.rows if row.chosen})[:4])
-        warnings.warn(
+        change.warn(
             f"{len(plan.swaps)} LayerNorms were swapped (in {parts}), while {len(left)} RMSNorms, most of this "
-            'model\'s norms, were left as they are: targets="all" or "rmsnorm" swaps those as well',
-            stacklevel=3,
+            'model\'s norms, were left as they are: targets="all" or "rmsnorm" swaps those as well'
         )

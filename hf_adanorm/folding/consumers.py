@@ -13,7 +13,6 @@ adds), and sums of the two (which must go into the next norm and nowhere else fo
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
+
+from hf_adanorm.running import evaluating, hooked
 
 PADDING, FOREIGN = -1, -2  # channel numbers of zeros that were put in, and of elements from elsewhere
 
@@ -123,7 +124,8 @@ class Watched:
     """Per norm, in order. A norm that did not run is missing."""
     linear_calls: dict[str, list[dict[str, tuple[int, ...]]]]
     """Per linear layer and call: which norms' channels its columns read."""
-    ran: set[str]
+    ran: dict[str, int]
+    """The modules that ran, numbered in the order of their first call."""
     sum_readers: dict[int, list[str]] = field(default_factory=dict)
     """Per sum: norms that read it; anything else that does appears as "!operation"."""
     linear_readers: dict[str, list[str]] = field(default_factory=dict)
@@ -187,7 +189,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, norms: Mapping[str, tuple[int, ...]], follow_sums: bool):
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.norms, self.follow_sums = model, norms, follow_sums
-        self.seen = Watched(uses={}, linear_calls={}, ran=set())
+        self.seen = Watched(uses={}, linear_calls={}, ran={})
         self.traces: dict[int, tuple[Tensor, dict[Source, Trace]]] = {}  # the tensor is held, so its id stays its own
         self.storages: set[int] = set()
         self.muted = 0
@@ -234,7 +236,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- modules -----------------------------------------------------------------------------------------------------
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen.ran.add(name)
+        self.seen.ran.setdefault(name, len(self.seen.ran))
         self.stack.append(name)
         if self.muted == 0 and name in self.norms:
             self.enter_norm(name, args, kwargs)
@@ -526,11 +528,6 @@ class _SeeDropout(TorchFunctionMode):
         return out
 
 
-def _set_training(flags: Mapping[nn.Module, bool]) -> None:
-    for module, flag in flags.items():
-        module.training = flag
-
-
 def watch_consumers(
     model: nn.Module,
     norms: Mapping[str, tuple[tuple[int, ...], bool]],
@@ -553,23 +550,16 @@ def watch_consumers(
         if is_linear_map(module):
             for parameter in module.parameters(recurse=False):
                 watcher.own_storage[_storage(parameter)] = name
-    training = {module: module.training for module in model.modules()}
-    with contextlib.ExitStack() as stack:
+
+    def hooks() -> Iterator[Any]:
         for module in model.modules():
             name = names[id(module)]
-            before = module.register_forward_pre_hook(
+            yield module.register_forward_pre_hook(
                 lambda m, a, k, name=name: watcher.enter(name, m, a, k), with_kwargs=True, prepend=True
             )
-            after = module.register_forward_hook(lambda m, _, out, name=name: watcher.leave(name, m, out))
-            stack.callback(before.remove)
-            stack.callback(after.remove)
-        model.eval()
-        stack.callback(_set_training, training)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.manual_seed(0)
-        stack.enter_context(_SeeDropout(watcher))
-        stack.enter_context(watcher)
+            yield module.register_forward_hook(lambda m, _, out, name=name: watcher.leave(name, m, out))
+
+    with hooked(hooks()), evaluating(model), _SeeDropout(watcher), watcher:
         output = model(**inputs)
         watcher.muted += 1
         watcher.outputs(output)

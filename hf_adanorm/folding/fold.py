@@ -25,7 +25,6 @@ does to the scale.
 
 from __future__ import annotations
 
-import contextlib
 import html
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -36,12 +35,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_adanorm.detection import iter_norms
-from hf_adanorm.dummy_inputs import dummy_inputs
 from hf_adanorm.modeling_adanorm import AdaNorm, check_number
+from hf_adanorm.running import dummy_inputs, hooked, run
 from hf_adanorm.saving.spec import configs_of, write_specs
+from hf_adanorm.swapping import Change, Options, all_or_nothing, apply_plan, make_plan, refuse_wrapped, unchanged
 
 from .consumers import is_side_output, named_outputs
-from .fit import Fit, run_quietly
+from .fit import fold_by_fit
 from .plan import TOLERANCES, FoldedNorm, FoldPlan, eps_name
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
@@ -128,25 +128,25 @@ def fold_affine(
 
     Raises:
         ValueError: a bad argument; no dummy inputs; a norm that cannot be folded with `on_unfoldable="raise"`.
-        RuntimeError: the outputs moved by more than the tolerance. The model is then as it was.
+        RuntimeError: the outputs moved by more than the tolerance.
+        Whatever is raised, a KeyboardInterrupt, say, the model is then as it was.
     """
     if on_unfoldable not in ("keep", "approximate", "calibrate", "raise"):
         raise ValueError(f'on_unfoldable must be "keep", "approximate", "calibrate" or "raise", got {on_unfoldable!r}')
-    from hf_adanorm.patching import patch_model, refuse_wrapped  # patching imports this module
-
     refuse_wrapped(model)
     names = [name for name, _, info in iter_norms(model) if info.kind != "other"]
-    report = fold_norms(model, names, fold_inputs=fold_inputs, on_unfoldable=on_unfoldable, tolerance=tolerance)
-    if configs_of(model):
-        if report.protect:
-            exactly = "|".join(re.escape(name) for name in report.protect)
-            patch_model(model, "layernorm-simple", include=exactly, targets="all")
-        write_specs(model)
+    with all_or_nothing(model) as change:
+        report = fold_norms(change, names, fold_inputs=fold_inputs, on_unfoldable=on_unfoldable, tolerance=tolerance)
+        if configs_of(model):
+            if report.protect:
+                exactly = "|".join(re.escape(name) for name in report.protect)
+                apply_plan(make_plan(model, Options(norm="layernorm-simple", include=exactly, targets="all")))
+            write_specs(model)
     return report
 
 
 def fold_norms(
-    model: nn.Module,
+    change: Change,
     names: Collection[str],
     *,
     fold_inputs: Mapping[str, Any] | None = None,
@@ -154,8 +154,9 @@ def fold_norms(
     tolerance: float | None = None,
     settings: Mapping[str, tuple[float, float]] | None = None,
 ) -> FoldReport:
-    """`fold_affine` for the norms called `names`; leaves the config alone. `settings` gives the (C, k) that each will
-    have, for "calibrate" (by default 1 and 0: layernorm-simple)."""
+    """`fold_affine` for the norms called `names` of `change.model`, as a part of that change; leaves the config alone.
+    `settings` gives the (C, k) that each will have, for "calibrate" (by default 1 and 0: layernorm-simple)."""
+    model = change.model
     _check_model(model)
     if tolerance is not None:
         check_number("tolerance", tolerance, minimum=0.0, inclusive=True)
@@ -183,27 +184,27 @@ def fold_norms(
     _check_outputs(plan.watched.outputs)
     states = _hidden_states(model, inputs)
     replacements = _replacements(plan, settings or {})
-    undo = plan.apply(Fit(plan, inputs, replacements) if calibrate else None)
-    try:
-        with _replaced(plan, replacements if calibrate else {}):
-            after = dict(named_outputs(run_quietly(model, inputs)))
-            states_after = _hidden_states(model, inputs) if states else {}
-        difference, changed = _compare(dict(named_outputs(plan.watched.outputs)), after)
-        changed |= {path: _difference(states[path], states_after[path]) for path in states}
-        limit = tolerance if tolerance is not None else _default_tolerance(plan)
-        exact = not calibrate and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
-        if exact and not difference <= limit:
-            raise RuntimeError(
-                f"folding moved the outputs by {difference:.2e} of their largest value, "
-                f"above the tolerance {limit:.0e}; "
-                f"the model is as it was. Pass a real batch as fold_inputs, or a larger tolerance to fold_affine if "
-                f"that is rounding (a half-precision model)"
-            )
-        if difference != difference:
-            raise RuntimeError("folding made the outputs NaN; the model is as it was")
-    except BaseException:
-        undo()
-        raise
+    if calibrate:
+        fold_by_fit(plan, inputs, replacements, change)
+    else:
+        for name in plan.order:
+            plan.absorb(name, change)
+    plan.neutralize(change)
+    with hooked(_replaced(plan, replacements if calibrate else {})):
+        after = dict(named_outputs(run(model, inputs)))
+        states_after = _hidden_states(model, inputs) if states else {}
+    difference, changed = _compare(dict(named_outputs(plan.watched.outputs)), after)
+    changed |= {path: _difference(states[path], states_after[path]) for path in states}
+    limit = tolerance if tolerance is not None else _default_tolerance(plan)
+    exact = not calibrate and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
+    if exact and not difference <= limit:
+        raise RuntimeError(
+            f"folding moved the outputs by {difference:.2e} of their largest value, above the tolerance {limit:.0e}; "
+            f"the model is as it was. Pass a real batch as fold_inputs, or a larger tolerance to fold_affine if that "
+            f"is rounding (a half-precision model)"
+        )
+    if difference != difference:
+        raise RuntimeError("folding made the outputs NaN; the model is as it was")
     side = {path: value for path, value in changed.items() if value > limit}
     return FoldReport(tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases), tuple(plan.protect()))
 
@@ -212,7 +213,7 @@ def _checked(model: nn.Module, fold_inputs: Mapping[str, Any]) -> dict[str, Any]
     """`fold_inputs`, with which the model runs. Raises ValueError, with the model's own words, when it does not."""
     inputs = dict(fold_inputs)
     try:
-        run_quietly(model, inputs)
+        run(model, inputs)
     except Exception as error:  # of whatever kind the model makes of them
         raise ValueError(
             f"{type(model).__name__} does not run on fold_inputs={{{', '.join(map(str, inputs))}}}: "
@@ -241,17 +242,9 @@ def _replacements(
     return {name: make(name) for name in plan.folds}
 
 
-@contextlib.contextmanager
-def _replaced(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    hooks = [
-        plan.modules[name].register_forward_hook(lambda module, args, output, new=new: new(args[0]))
-        for name, new in replacements.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _replaced(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[Any]:
+    for name, new in replacements.items():
+        yield plan.modules[name].register_forward_hook(lambda module, args, output, new=new: new(args[0]))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -275,18 +268,11 @@ def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Ten
     """The hidden states that the model returns only when it is asked for them; none where it cannot be asked."""
     if not isinstance(model, PreTrainedModel):
         return {}
-    mark = "_output_capturing_hooks_installed"
-    before = {module: (set(module._forward_hooks), mark in module.__dict__) for module in model.modules()}
-    try:
-        outputs = run_quietly(model, {**inputs, "output_hidden_states": True})
-    except Exception:  # not a parameter of every model
-        return {}
-    finally:
-        for module, (hooks, marked) in before.items():  # transformers leaves the hooks that capture them, and a mark
-            for key in set(module._forward_hooks) - hooks:
-                del module._forward_hooks[key]
-            if not marked:
-                module.__dict__.pop(mark, None)
+    with unchanged(model):  # transformers leaves the hooks that capture them, and a mark
+        try:
+            outputs = run(model, {**inputs, "output_hidden_states": True})
+        except Exception:  # not a parameter of every model
+            return {}
     return {path: tensor for path, tensor in named_outputs(outputs) if "hidden_states" in path}
 
 

@@ -1,10 +1,11 @@
-"""Which norms can be folded into what, decided for the whole model before a weight moves, and the way back."""
+"""Which norms can be folded into what, decided for the whole model before a weight moves, and the fold itself."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from hf_adanorm.detection import NormInfo, iter_norms
 from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
+from hf_adanorm.swapping import Change
 
 from .consumers import (
     FOREIGN,
@@ -26,11 +28,9 @@ from .consumers import (
     watch_consumers,
 )
 
-if TYPE_CHECKING:
-    from .fit import Fit
-
 # The types of weights that can be folded into, and how far the outputs may move by rounding.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_BLOCK = 1 << 20  # elements of a weight that are folded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Fold:
 
 
 class FoldPlan:
-    """Decides for every norm; then `apply()` carries it all out and returns the way back."""
+    """Decides for every norm; then `absorb` carries it out, norm by norm, and `neutralize` ends it."""
 
     def __init__(self, model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], approximate: bool):
         self.model = model
@@ -76,9 +76,10 @@ class FoldPlan:
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(parameter.data_ptr(), set()).add(name)
         self.added_biases: list[str] = []
-        self.masters: dict[str, tuple[Tensor, Tensor]] = {}
+        self.masters: dict[str, tuple[Tensor, Tensor]] = {}  # float64, of layers that several norms fold into
         self.folds: dict[str, Fold] = {}
         self.norms: list[FoldedNorm] = [self._decide(name) for name in names]
+        self.pending = Counter(name for fold in self.folds.values() for name in (*fold.readers, *fold.branches))
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -278,135 +279,131 @@ class FoldPlan:
 
     # -- carrying it out ---------------------------------------------------------------------------------------------
 
+    @property
+    def order(self) -> list[str]:
+        """The norms to fold, in the order they run."""
+        return [name for name in self.watched.norm_reads if name in self.folds]
+
+    def in_passing(self, norm: str) -> bool:
+        """Whether a norm runs once in a forward pass, and before every layer that its fold changes."""
+        fold, order = self.folds[norm], self.watched.ran
+        later = (*fold.readers, *fold.branches, *fold.next_norms)
+        return len(self.watched.norm_reads[norm]) == 1 and all(order[name] > order[norm] for name in later)
+
     @torch.no_grad()
-    def apply(self, fit: Fit | None = None) -> Undo:
-        """Change weights, biases, eps, and set the norms' gains to 1 and biases to 0. Float64 arithmetic, rounded
-        once.
-
-        With `fit`, norm after norm in the order they run, each fitted to the source with all before it replaced.
-        """
-        undo = Undo()
-        try:
-            order = [name for name in self.watched.norm_reads if name in self.folds]
-            touched = [(*self.folds[name].readers, *self.folds[name].branches) for name in order]
-            for position, name in enumerate(order):
-                fold = self.folds[name]
-                if fit is not None:
-                    fit.update(name, fold)
-                self._absorb(fold, undo)
-                later = {layer for layers in touched[position + 1 :] for layer in layers}
-                for layer in set(touched[position]) - later:
-                    self.masters.pop(layer, None)  # twice the size of its weight, or four times
-            if fit is not None:
-                fit.close()
-            for name in order:
-                info, module = self.infos[name], self.modules[name]
-                for key, value in ((info.gain_name, 1.0 - info.gain_offset), (info.bias_name, 0.0)):
-                    if key is not None and isinstance(tensor := getattr(module, key, None), Tensor):
-                        undo.keep(tensor)
-                        tensor.fill_(value)
-        except BaseException:
-            if fit is not None:
-                fit.close()
-            undo()
-            raise
-        return undo
-
-    def _absorb(self, fold: Fold, undo: Undo) -> None:
-        """Fold one norm into its readers, its branches and the eps of the norms that follow."""
+    def absorb(self, norm: str, change: Change) -> None:
+        """Fold one norm into its readers, its branches and the eps of the norms that follow, in float64, rounded once.
+        The norm itself keeps its gain and bias until `neutralize`."""
+        fold = self.folds[norm]
         has_bias = bool(fold.bias.any()) or bool(fold.branch_bias.any())
         for name, columns in fold.readers.items():
-            weight, bias = self._master(name)
-            index = torch.tensor(columns, device=weight.device)
-            own = index >= 0
-            gain = torch.where(own, fold.gain.to(weight.device)[index.clamp_min(0)], 1.0)
-            shift = torch.where(own, fold.bias.to(weight.device)[index.clamp_min(0)], 0.0)
-            self._write(name, *_absorb(self.modules[name], weight, bias, gain, shift), has_bias, undo)
-        for name in fold.branches:
-            weight, bias = self._master(name)
-            bias = (bias + fold.branch_bias.to(bias.device)) / fold.scale
-            self._write(name, weight / fold.scale, bias, has_bias, undo)
-        for name in fold.next_norms:
-            norm = self.modules[name]
-            key = eps_name(norm)
-            assert key is not None  # checked in _refuse_residual
-            undo.eps.append((norm, key, getattr(norm, key), ADJUSTED_EPS in norm.__dict__))
-            setattr(norm, key, getattr(norm, key) / fold.scale**2)
-            norm.__dict__[ADJUSTED_EPS] = True
-
-    def _master(self, name: str) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear layer in float64, as folded so far."""
-        if name not in self.masters:
             module: Any = self.modules[name]
-            weight = module.weight.detach().double()
-            outputs = weight.shape[1] if _is_conv1d(module) else weight.shape[0]
-            bias = getattr(module, "bias", None)
-            zeros = torch.zeros(outputs, dtype=torch.float64, device=weight.device)
-            self.masters[name] = weight, zeros if bias is None else bias.detach().double()
-        return self.masters[name]
+            index = torch.tensor(columns, device=module.weight.device)
+            own = index >= 0
+            gain = torch.where(own, fold.gain.to(index.device)[index.clamp_min(0)], 1.0)
+            shift = torch.where(own, fold.bias.to(index.device)[index.clamp_min(0)], 0.0)
+            self._write(name, _Columns(module, gain, shift), has_bias, change)
+        scale, branch_bias = fold.scale, fold.branch_bias
+        for name in fold.branches:
+            self._write(name, _Branch(scale, branch_bias), has_bias, change)
+        for name in fold.next_norms:
+            following = self.modules[name]
+            key = eps_name(following)
+            assert key is not None  # checked in _refuse_residual
+            setattr(following, key, getattr(following, key) / scale**2)
+            following.__dict__[ADJUSTED_EPS] = True
 
-    def _write(self, name: str, weight: Tensor, bias: Tensor, needs_bias: bool, undo: Undo) -> None:
-        self.masters[name] = weight, bias
+    @torch.no_grad()
+    def neutralize(self, change: Change) -> None:
+        """Gain 1 and bias 0 for every norm that was folded."""
+        for name in self.folds:
+            info, module = self.infos[name], self.modules[name]
+            for key, value in ((info.gain_name, 1.0 - info.gain_offset), (info.bias_name, 0.0)):
+                if key is not None and isinstance(tensor := getattr(module, key, None), Tensor):
+                    change.keep(tensor)
+                    tensor.fill_(value)
+
+    def _write(self, name: str, step: _Columns | _Branch, needs_bias: bool, change: Change) -> None:
+        """Give a linear layer what `step` makes of its weight and bias, a large one block by block of its rows."""
         module: Any = self.modules[name]
-        old_weight, old_bias = module.weight, getattr(module, "bias", None)
-        new_weight, new_bias = weight.to(old_weight.dtype), bias.to(old_weight.dtype)
-        if not bool(new_weight.isfinite().all() and new_bias.isfinite().all()):
-            finite = bool(old_weight.isfinite().all() and (old_bias is None or old_bias.isfinite().all()))
-            raise RuntimeError(
-                f"folding into {name} overflows {old_weight.dtype}; the model is as it was. Fold in float32"
-                if finite
-                else f"the weights of {name} are not finite: there is nothing to fold into"
-            )
-        undo.keep(old_weight)
-        old_weight.copy_(new_weight)
-        if old_bias is not None:
-            undo.keep(old_bias)
-            old_bias.copy_(new_bias)
+        weight, bias = module.weight.detach(), getattr(module, "bias", None)
+        outputs = weight.shape[1] if _is_conv1d(module) else weight.shape[0]
+        zeros = torch.zeros(outputs, dtype=torch.float64, device=weight.device)
+        old_bias = zeros if bias is None else bias.detach().double()
+        self.pending[name] -= 1
+        once = not self.pending[name] and name not in self.masters
+        blocks = [slice(None)]
+        if once and isinstance(module, nn.Linear):
+            rows = max(_BLOCK // weight.shape[1], 1)
+            blocks = [slice(start, start + rows) for start in range(0, outputs, rows)]
+        biases = []
+        for block in blocks:
+            part = weight[block]
+            before = (part.double(), old_bias[block]) if once else self.masters.pop(name, (weight.double(), old_bias))
+            after = step(*before)
+            if self.pending[name]:  # another norm's fold comes
+                self.masters[name] = after
+            new, new_bias = (value.to(weight.dtype) for value in after)
+            if not bool(new.isfinite().all() and new_bias.isfinite().all()):
+                finite = bool(part.isfinite().all() and old_bias.isfinite().all())
+                raise RuntimeError(
+                    f"folding into {name} overflows {weight.dtype}; the model is as it was. Fold in float32"
+                    if finite
+                    else f"the weights of {name} are not finite: there is nothing to fold into"
+                )
+            if once:
+                change.keep(part, new, lambda x: step.inverse(x.double()).to(x.dtype))
+            else:
+                change.keep(module.weight)
+            part.copy_(new)
+            biases.append(new_bias)
+        if bias is not None:
+            change.keep(bias)
+            bias.copy_(torch.cat(biases))
         elif needs_bias:
-            module.bias = nn.Parameter(new_bias, requires_grad=old_weight.requires_grad)
+            module.bias = nn.Parameter(torch.cat(biases), requires_grad=module.weight.requires_grad)
             module.__dict__[ADDED_BIAS] = True
-            undo.added.append(module)
             self.added_biases.append(name)
 
 
-class Undo:
-    """Puts back every tensor and attribute that a fold changed."""
-
-    def __init__(self) -> None:
-        self.tensors: list[tuple[Tensor, Tensor]] = []
-        self.added: list[nn.Module] = []
-        self.eps: list[tuple[nn.Module, str, float, bool]] = []
-
-    def keep(self, tensor: Tensor) -> None:
-        if not any(kept is tensor for kept, _ in self.tensors):
-            self.tensors.append((tensor, tensor.detach().clone()))
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        for tensor, old in self.tensors:
-            tensor.copy_(old)
-        for module in self.added:
-            module.bias = None  # type: ignore[assignment]
-            del module.__dict__[ADDED_BIAS]
-        for norm, key, eps, marked in reversed(self.eps):
-            setattr(norm, key, eps)
-            if not marked:
-                norm.__dict__.pop(ADJUSTED_EPS, None)
-
-
-def _absorb(module: nn.Module, weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+class _Columns:
     """(W diag(g), W b + c) for a linear layer, Conv1D (its weight is transposed) or (grouped) convolution."""
-    if _is_conv1d(module):
-        return weight * gain[:, None], bias + shift @ weight
-    if isinstance(module, nn.Linear):
-        return weight * gain, bias + weight @ shift
-    groups = int(module.groups)  # type: ignore[arg-type]
-    outputs, width = weight.shape[0], weight.shape[1]
-    # Output channels of group i read input channels i * width .. (i + 1) * width.
-    gain, shift = (t.view(groups, width).repeat_interleave(outputs // groups, 0) for t in (gain, shift))
-    spatial = [1] * (weight.ndim - 2)
-    moved = (weight * shift.view(outputs, width, *spatial)).flatten(1).sum(1)
-    return weight * gain.view(outputs, width, *spatial), bias + moved
+
+    def __init__(self, module: nn.Module, gain: Tensor, shift: Tensor) -> None:
+        if not (_is_conv1d(module) or isinstance(module, nn.Linear)):
+            weight, groups = cast(Tensor, module.weight), int(module.groups)  # type: ignore[arg-type]
+            # Output channels of group i read input channels i * width .. (i + 1) * width.
+            gain, shift = (t.view(groups, -1).repeat_interleave(len(weight) // groups, 0) for t in (gain, shift))
+            gain, shift = (t.view(*t.shape, *[1] * (weight.ndim - 2)) for t in (gain, shift))
+        self.factor = gain[:, None] if _is_conv1d(module) else gain
+        self.module, self.shift = module, shift
+
+    def __call__(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if _is_conv1d(self.module):
+            moved = self.shift @ weight
+        elif isinstance(self.module, nn.Linear):
+            moved = weight @ self.shift
+        else:
+            moved = (weight * self.shift).flatten(1).sum(1)
+        return weight * self.factor, bias + moved
+
+    def inverse(self, weight: Tensor) -> Tensor:
+        """The weight as it was, but for rounding."""
+        return weight / self.factor
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """(W / s, (c + b) / s)"""
+
+    scale: float
+    bias: Tensor
+
+    def __call__(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return weight / self.scale, (bias + self.bias.to(bias.device)) / self.scale
+
+    def inverse(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -190,7 +190,7 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
             **_overrides(module),
         )
         groups.setdefault(group, []).append(name)
-    biases, eps = _left_by_folds(modules)
+    biases, eps = left_by_folds(modules)
     if not groups and not biases and not eps:
         return None
     spelled = spec_names(model, modules)
@@ -212,7 +212,7 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     )
 
 
-def _left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
+def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
     """The linear layers that a fold gave a bias, and the stock norms whose eps it adjusted, with that eps: as the
     modules are marked, and as the configs say. Others replace modules (embeddings are resized, layers quantised and
     dequantised), and a mark goes with its module."""

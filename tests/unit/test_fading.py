@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_adanorm import FadeCallback, calibrate_k, finish_fading, patch_model, set_fade, unpatch_model
-from hf_adanorm.dummy_inputs import dummy_inputs
 from hf_adanorm.fading import fade_at
+from hf_adanorm.running import dummy_inputs
 from tests.zoo.fold_models import build
 
 transformers.logging.set_verbosity_error()

@@ -14,10 +14,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_adanorm import patch_model
+from hf_adanorm import fold_affine, patch_model
 from hf_adanorm.detection import iter_norms
-from hf_adanorm.dummy_inputs import dummy_inputs
-from hf_adanorm.folding.fold import fold_norms
+from hf_adanorm.running import dummy_inputs
 
 POST_NORM = {"bert-cls": 4, "roberta-cls": 5, "bart": 10, "marian": 8}  # name -> approximated norms
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -282,8 +281,8 @@ def folding_table() -> None:
     for name in MODELS:
         model = build(name)
         names = [norm for norm, _, info in iter_norms(model) if info.kind != "other"]
-        report = fold_norms(model, names)
-        again = fold_norms(build(name), names, on_unfoldable="approximate")
+        report = fold_affine(model)
+        again = fold_affine(build(name), on_unfoldable="approximate")
         reasons = Counter(
             "tied head" if "tied" in norm.reason else norm.reason.split(" in ")[0].split(" (")[0]
             for norm in report.norms

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_adanorm import fold_affine, is_patched, patch_model, set_fade, unpatch_model
-from hf_adanorm.dummy_inputs import dummy_inputs
 from hf_adanorm.folding.consumers import num_inputs, watch_consumers
 from hf_adanorm.folding.fold import fold_norms
-from hf_adanorm.padding import real_rows
+from hf_adanorm.running import dummy_inputs, real_rows
 from hf_adanorm.saving import hooks
+from hf_adanorm.swapping import all_or_nothing
 from tests.zoo.fold_models import POST_NORM, build, logits
 
 transformers.logging.set_verbosity_error()
@@ -675,7 +675,8 @@ def test_watching_reports_columns_in_the_order_of_the_input() -> None:
 
 def test_only_the_named_norms_are_folded() -> None:
     model = build("vit")
-    report = fold_norms(model, ["vit.layernorm"])
+    with all_or_nothing(model) as change:
+        report = fold_norms(change, ["vit.layernorm"])
     assert report.names("folded") == ["vit.layernorm"]
     assert bool((model.vit.layernorm.weight == 1).all())
     assert not bool((model.vit.layers[0].layernorm_before.weight == 1).all())

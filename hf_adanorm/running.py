@@ -1,14 +1,54 @@
-"""Small random inputs that a model's forward pass accepts, made from its config and the names of its arguments."""
+"""A model run once in evaluation mode: the run itself, small inputs that its forward accepts, and where they are
+padded."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _LENGTH = 12
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, random numbers from seed 0; afterwards the training flags and the random states
+    of the CPU and of the model's GPUs are as they were."""
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                generator.manual_seed(0)
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The output of one forward pass in evaluation mode."""
+    with evaluating(model):
+        return model(**inputs)
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """The hooks of `handles`, which are registered as it is gone through, for the length of a block."""
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------- the inputs
 
 
 def _setting(config: Any, *names: str, default: Any = None) -> Any:
@@ -100,22 +140,29 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
     """
     if getattr(model, "config", None) is None:
         raise ValueError("a model without a config needs fold_inputs={argument name: tensor, ...}")
-    training = {module: module.training for module in model.modules()}
     error: Exception | None = None
-    try:
-        model.eval()
-        for rows, ragged in ((2, True), (2, False), (1, False)):
-            try:
-                inputs = _build(model, rows, ragged)
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    model(**inputs)
-                return inputs
-            except Exception as exception:
-                error = exception
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    for rows, ragged in ((2, True), (2, False), (1, False)):
+        try:
+            inputs = _build(model, rows, ragged)
+            run(model, inputs)
+        except Exception as exception:
+            error = exception
+        else:
+            return inputs
     raise ValueError(
         f"{type(model).__name__} does not run on dummy inputs ({type(error).__name__}: {error}); "
         f"pass fold_inputs={{argument name: tensor, ...}} with a small real batch"
     )
+
+
+def real_rows(model: nn.Module, name: str, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
+    """bool of `shape` (batch, length): which positions at the norm `name` are no padding; None where nothing tells.
+
+    In an encoder-decoder the decoder has a mask of its own, and without one no padding.
+    """
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    in_decoder = two_sided and "decoder" in name.split(".")
+    mask = inputs.get("decoder_attention_mask" if in_decoder else "attention_mask")
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != tuple(shape):
+        return None
+    return mask.to(torch.bool)

@@ -1,0 +1,159 @@
+"""Choose k for a pretrained model: what its norms' inputs look like on a few batches, and the k that this allows."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .detection import check_module, iter_norms
+from .modeling_adanorm import check_number
+from .running import evaluating, hooked, real_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormRange:
+    """What reached one norm: y = N(x) over all rows of the batches."""
+
+    name: str
+    largest: float
+    """max y: phi changes sign beyond 1 / k."""
+    smallest: float
+    share_falling: float
+    """Share of entries with y > 1 / (2 k), where z falls as y grows."""
+    share_negative: float
+    """Share of entries with y > 1 / k, where phi < 0."""
+    k: float
+    """Proposed: the largest k, up to the one asked for, with margin / max |y|."""
+
+
+@dataclass(frozen=True)
+class KReport:
+    """The answer of `calibrate_k`. Prints as a table."""
+
+    norms: tuple[NormRange, ...]
+    asked: float
+
+    @property
+    def k(self) -> dict[str, float]:
+        """Proposed k by norm, as `patch_model(model, "adanorm", k=...)` takes it."""
+        return {norm.name: norm.k for norm in self.norms}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        head = ("norm", "min y", "max y", f"y > {0.5 / self.asked:g}", f"y > {1 / self.asked:g}", "proposed k")
+        rows = [
+            (
+                norm.name,
+                f"{norm.smallest:.1f}",
+                f"{norm.largest:.1f}",
+                f"{norm.share_falling:.3%}",
+                f"{norm.share_negative:.3%}",
+                f"{norm.k:.4f}",
+            )
+            for norm in self.norms
+        ]
+        return [head, *rows]
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    def _repr_html_(self) -> str:
+        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._rows())
+        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+@torch.no_grad()
+def calibrate_k(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, k: float = 0.1, margin: float = 0.25
+) -> KReport:
+    """Measure y = N(x) at every norm on a few batches, and propose a k for each: min(k, margin / max |y|).
+
+    Pretrained models have channels far out (|y| near sqrt(H - 1)); phi(y) = C (1 - k y) turns those beyond 1 / k over.
+    With margin 0.25 phi stays within 0.75 C .. 1.25 C on everything seen; 0.5 is the most with which z still grows
+    with y everywhere. Padding, as the batch's attention mask tells, does not count.
+
+    Args:
+        model: before or after a patch; run in evaluation mode.
+        batches: keyword arguments of the forward pass, on the model's device.
+        k: the largest to propose, and the one that the shares are given for.
+        margin: > 0.
+
+    Raises:
+        TypeError: batches is not a list of mappings, k or margin no number, model no module.
+        ValueError: no batches, no norm that ran, a number out of range, or a norm that met NaN or infinity.
+    """
+    check_module(model)
+    check_number("k", k, minimum=0.0, inclusive=False)
+    check_number("margin", margin, minimum=0.0, inclusive=False)
+    if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be a list of batches, each {{argument name: tensor, ...}}, got {type(batches).__name__}"
+        )
+    norms = [(name, module, info) for name, module, info in iter_norms(model) if info.kind != "other"]
+    current: Mapping[str, Any] = {}
+    found: dict[str, list[float]] = {}  # name -> max, min, entries falling, entries negative, entries
+
+    def watch(name: str, info: Any, x: Tensor) -> None:
+        x = (x.movedim(1, -1) if info.channels_first else x).detach().float()
+        shape = info.normalized_shape
+        y = (
+            F.layer_norm(x, shape, None, None, info.eps)
+            if info.kind == "layernorm"
+            else F.rms_norm(x, shape, None, info.eps)
+        )
+        real = real_rows(model, name, current, y.shape[: -len(shape)])
+        y = y if real is None else y[real]
+        if not y.numel():
+            return
+        seen = found.setdefault(name, [-math.inf, math.inf, 0.0, 0.0, 0.0])
+        high, low = float(y.max()), float(y.min())
+        if math.isnan(high):  # max() would pass over it
+            high = math.inf
+        seen[0], seen[1] = max(seen[0], high), min(seen[1], low)
+        seen[2] += float((y > 0.5 / k).sum())
+        seen[3] += float((y > 1 / k).sum())
+        seen[4] += y.numel()
+
+    hooks = (
+        module.register_forward_pre_hook(lambda _, args, name=name, info=info: watch(name, info, args[0]))
+        for name, module, info in norms
+    )
+    count = 0
+    with hooked(hooks), evaluating(model):
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"a batch must be {{argument name: tensor, ...}}, got {type(batch).__name__}")
+            current = batch
+            model(**batch)
+            count += 1
+    if not count:
+        raise ValueError("batches is empty: calibrate_k needs at least one batch of real data")
+    if not found:
+        raise ValueError(f"no norm of {type(model).__name__} ran on these batches")
+    for name, (high, low, *_) in found.items():
+        if not (math.isfinite(high) and math.isfinite(low)):
+            raise ValueError(f"{name} met NaN or infinity on these batches: look at the weights and the inputs first")
+    return KReport(
+        tuple(
+            NormRange(
+                name=name,
+                largest=high,
+                smallest=low,
+                share_falling=falling / entries,
+                share_negative=negative / entries,
+                k=min(k, margin / max(abs(high), abs(low), 1e-12)),
+            )
+            for name, (high, low, falling, negative, entries) in found.items()
+        ),
+        k,
+    )

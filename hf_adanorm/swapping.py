@@ -1,0 +1,433 @@
+"""One change of a model's norms: planned, checked, applied as a whole, and taken back as a whole.
+
+1. `make_plan` chooses the norms, says what each becomes, and raises for whatever does not fit. It changes nothing.
+2. `all_or_nothing(model)` opens the change that a patch, a fold, the start of a fade and their way back are parts of.
+   It notes how every module is put together; the few tensors whose values a fold overwrites are kept by `keep`.
+3. `apply_plan` replaces the modules and writes the specs.
+4. Warnings are said last, with everything in place. Whatever is raised before the end, a KeyboardInterrupt, a
+   MemoryError and a warning that a filter turns into an error included, takes all of it back: a call that raises
+   leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .detection import NormInfo, check_module, iter_norms, recognize
+from .modeling_adanorm import (
+    NORM_CLASSES,
+    AdaNorm,
+    DetachNorm,
+    NoNorm,
+    NormGroup,
+    SwappedNorm,
+    is_as,
+    is_swapped,
+    make_norm,
+    replace_modules,
+    short_repr,
+    source_settings,
+)
+from .report import NormRow
+from .saving.spec import write_specs
+from .selection import Patterns, check_patterns, match_layers, match_names
+
+# --------------------------------------------------------------------------------------------------------- the change
+
+# What nn.Module keeps in tables of its own: parameters, buffers, submodules, hooks.
+_TABLES = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Change:
+    """How a model was put together, and the tensors that were overwritten since: enough to take a change back.
+
+    Args:
+        model: with all its modules.
+        others: modules outside of it that may change, too; where their tensors lie is noted as well.
+    """
+
+    def __init__(self, model: nn.Module, others: Sequence[nn.Module] = ()) -> None:
+        self.model = model
+        modules = {id(module): module for root in (model, *others) for module in root.modules()}
+        self._modules = [
+            (
+                module,
+                dict(module.__dict__),
+                {key: copy.copy(module.__dict__[key]) or () for key in _TABLES if key in module.__dict__},
+            )
+            for module in modules.values()
+        ]
+        self._data = [(tensor, tensor.data) for root in others for tensor in (*root.parameters(), *root.buffers())]
+        self._kept: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]] = []
+        self._warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        """To be said at the end of the call."""
+        self._warnings.append(message)
+
+    def keep(
+        self, tensor: Tensor, new: Tensor | None = None, inverse: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Call it before `tensor` is overwritten; more than once does no harm.
+
+        Where the new values are given, and a function that takes them back but for rounding, the old ones are not
+        copied: half a byte for each element says by how many last places they differ from what it gives.
+        """
+        if new is not None and inverse is not None and (gaps := _gaps(tensor, inverse(new))) is not None:
+            self._kept.append((tensor, gaps, inverse))
+        elif not any(kept is tensor for kept, _, _ in self._kept):
+            self._kept.append((tensor, tensor.detach().clone(), None))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Take everything back. A KeyboardInterrupt on the way waits until it is done."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                while self._kept:
+                    tensor, old, inverse = self._kept[-1]
+                    if inverse is not None:
+                        old = _closed(old, inverse(tensor))
+                        self._kept[-1] = (tensor, old, None)
+                    tensor.copy_(old)
+                    self._kept.pop()
+                for tensor, data in self._data:
+                    tensor.data = data
+                for module, attributes, tables in self._modules:
+                    for key, entries in tables.items():
+                        attributes[key].clear()
+                        attributes[key].update(entries)
+                    module.__dict__.clear()
+                    module.__dict__.update(attributes)
+            except KeyboardInterrupt as error:
+                interrupt = error
+            else:
+                break
+        if interrupt is not None:
+            raise interrupt
+
+
+def _gaps(old: Tensor, back: Tensor) -> Tensor | None:
+    """uint8 of half as many elements: `old` - `back`, of one dtype, in last places; None where some are too far."""
+    if old.element_size() not in _INTEGERS or not old.is_contiguous():
+        return None
+    kind = _INTEGERS[old.element_size()]
+    gap = (old.detach().view(kind) - back.contiguous().view(kind)).flatten()  # wraps around, and so back again
+    if bool(((gap < -8) | (gap > 7)).any()):
+        return None
+    gap = (gap + 8).to(torch.uint8)
+    odd = gap[1::2]
+    packed = gap[0::2].clone()
+    packed[: len(odd)] |= odd << 4
+    return packed
+
+
+def _closed(gaps: Tensor, back: Tensor) -> Tensor:
+    """Inverse of `_gaps`: `old`."""
+    kind = _INTEGERS[back.element_size()]
+    gap = torch.stack([gaps & 15, gaps >> 4], dim=1).flatten()[: back.numel()].to(kind) - 8
+    return (back.contiguous().view(kind) + gap.view(back.shape)).view(back.dtype)
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterator[Change]:
+    """The block's changes of `model` (and of `others`, see `Change`) stand when it ends, and its warnings are said; if
+    it raises anything, they are taken back."""
+    change = Change(model, others)
+    try:
+        yield change
+        for message in change._warnings:
+            warnings.warn(message, stacklevel=4)  # whoever called the function that holds the block
+    except BaseException:
+        change.undo()
+        raise
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[Change]:
+    """Whatever the block changes in `model` is taken back at its end."""
+    change = Change(model)
+    try:
+        yield change
+    finally:
+        change.undo()
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+
+def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
+    if value not in choices:
+        raise ValueError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The checked options of one call that choose norms and say what they become."""
+
+    norm: str = "adanorm"
+    C: float = 1.0
+    k: float | dict[str, float] = 0.1
+    detach_mean: bool = True
+    detach_variance: bool = True
+    eps: float | None = None
+    centered: bool | None = None
+    include: Patterns = None
+    exclude: Patterns = None
+    layers: tuple[int, ...] | None = None
+    targets: str = "layernorm"
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, list(NORM_CLASSES))
+        check_choice("targets", self.targets, ("layernorm", "rmsnorm", "all"))
+        # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
+        for k in self.k.values() if isinstance(self.k, dict) else (self.k,):
+            AdaNorm(1, C=self.C, k=k)
+        DetachNorm(1, detach_mean=self.detach_mean, detach_variance=self.detach_variance)
+        if self.eps is not None:
+            NoNorm(1, eps=self.eps)
+        if self.centered is not None:
+            NoNorm(1, centered=self.centered)
+        check_patterns("include", self.include)
+        check_patterns("exclude", self.exclude)
+
+    def group(self, name: str, source: nn.Module, info: NormInfo) -> NormGroup:
+        """What `source`, called `name`, becomes. Only what cannot be read off `source` without running it is
+        spelled out."""
+        readable = source_settings(source)
+        facts = {
+            "eps": info.eps,
+            "normalized_shape": info.normalized_shape,
+            "channels_first": info.channels_first,
+        }
+        overrides: dict[str, Any] = {key: value for key, value in facts.items() if readable.get(key) != value}
+        if self.eps is not None:
+            overrides["eps"] = float(self.eps)
+        centered = self.centered if self.centered is not None else info.kind == "layernorm"
+        settings: dict[str, Any] = {}
+        if self.norm == "adanorm":
+            if isinstance(self.k, dict) and name not in self.k:
+                names = ", ".join(map(repr, sorted(self.k)[:3])) + (", ..." if len(self.k) > 3 else "")
+                raise ValueError(f"k has no value for the norm {name!r}; it has {len(self.k)}: {names or 'none'}")
+            settings = {"C": float(self.C), "k": float(self.k[name] if isinstance(self.k, dict) else self.k)}
+        elif self.norm == "detachnorm":
+            settings = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
+        return NormGroup(norm=self.norm, modules=(), centered=None if centered else False, **settings, **overrides)
+
+
+@dataclass
+class Plan:
+    """What a call will do: `swaps` in the order of the model, and every norm of the model in `rows`."""
+
+    model: nn.Module
+    options: Options
+    rows: list[NormRow]
+    swaps: list[tuple[str, nn.Module, NormInfo, NormGroup]] = field(default_factory=list)
+
+
+def make_plan(model: nn.Module, options: Options) -> Plan:
+    """Choose the norms and check that each can be swapped. Changes nothing; raises what `patch_model` raises."""
+    refuse_wrapped(model)
+    plan = Plan(model=model, options=options, rows=choose_norms(model, options))
+    for row in plan.rows:
+        if not row.chosen:
+            continue
+        if getattr(row.info, "parametrized", False):
+            raise ValueError(
+                f"{row.name} is under torch.nn.utils.parametrize: replacing it would lose the parametrization. Call "
+                f"torch.nn.utils.parametrize.remove_parametrizations first, or exclude={[row.name]!r}"
+            )
+        plan.swaps.append((row.name, row.module, row.info, options.group(row.name, row.module, row.info)))
+    if not plan.swaps:
+        skipped = next((f" ({row.name}: {row.reason})" for row in plan.rows if row.reason), "")
+        raise ValueError(
+            f"{type(model).__name__} has no norm to swap with targets={options.targets!r}{skipped}. "
+            "inspect_model(model) lists every norm"
+        )
+    return plan
+
+
+def choose_norms(model: nn.Module, options: Options) -> list[NormRow]:
+    """Every norm of the model with the reason why it is left alone, or none if it is chosen."""
+    rows = [
+        NormRow(name=name, module=module, info=info, kind=_kind(module, info))
+        for name, module, info in iter_norms(model)
+    ]
+    kinds = ("layernorm", "rmsnorm") if options.targets == "all" else (options.targets,)
+    in_reach = [row for row in rows if row.kind in kinds]
+    names = [row.name for row in in_reach]
+    try:
+        included = match_names("include", options.include, names)
+        excluded = match_names("exclude", options.exclude, names)
+    except ValueError as error:
+        raise ValueError(f"{error}{_out_of_reach(options, rows, kinds)}") from None
+    layers = None if options.layers is None else match_layers(model, options.layers, names)
+    for row in rows:
+        if row.kind == "other":
+            row.reason = row.info.reason
+        elif row.kind not in kinds:
+            row.reason = f"a {row.kind}, and targets={options.targets!r}"
+        elif row.name in excluded:
+            row.reason = "exclude"
+        elif options.include is not None and row.name not in included:
+            row.reason = "not in include"
+        elif layers is not None and row.name not in layers:
+            row.reason = "not in layers"
+        elif not row.name:
+            row.reason = "it is the norm itself, and a swap happens inside a model: make the new norm directly"
+        elif (inside := getattr(row.info, "inside", "")) and row.name not in included:
+            row.reason = f"part of the conditioned norm {inside}; name it in include to swap it"
+        else:
+            row.chosen = True
+    return rows
+
+
+def _out_of_reach(options: Options, rows: list[NormRow], kinds: Sequence[str]) -> str:
+    """A hint for a pattern that only matches norms which `targets` leaves out, or which cannot be swapped."""
+    for option, patterns in (("include", options.include), ("exclude", options.exclude)):
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            for row in rows:
+                if row.kind in kinds:
+                    continue
+                try:
+                    match_names(option, pattern if isinstance(patterns, str) else [pattern], [row.name])
+                except ValueError:
+                    continue
+                why = row.info.reason if row.kind == "other" else f"a {row.kind}, and targets={options.targets!r}"
+                return f" ({row.name} is {why})"
+    return ""
+
+
+def _kind(module: nn.Module, info: NormInfo) -> str:
+    """The kind of the norm, for a swapped one that of the norm which it replaced."""
+    source = module.__dict__.get("_source") if is_swapped(module) else None
+    if source is not None and (found := recognize(source)) is not None and found.kind != "other":
+        return found.kind
+    return info.kind
+
+
+_WRAPPERS = {
+    "DataParallel",
+    "DeepSpeedEngine",
+    "DistributedDataParallel",
+    "FSDPModule",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+}
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise TypeError for what is no module, ValueError for a model that DDP, FSDP or the like already holds."""
+    check_module(model)
+    for module in model.modules():
+        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), "")
+        if not wrapper and getattr(module, "_compiled_call_impl", None) is not None:
+            wrapper = "torch.compile"
+        if wrapper:
+            raise ValueError(
+                f"{type(module).__name__} is already wrapped ({wrapper}): change the norms before "
+                "accelerator.prepare, DDP, FSDP, DeepSpeed or torch.compile"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------- carrying it out
+
+
+def apply_plan(plan: Plan) -> None:
+    """Replace the modules and write the specs. Nothing before the first replacement changes the model."""
+    fallback = next((t for t in plan.model.parameters() if t.is_floating_point()), None)
+    replacements: dict[int, nn.Module] = {}
+    for _, module, info, group in plan.swaps:
+        if is_as(module, group):
+            continue
+        new = make_norm(module, group)
+        if fallback is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
+            new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
+        if not is_swapped(module):
+            new.__dict__["_source_has_values"] = True
+        _fill_fade(new, module, info)
+        _carry_dispatch_hook(module, new)
+        replacements[id(module)] = new
+    if not replacements:
+        return
+    replace_modules(plan.model, replacements)
+    write_specs(plan.model)
+
+
+def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
+    """accelerate's `device_map` replaces `forward` and moves inputs and offloaded weights in a hook. The new norm has
+    no weight to bring in: it needs the devices only. The old one keeps its hook, which knows where its values are."""
+    hook = getattr(source, "_hf_hook", None)
+    if hook is None:
+        return
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    device = getattr(hook, "execution_device", None)
+    same = getattr(hook, "io_same_device", False)
+    if device is not None:
+        new.to_empty(device=device) if new.weight.is_meta else new.to(device)
+        new.weight.fill_(1.0)  # type: ignore[operator]
+    add_hook_to_module(new, AlignDevicesHook(execution_device=device, io_same_device=same))
+
+
+@torch.no_grad()
+def _fill_fade(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
+    """Take over gain and bias of the norm that is replaced as constants that fade out."""
+    if new.fade is None or is_swapped(source):
+        return
+    for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
+        if key in new.fade and name is not None:
+            getattr(new, f"fade_{key}").copy_(getattr(source, name).detach().add(offset))
+            new._is_hf_initialized = not new.weight.is_meta
+
+
+# --------------------------------------------------------------------------------------------------------- and back
+
+
+def restored(module: SwappedNorm) -> nn.Module:
+    """The module that `module` replaced, on its device and in its dtype."""
+    source = module.__dict__["_source"]
+    if source is None:  # a norm that the user put there by hand
+        source = nn.LayerNorm(module.normalized_shape, eps=module.eps)
+    weight = module.weight
+    if not module.__dict__["_source_has_values"]:
+        if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
+            source = source.to_empty(device=weight.device)
+        _reset_affine(source)
+        _take_back_fading(module, source)
+    if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
+        source.to(device=weight.device, dtype=weight.dtype)
+    source.train(module.training)
+    return source  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _reset_affine(norm: nn.Module) -> None:
+    """Gain 1 and bias 0, in whatever form the norm keeps them (a gain stored as an offset from 1 becomes 0)."""
+    info = recognize(norm)
+    offset = 0.0 if info is None else info.gain_offset
+    bias_name = None if info is None else info.bias_name
+    for name, parameter in norm.named_parameters():
+        parameter.fill_(0.0 if name == bias_name else 1.0 - offset)
+
+
+@torch.no_grad()
+def _take_back_fading(module: SwappedNorm, source: nn.Module) -> None:
+    """The gain and bias that a fade keeps, back into the norm that they came from."""
+    info = recognize(source)
+    if info is None or not module.fade:
+        return
+    for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
+        if key in module.fade and name is not None:
+            getattr(source, name).copy_(getattr(module, f"fade_{key}").float().sub(offset))
