@@ -14,19 +14,16 @@ PEFT and hf_adanorm are imported, in whatever order:
    the base that it names decides, and a warning says what does not fit or cannot be known.
 4. An adapter that would train gains and biases of norms which have none (LN tuning) is refused.
 
-PEFT is never imported from here: a finder on `sys.meta_path` waits for it and leaves once it has come.
+PEFT is never imported from here (see `wrapping.when_imported`).
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import json
 import re
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from importlib.machinery import ModuleSpec
+from contextlib import suppress
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
@@ -36,8 +33,8 @@ from transformers.utils.hub import cached_file
 
 from hf_adanorm.modeling_adanorm import AdaNormSpec, is_swapped
 
-from .spec import describes, differences, resolved_spec
-from .wrapping import wrap_method
+from .spec import describes, differences, in_words, resolved_spec, spec_in_file
+from .wrapping import when_imported, wrap_method
 
 KEY = "adanorm"
 _BASE, _LOADED = "_adanorm_base", "_adanorm_loaded"  # outside the fields that PEFT saves
@@ -111,7 +108,7 @@ def _attach(config: Any, model: nn.Module) -> None:
     if (data := mapping.pop(KEY, None)) is not None:
         if differing := differences(AdaNormSpec.from_dict(data), model):
             raise ValueError(
-                f"this adapter was trained on a base with other norms. {_in_words(differing, model)}. Load the "
+                f"this adapter was trained on a base with other norms. {in_words(differing, model)}. Load the "
                 "patched base that it was trained on, or call patch_model with these settings on the stock base, "
                 "before attaching it"
             )
@@ -129,7 +126,7 @@ def _warn_unless_trained_here(config: Any, model: nn.Module) -> None:
     if known and not (differing := differences(saved, model)):
         return
     why = (
-        f"its base {name!r} has other norms: {_in_words(differing, model)}"
+        f"its base {name!r} has other norms: {in_words(differing, model)}"
         if known
         else f"its base {name!r} cannot be read here, and it keeps no record of norms, as adapters of stock models "
         "and those trained where hf_adanorm was not imported"
@@ -139,31 +136,6 @@ def _warn_unless_trained_here(config: Any, model: nn.Module) -> None:
         "Adapters trained on other norms change what the model computes",
         stacklevel=5,
     )
-
-
-def _in_words(differing: list[tuple[str, str, Any, Any]], model: nn.Module) -> str:
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for kind, name, wanted, here in differing:
-        grouped.setdefault((_side(kind, wanted, here), _side(kind, here, wanted)), []).append(name)
-    parts = []
-    for (wanted, here), names in list(grouped.items())[:3]:
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        parts.append(f"it needs {wanted} at {', '.join(names[:2])}{more}; this {type(model).__name__} has {here}")
-    return ". ".join(part[0].upper() + part[1:] for part in parts)
-
-
-def _side(kind: str, value: Any, other: Any) -> str:
-    """One side of a difference, with every setting that takes part in it."""
-    if kind != "norm":
-        return f"the {kind} of a fold" + (f", {value:g}" if kind == "eps" else "") if value else f"its stock {kind}"
-    if value is None:
-        return "its stock norms"
-    settings = {key: value for key, value in vars(value).items() if key not in ("norm", "modules")}
-    if other is not None and other.norm == value.norm:
-        settings = {key: value for key, value in settings.items() if value != getattr(other, key)}
-    else:
-        settings = {key: value for key, value in settings.items() if value is not None}
-    return ", ".join([value.norm, *(f"{key}={value}" for key, value in settings.items())])
 
 
 def _check_trainable(config: Any, tuner: Any, model: nn.Module) -> None:
@@ -217,59 +189,22 @@ def _warn_unless_named_base_has(spec: AdaNormSpec, model: nn.Module | None, conf
 def _saved_spec(name: str | None, revision: str | None) -> tuple[bool, AdaNormSpec | None]:
     """Whether config.json of the base that an adapter names (a folder, or a repository in the local cache) could be
     read, and the spec in it."""
-    try:
-        path = cached_file(name, "config.json", revision=revision, local_files_only=True) if name else None
-        data = json.loads(Path(path).read_text(encoding="utf-8")).get("adanorm") if path else None
-        return path is not None, None if data is None else AdaNormSpec.from_dict(data)
-    except (OSError, ValueError, TypeError):  # not there, or not readable: then it cannot be vouched for
-        return False, None
-
-
-# ------------------------------------------------------------------------------------------- waiting for the import
+    with suppress(OSError):  # not there: then it cannot be vouched for
+        if name and (path := cached_file(name, "config.json", revision=revision, local_files_only=True)):
+            return spec_in_file(Path(path))
+    return False, None
 
 
 def install() -> None:
     """Wrap PEFT's methods now, or as soon as it is imported."""
-    if hasattr(sys.modules.get("peft"), "PeftModel"):
-        _wrap_peft()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    when_imported("peft", _wrap_peft)
 
 
-def uninstall() -> None:
-    """Stop waiting; what is wrapped already, `hooks.uninstall` unwraps."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
-
-
-def _wrap_peft() -> None:
-    from peft import PeftModel
+def _wrap_peft(peft: Any) -> None:
     from peft.config import PeftConfigMixin
     from peft.tuners.tuners_utils import BaseTuner
 
     wrap_method(BaseTuner, "inject_adapter", _inject_adapter, "model", "adapter_name")
-    wrap_method(PeftModel, "add_adapter", _add_adapter, "peft_config")
+    wrap_method(peft.PeftModel, "add_adapter", _add_adapter, "peft_config")
     wrap_method(PeftConfigMixin, "save_pretrained", _save_config, "kwargs")
     wrap_method(PeftConfigMixin, "from_pretrained", _load_config)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds `peft` as the others do, and calls `_wrap_peft` once its module has run."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "peft":
-            return None
-        finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                waiting = self in sys.meta_path
-                uninstall()
-                if waiting:
-                    _wrap_peft()
-
-            loader.exec_module = exec_module
-        return spec

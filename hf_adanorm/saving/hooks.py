@@ -10,9 +10,9 @@
 3. `PreTrainedModel.save_pretrained` and the upload that ends a push: the folder or the repository of a patched model
    gets a model card where it has none. A card that is there is left alone; only the empty form that transformers puts
    in its place does not count as one.
-4. Two methods of `Trainer`, once it is in use: the card that it writes gets our section, and the pushes of its
-   checkpoints the file of 2, as both would do without.
-5. Three methods of PEFT, once it is imported: see adapters.py.
+4. Three methods of `Trainer`, once it is imported: the card that it writes gets our section, and the pushes of its
+   checkpoints the file of 2, as both would do without; going on from a checkpoint of other norms is said.
+5. Four methods of PEFT, once it is imported: see adapters.py.
 
 A config or model without a spec passes through unchanged; `uninstall()` removes the wrappers (see saving/wrapping.py).
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,8 +38,8 @@ from hf_adanorm.modeling_adanorm import AdaNormSpec, apply_spec, is_own_referenc
 
 from . import adapters, card
 from .files import write_file
-from .spec import has_spec, refresh_specs
-from .wrapping import unwrap_methods, wrap_method
+from .spec import differences, has_spec, in_words, refresh_specs, spec_in_file
+from .wrapping import unwrap_methods, when_imported, wrap_method
 
 FILE_NAME = "modeling_adanorm.py"
 
@@ -51,12 +50,12 @@ def install() -> None:
     wrap_method(PreTrainedConfig, "to_json_file", _to_json_file, "json_file_path")
     wrap_method(PreTrainedModel, "save_pretrained", _save_pretrained, "save_directory")
     wrap_method(PreTrainedModel, "_upload_modified_files", _upload_modified_files, "working_dir", "repo_id")
+    when_imported("transformers.trainer", _wrap_trainer)
     adapters.install()
 
 
 def uninstall() -> None:
     """Take the wrappers off. Where another library has wrapped on top of ours, ours becomes a plain pass-through."""
-    adapters.uninstall()
     unwrap_methods()
 
 
@@ -83,7 +82,6 @@ def _to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound:
         saving.saved = own
         with suppress(OSError, ValueError):  # said when the card's turn comes
             saving.user_card = card.read_card(path.parent / card.CARD_NAME)
-    _wrap_trainer()
     return result
 
 
@@ -223,12 +221,22 @@ def _remove_card_section(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the Trainer
 
 
-def _wrap_trainer() -> None:
-    """`Trainer` is not imported for our sake: by the time that it saves a patched model it is there."""
-    module = sys.modules.get("transformers.trainer")
-    if module is not None:
-        wrap_method(module.Trainer, "create_model_card", _create_model_card)
-        wrap_method(module.Trainer, "_push_from_checkpoint", _push_from_checkpoint, "checkpoint_folder")
+def _wrap_trainer(module: Any) -> None:
+    wrap_method(module.Trainer, "_load_from_checkpoint", _load_from_checkpoint, "resume_from_checkpoint")
+    wrap_method(module.Trainer, "create_model_card", _create_model_card)
+    wrap_method(module.Trainer, "_push_from_checkpoint", _push_from_checkpoint, "checkpoint_folder")
+
+
+def _load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
+    """It loads tensors alone: which norms they are for is in the checkpoint's config."""
+    folder, model = Path(bound.arguments["resume_from_checkpoint"]), trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapter = folder / "adapter_config.json"
+    known, spec = spec_in_file(adapter if adapter.is_file() else folder / CONFIG_NAME)
+    if known and (differing := differences(spec or AdaNormSpec(groups=()), model)):
+        told = f"training resumes with other norms than the checkpoint in {folder} was saved with"
+        warnings.warn(f"{told}. {in_words(differing, model)}", stacklevel=6)
+    return original(trainer)
 
 
 def _create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:

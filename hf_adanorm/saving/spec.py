@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -138,6 +140,16 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return walk("", model)
 
 
+def spec_in_file(path: Path) -> tuple[bool, AdaNormSpec | None]:
+    """Whether a config.json or adapter_config.json can be read, and the spec in it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data = data.get("adanorm") or (data.get("auto_mapping") or {}).get("adanorm")
+        return True, None if data is None else AdaNormSpec.from_dict(data)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False, None
+
+
 def describes(spec: AdaNormSpec, model: nn.Module) -> bool:
     """Whether `model`, if built with `spec`, would have the norms that it has; names of another head aside."""
     return not differences(spec, model)
@@ -150,6 +162,32 @@ def differences(spec: AdaNormSpec, model: nn.Module) -> list[tuple[str, str, Any
     here = {} if actual is None else _settings_by_name(actual, model)
     keys = dict.fromkeys([*wanted, *here])
     return [(*key, wanted.get(key), here.get(key)) for key in keys if wanted.get(key) != here.get(key)]
+
+
+def in_words(differing: list[tuple[str, str, Any, Any]], model: nn.Module) -> str:
+    """`differences` as sentences that name, on both sides, every setting that takes part."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for kind, name, wanted, here in differing:
+        grouped.setdefault((_side(kind, wanted, here), _side(kind, here, wanted)), []).append(name)
+    parts = []
+    for (wanted, here), names in list(grouped.items())[:3]:
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        parts.append(f"it needs {wanted} at {', '.join(names[:2])}{more}; this {type(model).__name__} has {here}")
+    return ". ".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _side(kind: str, value: Any, other: Any) -> str:
+    """One side of a difference, with every setting that takes part in it."""
+    if kind != "norm":
+        return f"the {kind} of a fold" + (f", {value:g}" if kind == "eps" else "") if value else f"its stock {kind}"
+    if value is None:
+        return "its stock norms"
+    settings = {key: value for key, value in vars(value).items() if key not in ("norm", "modules")}
+    if other is not None and other.norm == value.norm:
+        settings = {key: value for key, value in settings.items() if value != getattr(other, key)}
+    else:
+        settings = {key: value for key, value in settings.items() if value is not None}
+    return ", ".join([value.norm, *(f"{key}={value}" for key, value in settings.items())])
 
 
 def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, str], Any]:

@@ -7,10 +7,13 @@ whatever it found in place, so it composes with the wrappers of others; `unwrap_
 from __future__ import annotations
 
 import functools
+import importlib.abc
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from importlib.machinery import ModuleSpec
+from typing import Any, ClassVar
 
 _MARK = "_hf_adanorm_original"
 _ACTIVE: set[tuple[type, str]] = set()
@@ -59,8 +62,51 @@ def wrap_method(owner: type, name: str, around: Around, *reads: str) -> None:
     setattr(owner, name, classmethod(wrapper) if isinstance(static, classmethod) else wrapper)
 
 
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules that are waited for as the others do, and calls back once they have run."""
+
+    waiting: ClassVar[dict[str, Callable[[Any], None]]] = {}
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                if (callback := self.waiting.pop(fullname, None)) is not None:
+                    callback(module)
+                if not self.waiting and self in sys.meta_path:
+                    sys.meta_path.remove(self)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+_FINDER = _Finder()
+
+
+def when_imported(name: str, callback: Callable[[Any], None]) -> None:
+    """Call `callback` with the module called `name`: now if it is there, or else as soon as somebody imports it."""
+    module = sys.modules.get(name)
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
+        callback(module)
+        return
+    _FINDER.waiting[name] = callback
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+
+
 def unwrap_methods() -> None:
-    """Take all wrappers off. Where another library has wrapped on top of one, it becomes a plain pass-through."""
+    """Take all wrappers off, and wait for no import. Where another library has wrapped on top of a wrapper, it becomes
+    a plain pass-through."""
+    _FINDER.waiting.clear()
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
     for owner, name in list(_ACTIVE):
         _ACTIVE.discard((owner, name))
         if (original := getattr(getattr(owner, name), _MARK, None)) is not None:

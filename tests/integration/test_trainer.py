@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -39,7 +40,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index, 0] % 2}
 
 
-def trainer(folder: Path, swap: str, model: Any = None, **options: Any) -> Trainer:
+def trainer(folder: Path, swap: str, model: Any = None, max_steps: int = STEPS, **options: Any) -> Trainer:
     set_seed(0)
     if model is None:
         with warnings.catch_warnings():
@@ -47,7 +48,7 @@ def trainer(folder: Path, swap: str, model: Any = None, **options: Any) -> Train
             model = patch_model(randomise(BertForSequenceClassification(CASES["bert"].config())), **SWAPS[swap])
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=STEPS,
+        max_steps=max_steps,
         per_device_train_batch_size=4,
         learning_rate=3e-3,
         save_strategy="steps",
@@ -130,6 +131,35 @@ def test_resume_with_a_reloaded_model(trained: tuple[str, Path, Trainer], tmp_pa
     again = trainer(tmp_path, swap, model=model)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert losses(again) == losses(run)
+
+
+def test_resuming_with_other_norms_is_said_before_the_first_step(tmp_path: Path) -> None:
+    trainer(tmp_path, "adanorm", max_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    for options, told in (
+        ({"k": 0.5}, r"k=0\.07 at .*has adanorm, k=0\.5"),
+        ({"norm": "none"}, r"adanorm, C=1.*has none"),
+    ):
+        model = BertForSequenceClassification(CASES["bert"].config())
+        patch_model(model, **{"norm": "adanorm", "C": 1.3, "k": 0.07, "eps": 1e-3, **options})
+        again = trainer(tmp_path / "again", "", model=model, max_steps=2)
+        with pytest.warns(UserWarning, match=f"resumes with other norms than the checkpoint .*needs .*{told}"):
+            again.train(resume_from_checkpoint=checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer(tmp_path / "same", "adanorm", max_steps=2).train(resume_from_checkpoint=checkpoint)
+
+
+def test_resuming_an_adapter_on_other_norms_is_said(tmp_path: Path) -> None:
+    def run(k: float) -> Trainer:
+        model = patch_model(BertForSequenceClassification(CASES["bert"].config()), k=k)
+        lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        return trainer(tmp_path, "", model=get_peft_model(model, lora), max_steps=2)
+
+    with pytest.warns(UserWarning, match="saved without its base"):
+        run(0.1).train()
+    with pytest.warns(UserWarning, match=r"resumes with other norms .* k=0\.1 at .* k=0\.5"):
+        run(0.5).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_final_save_of_the_trainer(trained: tuple[str, Path, Trainer], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import hf_adanorm
 from hf_adanorm import is_patched, patch_model, unpatch_model
 from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
 from hf_adanorm.saving.spec import resolved_spec
+from hf_adanorm.saving.wrapping import _FINDER
 from tests.zoo.round_trip import SWAPS, build, difference, inputs, norms, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the trained gains and biases:UserWarning")
@@ -370,13 +371,17 @@ IMPORTS = """
 import sys
 import torch, transformers
 import hf_adanorm
-from hf_adanorm.saving import adapters
-assert "peft" not in sys.modules
-assert len([f for f in sys.meta_path if isinstance(f, adapters._Finder)]) == 1
+from hf_adanorm.saving import hooks
+from hf_adanorm.saving.wrapping import _FINDER
+assert {"peft", "transformers.trainer"}.isdisjoint(sys.modules)
+hooks.install()
+assert sys.meta_path.count(_FINDER) == 1
 import peft
 from peft.config import PeftConfigMixin
 assert hasattr(PeftConfigMixin.save_pretrained, "_hf_adanorm_original")
-assert not [f for f in sys.meta_path if isinstance(f, adapters._Finder)]
+from transformers import Trainer
+assert hasattr(Trainer._load_from_checkpoint, "_hf_adanorm_original")
+assert _FINDER not in sys.meta_path
 """
 
 
@@ -387,11 +392,11 @@ def test_peft_imported_later_is_wrapped_then() -> None:
 def test_peft_imported_before_is_wrapped_at_once() -> None:
     assert hasattr(peft.PeftConfig.save_pretrained, "_hf_adanorm_original")
     hf_adanorm.saving.adapters.install()
-    assert not any(isinstance(finder, hf_adanorm.saving.adapters._Finder) for finder in sys.meta_path)
+    assert _FINDER not in sys.meta_path
 
 
 def test_absent_peft_stays_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    finder = hf_adanorm.saving.adapters._Finder()
-    monkeypatch.setattr(sys, "meta_path", [finder])
-    assert finder.find_spec("peft") is None
-    assert finder.find_spec("json") is None
+    monkeypatch.setattr(_FINDER, "waiting", {"peft": print})
+    monkeypatch.setattr(sys, "meta_path", [_FINDER])
+    assert _FINDER.find_spec("peft") is None
+    assert _FINDER.find_spec("json") is None
