@@ -3,18 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What checks the code, and what builds the documentation, need less than all: where all is installed, it serves them.
+QUALITY := $(or $(wildcard $(STAMP)),$(VENV)/.installed-quality)
+DOCS := $(VENV)/.installed-docs
 DEMO_DIR ?= outputs/demo
 DEMO_SEED ?= 1
 
-.PHONY: demo test quality coverage install clean help
+.PHONY: demo test quality coverage docs install clean help
 
-help:
-	@echo "make demo       train a small classifier with AdaNorm and with LayerNorm, compare them"
-	@echo "make test       run the tests"
-	@echo "make quality    ruff and mypy"
-	@echo "make coverage   the tests, with the coverage of hf_adanorm"
+help:  ## these lines
+	@awk -F '## ' '/^[a-z-]+:.*## /{split($$1, target, ":"); printf "make %-10s %s\n", target[1], $$2}' Makefile
 
-install: $(STAMP)
+install: $(STAMP)  ## make the virtual environment in .venv with everything that the targets below need
 
 # The Python that the project needs, and its venv module, which Debian packages apart.
 $(BIN)/python:
@@ -29,7 +29,11 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
 	@touch $(STAMP)
 
-demo: $(STAMP)
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,$*]'
+	@touch $@
+
+demo: $(STAMP)  ## train a small classifier with AdaNorm and with LayerNorm, compare them
 	@for norm in adanorm layernorm; do \
 		$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 			recipes/classification.py --config recipes/configs/demo.yaml --norm $$norm --seed $(DEMO_SEED) \
@@ -38,16 +42,21 @@ demo: $(STAMP)
 	@echo
 	@$(BIN)/python recipes/common/results.py $(DEMO_DIR)/adanorm $(DEMO_DIR)/layernorm
 
-test: $(STAMP)
+test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
-quality: $(STAMP)
+quality: $(QUALITY)  ## ruff, mypy and import-linter; installs torch, transformers and these three, not the recipes' needs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-coverage: $(STAMP)
+docs: $(DOCS)  ## build the documentation into docs/_build (installs torch, transformers and Sphinx) and check its links
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+coverage: $(STAMP)  ## run the tests, with the coverage of hf_adanorm
 	$(BIN)/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90
 
-clean:
-	rm -rf $(VENV) $(DEMO_DIR) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) $(DEMO_DIR) docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

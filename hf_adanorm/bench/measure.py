@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,111 +23,12 @@ from torch import Tensor, nn
 from hf_adanorm import modeling_adanorm
 from hf_adanorm.patching import patch_model
 
+from . import report as files
 from .contenders import BASELINE, MODELS, SIZES, Size, build_model, contenders, count_norms, with_norm
+from .timing import Measurement, seconds_of, summarize, take_turns
 
 LEVELS = ("op", "model", "patch")
 MODES = ("eager", "compiled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One contender in one case: a row of the CSV."""
-
-    level: str
-    """One of LEVELS."""
-    case: str
-    """The shape ("4096x768") or the model ("bert")."""
-    dtype: str
-    mode: str
-    """One of MODES."""
-    task: str
-    """What was timed, such as "forward+backward"."""
-    norm: str
-    seconds: float
-    """Median over the rounds."""
-    ratio: float
-    """Median, over the rounds, of the ratio to the baseline."""
-    ratio_low: float
-    """Lower and upper quartile of that ratio."""
-    ratio_high: float
-    rounds: int
-    tokens_per_second: float | None = None
-    bytes: int | None = None
-    """Of what is saved for the backward pass (op level), or the peak of a step beyond parameters and optimizer
-    state (model level)."""
-    parameters: int | None = None
-    modules: int | None = None
-    """Norm modules that the model has."""
-
-
-# -------------------------------------------------------------------------------------------------------- timing
-
-
-def clock_name(device: torch.device) -> str:
-    """With what `device` is timed. One thread on a CPU is timed by what it computes, as its wall time would hold the
-    turns of other processes as well."""
-    if device.type == "cuda":
-        return "CUDA events"
-    return "CPU time" if torch.get_num_threads() == 1 else "wall time"
-
-
-def _seconds(function: Callable[[], Any], device: torch.device, repeats: int, wall: bool = False) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        for _ in range(repeats):
-            function()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / repeats
-    now = time.process_time if not wall and clock_name(device) == "CPU time" else time.perf_counter
-    begin = now()
-    for _ in range(repeats):
-        function()
-    return (now() - begin) / repeats
-
-
-def take_turns(
-    functions: Mapping[str, Callable[[], Any]],
-    device: torch.device,
-    rounds: int,
-    min_seconds: float = 0.0,
-    wall: bool = False,
-) -> dict[str, list[float]]:
-    """Seconds of one call of every function, per round, after a warm-up that is not counted.
-
-    Args:
-        min_seconds: a call is repeated until it is expected to take this long, and averaged.
-        wall: wall time in any case, for what waits on a disk.
-    """
-    names = list(functions)
-    repeats = {}
-    for name in names:
-        functions[name]()
-        once = _seconds(functions[name], device, 1, wall)
-        repeats[name] = max(1, min(1000, math.ceil(min_seconds / max(once, 1e-7))))
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            times[name].append(_seconds(functions[name], device, repeats[name], wall))
-    return times
-
-
-def summarize(times: Mapping[str, Sequence[float]], baseline: str = BASELINE) -> dict[str, dict[str, Any]]:
-    """Medians, and the median and quartiles of the ratio to the baseline in the same round, by name."""
-    out = {}
-    for name, values in times.items():
-        ratios = [value / base for value, base in zip(values, times[baseline], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        out[name] = {
-            "seconds": statistics.median(values),
-            "ratio": statistics.median(ratios),
-            "ratio_low": low,
-            "ratio_high": high,
-            "rounds": len(values),
-        }
-    return out
 
 
 @contextlib.contextmanager
@@ -380,7 +278,7 @@ def bench_patching(
             models = [tf.BertModel(tf.BertConfig(num_hidden_layers=layers, **sizes)) for _ in range(rounds + 1)]
         modules = count_norms(models[0])
         patch_model(models.pop(), "adanorm")  # what happens once a process
-        times = [_seconds(functools.partial(patch_model, m, "adanorm"), torch.device("cpu"), 1) for m in models]
+        times = [seconds_of(functools.partial(patch_model, m, "adanorm"), torch.device("cpu"), 1) for m in models]
         per_norm[str(layers)] = [seconds / modules for seconds in times]
         stats = summarize(per_norm, baseline=str(layer_counts[0]))[str(layers)]
         stats["seconds"] = statistics.median(times)
@@ -449,8 +347,6 @@ def run_bench(
         ValueError: an unknown level, mode or device, or threads < 1.
         ImportError: rich or matplotlib is missing.
     """
-    from . import report as files
-
     for name, values, known in (("levels", levels, LEVELS), ("modes", modes, MODES)):
         if unknown := [value for value in values if value not in known]:
             raise ValueError(f"{name} must be of {', '.join(known)}, got {unknown[0]!r}")

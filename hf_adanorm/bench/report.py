@@ -9,14 +9,13 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hf_adanorm.saving.files import write_file
 
-if TYPE_CHECKING:
-    from .measure import Measurement
+from .timing import Measurement, clock_name
 
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
@@ -42,8 +41,6 @@ def write(results: Sequence[Measurement], folder: Path, device: torch.device) ->
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What the figures hold for."""
-    from .measure import clock_name
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": f"{device.type} ({name})",

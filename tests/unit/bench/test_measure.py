@@ -16,6 +16,7 @@ from hf_adanorm import AdaNorm, modeling_adanorm
 from hf_adanorm.bench import contenders as bench_contenders
 from hf_adanorm.bench import measure as bench
 from hf_adanorm.bench import report as bench_report
+from hf_adanorm.bench import timing
 from hf_adanorm.cli import main
 
 CPU = torch.device("cpu")
@@ -73,25 +74,6 @@ def test_table_and_plot(written, rows):
         assert row["case"] in text
     assert (written / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert not [path for path in written.iterdir() if path.name.startswith(".")]
-
-
-def test_turns_alternate_and_the_warm_up_is_not_counted():
-    calls = []
-    functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    times = bench.take_turns(functions, CPU, rounds=3)
-    assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abc", 3)
-    assert calls[-9:] == list("abcbcacab")
-
-
-def test_ratios_are_taken_within_a_round():
-    # The machine gets ten times slower in the second round: the ratio does not see it.
-    times = {"layernorm": [1.0, 10.0, 1.0], "adanorm": [2.0, 20.0, 3.0]}
-    stats = bench.summarize(times)
-    assert stats["layernorm"]["ratio"] == 1.0
-    assert stats["adanorm"]["ratio"] == 2.0
-    assert stats["adanorm"]["seconds"] == 3.0
-    assert stats["adanorm"]["ratio_high"] == 3.0
-    assert stats["adanorm"]["rounds"] == 3
 
 
 def test_the_written_out_formula_is_adanorm():
@@ -160,7 +142,7 @@ def test_an_unknown_model_is_named():
 
 
 def test_report_of_nothing_measured_twice_is_the_same_file(tmp_path):
-    result = bench.Measurement(
+    result = timing.Measurement(
         level="op",
         case="4x8",
         dtype="float32",
