@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_adanorm.detection import check_module
 from hf_adanorm.modeling_adanorm import check_number
+from hf_adanorm.running import evaluating, hooked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +177,6 @@ def _run(model: nn.Module, inputs: Any) -> dict[tuple[str, int], list[Tensor]]:
     """The output tensors of every call of every module, by name and number of the call, in the order they finish."""
     args, kwargs = _arguments(inputs, next(model.parameters(), torch.empty(0)).device)
     found: dict[tuple[str, int], list[Tensor]] = {}
-    handles = []
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -188,19 +188,9 @@ def _run(model: nn.Module, inputs: Any) -> dict[tuple[str, int], list[Tensor]]:
 
         return hook
 
-    training = {module: module.training for module in model.modules()}
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_hook(hook_for(name)))
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training.items():
-            module.training = flag
+    handles = (module.register_forward_hook(hook_for(name)) for name, module in model.named_modules())
+    with hooked(handles), evaluating(model):
+        model(*args, **kwargs)
     return found
 
 
