@@ -128,22 +128,24 @@ _ARGUMENTS = {
 _Library = dict[tuple[str, torch.dtype], Callable[..., None]]
 
 
-def supports(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
-    """Whether the loops serve this input: float32 or bfloat16 on a CPU, one normalised dimension."""
+def supports(x: Tensor, normalized_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the loops serve this input and output: float32 or bfloat16 on a CPU, one normalised dimension."""
     return (
         x.is_cpu
-        and x.dtype in _NAMES
+        and dtype in _NAMES
+        and x.dtype == dtype
         and len(normalized_shape) == 1
         and x.shape[-1:] == normalized_shape
         and _library() is not None
     )
 
 
-def forward(x: Tensor, eps: float, C: float = 1.0, k: float = 0.0) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, dtype: torch.dtype, eps: float, C: float = 1.0, k: float = 0.0) -> tuple[Tensor, Tensor]:
     """z = C * (1 - k * y) * y with y = (x - mean) * rstd, over the last axis.
 
     Args:
         x: (*, H), float32 or bfloat16, in any layout (a copy is made of one that is not contiguous).
+        dtype: of z, which is x's.
         eps, C, k: as in `AdaNorm`; the defaults give z = y.
 
     Returns:
@@ -154,7 +156,7 @@ def forward(x: Tensor, eps: float, C: float = 1.0, k: float = 0.0) -> tuple[Tens
     library = _library()
     assert library is not None
     x = x.contiguous()
-    dtype, H = x.dtype, x.shape[-1]
+    H = x.shape[-1]
     rows, z = x.numel() // H, torch.empty_like(x)
     stats = x.new_empty((2 if dtype is torch.float32 else 1, rows), dtype=torch.float32)
     library["forward", dtype](

@@ -80,6 +80,8 @@ _HALF = (torch.float16, torch.bfloat16)  # computed in float32 inside, rounded o
 
 # Fused loops for training on a CPU, or None: importing the package puts `hf_adanorm.cpu_kernel` here.
 cpu_kernel: Any = None
+# Those for training on a GPU, or None: `hf_adanorm.triton_kernel.enable()` puts them here.
+gpu_kernel: Any = None
 
 # As C functions: called in every forward pass, where a small input takes as long as a few lines of Python.
 _is_tracing = torch._C._is_tracing
@@ -192,7 +194,7 @@ class _AdaNormFunction(_Function):
     def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...], kernel: Any) -> Tensor:
         ctx.arguments, ctx.kernel = arguments, kernel
         if kernel is not None:
-            z, stats = kernel.forward(x, *arguments[1:4])
+            z, stats = kernel.forward(x, arguments[5], *arguments[1:4])
             ctx.save_for_backward(x, stats)
             return cast(Tensor, z)
         ctx.save_for_backward(x)
@@ -295,7 +297,7 @@ class _DetachNormFunction(_Function):
         ctx.arguments, ctx.kernel, ctx.input_dtype = arguments, kernel, x.dtype
         normalized_shape, eps, centered, _, detach_variance, dtype = arguments
         if kernel is not None:
-            y, stats = kernel.forward(x, eps)
+            y, stats = kernel.forward(x, dtype, eps)
             ctx.save_for_backward(stats, *(() if detach_variance else (x,)))
             return cast(Tensor, y)
         if centered:
@@ -518,9 +520,10 @@ class SwappedNorm(nn.Module):
     def _kernel(self, x: Tensor, dtype: torch.dtype) -> Any:
         """The fused loops where they serve. Not in eval mode, so that a model computes the same bits there with and
         without the package."""
-        if cpu_kernel is None or not (self.training and self.centered and dtype == x.dtype and x.requires_grad):
+        kernel = cpu_kernel if x.is_cpu else gpu_kernel
+        if kernel is None or not (self.training and self.centered and x.requires_grad):
             return None
-        return cpu_kernel if cpu_kernel.supports(x, self.normalized_shape) else None
+        return kernel if kernel.supports(x, self.normalized_shape, dtype) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` of shape (*, *normalized_shape), or (N, C, *) with channels_first; same shape, and the
@@ -585,6 +588,11 @@ class LayerNormSimple(SwappedNorm):
     def _forward(self, x: Tensor) -> Tensor:
         if self.reference == "lancopku":
             return _normalize_lancopku(_upcast(x), self.normalized_shape, self.eps).to(_output_dtype(x))
+        if gpu_kernel is not None and torch.is_grad_enabled() and not _is_recorded(x):
+            dtype = _output_dtype(x)
+            if self._kernel(x, dtype) is gpu_kernel:  # phi = 1
+                arguments = (self.normalized_shape, self.eps, 1.0, 0.0, True, dtype)
+                return _AdaNormFunction.apply_eager(x, arguments, gpu_kernel)
         return _normalize(x, self.normalized_shape, self.eps, self.centered)
 
 

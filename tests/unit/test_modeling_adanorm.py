@@ -16,62 +16,34 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_adanorm import AdaNorm, DetachNorm, LayerNormSimple, NoNorm, cpu_kernel, modeling_adanorm
+from tests.zoo.formulas import (
+    ADANORM,
+    DETACHED,
+    IDS,
+    MEAN_DETACHED,
+    NORMS,
+    SIMPLE,
+    VARIANCE_DETACHED,
+    H,
+    derivatives,
+    leaf,
+    make,
+    random,
+    reference,
+    ulps,
+)
 
-H = 24
-SIMPLE = ("layernorm-simple", {})
-ADANORM = ("adanorm", {"C": 1.3, "k": 0.07})
-DETACHED = ("detachnorm", {})
-MEAN_DETACHED = ("detachnorm", {"detach_variance": False})
-VARIANCE_DETACHED = ("detachnorm", {"detach_mean": False})
-NORMS = [SIMPLE, ADANORM, DETACHED, MEAN_DETACHED, VARIANCE_DETACHED]
 LAYOUTS = [
     pytest.param((3, 5, H), H, {}, id="last"),
     pytest.param((3, 4, 6), (4, 6), {}, id="two-trailing"),
     pytest.param((3, H, 2, 5), H, {"channels_first": True}, id="channels-first"),
 ]
 LAYOUT = pytest.mark.parametrize(("size", "shape", "layout"), LAYOUTS)
-NORM = pytest.mark.parametrize("norm", NORMS, ids=["simple", "adanorm", "detach", "detach-mean", "detach-variance"])
-
-
-def make(norm, shape=H, eps=1e-3, **kwargs) -> nn.Module:
-    name, arguments = norm
-    return modeling_adanorm.NORM_CLASSES[name](shape, eps=eps, **arguments, **kwargs)
-
-
-def reference(norm, x: Tensor, dims, eps: float, centered: bool = True) -> Tensor:
-    """The paper's definitions, word for word: section 2.1 for N, 3.2 for DetachNorm, 4.2 for AdaNorm."""
-    name, arguments = norm
-    mu = x.mean(dims, keepdim=True) if centered else torch.zeros((), dtype=x.dtype)
-    sigma = ((x - mu) ** 2).mean(dims, keepdim=True).add(eps).sqrt()
-    if name == "detachnorm":
-        mu = mu.detach() if arguments.get("detach_mean", True) else mu
-        sigma = sigma.detach() if arguments.get("detach_variance", True) else sigma
-    y = (x - mu) / sigma
-    if name == "adanorm":
-        phi = arguments["C"] * (1 - arguments["k"] * y)
-        return phi.detach() * y
-    return y
+NORM = pytest.mark.parametrize("norm", NORMS, ids=IDS)
 
 
 def dims_of(shape, layout) -> tuple[int, ...]:
     return (1,) if layout else tuple(range(-len(shape if isinstance(shape, tuple) else (shape,)), 0))
-
-
-def random(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_()
-
-
-def derivatives(function, x: Tensor, dz: Tensor, v: Tensor) -> list[Tensor]:
-    """Output, gradient, and the gradient of <gradient, v> with respect to x and to dz."""
-    x, dz = leaf(x), leaf(dz)
-    z = function(x)
-    (dx,) = torch.autograd.grad(z, x, dz, create_graph=True)
-    second = torch.autograd.grad((dx * v).sum(), (x, dz), allow_unused=True)
-    return [z, dx, *(torch.zeros_like(x) if g is None else g for g in second)]
 
 
 @NORM
@@ -264,13 +236,6 @@ def _without_autocast(function):
         return function()
 
 
-def ulps(value: Tensor, exact: Tensor) -> float:
-    """The largest error in units in the last place of the exact value's binade."""
-    info = torch.finfo(value.dtype)
-    exponent = torch.floor(torch.log2(exact.abs().clamp_min(info.tiny)))
-    return ((value.double() - exact).abs() / (2.0**exponent * info.eps)).max().item()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @NORM
 def test_half_types_are_within_one_ulp_of_nn_layernorm(norm, dtype, kernel):
@@ -374,7 +339,7 @@ def test_saves_no_more_than_nn_layernorm(norm, dtype, kernel):
 def test_the_loop_agrees_with_torch_and_with_itself_on_threads():
     need_compiler()
     x, dz = random(300, 257, dtype=torch.float32) + 5, random(300, 257, dtype=torch.float32, seed=1)
-    z, stats = cpu_kernel.forward(x, 1e-5, 1.3, 0.07)
+    z, stats = cpu_kernel.forward(x, x.dtype, 1e-5, 1.3, 0.07)
     torch.testing.assert_close(z, modeling_adanorm._adanorm_forward(x, (257,), 1e-5, 1.3, 0.07, True, x.dtype))
     torch.testing.assert_close(stats[1], x.mean(-1))
     dx = cpu_kernel.backward(dz, x, stats, 1.3, 0.07)
@@ -382,7 +347,7 @@ def test_the_loop_agrees_with_torch_and_with_itself_on_threads():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert torch.equal(cpu_kernel.forward(x, 1e-5, 1.3, 0.07)[0], z)
+        assert torch.equal(cpu_kernel.forward(x, x.dtype, 1e-5, 1.3, 0.07)[0], z)
         assert torch.equal(cpu_kernel.backward(dz, x, stats, 1.3, 0.07), dx)
     finally:
         torch.set_num_threads(before)
