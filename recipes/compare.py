@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -41,11 +42,11 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import EXIT_RESUME, changed_content, lock_folder, write_json
-from common.options import OptionError, check_ranges, options_that_change, parse_options, read_config
+from common.options import OptionError, options_that_change, parse_options, read_config
 from common.results import align
 from comparison.paper import COLUMNS, CONFIGS, ROWS
 from comparison.report import write_report
-from comparison.runs import BASELINE, RECIPES, Recipe, RecordError, Run, outcome, summarize
+from comparison.runs import BASELINE, RecordError, Run, outcome, summarize
 from hf_adanorm import AdaNorm, DetachNorm
 from tasks.data import DATA_OPTIONS, data_content
 
@@ -57,7 +58,7 @@ MOST_SEEDS = 1000
 
 
 class RunInterrupted(Exception):  # noqa: N818  (no error: the comparison was asked to stop)
-    """SIGTERM was received; the run in progress has saved a checkpoint."""
+    """SIGTERM or Ctrl-C; the run in progress has saved a checkpoint."""
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -67,7 +68,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     )
     add = parser.add_argument
     add("--config", help="YAML file of the recipe's options, for instance recipes/configs/rt.yaml")
-    add("--recipe", choices=list(RECIPES), help="by default the one that knows the options in --config")
+    add("--recipe", choices=recipe_names(), help="by default the one that knows the options in --config")
     add("--norms", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NORM", help="default: all five")
     add("--seeds", nargs="+", type=int, default=[3], help="one number: that many, from 1; several: these seeds")
     add("--output_dir", default=None, help="default: outputs/compare-NAME, after the config")
@@ -93,24 +94,25 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     return own, rest
 
 
-def choose_recipe(name: str | None, config: str | None) -> tuple[Recipe, type]:
-    """The recipe, given by name or as the only one that knows all options of the config, and its options class.
+def recipe_names() -> list[str]:
+    """The scripts beside this one that say what their runs are measured by."""
+    scripts = sorted(Path(__file__).parent.glob("*.py"))
+    return [path.stem for path in scripts if re.search("^OPTIONS, TASK = ", path.read_text("utf-8"), re.MULTILINE)]
+
+
+def choose_recipe(name: str | None, config: str | None) -> Any:
+    """The module of the recipe, given by name or as the only one that knows all options of the config.
 
     Raises OptionError when neither tells.
     """
+    names = recipe_names()
     if name is None and config is None:
-        raise OptionError("give --config, or --recipe " + "|".join(RECIPES))
-    keys: set[str] = set()
-    if name is None and config is not None:
-        keys = {str(key) for key in read_config(config)}
-    fitting = []
-    for candidate in RECIPES if name is None else [name]:
-        recipe = RECIPES[candidate]
-        options_class = getattr(importlib.import_module(candidate), recipe.options_class)
-        if keys <= {item.name for item in dataclasses.fields(options_class)}:
-            fitting.append((recipe, options_class))
+        raise OptionError("give --config, or --recipe " + "|".join(names))
+    keys = set() if config is None or name is not None else {str(key) for key in read_config(config)}
+    modules = [importlib.import_module(candidate) for candidate in (names if name is None else [name])]
+    fitting = [module for module in modules if keys <= {item.name for item in dataclasses.fields(module.OPTIONS)}]
     if len(fitting) != 1:
-        raise OptionError(f"--config {config} fits {len(fitting)} recipes: name one with --recipe {'|'.join(RECIPES)}")
+        raise OptionError(f"--config {config} fits {len(fitting)} recipes: name one with --recipe {'|'.join(names)}")
     return fitting[0]
 
 
@@ -138,7 +140,8 @@ class Comparison:
 
     def __init__(self, own: argparse.Namespace, rest: list[str]):
         self.own, self.rest = own, rest
-        self.recipe, self.options_class = choose_recipe(own.recipe, own.config)
+        recipe = choose_recipe(own.recipe, own.config)
+        self.script, self.task, self.options_class = Path(recipe.__file__), recipe.TASK, recipe.OPTIONS
         self.names = {item.name for item in dataclasses.fields(self.options_class)}
         for name in OWN:
             if any(argument.split("=", 1)[0] == f"--{name}" for argument in rest):
@@ -158,7 +161,6 @@ class Comparison:
         if own.resamples < 100:
             raise OptionError(f"--resamples must be at least 100, got {own.resamples}")
         self.grid = parse_grid(own.grid, self.names)
-        self.script = Path(__file__).with_name(self.recipe.script)
         self.search: list[Run] = []
         self.runs: list[Run] = []
         self.failed: list[Run] = []
@@ -174,7 +176,7 @@ class Comparison:
                 return parse_options(self.options_class, arguments)
         except SystemExit as error:
             text = " ".join(said.getvalue().rpartition("error:")[2].split())  # without the lines on usage before it
-            raise OptionError(f"{self.recipe.script}: {text}") from error
+            raise OptionError(f"{self.script.name}: {text}") from error
 
     def check_all(self) -> None:
         """Raise OptionError for what a norm could not be trained with, before another has been."""
@@ -183,7 +185,6 @@ class Comparison:
         for norm in self.own.norms:
             for point in grid_points(self.grid, norm):
                 options = self.options(self.arguments(Run(norm, self.own.seeds[0], self.own.output_dir, point)))
-                check_ranges(options)
                 try:
                     if norm == "adanorm":
                         AdaNorm(1, C=options.C, k=options.k)
@@ -198,11 +199,7 @@ class Comparison:
         for name, value in run.choice.items():
             arguments += [f"--{name}", value]
         if not test:
-            # Where the test split is a part of the training file, it must still be cut off.
-            hidden = (
-                {"score_test": "false"} if "score_test" in self.names else {"test_file": "null", "test_split": "null"}
-            )
-            arguments += [text for name, value in hidden.items() for text in (f"--{name}", value)]
+            arguments += [text for name, value in self.task.without_test.items() for text in (f"--{name}", value)]
         return arguments
 
     def execute(self, runs: Sequence[Run], *, test: bool = True) -> None:
@@ -229,9 +226,9 @@ class Comparison:
             return outcome(run)
         record = run.record
         split = "test" if record["test"] else "validation"
-        value = record[split][self.recipe.score]
-        score = math.nan if value is None else value * self.recipe.scale  # null: not finite
-        return f"{split} {self.recipe.label} {score:.{self.recipe.decimals}f}"
+        value = record[split][self.task.score]
+        score = math.nan if value is None else value * self.task.scale  # null: not finite
+        return f"{split} {self.task.label} {score:.{self.task.decimals}f}"
 
     def check_same_options(self, run: Run, *, test: bool = True) -> None:
         """Raise OptionError when a run that ended had other options than it would be given now."""
@@ -293,13 +290,13 @@ class Comparison:
             return
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if code == 2:
-            raise OptionError(f"{self.recipe.script}: {lines[-1].removeprefix('error: ')}")
+            raise OptionError(f"{self.script.name}: {lines[-1].removeprefix('error: ')}")
         self.failed.append(run)
         print(f"{run.folder} failed with exit code {code}; the end of {log}:", file=sys.stderr)
         print("\n".join(f"    {line}" for line in lines[-5:]), file=sys.stderr, flush=True)
 
     def stop(self, *_: object) -> None:
-        """On SIGTERM: hand it to the run, which saves a checkpoint."""
+        """On SIGTERM or Ctrl-C: hand it to the run, which saves a checkpoint."""
         self.stopping = True
         if self.child is not None:
             self.child.terminate()
@@ -326,7 +323,7 @@ class Comparison:
         if run.status != "finished":
             return (0, run.record.get("step", -1))
         record = run.record
-        name, higher = self.recipe.selection(self.options(self.rest))
+        name, higher = self.task.selection(self.options(self.rest))
         value = record["validation"][name]
         if value is None or not math.isfinite(value):
             return (0, -1)
@@ -348,7 +345,7 @@ class Comparison:
         summary = summarize(
             self.runs,
             self.search,
-            self.recipe,
+            self.task,
             title=self.own.title,
             column=self.own.paper,
             command=command,
@@ -417,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
     except OptionError as error:
         sys.exit(_refuse(error))
     command = shlex.join(["recipes/compare.py", *argv])
-    before = signal.signal(signal.SIGTERM, comparison.stop)
+    before = {number: signal.signal(number, comparison.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if own.estimate:
             print(comparison.estimate())
@@ -431,10 +428,11 @@ def main(argv: list[str] | None = None) -> None:
     except RunInterrupted:
         if comparison.runs:
             comparison.report(command)
-        print("stopped by SIGTERM; start the same command to go on", flush=True)
+        print("stopped; start the same command to go on", flush=True)
         sys.exit(EXIT_RESUME)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if not any(run.status == "finished" for run in comparison.runs):
         print("no run finished: there is nothing to compare", file=sys.stderr)
     comparison.report(command)

@@ -97,20 +97,22 @@ def train_batches(
     epoch: int,
     *,
     collate: Callable[[list[Any]], Any],
+    count: Callable[[Any], int] | None = None,
     rank: int = 0,
     skip: int = 0,
     workers: int = 0,
 ) -> Iterator[tuple[int, list[Any]]]:
-    """Yield `(num_examples, micro_batches)` for every optimiser step of an epoch after the first `skip`.
+    """Yield `(size, micro_batches)` for every optimiser step of an epoch after the first `skip`.
 
-    `num_examples` counts the step's examples over all micro-batches and processes; `micro_batches` are this
-    process's, collated.
+    `size` is what `count` gives for the step, by default its examples, over all micro-batches and processes;
+    `micro_batches` are this process's, collated.
     """
+    count = count or plan.num_examples
     steps = plan.steps(epoch)[skip:]
     shares = [plan.micro_batches(step, rank) for step in steps]
     loader = iter(_loader(dataset, [batch for share in shares for batch in share], collate, workers))
     for step, share in zip(steps, shares, strict=True):
-        yield plan.num_examples(step), [next(loader) for _ in share]
+        yield count(step), [next(loader) for _ in share]
 
 
 def eval_batches(

@@ -125,6 +125,14 @@ def publish_folder(temporary: Path, target: Path) -> None:
     _fsync(target.parent)
 
 
+def save_folder(save: Callable[[Path], Any], target: Path) -> None:
+    """Write a folder by `save(folder)`: the one at `target` is either the old one or the whole new one."""
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    _remove(temporary)
+    save(temporary)
+    publish_folder(temporary, target)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -337,28 +345,34 @@ def _check_random_state(path: Path) -> None:
 
 
 class Interruption:
-    """Notices SIGTERM, so that the loop can finish its step, save and leave with `EXIT_RESUME`.
+    """Notices SIGTERM and Ctrl-C, so that the loop can save and leave with `EXIT_RESUME`.
 
-    A context manager: the handler it replaces comes back at the end. `requested()` is collective: true on every
-    process as soon as one of them got the signal.
+    A context manager: the handlers it replaces come back at the end; Ctrl-C pressed twice ends the process at once.
+    `requested()` is collective: true on every process as soon as one of them got the signal.
     """
+
+    NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}  # noqa: RUF012
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.signalled = False
+        self.name = "a signal to another process"
 
     def __enter__(self) -> Interruption:
-        self.previous = signal.signal(signal.SIGTERM, self._note)
+        self.previous = {number: signal.signal(number, self._note) for number in self.NAMES}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signalled = True
+        self.signalled, self.name = True, self.NAMES[signal.Signals(number)]
+        if number == signal.SIGINT:
+            signal.signal(number, self.previous[signal.SIGINT])
 
     def requested(self) -> bool:
-        """Whether to stop after this step."""
+        """Whether to stop."""
         if self.accelerator.num_processes == 1:
             return self.signalled
         flag = torch.tensor([int(self.signalled)], device=self.accelerator.device)

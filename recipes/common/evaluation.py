@@ -9,6 +9,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,34 +67,39 @@ def gather_by_index(accelerator: Accelerator, indices: Sequence[int], values: Se
     return [ordered[index] for index in range(total)]
 
 
-def run_fresh_process(script: Path, arguments: Sequence[str]) -> None:
-    """Run a Python script that shares nothing with this process, not even the launcher's variables.
+def run_fresh_process(script: Path, arguments: Sequence[str], stop: Callable[[], bool] = lambda: False) -> bool:
+    """Run a Python script that shares nothing with this process, not even its launcher's variables. It is ended, and
+    False returned, as soon as `stop` says so.
 
     Raises RuntimeError with what it printed when it fails.
     """
     launcher = ("ACCELERATE_", "TORCHELASTIC_", "OMPI_", "PMI_", "FSDP_")
-    names = {
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "GROUP_RANK",
-        "GROUP_WORLD_SIZE",
-        "ROLE_RANK",
-    }
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
     names |= {"ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {
         name: value for name, value in os.environ.items() if name not in names and not name.startswith(launcher)
     }
     if paths := environment.get("PYTHONPATH"):  # relative ones, "" included, mean the folder that we are in
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep))
-    with tempfile.TemporaryDirectory() as folder:  # of our own: in a shared one anybody may lay out modules
-        command = [sys.executable, str(script), *arguments]
-        done = subprocess.run(
-            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    command = [sys.executable, str(script), *arguments]
+    # In a folder of our own: in a shared one anybody may lay out modules.
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
         )
-    if done.returncode != 0:
-        raise RuntimeError(f"{script.name} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        try:
+            while child.poll() is None:
+                if stop():
+                    return False
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.2)
+        finally:
+            child.kill()
+            child.wait()
+        if child.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{script.name} {' '.join(arguments)} failed:\n{said.read().decode(errors='replace')}")
+    return True
 
 
 def peak_memory_mb() -> float | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
+import operator
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -20,7 +22,6 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 T = TypeVar("T")
-LEAST_VOCABULARY = 10
 
 
 class OptionError(ValueError):
@@ -30,14 +31,15 @@ class OptionError(ValueError):
 Change = Literal["results", "onward", "nothing"]
 
 
-def option(default: Any, help: str, *, changes: Change = "results") -> Any:  # noqa: A002
-    """A dataclass field with a default, the text that `--help` shows, and what another value of it changes.
+def option(default: Any, help: str, *, changes: Change = "results", within: str = "") -> Any:  # noqa: A002
+    """A dataclass field with a default, the text that `--help` shows, the interval that a number must be in, such as
+    "[0, 1)" or "(0, inf)", and what another value of it changes.
 
     "results": weights or scores; it must be the same when a run is resumed and in all runs of a comparison. "onward":
     what happens from then on; a resumed run may go on with another value, the runs of a comparison must agree.
     "nothing": where a run writes and how it is watched.
     """
-    metadata = {"help": help, "changes": changes}
+    metadata = {"help": help, "changes": changes, "within": within}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -47,6 +49,22 @@ def options_that_change(options_class: type[Any], *changes: Change) -> frozenset
     """The names of the options of which another value changes one of these."""
     fields = dataclasses.fields(options_class)
     return frozenset(item.name for item in fields if item.metadata["changes"] in changes)
+
+
+def check_ranges(options: Any) -> None:
+    """Raise OptionError for a number that is not within the interval of its option."""
+    for item in dataclasses.fields(options):
+        within, value = item.metadata["within"], getattr(options, item.name)
+        if not within or value is None:
+            continue
+        low, high = (float(end) for end in within[1:-1].split(","))
+        left, right = (
+            (operator.lt if within[0] == "(" else operator.le),
+            (operator.lt if within[-1] == ")" else operator.le),
+        )
+        if not (left(low, value) and right(value, high)):
+            least = "positive" if within == "(0, inf)" else f"at least {low:g}"
+            raise OptionError(f"--{item.name} must be {least if math.isinf(high) else f'in {within}'}, got {value}")
 
 
 @dataclass(kw_only=True)
@@ -75,29 +93,35 @@ class PatchOptions:
     calibrate_k: bool = option(
         False, "AdaNorm: a k for each norm, at most --k, that its outliers allow on a batch of training data"
     )
-    fade_ratio: float = option(0.6, "share of all steps over which gains and biases fade out, or k and C come in")
+    fade_ratio: float = option(
+        0.6, "share of all steps over which gains and biases fade out, or k and C come in", within="(0, 1]"
+    )
 
 
 @dataclass(kw_only=True)
 class OptimizationOptions:
     """Optimiser, schedule and length of the training."""
 
-    learning_rate: float = option(5e-4, "peak learning rate")
+    learning_rate: float = option(5e-4, "peak learning rate", within="(0, inf)")
     lr_schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = option(
         "linear", "how the learning rate moves after the warm-up"
     )
-    warmup_steps: int = option(0, "optimiser steps over which the learning rate rises; wins over warmup_ratio")
-    warmup_ratio: float = option(0.0, "warm-up as a share of all steps")
-    warmup_init_lr: float = option(0.0, "learning rate at the first warm-up step")
-    min_lr: float = option(0.0, "learning rate at the end of a linear or cosine schedule")
-    weight_decay: float = option(0.0, "AdamW weight decay; not applied to biases and norms")
-    adam_beta1: float = option(0.9, "Adam beta 1")
-    adam_beta2: float = option(0.999, "Adam beta 2")
-    adam_epsilon: float = option(1e-8, "Adam epsilon")
-    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 clips nothing")
-    gradient_accumulation_steps: int = option(1, "micro-batches in one optimiser step")
-    num_epochs: int = option(3, "passes over the training data")
-    max_steps: int | None = option(None, "stop after this many optimiser steps; wins over num_epochs")
+    warmup_steps: int = option(
+        0, "optimiser steps over which the learning rate rises; wins over warmup_ratio", within="[0, inf)"
+    )
+    warmup_ratio: float = option(0.0, "warm-up as a share of all steps", within="[0, 1]")
+    warmup_init_lr: float = option(0.0, "learning rate at the first warm-up step", within="[0, inf)")
+    min_lr: float = option(0.0, "learning rate at the end of a linear or cosine schedule", within="[0, inf)")
+    weight_decay: float = option(0.0, "AdamW weight decay; not applied to biases and norms", within="[0, inf)")
+    adam_beta1: float = option(0.9, "Adam beta 1", within="[0, 1)")
+    adam_beta2: float = option(0.999, "Adam beta 2", within="[0, 1)")
+    adam_epsilon: float = option(1e-8, "Adam epsilon", within="[0, inf)")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 clips nothing", within="[0, inf)")
+    gradient_accumulation_steps: int = option(1, "micro-batches in one optimiser step", within="(0, inf)")
+    num_epochs: int = option(3, "passes over the training data", within="(0, inf)")
+    max_steps: int | None = option(
+        None, "stop after this many optimiser steps; wins over num_epochs", within="(0, inf)"
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "what to do when the loss or its gradient is NaN or infinite: stop, or leave that step out",
@@ -109,7 +133,10 @@ class OptimizationOptions:
         changes="onward",
     )
     spike_sigmas: float = option(
-        6.0, "a spike is so many standard deviations above the mean of the last 128 steps", changes="onward"
+        6.0,
+        "a spike is so many standard deviations above the mean of the last 128 steps",
+        changes="onward",
+        within="(0, inf)",
     )
 
 
@@ -123,18 +150,29 @@ class RunOptions:
     overwrite_output_dir: bool = option(
         False, "start afresh instead of resuming what output_dir holds", changes="nothing"
     )
-    seed: int = option(1, "seed of initialisation, dropout and the order of the data")
-    eval_steps: int | None = option(None, "evaluate every so many steps; by default after every epoch")
-    checkpointing_steps: int | None = option(
-        None, "save a checkpoint every so many steps; by default after every evaluation", changes="onward"
+    seed: int = option(1, "seed of initialisation, dropout and the order of the data", within="[0, 4294967295]")
+    eval_steps: int | None = option(
+        None, "evaluate every so many steps; by default after every epoch", within="(0, inf)"
     )
-    save_total_limit: int = option(1, "how many of the newest checkpoints to keep", changes="nothing")
-    logging_steps: int = option(50, "log the training loss every so many steps", changes="nothing")
+    early_stopping_patience: int | None = option(
+        None, "stop after so many evaluations in a row without a better score", within="(0, inf)"
+    )
+    checkpointing_steps: int | None = option(
+        None,
+        "save a checkpoint every so many steps; by default after every evaluation",
+        changes="onward",
+        within="(0, inf)",
+    )
+    save_total_limit: int = option(
+        1, "how many of the newest checkpoints to keep", changes="nothing", within="(0, inf)"
+    )
+    logging_steps: int = option(50, "log the training loss every so many steps", changes="nothing", within="(0, inf)")
     report_to: list[str] = option([], "trackers, by accelerate's names, for instance [tensorboard]", changes="nothing")
     watch_norms: int | None = option(
         None,
         "write to the trackers, every so many steps, what each norm does to activations and gradients",
         changes="nothing",
+        within="(0, inf)",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision of the forward pass; by default what accelerate is configured to"
@@ -142,7 +180,10 @@ class RunOptions:
     compile: bool = option(False, "run the model through torch.compile")
     progress_bar: bool = option(True, "show a progress bar on the main process", changes="nothing")
     dataloader_workers: int = option(
-        0, "worker processes that collate batches; the result does not depend on it", changes="nothing"
+        0,
+        "worker processes that collate batches; the result does not depend on it",
+        changes="nothing",
+        within="[0, inf)",
     )
     push_to_hub: bool = option(False, "push the best model, with its card and results, to the Hub", changes="nothing")
     hub_model_id: str | None = option(None, "the repository to push to, such as me/my-model", changes="nothing")
@@ -237,7 +278,12 @@ def parse_options(options_class: type[T], argv: list[str] | None = None, descrip
             close = difflib.get_close_matches(name, names, n=1)
             parser.error(f"unknown option --{name}" + (f"; did you mean --{close[0]}?" if close else ""))
     parsed: Namespace = parser.parse_args(argv, namespace=base)
-    return options_class(**{name: parsed[name] for name in names})
+    options = options_class(**{name: parsed[name] for name in names})
+    try:
+        check_ranges(options)
+    except OptionError as error:
+        parser.error(str(error))
+    return options
 
 
 def _last_value(argv: list[str], flag: str) -> str | None:
@@ -248,50 +294,3 @@ def _last_value(argv: list[str], flag: str) -> str | None:
         elif argument.startswith(flag + "="):
             value = argument.split("=", 1)[1]
     return value
-
-
-def check_ranges(options: OptimizationOptions) -> None:
-    """Raise OptionError for a number of the optimisation or run group outside its range."""
-    positive = ["learning_rate", "gradient_accumulation_steps", "num_epochs", "max_steps", "eval_steps"]
-    positive += ["checkpointing_steps", "save_total_limit", "logging_steps", "watch_norms", "spike_sigmas"]
-    positive += ["batch_size", "eval_batch_size", "max_tokens", "max_train_characters"]
-    positive += [f"max_{split}_samples" for split in ("train", "validation", "test")]
-    not_negative = [
-        "warmup_steps",
-        "warmup_ratio",
-        "warmup_init_lr",
-        "min_lr",
-        "weight_decay",
-        "max_grad_norm",
-        "adam_epsilon",
-        "dataloader_workers",
-        "preprocessing_workers",
-        "min_frequency",
-        "validation_characters",
-        "test_characters",
-    ]
-    for name in positive + not_negative:
-        value = getattr(options, name, None)
-        if value is None:
-            continue
-        if value < 0 or (value == 0 and name in positive):
-            raise OptionError(f"--{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-    seed, vocabulary = getattr(options, "seed", 0), getattr(options, "vocab_size", LEAST_VOCABULARY)
-    if not 0 <= seed < 2**32:
-        raise OptionError(f"--seed must be at least 0 and below 2**32, got {seed}")
-    if vocabulary < LEAST_VOCABULARY:
-        raise OptionError(
-            f"--vocab_size must be at least {LEAST_VOCABULARY}, as a few words are special, got {vocabulary}"
-        )
-    for name in ("dropout", "attention_dropout", "activation_dropout"):
-        value = getattr(options, name, None)
-        if value is not None and not 0 <= value < 1:
-            raise OptionError(f"--{name} must be in [0, 1), got {value}")
-    if options.warmup_ratio > 1:
-        raise OptionError(f"--warmup_ratio must be between 0 and 1, got {options.warmup_ratio}")
-    fade_ratio = getattr(options, "fade_ratio", 1.0)
-    if not 0 < fade_ratio <= 1:
-        raise OptionError(f"--fade_ratio must be in (0, 1], got {fade_ratio}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(options, name) < 1:
-            raise OptionError(f"--{name} must be in [0, 1), got {getattr(options, name)}")

@@ -34,21 +34,21 @@ def prepare_push(options: Any) -> None:
         raise OptionError(f"cannot push to {options.hub_model_id}: {' '.join(str(error).split())}") from None
 
 
-def publish(folder: Path, results: dict[str, Any], options: Any, task: str) -> None:
+def publish(folder: Path, results: dict[str, Any], options: Any) -> None:
     """Write the card of the model in `folder`, and push the folder if `options` say so."""
     if options.push_to_hub:
         api = HfApi()
         # Somebody may have written the repository's card: keep it, bring our section in it up to date.
         if api.file_exists(options.hub_model_id, CARD_NAME):
             write_file(folder / CARD_NAME, read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or "")
-    _write_card(folder, results, options, task)
+    _write_card(folder, results, options)
     if options.push_to_hub:
         message = f"Best model: {options.norm}, step {results['best_step']}"
         api.upload_folder(repo_id=options.hub_model_id, folder_path=folder, commit_message=message)
         print(f"pushed to {options.hub_model_id}", flush=True)
 
 
-def _write_card(folder: Path, results: dict[str, Any], options: Any, task: str) -> None:
+def _write_card(folder: Path, results: dict[str, Any], options: Any) -> None:
     split = "test" if results.get("test") else "validation"
     scores = {name: value for name, value in results[split].items() if isinstance(value, (int, float))}
     local = options.train_file is not None or options.dataset_name is None
@@ -64,11 +64,11 @@ def _write_card(folder: Path, results: dict[str, Any], options: Any, task: str) 
             dataset_name=None if is_id else "local files",
             dataset_split=split,
             results=scores,
-            task=task,
+            task=results.get("pipeline"),
             command=results["command"],
         )
     elif not (folder / CARD_NAME).exists():  # the control
-        data = ModelCardData(library_name="transformers", pipeline_tag=task, base_model=base)
+        data = ModelCardData(library_name="transformers", pipeline_tag=results.get("pipeline"), base_model=base)
         rows = "\n".join(f"| {split} | {name} | {value:.6g} |" for name, value in scores.items())
         text = f"# {options.hub_model_id or 'LayerNorm'}\n\nThe LayerNorm control of a comparison of norms.\n\n"
         text += f"| split | metric | value |\n|---|---|---|\n{rows}\n\n```bash\n{results['command']}\n```\n"

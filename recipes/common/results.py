@@ -28,13 +28,20 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+# What runs of classification, which were all that there were, did not write down.
+ACCURACY = {"score": "accuracy", "label": "accuracy (%)", "scale": 100.0, "decimals": 2, "higher_is_better": True}
+
+
 def format_results(results: Sequence[dict[str, Any]]) -> str:
-    """A plain table, one line a run."""
+    """A plain table, one line a run, all of one recipe."""
+    metric = results[0].get("metric", ACCURACY)
 
-    def percent(scores: dict[str, float] | None) -> str:
-        return "-" if scores is None else f"{100 * scores['accuracy']:.2f}"
+    def score(scores: dict[str, float] | None) -> str:
+        value = (scores or {}).get(metric["score"])
+        return "-" if value is None else f"{metric['scale'] * value:.{metric['decimals']}f}"
 
-    rows = [("norm", "seed", "norms swapped", "parameters", "steps", "validation acc.", "test acc.", "samples/s")]
+    columns = ("norm", "seed", "norms swapped", "parameters", "steps", "samples/s")
+    rows = [(*columns[:5], f"validation {metric['label']}", f"test {metric['label']}", columns[5])]
     for run in results:
         speed = run["train_samples_per_second"]
         rows.append(
@@ -44,12 +51,18 @@ def format_results(results: Sequence[dict[str, Any]]) -> str:
                 str(run["norm_modules"] if run["norm"] != "layernorm" else 0),
                 f"{run['parameters']:,}",
                 str(run["steps"]),
-                percent(run["validation"]),
-                percent(run["test"]),
+                score(run["validation"]),
+                score(run["test"]),
                 "-" if speed is None else f"{speed:,.0f}",
             )
         )
     return align(rows)
+
+
+def result_lines(record: dict[str, Any], folder: Path) -> str:
+    """What a run says at its end: its scores, where its best model is, and how to use that."""
+    use = f'pipeline("{record["pipeline"]}", "{folder / "best"}")'
+    return f"{format_results([record])}\nbest model, of step {record['best_step']}: import hf_adanorm; {use}"
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

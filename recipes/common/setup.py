@@ -120,6 +120,8 @@ def clear_errors() -> Iterator[None]:
         if os.environ.get("HF_ADANORM_DEBUG"):
             raise
         fate.end(str(error), EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit("stopped by Ctrl-C before the training began")
 
 
 @contextmanager
@@ -347,9 +349,9 @@ class Stopwatch:
 
 
 class ProgressBar:
-    """Steps done, speed and time left, on the main process's terminal; silent anywhere else."""
+    """Steps done, speed and time left: a bar on the main process's terminal, if it is to be `shown`, else lines."""
 
-    def __init__(self, total: int, *, shown: bool, first_step: int = 0, unit: str = "samples/s"):
+    def __init__(self, total: int, *, main: bool, shown: bool, first_step: int = 0, unit: str = "samples/s"):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -359,11 +361,11 @@ class ProgressBar:
         )
         console = Console(stderr=True)
         self.unit = unit
-        self.shown = shown
+        self.main = main
         self.total = total
         self.first_step = first_step
         self.started = time.perf_counter()
-        self.bar = Bar(*columns, console=console, disable=not (shown and console.is_terminal))
+        self.bar = Bar(*columns, console=console, disable=not (main and shown and console.is_terminal))
         self.task = self.bar.add_task("training", total=total, completed=first_step, speed="")
 
     def __enter__(self) -> ProgressBar:
@@ -378,9 +380,9 @@ class ProgressBar:
         self.bar.update(self.task, completed=step, speed="" if speed is None else f"{speed:,.0f} {self.unit}")
 
     def log(self, step: int, speed: float | None, loss: float, lr: float) -> None:
-        """Show the training loss: in the bar on a terminal, as a line in a log file."""
+        """Show the training loss: in the bar, or where there is none as a line."""
         self.bar.update(self.task, description=f"loss {loss:.4f}")
-        if self.shown and self.bar.disable:
+        if self.main and self.bar.disable:
             pace = "" if speed is None else f", {speed:,.0f} {self.unit}"
             print(
                 f"step {step}/{self.total}: loss {loss:.4f}, learning rate {lr:.3g}{pace}{self._left(step)}",

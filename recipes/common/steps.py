@@ -42,6 +42,8 @@ def optimizer_step(
     progress: Progress,
     options: OptimizationOptions,
     inputs: dict[str, torch.Tensor] | None = None,
+    *,
+    warming: bool = False,
 ) -> bool:
     """Clip, check and apply the gradients of the step after `progress.step`; False when the step was left out.
 
@@ -71,7 +73,8 @@ def optimizer_step(
             "the scale is lowered"
         )
     elif norm is not None:
-        spoilt = _spike(progress.recent_steps, whole_loss, float(norm), options.spike_sigmas)
+        # While the learning rate rises, losses and gradients change for good: nothing is a spike.
+        spoilt = "" if warming else _spike(progress.recent_steps, whole_loss, float(norm), options.spike_sigmas)
         response, hint = options.on_spike, "--on_spike skip"
         if spoilt:
             spoilt += _steepest(accelerator.unwrap_model(model))

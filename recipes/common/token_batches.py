@@ -9,12 +9,9 @@ micro-batches as for 2 processes x 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-
-from common.batches import train_batches
 
 Step = list[np.ndarray]  # the micro-batches of all processes, as indices of sentence pairs
 
@@ -103,22 +100,3 @@ def _cut(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
             cuts.append(position)
             start, longest = position, length
     return np.asarray(cuts, dtype=np.int64)
-
-
-def token_batches(
-    dataset: Any,
-    plan: TokenPlan,
-    epoch: int,
-    *,
-    collate: Callable[[list[Any]], Any],
-    rank: int = 0,
-    skip: int = 0,
-    workers: int = 0,
-) -> Iterator[tuple[int, list[Any]]]:
-    """Yield `(target_tokens, micro_batches)` for every optimiser step of an epoch after the first `skip`.
-
-    `target_tokens` counts those of all micro-batches and processes; `micro_batches` are this process's, collated.
-    """
-    batches = train_batches(dataset, plan, epoch, collate=collate, rank=rank, skip=skip, workers=workers)
-    for step, (_, micro_batches) in zip(plan.steps(epoch)[skip:], batches, strict=True):
-        yield plan.target_tokens(step), micro_batches

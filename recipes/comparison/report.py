@@ -192,7 +192,6 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
 
     from hf_adanorm.diagnostics.plots import COLORS, LINES, MARKERS
 
-    scale = 100.0 if summary["score"] == "accuracy" else 1.0
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.7), layout="constrained")
     norms = [row["norm"] for row in summary["rows"]]
     for norm in norms:
@@ -202,7 +201,7 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
         finished = [run for run in ours if run.status == "finished"]
         histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
         _curve(left, [_series(history, "train_history", "loss") for history in histories], line)
-        curves = [_series(history, "history", summary["score"], scale) for history in histories]
+        curves = [_series(history, "history", summary["score"], summary["scale"]) for history in histories]
         _curve(middle, curves, {**line, "marker": MARKERS[style], "markersize": 4})
     tested = False
     for position, row in enumerate(reversed(summary["rows"])):

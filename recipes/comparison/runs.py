@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
@@ -17,53 +17,11 @@ import numpy as np
 import torch
 
 from common.results import versions
+from common.task import Task
 from comparison.significance import Difference, bootstrap_scores, difference_over_seeds, holm, paired_difference
 
 BASELINE = "layernorm"
 MIN_SEEDS = 5  # from so many seeds on, the bootstrap over seeds is reported
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A recipe that can be compared: its script and options, and the score its runs are compared by."""
-
-    script: str
-    options_class: str
-    score: str
-    label: str
-    scale: float = 1.0
-    decimals: int = 2
-    higher_is_better: bool = True
-
-    def selection(self, options: Any) -> tuple[str, bool]:
-        """The validation score that chooses checkpoints and hyper-parameters, and whether higher is better."""
-        name = getattr(options, "best_metric", self.score)
-        return name, self.higher_is_better if name == self.score else name != "loss"
-
-
-RECIPES = {
-    "classification": Recipe(
-        script="classification.py",
-        options_class="ClassificationOptions",
-        score="accuracy",
-        label="accuracy (%)",
-        scale=100.0,
-    ),
-    "translation": Recipe(
-        script="translation.py",
-        options_class="TranslationOptions",
-        score="bleu_tokenized_lowercase",
-        label="BLEU (Moses tokens, lower case)",
-    ),
-    "language_modeling": Recipe(
-        script="language_modeling.py",
-        options_class="LanguageModelingOptions",
-        score="bits_per_character",
-        label="bits per character",
-        decimals=3,
-        higher_is_better=False,
-    ),
-}
 
 
 class RecordError(ValueError):
@@ -117,46 +75,10 @@ def outcome(run: Run) -> str:
     return f"diverged at step {run.record['step']}" if run.status == "diverged" else run.status
 
 
-def example_statistics(recipe: Recipe, run: Run) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """What the run's score needs of every test example, and the score of sums of it; see `significance`."""
-    if recipe.script == "classification.py":
-        answers = json.loads((run.folder / "test_predictions.json").read_text(encoding="utf-8"))
-        correct = np.equal(answers["predictions"], answers["labels"])
-        return np.stack([correct, np.ones_like(correct)], axis=1), lambda sums: 100 * sums[:, 0] / sums[:, 1]
-    if recipe.script == "language_modeling.py":
-        bits = json.loads((run.folder / "test_bits.json").read_text(encoding="utf-8"))
-        return np.asarray([bits["bits"], bits["characters"]]).T, lambda sums: sums[:, 0] / sums[:, 1]
-    return _bleu_statistics(run)
-
-
-def _bleu_statistics(run: Run) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    from sacrebleu.metrics import BLEU
-
-    from tasks.bleu import moses_tokenize
-
-    lines = (run.folder / "test_translations.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    lang = run.record["options"]["target_lang"]
-    hypotheses = moses_tokenize([row["translation"] for row in rows], lang)
-    references = moses_tokenize([row["reference"] for row in rows], lang)
-    # effective_order is what sacreBLEU asks for on single sentences; it does not touch the counts taken here.
-    metric = BLEU(lowercase=True, tokenize="none", force=True, effective_order=True)
-    counts = []
-    for hypothesis, reference in zip(hypotheses, references, strict=True):
-        result = metric.sentence_score(hypothesis, [reference])
-        counts.append([*result.counts, *result.totals, result.sys_len, result.ref_len])
-
-    def score(sums: np.ndarray) -> np.ndarray:
-        rows = sums.astype(int).tolist()
-        return np.asarray([BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9]).score for row in rows])
-
-    return np.asarray(counts), score
-
-
 def summarize(
     runs: Sequence[Run],
     search: Sequence[Run],
-    recipe: Recipe,
+    task: type[Task],
     *,
     title: str,
     column: str | None,
@@ -170,9 +92,9 @@ def summarize(
     split = "test" if all(record["test"] for record in records.values()) else "validation"
     scores: dict[str, dict[int, float]] = {}
     for run in finished:
-        score = records[id(run)][split][recipe.score]  # null: not finite
-        scores.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score * recipe.scale
-    differences = _differences(finished, scores, recipe, split, num_resamples)
+        score = records[id(run)][split][task.score]  # null: not finite
+        scores.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score * task.scale
+    differences = _differences(finished, scores, task, split, num_resamples)
     rows = []
     for norm in dict.fromkeys(run.norm for run in runs):
         values = list(scores.get(norm, {}).values())
@@ -196,13 +118,14 @@ def summarize(
         "title": title,
         "column": column,
         "split": split,
-        "score": recipe.score,
-        "label": recipe.label,
-        "decimals": recipe.decimals,
-        "higher_is_better": recipe.higher_is_better,
+        "score": task.score,
+        "label": task.label,
+        "scale": task.scale,
+        "decimals": task.decimals,
+        "higher_is_better": task.higher_is_better,
         "rows": rows,
         "num_resamples": num_resamples,
-        "num_test_examples": _num_examples(finished, recipe, split),
+        "num_test_examples": _num_examples(finished, task, split),
         "command": command,
         "versions": versions(),
         "machine": f"{cpu_count()} CPU cores, {_accelerators()}, {platform.machine()}",
@@ -218,21 +141,21 @@ def _accelerators() -> str:
     return f"{count} x {torch.cuda.get_device_name(0)}" if count else "no GPU"
 
 
-def _num_examples(finished: Sequence[Run], recipe: Recipe, split: str) -> int | None:
-    return len(example_statistics(recipe, finished[0])[0]) if finished and split == "test" else None
+def _num_examples(finished: Sequence[Run], task: type[Task], split: str) -> int | None:
+    return len(task.per_example(finished[0].folder, finished[0].record)[0]) if finished and split == "test" else None
 
 
 def _differences(
     finished: Sequence[Run],
     scores: Mapping[str, Mapping[int, float]],
-    recipe: Recipe,
+    task: type[Task],
     split: str,
     num_resamples: int,
 ) -> dict[str, dict[str, Any]]:
     """Per norm its difference from LayerNorm, over the seeds that both finished."""
     resampled: dict[tuple[str, int], np.ndarray] = {}
     if split == "test" and finished:
-        found = [example_statistics(recipe, run) for run in finished]
+        found = [task.per_example(run.folder, run.record) for run in finished]
         table = bootstrap_scores([rows for rows, _ in found], found[0][1], num_resamples=num_resamples)
         resampled = {(run.norm, run.seed): row for run, row in zip(finished, table, strict=True)}
     differences: dict[str, dict[str, Any]] = {}

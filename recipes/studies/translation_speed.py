@@ -34,10 +34,9 @@ import torch.nn.functional as F
 
 from common.batches import train_batches
 from common.checkpoints import write_json
+from common.loop import Run
 from common.options import option, parse_options
 from common.results import versions
-from common.setup import apply_patch, clear_errors, make_accelerator, make_optimizer
-from common.token_batches import TokenPlan, token_batches
 from tasks.translation import IGNORED, TranslationTask, decoder_inputs, prepare_translation
 from translation import TranslationOptions
 
@@ -66,9 +65,8 @@ class SentencePlan:
 
 def endless(task: TranslationTask, plan: Any) -> Iterator[dict[str, torch.Tensor]]:
     """The batches of all epochs."""
-    batches = token_batches if isinstance(plan, TokenPlan) else train_batches
     for epoch in itertools.count():
-        for _, micro_batches in batches(task.splits["train"], plan, epoch, collate=task.collate):
+        for _, micro_batches in train_batches(task.splits["train"], plan, epoch, collate=task.collate):
             yield micro_batches[0]
 
 
@@ -104,16 +102,9 @@ def run_block(
 def main(argv: list[str] | None = None) -> None:
     """Time both in turns; print and write `speed.json` in `output_dir`."""
     options = parse_options(SpeedOptions, argv, __doc__)
-    output_dir = Path(options.output_dir)
-    with clear_errors():
-        accelerator = make_accelerator(options, options)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        task = prepare_translation(options, accelerator, output_dir, resuming=True)
-        plan = TokenPlan(*task.lengths["train"], options.max_tokens, seed=options.seed)
-        model = task.build_model()
-        apply_patch(model, options)
-    optimizer = make_optimizer(model, options)
-    model.train()
+    run = Run(options, argv, __file__)
+    task = run.prepare(prepare_translation)
+    model, optimizer, plan = run.model.train(), run.optimizer, task.plan
     steps = plan.steps(0)
     tokens_an_update = statistics.mean(map(plan.target_tokens, steps))
     sentences = round(tokens_an_update / statistics.mean(task.lengths["train"][1]))
@@ -143,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         "machine": platform.machine(),
         "versions": versions(),
     }
-    write_json(output_dir / "speed.json", results)
+    write_json(run.output_dir / "speed.json", results)
     print(json.dumps(results, indent=2))
 
 

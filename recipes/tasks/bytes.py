@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from common.options import option
-from tasks.data import DataError
+from common.batches import StepPlan
+from common.loop import Run
+from common.options import OptionError, option
+from common.setup import calibration_rows
+from common.task import Task
+from tasks.data import USE, DataError
+from tasks.text import build_fresh, check_model_source, fresh_config, load_pretrained
 
 NUM_BYTES = 256
 
@@ -26,13 +35,19 @@ class ByteDataOptions:
     train_file: str | None = option(None, "text file: plain, .gz, .bz2, or .zip of one file")
     validation_file: str | None = option(None, "its own validation file, instead of the end of train_file")
     test_file: str | None = option(None, "its own test file, instead of the end of train_file")
-    validation_characters: int | None = option(5_000_000, "bytes of train_file before the test to validate on")
-    test_characters: int | None = option(5_000_000, "last bytes of train_file to test on")
+    validation_characters: int | None = option(
+        5_000_000, "bytes of train_file before the test to validate on", within="[0, inf)"
+    )
+    test_characters: int | None = option(5_000_000, "last bytes of train_file to test on", within="[0, inf)")
     score_test: bool = option(True, "score the best model on the test split at the end")
-    max_train_characters: int | None = option(None, "use only the first so many bytes of what is left to train on")
-    sequence_length: int = option(512, "bytes the model sees at once")
+    max_train_characters: int | None = option(
+        None, "use only the first so many bytes of what is left to train on", within="(0, inf)"
+    )
+    sequence_length: int = option(512, "bytes the model sees at once", within="(0, inf)")
     eval_stride: int = option(256, "bytes scored in each window of sequence_length; the rest of it is context")
-    max_validation_samples: int | None = option(None, "score only the first so many windows during training")
+    max_validation_samples: int | None = option(
+        None, "score only the first so many windows during training", within="(0, inf)"
+    )
 
 
 def read_bytes(file: str | Path, option_name: str) -> np.ndarray:
@@ -154,6 +169,76 @@ class Windows:
         """`length + 1` bytes, and how many of them, the last, are scored."""
         begin, first, last = self.span(index)
         return self.data[begin:last], last - first
+
+
+@dataclass(kw_only=True)
+class ByteTask(Task):
+    """A text as bytes: `splits`, and `windows` to validate on."""
+
+    score = "bits_per_character"
+    label = "bits per character"
+    decimals = 3
+    higher_is_better = False
+    unit = "characters/s"
+
+    splits: dict[str, np.ndarray]
+    windows: Windows
+
+    @classmethod
+    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+        bits = json.loads((folder / "test_bits.json").read_text(encoding="utf-8"))
+        return np.asarray([bits["bits"], bits["characters"]]).T, lambda sums: sums[:, 0] / sums[:, 1]
+
+
+def collate_segments(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    """Segments (batch, sequence_length + 1) as token ids."""
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def prepare_bytes(run: Run) -> ByteTask:
+    """Load and check the text. The options are ByteDataOptions and ModelOptions.
+
+    Raises DataError or OptionError for whatever would stop the training later.
+    """
+    options = run.options
+    check_model_source(options)
+    if not 0 < options.eval_stride <= options.sequence_length:
+        raise OptionError(
+            f"--eval_stride must be between 1 and --sequence_length {options.sequence_length}, "
+            f"got {options.eval_stride}"
+        )
+    splits = load_byte_splits(options)
+    segments = Segments(splits["train"], options.sequence_length)
+    plan = StepPlan([1] * len(segments), options.batch_size, **run.division)
+    return ByteTask(
+        pipeline="text-generation",
+        auto_class=AutoModelForCausalLM,
+        processor=byte_tokenizer(options.sequence_length),
+        train_data=segments,
+        train_collate=lambda epoch: collate_segments,
+        plan=plan,
+        count=lambda step: plan.num_examples(step) * options.sequence_length,
+        build_model=lambda: _build_model(options),
+        calibration_batch=lambda model: {"input_ids": collate_segments(calibration_rows(segments))[:, :-1]},
+        summary="bytes: " + ", ".join(f"{len(data):,} to {USE[split]}" for split, data in splits.items()),
+        splits=splits,
+        windows=Windows(splits["validation"], options.sequence_length, options.eval_stride),
+    )
+
+
+def _build_model(options: Any) -> PreTrainedModel:
+    """A fresh decoder of bytes, or one that an earlier run saved. Raises OptionError when it cannot read bytes."""
+    if options.model_name_or_path:
+        model = load_pretrained(AutoModelForCausalLM, options.model_name_or_path)
+    else:
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        model = build_fresh(AutoModelForCausalLM, fresh_config(options, vocab_size=NUM_BYTES, **tokens))
+    if model.config.vocab_size != NUM_BYTES:
+        raise OptionError(f"the model has {model.config.vocab_size} tokens; a model of bytes has {NUM_BYTES}")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions < options.sequence_length:
+        raise OptionError(f"--sequence_length {options.sequence_length} is beyond the model's {positions} positions")
+    return model
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:

@@ -47,10 +47,12 @@ class DataOptions:
     )
     validation_file: str | None = option(None, "local file to choose the best checkpoint on")
     test_file: str | None = option(None, "local file for the final test")
-    max_train_samples: int | None = option(None, "use only the first so many training examples")
-    max_validation_samples: int | None = option(None, "use only the first so many validation examples")
-    max_test_samples: int | None = option(None, "use only the first so many test examples")
-    preprocessing_workers: int | None = option(None, "processes that tokenise", changes="nothing")
+    max_train_samples: int | None = option(None, "use only the first so many training examples", within="(0, inf)")
+    max_validation_samples: int | None = option(
+        None, "use only the first so many validation examples", within="(0, inf)"
+    )
+    max_test_samples: int | None = option(None, "use only the first so many test examples", within="(0, inf)")
+    preprocessing_workers: int | None = option(None, "processes that tokenise", changes="nothing", within="[0, inf)")
 
 
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
@@ -64,7 +66,7 @@ def load_splits(options: DataOptions) -> dict[str, Dataset]:
     if any(files.values()):
         for split in ("train",) if sizes else ("train", "validation"):
             if files[split] is None:
-                raise DataError(f"--{split}_file is missing: local files were given, but none to {_USE[split]}")
+                raise DataError(f"--{split}_file is missing: local files were given, but none to {USE[split]}")
         texts = [getattr(options, name, None) for name in TEXT_COLUMNS]
         splits = {split: load_file(file, split, texts) for split, file in files.items() if file is not None}
     elif options.dataset_name is not None:
@@ -106,7 +108,7 @@ def divide(splits: dict[str, Dataset], sizes: Sequence[int]) -> dict[str, Datase
     return splits | {split: pool.select(part).flatten_indices() for split, part in zip(SPLITS, parts, strict=False)}
 
 
-_USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
+USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
 
 
 def content_of(paths: Sequence[Path]) -> str:

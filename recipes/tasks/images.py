@@ -18,11 +18,20 @@ from PIL import Image as PilImage
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
 
+from common.batches import StepPlan
 from common.evaluation import main_first
+from common.loop import Run
 from common.options import OptionError, option
 from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
 from tasks.data import DataError, check_column, load_splits, resolve_labels
-from tasks.text import Task, build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
+from tasks.text import (
+    ClassificationTask,
+    build_fresh,
+    check_model_source,
+    fresh_config,
+    label_mappings,
+    load_pretrained,
+)
 
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
 
@@ -32,21 +41,25 @@ class ImageOptions:
     """Images and their augmentation in training (task: image)."""
 
     image_column: str = option("image", "column of the image: an image, its bytes or its path")
-    image_size: int | None = option(None, "side that images are scaled to; by default the model's")
-    random_crop_padding: int = option(0, "pad by so many pixels and crop back at a random place")
-    random_resized_crop: float | None = option(None, "crop a random part, at least this share of the area")
-    random_rotation: float = option(0.0, "turn by up to so many degrees")
+    image_size: int | None = option(None, "side that images are scaled to; by default the model's", within="(0, inf)")
+    random_crop_padding: int = option(0, "pad by so many pixels and crop back at a random place", within="[0, inf)")
+    random_resized_crop: float | None = option(
+        None, "crop a random part, at least this share of the area", within="(0, 1]"
+    )
+    random_rotation: float = option(0.0, "turn by up to so many degrees", within="[0, 180]")
     horizontal_flip: bool = option(False, "mirror every second image")
 
 
-def prepare_image(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Task:
-    """Load and check the data and the image processor. `options` has DataOptions, ImageOptions and ModelOptions.
+def prepare_image(run: Run) -> ClassificationTask:
+    """Load and check the data and the image processor. The options are DataOptions, ImageOptions and ModelOptions.
 
     All images become RGB, as stock pipelines make them. Raises DataError or OptionError for whatever would stop the
     training later.
     """
+    options, accelerator = run.options, run.accelerator
     check_model_source(options)
-    _check_ranges(options)
+    if options.max_tokens is not None:
+        raise OptionError("--max_tokens counts those of texts; for images give --batch_size")
     raw = main_first(accelerator, lambda: load_splits(options))
     for split, data in raw.items():
         check_column(data, split, options.image_column, "image_column")
@@ -71,29 +84,21 @@ def prepare_image(options: Any, accelerator: Accelerator, output_dir: Path, resu
         .add_column("index", np.arange(len(data)))
         for split, data in splits.items()
     }
-    return Task(
-        splits=numbered,
-        lengths={split: [1] * len(data) for split, data in numbered.items()},
-        raw_test=splits.get("test"),
-        label_names=names,
-        collate=partial(collate, augment=lambda image, index: image),
+    lengths = {split: [1] * len(data) for split, data in numbered.items()}
+    return ClassificationTask.of(
+        StepPlan(lengths["train"], options.batch_size, **run.division),
+        names,
+        pipeline="image-classification",
+        auto_class=AutoModelForImageClassification,
         processor=processor,
         build_model=lambda: _build_model(options, names),
+        splits=numbered,
+        lengths=lengths,
+        raw_test=splits.get("test"),
         columns=[options.image_column],
+        collate=partial(collate, augment=lambda image, index: image),
         train_collate=train_collate,
-        auto_class=AutoModelForImageClassification,
     )
-
-
-def _check_ranges(options: Any) -> None:
-    if options.image_size is not None and options.image_size < 1:
-        raise OptionError(f"--image_size must be positive, got {options.image_size}")
-    if options.random_crop_padding < 0:
-        raise OptionError(f"--random_crop_padding must be at least 0, got {options.random_crop_padding}")
-    if options.random_resized_crop is not None and not 0 < options.random_resized_crop <= 1:
-        raise OptionError(f"--random_resized_crop must be in (0, 1], got {options.random_resized_crop}")
-    if not 0 <= options.random_rotation <= 180:
-        raise OptionError(f"--random_rotation must be between 0 and 180 degrees, got {options.random_rotation}")
 
 
 def _as_images(data: Dataset, column: str, file: str | None) -> Dataset:

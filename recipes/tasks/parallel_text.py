@@ -41,12 +41,16 @@ class ParallelOptions(DataOptions):
         "none", "moses: tokenise by Moses's rules first, as the literature does for IWSLT14"
     )
     hold_out_every: int | None = option(
-        None, "take every so many-th pair of the training data for validation (IWSLT14: 23)"
+        None, "take every so many-th pair of the training data for validation (IWSLT14: 23)", within="[2, inf)"
     )
     max_length_ratio: float | None = option(
-        None, "leave out training pairs whose numbers of words differ by more than this factor (IWSLT14: 1.5)"
+        None,
+        "leave out training pairs whose numbers of words differ by more than this factor (IWSLT14: 1.5)",
+        within="[1, inf)",
     )
-    max_words: int | None = option(None, "leave out training pairs with a side of more words than this (IWSLT14: 175)")
+    max_words: int | None = option(
+        None, "leave out training pairs with a side of more words than this (IWSLT14: 175)", within="[1, inf)"
+    )
 
 
 def load_pairs(options: ParallelOptions) -> dict[str, Dataset]:

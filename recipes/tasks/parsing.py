@@ -26,12 +26,14 @@ class ParsingDataOptions:
     validation_file: str | None = option(None, "treebank to choose the best checkpoint on")
     test_file: str | None = option(None, "treebank for the final test")
     score_test: bool = option(True, "score the best model on the test split at the end")
-    max_train_samples: int | None = option(None, "use only the first so many training sentences")
-    max_validation_samples: int | None = option(None, "use only the first so many validation sentences")
-    max_test_samples: int | None = option(None, "use only the first so many test sentences")
+    max_train_samples: int | None = option(None, "use only the first so many training sentences", within="(0, inf)")
+    max_validation_samples: int | None = option(
+        None, "use only the first so many validation sentences", within="(0, inf)"
+    )
+    max_test_samples: int | None = option(None, "use only the first so many test sentences", within="(0, inf)")
     tag_column: Literal["upos", "xpos"] = option("xpos", "column of the tags: the fourth (UPOS) or the fifth (XPOS)")
     lowercase: bool = option(False, "take words in lower case")
-    min_frequency: int = option(2, "a word must occur this often to be in the vocabulary")
+    min_frequency: int = option(2, "a word must occur this often to be in the vocabulary", within="[0, inf)")
     punctuation_tags: list[str] = option(
         PUNCTUATION_TAGS, "words whose fourth column is one of these are punctuation for the scores"
     )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from transformers import (
     CONFIG_MAPPING,
@@ -24,10 +24,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from common.checkpoints import publish_folder
+from common.batches import Plan, StepPlan
+from common.checkpoints import save_folder
 from common.evaluation import main_first
+from common.loop import Run
 from common.options import OptionError, option
-from tasks.data import DataOptions, check_text_column, load_splits, resolve_labels
+from common.setup import calibration_rows
+from common.task import Task
+from common.token_batches import TokenPlan
+from tasks.data import USE, DataOptions, check_text_column, load_splits, resolve_labels
 from tasks.tokenization import train_encoder_tokenizer
 
 
@@ -43,12 +48,12 @@ class TextOptions(DataOptions):
     )
     score_test: bool = option(True, "score the best model on the test split at the end")
     label_names: list[str] | None = option(None, "the classes in order; by default taken from the training data")
-    max_length: int = option(128, "longest text in tokens; what is beyond is cut off")
+    max_length: int = option(128, "longest text in tokens; what is beyond is cut off", within="[3, inf)")
     tokenizer: Literal["word", "wordpiece", "bpe"] = option(
         "word", "tokeniser trained on the training data when the model starts from model_config"
     )
-    vocab_size: int = option(30000, "largest size of its vocabulary")
-    min_frequency: int = option(2, "a word must occur this often to be in its vocabulary")
+    vocab_size: int = option(30000, "largest size of its vocabulary", within="[10, inf)")
+    min_frequency: int = option(2, "a word must occur this often to be in its vocabulary", within="[0, inf)")
     lowercase: bool = option(True, "whether it lower-cases")
 
 
@@ -60,26 +65,49 @@ class ModelOptions:
     model_config: dict[str, Any] = option({}, "config of a fresh model: model_type and any of its fields")
 
 
-@dataclass
-class Task:
-    """What the training loop needs to know of a task.
+@dataclass(kw_only=True)
+class ClassificationTask(Task):
+    """Texts or images with a class each.
 
     `splits` holds `train`, `validation` and, when there is one, `test`, each with a `labels` column; `raw_test` is the
-    test split as it was loaded, of which the `columns` are what is classified, for prediction in a fresh process;
-    `processor` is saved with the model. `train_collate(epoch)` gives the training batches of an epoch, `collate` those
-    of evaluation.
+    test split as it was loaded, of which the `columns` are what is classified, for prediction in a fresh process.
     """
+
+    score = "accuracy"
+    label = "accuracy (%)"
+    scale = 100.0
 
     splits: dict[str, Dataset]
     lengths: dict[str, list[int]]
     raw_test: Dataset | None
-    label_names: list[str]
-    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
-    processor: Any
-    build_model: Callable[[], PreTrainedModel]
     columns: list[str]
-    train_collate: Callable[[int], Callable[[list[Any]], dict[str, torch.Tensor]]]
-    auto_class: type
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+
+    @classmethod
+    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+        answers = json.loads((folder / "test_predictions.json").read_text(encoding="utf-8"))
+        correct = np.equal(answers["predictions"], answers["labels"])
+        return np.stack([correct, np.ones_like(correct)], axis=1), lambda sums: 100 * sums[:, 0] / sums[:, 1]
+
+    @classmethod
+    def of(cls, plan: Plan, names: Sequence[str], **fields: Any) -> ClassificationTask:
+        """A task whose training batches are collated as `collate` does, unless `fields` say how."""
+        splits, collate = fields["splits"], fields["collate"]
+
+        def calibration_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+            batch = collate(calibration_rows(splits["train"]))
+            return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+        sizes = ", ".join(f"{len(data):,} to {USE[split]}" for split, data in splits.items())
+        return cls(
+            train_data=splits["train"],
+            train_collate=fields.pop("train_collate", lambda epoch: collate),
+            plan=plan,
+            count=plan.num_examples,
+            calibration_batch=calibration_batch,
+            summary=f"{len(names)} classes; {sizes}",
+            **fields,
+        )
 
 
 def check_model_source(options: Any) -> None:
@@ -175,14 +203,13 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         raise OptionError(f"--model_name_or_path {name}: {said[0] if said else type(error).__name__}") from error
 
 
-def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Task:
-    """Load and check the data, train or load the tokeniser, tokenise. `options` has TextOptions and ModelOptions.
+def prepare_text(run: Run) -> ClassificationTask:
+    """Load and check the data, train or load the tokeniser, tokenise. The options are TextOptions and ModelOptions.
 
     Raises DataError or OptionError for whatever would stop the training later.
     """
+    options, accelerator = run.options, run.accelerator
     check_model_source(options)
-    if options.max_length < 3:
-        raise OptionError(f"--max_length must be at least 3 tokens, got {options.max_length}")
     raw = main_first(accelerator, lambda: load_splits(options))
     columns = [options.text_column, *([options.text_pair_column] if options.text_pair_column else [])]
     check_text_column(raw, options.text_column, "text_column")
@@ -195,7 +222,7 @@ def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resum
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     else:
-        tokenizer = _trained_tokenizer(raw["train"], columns, options, accelerator, output_dir, resuming)
+        tokenizer = _trained_tokenizer(raw["train"], columns, run)
     tokenizer.model_max_length = options.max_length
     # It recommends __call__ over pad, which does not apply: texts are tokenised once and padded in every batch.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
@@ -222,30 +249,28 @@ def prepare_text(options: Any, accelerator: Accelerator, output_dir: Path, resum
         batch_labels = torch.tensor([row.pop("labels") for row in rows])
         return {**tokenizer.pad(rows, return_tensors="pt"), "labels": batch_labels}
 
-    return Task(
+    if options.max_tokens is None:
+        plan: Plan = StepPlan(lengths["train"], options.batch_size, **run.division)
+    else:
+        plan = TokenPlan(lengths["train"], lengths["train"], options.max_tokens, **run.division)
+    return ClassificationTask.of(
+        plan,
+        names,
+        pipeline="text-classification",
+        auto_class=AutoModelForSequenceClassification,
+        processor=tokenizer,
+        build_model=lambda: _build_model(options, tokenizer, names),
         splits=splits,
         lengths=lengths,
         raw_test=raw.get("test"),
-        label_names=names,
-        collate=collate,
-        processor=tokenizer,
-        build_model=lambda: _build_model(options, tokenizer, names),
         columns=columns,
-        train_collate=lambda epoch: collate,
-        auto_class=AutoModelForSequenceClassification,
+        collate=collate,
     )
 
 
-def _trained_tokenizer(
-    data: Dataset,
-    columns: list[str],
-    options: Any,
-    accelerator: Accelerator,
-    output_dir: Path,
-    resuming: bool,
-) -> Any:
-    folder = output_dir / "tokenizer"
-    if accelerator.is_main_process and not (resuming and folder.exists()):
+def _trained_tokenizer(data: Dataset, columns: list[str], run: Run) -> Any:
+    options, folder = run.options, run.output_dir / "tokenizer"
+    if run.is_main and not (run.resuming and folder.exists()):
         tokenizer = train_encoder_tokenizer(
             (text for column in columns for text in data[column]),
             kind=options.tokenizer,
@@ -254,11 +279,8 @@ def _trained_tokenizer(
             lowercase=options.lowercase,
             max_length=options.max_length,
         )
-        temporary = output_dir / ".tmp-tokenizer"
-        shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer.save_pretrained(temporary)
-        publish_folder(temporary, folder)
-    accelerator.wait_for_everyone()
+        save_folder(tokenizer.save_pretrained, folder)
+    run.accelerator.wait_for_everyone()
     return AutoTokenizer.from_pretrained(folder)
 
 

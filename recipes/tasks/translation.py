@@ -6,39 +6,52 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from sacrebleu.metrics import BLEU
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
-from common.checkpoints import publish_folder
+from common.checkpoints import save_folder
 from common.evaluation import main_first
+from common.loop import Run
 from common.options import OptionError, option
-from tasks.bleu import moses_detokenize
-from tasks.data import DataError
+from common.setup import calibration_rows
+from common.task import Task
+from common.token_batches import TokenPlan
+from tasks.bleu import moses_detokenize, moses_tokenize
+from tasks.data import USE, DataError
 from tasks.joint_bpe import train_joint_bpe
 from tasks.parallel_text import REFERENCE, SOURCE, TARGET, ParallelOptions, load_pairs
-from tasks.text import build_fresh, fresh_config, load_pretrained
+from tasks.text import build_fresh, check_model_source, fresh_config, load_pretrained
 
 IGNORED = -100  # the label of padding
+SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
 
 @dataclass(kw_only=True)
 class TranslationDataOptions(ParallelOptions):
     """Tokeniser and lengths."""
 
-    vocab_size: int = option(8000, "size of the joint BPE vocabulary trained for a fresh model")
+    vocab_size: int = option(8000, "size of the joint BPE vocabulary trained for a fresh model", within="[10, inf)")
     lowercase: bool = option(False, "whether the trained tokeniser lower-cases, both languages")
-    max_source_length: int = option(128, "longest source in tokens; what is beyond is cut off")
-    max_target_length: int = option(128, "longest target in tokens; what is beyond is cut off")
+    max_source_length: int = option(128, "longest source in tokens; what is beyond is cut off", within="[2, inf)")
+    max_target_length: int = option(128, "longest target in tokens; what is beyond is cut off", within="[2, inf)")
     source_lang_code: str | None = option(
         None, "source language as a multilingual pretrained tokeniser names it, for instance de_DE"
     )
@@ -55,9 +68,9 @@ class TranslationModelOptions:
 
     model_name_or_path: str | None = option(None, "pretrained seq2seq model on the Hub or in a folder")
     model_config: dict[str, Any] = option({}, "config of a fresh model: model_type and any of its fields")
-    dropout: float | None = option(None, "dropout; by default what the model's config says")
-    attention_dropout: float | None = option(None, "dropout of attention weights")
-    activation_dropout: float | None = option(None, "dropout after the feed-forward activation")
+    dropout: float | None = option(None, "dropout; by default what the model's config says", within="[0, 1)")
+    attention_dropout: float | None = option(None, "dropout of attention weights", within="[0, 1)")
+    activation_dropout: float | None = option(None, "dropout after the feed-forward activation", within="[0, 1)")
     initialization: Literal["model", "xavier", "kaiming"] = option(
         "model",
         "initialisation of a fresh model: the model's own; Xavier, as in fairseq; or, as in the paper's De-En runs, "
@@ -65,56 +78,95 @@ class TranslationModelOptions:
     )
 
 
-@dataclass
-class TranslationTask:
-    """What the training loop needs to know.
+@dataclass(kw_only=True)
+class TranslationTask(Task):
+    """Sentence pairs.
 
     `raw` holds the text columns of every split, `splits` their `input_ids` and `labels`, `lengths` the numbers of
     tokens of sources and of targets. `restore` makes plain text of what was decoded.
     """
 
+    score = "bleu_tokenized_lowercase"
+    label = "BLEU (Moses tokens, lower case)"
+    unit = "target tokens/s"
+
     raw: dict[str, Dataset]
     splits: dict[str, Dataset]
     lengths: dict[str, tuple[list[int], list[int]]]
-    tokenizer: Any
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
-    build_model: Callable[[], PreTrainedModel]
     restore: Callable[[list[str]], list[str]]
 
+    @classmethod
+    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+        lines = (folder / "test_translations.jsonl").read_text(encoding="utf-8").splitlines()
+        rows, lang = [json.loads(line) for line in lines], record["options"]["target_lang"]
+        hypotheses = moses_tokenize([row["translation"] for row in rows], lang)
+        references = moses_tokenize([row["reference"] for row in rows], lang)
+        # effective_order is what sacreBLEU asks for on single sentences; it does not touch the counts taken here.
+        metric = BLEU(lowercase=True, tokenize="none", force=True, effective_order=True)
+        counts = []
+        for hypothesis, reference in zip(hypotheses, references, strict=True):
+            result = metric.sentence_score(hypothesis, [reference])
+            counts.append([*result.counts, *result.totals, result.sys_len, result.ref_len])
 
-def prepare_translation(options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> TranslationTask:
+        def score(sums: np.ndarray) -> np.ndarray:
+            rows = sums.astype(int).tolist()
+            return np.asarray([BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9]).score for row in rows])
+
+        return np.asarray(counts), score
+
+
+def prepare_translation(run: Run) -> TranslationTask:
     """Load and check the data, train or load the tokeniser, tokenise.
 
     Raises DataError or OptionError for whatever would stop the training later.
     """
-    if bool(options.model_name_or_path) == bool(options.model_config):
-        raise OptionError("give either --model_name_or_path or model_config (with a model_type), not both or none")
-    for name in ("max_source_length", "max_target_length"):
-        if getattr(options, name) < 2:
-            raise OptionError(f"--{name} must be at least 2 tokens, got {getattr(options, name)}")
+    options, accelerator = run.options, run.accelerator
+    check_model_source(options)
     if options.model_name_or_path and options.initialization != "model":
         raise OptionError(f"--initialization {options.initialization} is for fresh models; leave it out")
+    if options.average_checkpoints == 1:
+        raise OptionError("--average_checkpoints must be 0 or at least 2, got 1")
+    if options.average_checkpoints and accelerator.distributed_type in SHARDED:
+        raise OptionError("--average_checkpoints does not go with FSDP or DeepSpeed; give --average_checkpoints 0")
     raw = main_first(accelerator, lambda: load_pairs(options))
     for split in raw.keys() - {"train"}:
         references(raw[split], split)
-    tokenizer = _tokenizer(raw["train"], options, accelerator, output_dir, resuming)
+    tokenizer = _tokenizer(raw["train"], run)
     splits = main_first(
         accelerator, lambda: {split: _tokenize(data, tokenizer, options) for split, data in raw.items()}
     )
     lengths = {split: (data["source_length"][:], data["target_length"][:]) for split, data in splits.items()}
     splits = {split: data.select_columns(["input_ids", "labels"]) for split, data in splits.items()}
+    plan = TokenPlan(*lengths["train"], options.max_tokens, **run.division)
+    # It recommends __call__ over pad, which does not apply: texts are tokenised once and padded in every batch.
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+    def calibration_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        batch = dict(collate(calibration_rows(splits["train"])))
+        return {**batch, "decoder_input_ids": decoder_inputs(model, batch.pop("labels"))}
 
     def restore(texts: list[str]) -> list[str]:
         texts = [" ".join(text.split()) for text in texts]
         return moses_detokenize(texts, options.target_lang) if options.text_preparation == "moses" else texts
 
+    sizes = ", ".join(f"{len(data):,} to {USE[split]}" for split, data in splits.items())
     return TranslationTask(
+        pipeline="translation",
+        auto_class=AutoModelForSeq2SeqLM,
+        processor=tokenizer,
+        train_data=splits["train"],
+        train_collate=lambda epoch: collate,
+        plan=plan,
+        count=plan.target_tokens,
+        build_model=lambda: _build_model(options, tokenizer),
+        calibration_batch=calibration_batch,
+        summary=f"sentence pairs: {sizes}; {sum(lengths['train'][1]):,} target tokens to train on",
         raw=raw,
         splits=splits,
         lengths=lengths,
-        tokenizer=tokenizer,
-        collate=_Collator(tokenizer.pad_token_id),
-        build_model=lambda: _build_model(options, tokenizer),
+        collate=collate,
         restore=restore,
     )
 
@@ -122,7 +174,8 @@ def prepare_translation(options: Any, accelerator: Accelerator, output_dir: Path
 # ------------------------------------------------------------------------------------------------------ tokens
 
 
-def _tokenizer(data: Dataset, options: Any, accelerator: Accelerator, output_dir: Path, resuming: bool) -> Any:
+def _tokenizer(data: Dataset, run: Run) -> Any:
+    options, accelerator = run.options, run.accelerator
     if options.model_name_or_path:
         tokenizer = main_first(accelerator, lambda: load_pretrained(AutoTokenizer, options.model_name_or_path))
         for attribute, name in (("src_lang", "source_lang_code"), ("tgt_lang", "target_lang_code")):
@@ -134,8 +187,8 @@ def _tokenizer(data: Dataset, options: Any, accelerator: Accelerator, output_dir
             lang_token_id(tokenizer, code)
             setattr(tokenizer, attribute, code)
         return tokenizer
-    folder = output_dir / "tokenizer"
-    if accelerator.is_main_process and not (resuming and folder.exists()):
+    folder = run.output_dir / "tokenizer"
+    if run.is_main and not (run.resuming and folder.exists()):
         tokenizer = train_joint_bpe(
             itertools.chain(data[SOURCE], data[TARGET]),
             vocab_size=options.vocab_size,
@@ -143,10 +196,7 @@ def _tokenizer(data: Dataset, options: Any, accelerator: Accelerator, output_dir
             max_length=max(options.max_source_length, options.max_target_length),
             split_punctuation=options.text_preparation != "moses",
         )
-        temporary = output_dir / ".tmp-tokenizer"
-        shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer.save_pretrained(temporary)
-        publish_folder(temporary, folder)
+        save_folder(tokenizer.save_pretrained, folder)
     accelerator.wait_for_everyone()
     return AutoTokenizer.from_pretrained(folder)
 
@@ -197,27 +247,6 @@ def _tokenize(data: Dataset, tokenizer: Any, options: Any) -> Dataset:
         load_from_cache_file=True,
         desc="Tokenising",
     )
-
-
-class _Collator:
-    """Pads source and target of a batch, each to its longest: int64 tensors of (batch, longest)."""
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids = _pad([row["input_ids"] for row in rows], self.pad_token_id)
-        mask = _pad([[1] * len(row["input_ids"]) for row in rows], 0)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "labels": _pad([row["labels"] for row in rows], IGNORED),
-        }
-
-
-def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
 def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,10 @@ from common.checkpoints import EXIT_RESUME
 from common.options import OptionError
 from comparison.paper import COLUMNS, ROWS, paper_score
 from comparison.report import conclusion, our_score, to_latex, to_markdown
-from comparison.runs import RECIPES, RecordError, Run, example_statistics
+from comparison.runs import RecordError, Run
 from comparison.significance import bootstrap_scores, difference_over_seeds, holm, paired_difference
 from tasks.bleu import translation_scores
+from tasks.translation import TranslationTask
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 CONFIGS = Path(compare.__file__).with_name("configs")
@@ -128,7 +129,7 @@ def test_bleu_is_computed_from_sums_as_sacrebleu_does(tmp_path):
     rows = [{"source": "", "reference": reference, "translation": hypothesis} for hypothesis, reference in pairs]
     (tmp_path / "test_translations.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "results.json").write_text(json.dumps({"options": {"target_lang": "en"}}))
-    rows, score = example_statistics(RECIPES["translation"], Run("adanorm", 1, tmp_path))
+    rows, score = TranslationTask.per_example(tmp_path, Run("adanorm", 1, tmp_path).record)
     expected, _ = translation_scores(*map(list, zip(*pairs, strict=True)), "en")
     assert score(rows.sum(0, keepdims=True))[0] == pytest.approx(expected["bleu_tokenized_lowercase"])
     assert score(2 * rows[2:])[0] == pytest.approx(100)

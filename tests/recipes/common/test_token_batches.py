@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.token_batches import TokenPlan, token_batches
+from common.batches import train_batches
+from common.token_batches import TokenPlan
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=200)
 
@@ -72,8 +73,9 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 def test_skipping_goes_on_where_a_run_stopped():
     pairs = some_pairs()
     plan = plan_for(pairs)
-    whole = list(token_batches(range(len(pairs)), plan, 1, collate=list))
-    assert list(token_batches(range(len(pairs)), plan, 1, collate=list, skip=5)) == whole[5:]
+    whole = list(train_batches(range(len(pairs)), plan, 1, collate=list, count=plan.target_tokens))
+    rest = train_batches(range(len(pairs)), plan, 1, collate=list, count=plan.target_tokens, skip=5)
+    assert list(rest) == whole[5:]
     tokens, (first,) = whole[0]
     assert tokens == sum(pairs[index][1] for index in first)
 

@@ -1,0 +1,392 @@
+"""The loop that all recipes share: everything around the few lines that are a recipe's own.
+
+    options = parse_options(Options, argv, __doc__)
+    run = Run(options, argv)                     # launcher, lock, newest checkpoint
+    if run.finished:
+        return
+    task = run.prepare(prepare_task)             # data, model, patch, optimiser
+    with run.training():                         # resumes; clear endings, SIGTERM and Ctrl-C
+        for step in run:                         # sets the learning rate and the fade
+            for batch in step:                   # micro-batches, on the device; then clips, checks and steps
+                loss = cross_entropy(run.model(**batch)...) / step.size
+                run.backward(loss, batch)
+            if step.evaluates:
+                run.note(evaluate(run, task))    # history, best model, early stopping; then checkpoints
+        best = run.best()                        # the folder of the best model
+        if run.alone():                          # the other processes end
+            run.write_results({"test": test_scores(run, best)})
+
+A step's loss is divided by `step.size`, its examples or tokens over all micro-batches and processes, so that these may
+be divided in any way. A run that is asked to stop saves a checkpoint and ends with code 75, also between the batches
+of an evaluation: the resumed run evaluates first.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device, set_seed
+
+from common.batches import eval_batches, train_batches
+from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, write_json
+from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
+from common.fade import fade, finish_saved_fade, is_fading
+from common.options import options_that_change
+from common.publishing import prepare_push, publish
+from common.results import result_lines, versions
+from common.setup import (
+    ProgressBar,
+    Stopwatch,
+    allow_unused_parameters,
+    apply_patch,
+    clear_endings,
+    clear_errors,
+    learning_rate_at,
+    make_accelerator,
+    make_optimizer,
+    norms_to_trackers,
+    set_learning_rate,
+)
+from common.steps import check_trained, optimizer_step
+from common.task import Task
+from tasks.data import data_content
+
+T = TypeVar("T", bound=Task)
+
+
+class Step:
+    """One optimiser step; iterating over it gives this process's micro-batches, then applies their gradients."""
+
+    def __init__(self, run: Run, size: int, micro_batches: Sequence[Any]):
+        self.run, self.size, self.micro_batches = run, size, micro_batches
+        self.loss = torch.zeros((), device=run.accelerator.device)
+        self.inputs: dict[str, Any] | None = None
+        self.evaluates = False  # known after the last micro-batch
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.micro_batches:
+            with self.run.accelerator.accumulate(self.run.model):
+                yield send_to_device(batch, self.run.accelerator.device)
+        if self.micro_batches:
+            self.run.end_step()
+
+
+class Run:
+    """One run of a recipe; see the module. `finished`: its folder holds the results of a run with these options."""
+
+    def __init__(self, options: Any, argv: Sequence[str] | None, script: str):
+        self.options, self.output_dir = options, Path(options.output_dir)
+        self.script = Path(script)
+        with clear_errors():
+            self.accelerator = make_accelerator(options, options)
+            self.is_main = self.accelerator.is_main_process
+            content = main_first(self.accelerator, lambda: data_content(options) if self.is_main else {})
+            self.checkpoints = Checkpoints(
+                self.output_dir,
+                self.accelerator,
+                asdict(options),
+                content=content,
+                free=options_that_change(type(options), "onward", "nothing"),
+                keep=max(options.save_total_limit, getattr(options, "average_checkpoints", 0)),
+                overwrite=options.overwrite_output_dir,
+            )
+            self.resuming = self.checkpoints.check_resumable() is not None
+            if self.is_main:
+                prepare_push(options)
+        self.finished = self.resuming and (self.output_dir / "results.json").exists()
+        if self.finished:
+            self.print(f"{self.output_dir} holds a finished run with these options; nothing to do")
+            if options.push_to_hub and self.is_main:
+                record = json.loads((self.output_dir / "results.json").read_text(encoding="utf-8"))
+                publish(self.output_dir / "best", record, options)
+        self.record: dict[str, Any] = {
+            "norm": options.norm,
+            "seed": options.seed,
+            "num_processes": self.accelerator.num_processes,
+            "command": shlex.join([f"recipes/{self.script.name}", *(sys.argv[1:] if argv is None else argv)]),
+            "versions": versions(),
+            "options": asdict(options),
+            "content": content,
+        }
+
+    def print(self, text: str) -> None:
+        """On the main process alone."""
+        if self.is_main:
+            print(text, flush=True)
+
+    @property
+    def division(self) -> dict[str, int]:
+        """How steps are divided, as plans take it."""
+        options = self.options
+        processes, accumulation = self.accelerator.num_processes, options.gradient_accumulation_steps
+        return {"seed": options.seed, "num_processes": processes, "accumulation": accumulation}
+
+    def prepare(self, prepare: Callable[[Run], T]) -> T:
+        """The task that `prepare` makes; then its model, patched, with its optimiser. Bad input ends the process."""
+        options, accelerator = self.options, self.accelerator
+        with clear_errors():
+            self.task = task = prepare(self)
+            set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
+            model = main_first(accelerator, task.build_model)
+            num_norms = apply_patch(model, options, lambda: task.calibration_batch(model))
+        set_seed(options.seed, device_specific=True)  # other dropout masks on every process
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        optimizer = make_optimizer(model, options)
+        allow_unused_parameters(accelerator, model)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.bare = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if options.report_to:
+            settings = {name: str(value) for name, value in asdict(options).items()}
+            accelerator.init_trackers(self.script.stem, config=settings)
+        self.total_steps = options.max_steps or options.num_epochs * task.plan.num_steps
+        self.record |= {"norm_modules": num_norms, "parameters": num_parameters}
+        metric = ("score", "label", "scale", "decimals", "higher_is_better")
+        self.record |= {"pipeline": task.pipeline, "metric": {name: getattr(task, name) for name in metric}}
+        self.print(
+            f"{type(self.bare).__name__}: {num_parameters:,} parameters, {num_norms} norms ({options.norm})\n"
+            f"{task.summary}\n{self.total_steps:,} updates, {task.plan.num_steps:,} an epoch; checkpoints in "
+            f"{self.output_dir}"
+        )
+        return task
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While a run trains, is tested and writes its results: from the newest checkpoint on, to a clear ending."""
+        accelerator, options = self.accelerator, self.options
+        with (
+            clear_endings(accelerator, self.output_dir, self.record),
+            Interruption(accelerator) as self.interruption,
+        ):
+            self.progress = self.checkpoints.resume()
+            if self.progress.step:
+                self.print(f"resuming from step {self.progress.step}")
+            self.stopwatch = Stopwatch(self.progress)
+            self.running_loss = torch.zeros((), device=accelerator.device)
+            self.running_steps = 0
+            self.model.train()
+            with norms_to_trackers(accelerator, self.model, options, self.progress.step) as self.send_norms:
+                yield
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps from the newest checkpoint on, to the last or until early stopping."""
+        options, progress = self.options, self.progress
+        shown, first = options.progress_bar, progress.step
+        bar = ProgressBar(self.total_steps, main=self.is_main, shown=shown, first_step=first, unit=self.task.unit)
+        with bar as self.bar:
+            if progress.step and self._evaluation_due() and self._last_evaluation() != progress.step:
+                self.step = Step(self, 0, [])  # it was stopped in the middle of this evaluation
+                self._begin_evaluation()
+                yield self.step
+                self._save_or_stop()
+            while not self.done:
+                steps = train_batches(
+                    self.task.train_data,
+                    self.task.plan,
+                    progress.epoch,
+                    count=self.task.count,
+                    collate=self.task.train_collate(progress.epoch),
+                    rank=self.accelerator.process_index,
+                    skip=progress.epoch_step,
+                    workers=options.dataloader_workers,
+                )
+                for size, micro_batches in steps:
+                    self.learning_rate = learning_rate_at(progress.step, self.total_steps, options)
+                    set_learning_rate(self.optimizer, self.learning_rate)
+                    fade(self.bare, progress.step, self.total_steps, options)
+                    self.step = Step(self, size, micro_batches)
+                    yield self.step
+                    self._save_or_stop()
+                    if self.done:
+                        break
+
+    def backward(self, loss: torch.Tensor, inputs: dict[str, Any] | None = None) -> None:
+        """Add a micro-batch's gradients; `loss` is its share of the whole step's. Should it not be finite, `inputs`,
+        what the model was given, tell the first module whose output is not."""
+        # accelerate divides by the number of micro-batches, DDP by the number of processes: the step's size is of all.
+        undo_mean = self.accelerator.num_processes * self.options.gradient_accumulation_steps
+        self.accelerator.backward(loss * undo_mean)
+        self.step.loss += loss.detach()
+        self.step.inputs = inputs
+
+    def end_step(self) -> None:
+        """Apply the gradients of the step's micro-batches; count, log, and say whether to evaluate."""
+        accelerator, options, progress, step = self.accelerator, self.options, self.progress, self.step
+        warming = progress.step < (options.warmup_steps or round(options.warmup_ratio * self.total_steps))
+        applied = optimizer_step(
+            accelerator, self.model, self.optimizer, step.loss, progress, options, step.inputs, warming=warming
+        )
+        progress.step += 1
+        self.send_norms(progress.step)
+        progress.epoch_step += 1
+        progress.skipped_steps += not applied
+        self.stopwatch.step(step.size)
+        self.running_loss += step.loss
+        self.running_steps += 1
+        if progress.epoch_step == self.task.plan.num_steps:
+            progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+        if progress.step % options.logging_steps == 0 or progress.step == self.total_steps:
+            train_loss = accelerator.reduce(self.running_loss, "sum").item() / self.running_steps
+            self.running_loss.zero_()
+            self.running_steps = 0
+            progress.train_history.append({"step": progress.step, "loss": train_loss})
+            accelerator.log({"train/loss": train_loss, "learning_rate": self.learning_rate}, step=progress.step)
+            self.bar.log(progress.step, self.stopwatch.samples_per_second, train_loss, self.learning_rate)
+        self.bar.update(progress.step, self.stopwatch.samples_per_second)
+        if self._evaluation_due():
+            self._begin_evaluation()
+
+    def _evaluation_due(self) -> bool:
+        progress, every = self.progress, self.options.eval_steps
+        return progress.step == self.total_steps or (progress.step % every == 0 if every else progress.epoch_step == 0)
+
+    def _last_evaluation(self) -> int | None:
+        return self.progress.history[-1]["step"] if self.progress.history else None
+
+    def _begin_evaluation(self) -> None:
+        self.step.evaluates = True
+        self.stopwatch.pause()
+        self.eligible = fade(self.bare, self.progress.step, self.total_steps, self.options)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is done, or the last `early_stopping_patience` evaluations all were no better than the
+        best before them."""
+        progress, patience = self.progress, self.options.early_stopping_patience
+        if progress.step >= self.total_steps:
+            return True
+        if patience is None or progress.best_step is None:
+            return False
+        return sum(entry["step"] > progress.best_step for entry in progress.history) >= patience
+
+    def _save_or_stop(self) -> None:
+        every, evaluated = self.options.checkpointing_steps, self.step.evaluates
+        if self.interruption.requested() and not self.done:
+            self._stop()
+        saves = self.done or (self.progress.step % every == 0 if every else evaluated)
+        if saves:
+            self.stopwatch.pause()
+            self._save()
+        if saves or evaluated:
+            self.stopwatch.resume()
+
+    def _save(self) -> None:
+        """Save, unless the run was resumed from this very step: to write a checkpoint anew would risk it."""
+        latest = self.checkpoints.latest()
+        if latest is None or latest.name != f"checkpoint-{self.progress.step}":
+            self.checkpoints.save(self.progress)
+
+    def _stop(self) -> NoReturn:
+        """Save, and end the process as one that can be resumed."""
+        self._save()
+        signal, step = self.interruption.name, self.progress.step
+        self.print(f"stopped by {signal} at step {step}; start the same command to resume")
+        self.accelerator.end_training()
+        sys.exit(EXIT_RESUME)
+
+    # ----------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        data: Any,
+        lengths: Sequence[int],
+        collate: Callable[[list[Any]], Any],
+        outputs_of: Callable[[Any, list[int]], Sequence[Any]],
+    ) -> list[Any]:
+        """What `outputs_of(batch, indices)` gives for every example of `data`, in its order, on every process. The
+        model is in eval mode meanwhile; a run that is asked to stop does so between two batches."""
+        accelerator = self.accelerator
+        self.model.eval()
+        indices: list[int] = []
+        outputs: list[Any] = []
+        batches = eval_batches(
+            data,
+            lengths,
+            self.options.eval_batch_size,
+            collate=collate,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            workers=self.options.dataloader_workers,
+        )
+        for batch_indices, batch in batches:
+            if self.interruption.requested():
+                self._stop()
+            indices += batch_indices
+            outputs += outputs_of(send_to_device(batch, accelerator.device), batch_indices)
+        self.model.train()
+        return gather_by_index(accelerator, indices, outputs, len(lengths))
+
+    def note(self, scores: dict[str, float]) -> None:
+        """Record an evaluation; save the model when it is the best so far (the earlier one of equals) and nothing in
+        it fades any more."""
+        progress = self.progress
+        progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
+        self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
+        self.print(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        name, higher = self.task.selection(self.options)
+        if self.eligible and is_better(scores, progress.best_metrics, name, higher=higher):
+            self.checkpoints.save_best(progress.step, self.save_model)
+            progress.best_step, progress.best_metrics = progress.step, scores
+
+    def save_model(self, folder: Path) -> None:
+        """Write model and processor as stock `from_pretrained` reads them. Called on every process."""
+        state_dict = self.accelerator.get_state_dict(self.model)  # a collective call
+        self.bare.save_pretrained(folder, state_dict=state_dict, is_main_process=self.is_main)
+        if self.is_main:
+            if is_fading(self.bare, self.options):
+                finish_saved_fade(folder, self.task.auto_class)
+            self.task.processor.save_pretrained(folder)
+
+    # -------------------------------------------------------------------------------------------------- the end
+
+    def best(self) -> Path:
+        """The folder of the best model, at the end of the training. On every process."""
+        check_trained(self.progress)
+        return self.checkpoints.promote_best(self.progress.best_step)
+
+    def alone(self) -> bool:
+        """Let the other processes end, which need not wait for the test; whether this one goes on."""
+        self.accelerator.end_training()
+        return self.is_main
+
+    def fresh_process(self, script: str, **arguments: Any) -> None:
+        """Run another script of the recipes, with the precision of this run, in a process that shares nothing with
+        this one; when it is asked to stop meanwhile, both end."""
+        options, precision = self.options, self.accelerator.mixed_precision
+        words = [word for name, value in arguments.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+        words += ["--mixed_precision", precision, "--batch_size", str(options.eval_batch_size)]
+        if not run_fresh_process(self.script.with_name(script), words, lambda: self.interruption.signalled):
+            self.print(f"stopped by {self.interruption.name} in the test; start the same command to go on")
+            sys.exit(EXIT_RESUME)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write `results.json`: the recipe's own figures, which name at least `train_samples`, `train_tokens` and
+        `test`, with those of every run; say the scores; publish."""
+        progress = self.progress
+        self.record |= {
+            "validation": progress.best_metrics,
+            "train_samples_per_second": self.stopwatch.samples_per_second,
+            "steps": progress.step,
+            "steps_per_epoch": self.task.plan.num_steps,
+            "seconds_per_step": self.stopwatch.seconds_per_step,
+            "best_step": progress.best_step,
+            "skipped_steps": progress.skipped_steps,
+            "peak_memory_mb": peak_memory_mb(),
+            "history": progress.history,
+            "train_history": progress.train_history,
+            **results,
+        }
+        write_json(self.output_dir / "results.json", self.record)
+        self.print(result_lines(self.record, self.output_dir))
+        publish(self.output_dir / "best", self.record, self.options)

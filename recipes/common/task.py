@@ -1,0 +1,55 @@
+"""What the loop, a comparison and a report know of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from common.batches import Plan
+
+
+@dataclass(kw_only=True)
+class Task:
+    """What a run trains, and what its runs are measured by. Subclasses add what the recipe itself needs.
+
+    Of every task: the `score` that runs are compared by, as `results.json` names it, with a label, a scale and
+    decimals for tables; `per_example` for tests of significance; `without_test`, the options that hide the test split;
+    the `unit` of speed. Of one run: what is trained on, in which steps; `count(step)` is what a step's loss is divided
+    by; `pipeline` is what loads the best model.
+    """
+
+    score: ClassVar[str]
+    label: ClassVar[str]
+    scale: ClassVar[float] = 1.0
+    decimals: ClassVar[int] = 2
+    higher_is_better: ClassVar[bool] = True
+    without_test: ClassVar[dict[str, str]] = {"score_test": "false"}
+    unit: ClassVar[str] = "samples/s"
+
+    pipeline: str
+    auto_class: Any
+    processor: Any  # saved beside the model
+    train_data: Any
+    train_collate: Callable[[int], Callable[[list[Any]], Any]]  # of an epoch
+    plan: Plan
+    count: Callable[[Any], int]
+    build_model: Callable[[], Any]
+    calibration_batch: Callable[[Any], dict[str, torch.Tensor]]  # what the model is given, of training examples
+    summary: str  # of the data, for the log
+
+    @classmethod
+    def selection(cls, options: Any) -> tuple[str, bool]:
+        """The validation score that chooses checkpoints and hyper-parameters, and whether higher is better."""
+        name = getattr(options, "best_metric", cls.score)
+        return name, cls.higher_is_better if name == cls.score else name != "loss"
+
+    @classmethod
+    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+        """What the scaled score needs of every test example, from the files of a finished run, and the score of sums
+        of it, (samples, what it needs)."""
+        raise NotImplementedError
