@@ -14,11 +14,16 @@ SIGTERM or Ctrl-C after saving a checkpoint: start the same command again.
 
 from __future__ import annotations
 
+from common.options import parse_options
+from tasks.options import ClassificationOptions
+
+if __name__ == "__main__":  # help, and mistakes in the options, before torch is imported
+    parse_options(ClassificationOptions, description=__doc__)
+
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +31,8 @@ import torch.nn.functional as F
 from common.checkpoints import write_json
 from common.evaluation import load_metric, main_first, mean
 from common.loop import Run
-from common.options import OptimizationOptions, PatchOptions, RunOptions, option, parse_options
-from tasks.images import ImageOptions, prepare_image
-from tasks.text import ClassificationTask, ModelOptions, TextOptions, prepare_text
-
-
-@dataclass(kw_only=True)
-class ClassificationOptions(RunOptions, OptimizationOptions, TextOptions, ImageOptions, ModelOptions, PatchOptions):
-    """Options of the classification recipe."""
-
-    task: Literal["text", "image"] = option("text", "what is classified: texts, or pairs of them, or images")
-    batch_size: int = option(32, "training examples a micro-batch on each process", within="(0, inf)")
-    max_tokens: int | None = option(
-        None,
-        "texts: a micro-batch holds as many as fit in so many tokens, padding included; wins over batch_size",
-        within="(0, inf)",
-    )
-    eval_batch_size: int = option(64, "examples a batch on each process in evaluation", within="(0, inf)")
-
+from tasks.images import prepare_image
+from tasks.text import ClassificationTask, prepare_text
 
 OPTIONS, TASK = ClassificationOptions, ClassificationTask
 PREPARE = {"text": prepare_text, "image": prepare_image}

@@ -41,14 +41,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints import EXIT_RESUME, changed_content, lock_folder, write_json
+import tasks.options
 from common.options import OptionError, options_that_change, parse_options, read_config
-from common.results import align
 from comparison.paper import COLUMNS, CONFIGS, ROWS
-from comparison.report import write_report
-from comparison.runs import BASELINE, RecordError, Run, outcome, summarize
-from hf_adanorm import AdaNorm, DetachNorm
-from tasks.data import DATA_OPTIONS, data_content
 
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
 # A norm that an option says nothing to need not try its values.
@@ -57,8 +52,11 @@ ESTIMATE_STEPS = 25
 MOST_SEEDS = 1000
 
 
-class RunInterrupted(Exception):  # noqa: N818  (no error: the comparison was asked to stop)
-    """SIGTERM or Ctrl-C; the run in progress has saved a checkpoint."""
+def recipe_options() -> dict[str, str]:
+    """The scripts beside this one that say what runs are measured by, and the names of their options' classes."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
+    found = {name: re.search(r"^OPTIONS, TASK = (\w+),", text, re.MULTILINE) for name, text in texts.items()}
+    return {name: match[1] for name, match in found.items() if match}
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -68,7 +66,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     )
     add = parser.add_argument
     add("--config", help="YAML file of the recipe's options, for instance recipes/configs/rt.yaml")
-    add("--recipe", choices=recipe_names(), help="by default the one that knows the options in --config")
+    add("--recipe", choices=list(recipe_options()), help="by default the one that knows the options in --config")
     add("--norms", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NORM", help="default: all five")
     add("--seeds", nargs="+", type=int, default=[3], help="one number: that many, from 1; several: these seeds")
     add("--output_dir", default=None, help="default: outputs/compare-NAME, after the config")
@@ -94,26 +92,47 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     return own, rest
 
 
-def recipe_names() -> list[str]:
-    """The scripts beside this one that say what their runs are measured by."""
-    scripts = sorted(Path(__file__).parent.glob("*.py"))
-    return [path.stem for path in scripts if re.search("^OPTIONS, TASK = ", path.read_text("utf-8"), re.MULTILINE)]
-
-
-def choose_recipe(name: str | None, config: str | None) -> Any:
-    """The module of the recipe, given by name or as the only one that knows all options of the config.
+def choose_recipe(name: str | None, config: str | None) -> tuple[str, type]:
+    """The recipe, given by name or as the only one that knows all options of the config, and its options' class.
 
     Raises OptionError when neither tells.
     """
-    names = recipe_names()
+    known = recipe_options()
     if name is None and config is None:
-        raise OptionError("give --config, or --recipe " + "|".join(names))
+        raise OptionError("give --config, or --recipe " + "|".join(known))
     keys = set() if config is None or name is not None else {str(key) for key in read_config(config)}
-    modules = [importlib.import_module(candidate) for candidate in (names if name is None else [name])]
-    fitting = [module for module in modules if keys <= {item.name for item in dataclasses.fields(module.OPTIONS)}]
+    fitting = []
+    for candidate in known if name is None else [name]:
+        options_class = getattr(tasks.options, known[candidate], None) or importlib.import_module(candidate).OPTIONS
+        if keys <= {item.name for item in dataclasses.fields(options_class)}:
+            fitting.append((candidate, options_class))
     if len(fitting) != 1:
-        raise OptionError(f"--config {config} fits {len(fitting)} recipes: name one with --recipe {'|'.join(names)}")
+        raise OptionError(f"--config {config} fits {len(fitting)} recipes: name one with --recipe {'|'.join(known)}")
     return fitting[0]
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":  # help, and mistakes in the options, before torch is imported
+    own_options, recipe_arguments = parse_arguments(sys.argv[1:])
+    try:
+        parse_options(choose_recipe(own_options.recipe, own_options.config)[1], recipe_arguments)
+    except OptionError as mistake:
+        sys.exit(_refuse(mistake))
+
+from common.checkpoints import EXIT_RESUME, changed_content, lock_folder, write_json
+from common.results import align
+from comparison.report import write_report
+from comparison.runs import BASELINE, RecordError, Run, outcome, summarize
+from hf_adanorm import AdaNorm, DetachNorm
+from tasks.data import DATA_OPTIONS, data_content
+
+
+class RunInterrupted(Exception):  # noqa: N818  (no error: the comparison was asked to stop)
+    """SIGTERM or Ctrl-C; the run in progress has saved a checkpoint."""
 
 
 def parse_grid(items: Sequence[str], names: set[str]) -> dict[str, list[str]]:
@@ -140,8 +159,9 @@ class Comparison:
 
     def __init__(self, own: argparse.Namespace, rest: list[str]):
         self.own, self.rest = own, rest
-        recipe = choose_recipe(own.recipe, own.config)
-        self.script, self.task, self.options_class = Path(recipe.__file__), recipe.TASK, recipe.OPTIONS
+        name, self.options_class = choose_recipe(own.recipe, own.config)
+        recipe = importlib.import_module(name)
+        self.script, self.task = Path(recipe.__file__), recipe.TASK
         self.names = {item.name for item in dataclasses.fields(self.options_class)}
         for name in OWN:
             if any(argument.split("=", 1)[0] == f"--{name}" for argument in rest):
@@ -442,11 +462,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"without {BASELINE} among --norms no differences are tested", flush=True)
     if comparison.failed:
         sys.exit(1)
-
-
-def _refuse(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
 
 
 if __name__ == "__main__":

@@ -15,11 +15,16 @@ SIGTERM or Ctrl-C after saving a checkpoint: start the same command again.
 
 from __future__ import annotations
 
+from common.options import parse_options
+from tasks.options import LanguageModelingOptions
+
+if __name__ == "__main__":  # help, and mistakes in the options, before torch is imported
+    parse_options(LanguageModelingOptions, description=__doc__)
+
 import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,18 +33,7 @@ from score_bytes import collate_windows, window_bits
 
 from common.checkpoints import write_json
 from common.loop import Run
-from common.options import OptimizationOptions, PatchOptions, RunOptions, option, parse_options
-from tasks.bytes import ByteDataOptions, ByteTask, prepare_bytes
-from tasks.text import ModelOptions
-
-
-@dataclass(kw_only=True)
-class LanguageModelingOptions(RunOptions, OptimizationOptions, ByteDataOptions, ModelOptions, PatchOptions):
-    """Options of the language modelling recipe."""
-
-    batch_size: int = option(16, "training segments a micro-batch on each process", within="(0, inf)")
-    eval_batch_size: int = option(32, "windows a batch on each process in evaluation", within="(0, inf)")
-
+from tasks.bytes import ByteTask, prepare_bytes
 
 OPTIONS, TASK = LanguageModelingOptions, ByteTask
 

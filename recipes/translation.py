@@ -18,18 +18,22 @@ SIGTERM after saving a checkpoint: start the same command again.
 
 from __future__ import annotations
 
+from common.options import parse_options
+from tasks.options import TranslationOptions
+
+if __name__ == "__main__":  # help, and mistakes in the options, before torch is imported
+    parse_options(TranslationOptions, description=__doc__)
+
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from common.loop import Run
-from common.options import OptimizationOptions, PatchOptions, RunOptions, option, parse_options
 from common.weight_average import load_average
 from hf_adanorm.saving.files import write_file
 from tasks.bleu import translation_scores
@@ -37,41 +41,12 @@ from tasks.parallel_text import SOURCE
 from tasks.translation import (
     IGNORED,
     SHARDED,
-    TranslationDataOptions,
-    TranslationModelOptions,
     TranslationTask,
     decoder_inputs,
     prepare_translation,
     references,
     source_texts,
 )
-
-
-@dataclass(kw_only=True)
-class TranslationOptions(
-    RunOptions, OptimizationOptions, TranslationDataOptions, TranslationModelOptions, PatchOptions
-):
-    """Options of the translation recipe."""
-
-    max_tokens: int = option(
-        4096, "most tokens of a micro-batch on each process, source or target, padding included", within="(0, inf)"
-    )
-    label_smoothing: float = option(0.1, "share of the target probability spread over the vocabulary", within="[0, 1)")
-    eval_batch_size: int = option(64, "sentences a batch on each process in evaluation", within="(0, inf)")
-    num_beams: int = option(5, "beams of the search", within="(0, inf)")
-    length_penalty: float = option(1.0, "a beam's score is divided by its length to this power")
-    validation_search_samples: int | None = option(
-        None,
-        "translate only the first so many validation sentences during training; the loss is of all",
-        within="(0, inf)",
-    )
-    best_metric: Literal["loss", "sacrebleu", "sacrebleu_lowercase", "bleu_tokenized_lowercase", "chrf"] = option(
-        "sacrebleu", "validation score that chooses the best checkpoint"
-    )
-    average_checkpoints: int = option(
-        0, "also test the mean of the weights of the last so many checkpoints", within="[0, inf)"
-    )
-
 
 OPTIONS, TASK = TranslationOptions, TranslationTask
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import operator
+import re
 import sys
+import types
 import typing
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -228,11 +232,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: str | Path, names: set[str] | None = None) -> dict[str, Any]:
-    """The options of a YAML file, its relative `*_file` paths resolved against the file's folder.
+def read_config(
+    path: str | Path, names: Collection[str] | None = None, elsewhere: Mapping[str, str] | None = None
+) -> Any:
+    """The options of a YAML file by name, its relative `*_file` paths resolved against the file's folder.
 
     Raises OptionError for a file that is missing, is not a YAML mapping or holds an option that is none of `names`
-    (by default, any name will do).
+    (by default, any name will do); `elsewhere` tells which script has it.
     """
     path = Path(path)
     if not path.is_file():
@@ -248,8 +254,8 @@ def read_config(path: str | Path, names: set[str] | None = None) -> dict[str, An
         )
     for key in values:
         if names is not None and key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            script = (elsewhere or {}).get(key)
+            hint = f": it is one of recipes/{script}" if script else did_you_mean(key, names)
             raise OptionError(f"--config {path}: unknown option {key!r}{hint}")
     if values.get("mixed_precision") is False:
         values["mixed_precision"] = "no"  # for YAML, an unquoted no is false
@@ -259,34 +265,76 @@ def read_config(path: str | Path, names: set[str] | None = None) -> dict[str, An
     return values
 
 
-def parse_options(options_class: type[T], argv: list[str] | None = None, description: str | None = None) -> T:
+def did_you_mean(value: object, known: Iterable[str], prefix: str = "") -> str:
+    """The nearest of what is known, as the end of a sentence; "" where nothing is near."""
+    close = difflib.get_close_matches(str(value), list(known), n=1)
+    return f"; did you mean {prefix + close[0] if prefix else repr(close[0])}?" if close else ""
+
+
+def _scripts_by_option() -> dict[str, str]:
+    """Which script each option of the recipes belongs to, as far as their options have been imported."""
+    found, classes = {}, RunOptions.__subclasses__()
+    for options_class in classes:
+        script = re.sub("(?<=[a-z])(?=[A-Z])", "_", options_class.__name__.removesuffix("Options")).lower()
+        found |= {item.name: f"{script}.py" for item in dataclasses.fields(options_class)}
+    return found
+
+
+def _as_meant(name: str, value: Any, hint: Any) -> Any:
+    """A value from a config or, as text, from the command line; one where a list is expected is a list of one.
+
+    Raises OptionError for none of the choices.
+    """
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    if choices and isinstance(value, str) and value not in [*choices, "null"]:
+        raise OptionError(f"--{name}: expected {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
+    lists = [kind for kind in kinds if typing.get_origin(kind) is list]
+    if not lists or str in kinds or isinstance(value, (list, type(None))):
+        return value
+    if not isinstance(value, str):
+        return [value]
+    if value.startswith("[") or value == "null":
+        return value
+    return json.dumps([value]) if typing.get_args(lists[0]) == (str,) else f"[{value}]"
+
+
+def parse_options(options_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """Read the command line (by default sys.argv) into `options_class`. Bad input ends the process with code 2."""
     parser = build_parser(options_class, description)
-    argv = sys.argv[1:] if argv is None else argv
+    demo = getattr(options_class, "demo", None)
+    if argv is None and len(sys.argv) == 1 and demo:
+        parser.error(f"there is nothing to train on: try --config recipes/configs/{demo}, or see --help")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    hints = typing.get_type_hints(options_class)
     names = {item.name for item in dataclasses.fields(options_class)}  # type: ignore[arg-type]
     base = parser.get_defaults()
-    config_path = _last_value(argv, "--config")
-    if config_path is not None:
-        try:
-            values = read_config(config_path, names)
-        except OptionError as error:
-            parser.error(str(error))
-        base = parser.parse_object(values, namespace=base)
-    for argument in argv:
-        name = argument[2:].split("=", 1)[0].split(".", 1)[0].rstrip("+")
-        if argument.startswith("--") and name and name not in names | {"config", "help"}:
-            close = difflib.get_close_matches(name, names, n=1)
-            parser.error(f"unknown option --{name}" + (f"; did you mean --{close[0]}?" if close else ""))
-    parsed: Namespace = parser.parse_args(argv, namespace=base)
-    options = options_class(**{name: parsed[name] for name in names})
     try:
+        config_path = _last_value(argv, "--config")
+        if config_path is not None:
+            values = read_config(config_path, names, _scripts_by_option())
+            values = {name: _as_meant(name, value, hints[name]) for name, value in values.items()}
+            base = parser.parse_object(values, namespace=base)
+        for position, argument in enumerate(argv):
+            flag, equals, value = argument.partition("=")
+            name = flag[2:].split(".", 1)[0].rstrip("+")
+            if not argument.startswith("--") or not name or name in {"config", "help"}:
+                continue
+            if name not in names:
+                raise OptionError(f"unknown option --{name}{did_you_mean(name, names, '--')}")
+            if equals and flag[2:] in names:
+                argv[position] = f"{flag}={_as_meant(name, value, hints[name])}"
+            elif flag[2:] in names and position + 1 < len(argv):
+                argv[position + 1] = _as_meant(name, argv[position + 1], hints[name])
+        parsed: Namespace = parser.parse_args(argv, namespace=base)
+        options = options_class(**{name: parsed[name] for name in names})
         check_ranges(options)
     except OptionError as error:
         parser.error(str(error))
     return options
 
 
-def _last_value(argv: list[str], flag: str) -> str | None:
+def _last_value(argv: Sequence[str], flag: str) -> str | None:
     value = None
     for position, argument in enumerate(argv):
         if argument == flag and position + 1 < len(argv):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import math
@@ -19,10 +20,12 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    LoggerType,
     set_seed,
 )
 from rich.console import Console
@@ -33,7 +36,7 @@ from torch.distributed import TCPStore
 
 import hf_adanorm
 from common.checkpoints import EXIT_CANNOT_SAVE, Progress, SaveError, write_json
-from common.options import OptimizationOptions, OptionError, PatchOptions, RunOptions
+from common.options import OptimizationOptions, OptionError, PatchOptions, RunOptions, did_you_mean
 from common.steps import DivergedError
 from tasks.data import DataError
 
@@ -63,12 +66,20 @@ class Fate:
     def __init__(self) -> None:
         self.store: TCPStore | None = None
         self.ending = threading.Lock()
+        self.over = threading.Event()
 
     def share(self) -> None:
         """From here on, where one process ends by `end`, all do."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-        threading.Thread(target=self._watch, daemon=True).start()
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+
+        def rest() -> None:  # in C++ it would not survive the end of the interpreter
+            self.over.set()
+            thread.join()
+
+        atexit.register(rest)
 
     def end(self, message: str, code: int) -> NoReturn:
         """Say `message` and end the process, and the others of the run, with `code`."""
@@ -82,7 +93,8 @@ class Fate:
     def _watch(self) -> None:
         try:
             while not self.store.check([self.KEY]):
-                time.sleep(self.POLL_SECONDS)
+                if self.over.wait(self.POLL_SECONDS):
+                    return
         except RuntimeError:  # the store ended with its process
             return
         self._leave(None)
@@ -152,6 +164,12 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
     has `gradient_accumulation_steps` of them.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
+    known, installed = LoggerType.list(), [str(tracker) for tracker in get_available_trackers()]
+    for name in run.report_to:
+        if name not in known:
+            raise OptionError(f"--report_to {name}: expected {', '.join(known)}{did_you_mean(name, known)}")
+        if name not in [*installed, "all"]:
+            raise OptionError(f"--report_to {name}: it is not installed: pip install {name}")
     accelerator = Accelerator(
         # Without being told, accelerate takes processes that torchrun starts on CPUs for so many single runs.
         cpu=launched > 1 and not torch.accelerator.is_available(),
@@ -170,7 +188,7 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
     ):  # each would take itself for the only one, and write to the same folder
         raise RuntimeError(
             f"the launcher started {launched} processes, but accelerate found {accelerator.num_processes}: see "
-            "recipes/accelerate for files that fit this machine"
+            "recipes/launch for files that fit this machine"
         )
     if launched > 1:
         fate.share()

@@ -19,35 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from common.batches import StepPlan
 from common.loop import Run
-from common.options import OptionError, option
+from common.options import OptionError
 from common.setup import calibration_rows
 from common.task import Task
 from tasks.data import USE, DataError
+from tasks.options import ByteDataOptions
 from tasks.text import build_fresh, check_model_source, fresh_config, load_pretrained
 
 NUM_BYTES = 256
-
-
-@dataclass(kw_only=True)
-class ByteDataOptions:
-    """A text file, read as bytes; validation and test are its end, as usual for enwik8, or files of their own."""
-
-    train_file: str | None = option(None, "text file: plain, .gz, .bz2, or .zip of one file")
-    validation_file: str | None = option(None, "its own validation file, instead of the end of train_file")
-    test_file: str | None = option(None, "its own test file, instead of the end of train_file")
-    validation_characters: int | None = option(
-        5_000_000, "bytes of train_file before the test to validate on", within="[0, inf)"
-    )
-    test_characters: int | None = option(5_000_000, "last bytes of train_file to test on", within="[0, inf)")
-    score_test: bool = option(True, "score the best model on the test split at the end")
-    max_train_characters: int | None = option(
-        None, "use only the first so many bytes of what is left to train on", within="(0, inf)"
-    )
-    sequence_length: int = option(512, "bytes the model sees at once", within="(0, inf)")
-    eval_stride: int = option(256, "bytes scored in each window of sequence_length; the rest of it is context")
-    max_validation_samples: int | None = option(
-        None, "score only the first so many windows during training", within="(0, inf)"
-    )
 
 
 def read_bytes(file: str | Path, option_name: str) -> np.ndarray:

@@ -9,7 +9,6 @@ import itertools
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from common.options import option
 from tasks.idx_images import is_idx, labels_beside, load_idx_images
+from tasks.options import DataOptions
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test")
@@ -31,28 +30,6 @@ MOST_CLASSES = 30_000
 
 class DataError(ValueError):
     """The data cannot be used. The message names the file or split, what is wrong and the nearest fix."""
-
-
-@dataclass(kw_only=True)
-class DataOptions:
-    """Where the examples come from: a data set on the Hub, or local files, which win."""
-
-    dataset_name: str | None = option(None, "data set on the Hub")
-    dataset_config: str | None = option(None, "its configuration")
-    train_split: str = option("train", "its split to train on")
-    validation_split: str | None = option("validation", "its split to choose the best checkpoint on")
-    test_split: str | None = option("test", "its split for the final test")
-    train_file: str | None = option(
-        None, "local .json, .jsonl, .csv, .tsv or .parquet file (or .gz of it), or MNIST's IDX file of images"
-    )
-    validation_file: str | None = option(None, "local file to choose the best checkpoint on")
-    test_file: str | None = option(None, "local file for the final test")
-    max_train_samples: int | None = option(None, "use only the first so many training examples", within="(0, inf)")
-    max_validation_samples: int | None = option(
-        None, "use only the first so many validation examples", within="(0, inf)"
-    )
-    max_test_samples: int | None = option(None, "use only the first so many test examples", within="(0, inf)")
-    preprocessing_workers: int | None = option(None, "processes that tokenise", changes="nothing", within="[0, inf)")
 
 
 def load_splits(options: DataOptions) -> dict[str, Dataset]:

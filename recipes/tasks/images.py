@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from common.batches import StepPlan
 from common.evaluation import main_first
 from common.loop import Run
-from common.options import OptionError, option
+from common.options import OptionError
 from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
 from tasks.data import DataError, check_column, load_splits, resolve_labels
 from tasks.text import (
@@ -34,20 +33,6 @@ from tasks.text import (
 )
 
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
-
-
-@dataclass(kw_only=True)
-class ImageOptions:
-    """Images and their augmentation in training (task: image)."""
-
-    image_column: str = option("image", "column of the image: an image, its bytes or its path")
-    image_size: int | None = option(None, "side that images are scaled to; by default the model's", within="(0, inf)")
-    random_crop_padding: int = option(0, "pad by so many pixels and crop back at a random place", within="[0, inf)")
-    random_resized_crop: float | None = option(
-        None, "crop a random part, at least this share of the area", within="(0, 1]"
-    )
-    random_rotation: float = option(0.0, "turn by up to so many degrees", within="[0, 180]")
-    horizontal_flip: bool = option(False, "mirror every second image")
 
 
 def prepare_image(run: Run) -> ClassificationTask:

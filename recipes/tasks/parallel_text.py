@@ -14,43 +14,17 @@ import html
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 
-from common.options import option
 from tasks.bleu import moses_tokenize
-from tasks.data import DataError, DataOptions, check_text_column, load_splits
+from tasks.data import DataError, check_text_column, load_splits
+from tasks.options import ParallelOptions
 
 # The columns that the recipe works with: `reference` is the target as it came, `target` as it was prepared.
 SOURCE, TARGET, REFERENCE = "source", "target", "reference"
-
-
-@dataclass(kw_only=True)
-class ParallelOptions(DataOptions):
-    """Languages and cleaning of the sentence pairs. In a local file's name, `{lang}` stands for either language."""
-
-    source_lang: str = option("de", "language to translate from: a column, or `{lang}` in file names")
-    target_lang: str = option("en", "language to translate to")
-    translation_column: str | None = option(
-        None, "column that holds both languages by name, as in the translation data sets of the Hub"
-    )
-    text_preparation: Literal["none", "moses"] = option(
-        "none", "moses: tokenise by Moses's rules first, as the literature does for IWSLT14"
-    )
-    hold_out_every: int | None = option(
-        None, "take every so many-th pair of the training data for validation (IWSLT14: 23)", within="[2, inf)"
-    )
-    max_length_ratio: float | None = option(
-        None,
-        "leave out training pairs whose numbers of words differ by more than this factor (IWSLT14: 1.5)",
-        within="[1, inf)",
-    )
-    max_words: int | None = option(
-        None, "leave out training pairs with a side of more words than this (IWSLT14: 175)", within="[1, inf)"
-    )
 
 
 def load_pairs(options: ParallelOptions) -> dict[str, Dataset]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -10,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,41 +27,12 @@ from common.batches import Plan, StepPlan
 from common.checkpoints import save_folder
 from common.evaluation import main_first
 from common.loop import Run
-from common.options import OptionError, option
+from common.options import OptionError, did_you_mean
 from common.setup import calibration_rows
 from common.task import Task
 from common.token_batches import TokenPlan
-from tasks.data import USE, DataOptions, check_text_column, load_splits, resolve_labels
+from tasks.data import USE, check_text_column, load_splits, resolve_labels
 from tasks.tokenization import train_encoder_tokenizer
-
-
-@dataclass(kw_only=True)
-class TextOptions(DataOptions):
-    """Columns and tokeniser of a text classification task."""
-
-    text_column: str = option("text", "column of the text")
-    text_pair_column: str | None = option(None, "column of the second text, for sentence pairs")
-    label_column: str = option("label", "column of the class: integers from 0, or names")
-    split_sizes: list[int] | None = option(
-        None, "divide all examples at random into so many for train, validation and test (two numbers: test stays)"
-    )
-    score_test: bool = option(True, "score the best model on the test split at the end")
-    label_names: list[str] | None = option(None, "the classes in order; by default taken from the training data")
-    max_length: int = option(128, "longest text in tokens; what is beyond is cut off", within="[3, inf)")
-    tokenizer: Literal["word", "wordpiece", "bpe"] = option(
-        "word", "tokeniser trained on the training data when the model starts from model_config"
-    )
-    vocab_size: int = option(30000, "largest size of its vocabulary", within="[10, inf)")
-    min_frequency: int = option(2, "a word must occur this often to be in its vocabulary", within="[0, inf)")
-    lowercase: bool = option(True, "whether it lower-cases")
-
-
-@dataclass(kw_only=True)
-class ModelOptions:
-    """The model: a pretrained one, or a fresh one built from a config."""
-
-    model_name_or_path: str | None = option(None, "pretrained model on the Hub or in a folder")
-    model_config: dict[str, Any] = option({}, "config of a fresh model: model_type and any of its fields")
 
 
 @dataclass(kw_only=True)
@@ -136,8 +106,7 @@ def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
     if model_type is None:
         raise OptionError("model_config needs a model_type, for instance bert")
     if model_type not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(model_type, CONFIG_MAPPING)
         raise OptionError(f"model_config: transformers has no model_type {model_type!r}{hint}")
     try:
         config = AutoConfig.for_model(model_type, **{**values, **sizes})
@@ -146,8 +115,7 @@ def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
     known = _fields(model_type) | values.keys()
     for name, value in sizes.items():
         if len(known) > len(values) and name not in known and not _has_effect(config, name, {**values, **sizes}):
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, sorted(known))
             raise OptionError(f"model_config: {model_type} has no field {name!r}{hint}")
         if isinstance(value, int) and value < 0 and re.search(r"^(num|n)_|_(size|dim|layers)$", name):
             raise OptionError(f"model_config: {name} must not be negative, got {value}")

@@ -30,52 +30,18 @@ from transformers import (
 from common.checkpoints import save_folder
 from common.evaluation import main_first
 from common.loop import Run
-from common.options import OptionError, option
+from common.options import OptionError
 from common.setup import calibration_rows
 from common.task import Task
 from common.token_batches import TokenPlan
 from tasks.bleu import moses_detokenize, moses_tokenize
 from tasks.data import USE, DataError
 from tasks.joint_bpe import train_joint_bpe
-from tasks.parallel_text import REFERENCE, SOURCE, TARGET, ParallelOptions, load_pairs
+from tasks.parallel_text import REFERENCE, SOURCE, TARGET, load_pairs
 from tasks.text import build_fresh, check_model_source, fresh_config, load_pretrained
 
 IGNORED = -100  # the label of padding
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-
-
-@dataclass(kw_only=True)
-class TranslationDataOptions(ParallelOptions):
-    """Tokeniser and lengths."""
-
-    vocab_size: int = option(8000, "size of the joint BPE vocabulary trained for a fresh model", within="[10, inf)")
-    lowercase: bool = option(False, "whether the trained tokeniser lower-cases, both languages")
-    max_source_length: int = option(128, "longest source in tokens; what is beyond is cut off", within="[2, inf)")
-    max_target_length: int = option(128, "longest target in tokens; what is beyond is cut off", within="[2, inf)")
-    source_lang_code: str | None = option(
-        None, "source language as a multilingual pretrained tokeniser names it, for instance de_DE"
-    )
-    target_lang_code: str | None = option(None, "target language as such a tokeniser names it")
-    source_prefix: str = option("", "put before every source text, for instance for T5")
-    cache_dir: str | None = option(
-        None, "where tokenised splits are kept; by default in the cache of `datasets`", changes="nothing"
-    )
-
-
-@dataclass(kw_only=True)
-class TranslationModelOptions:
-    """The model: a pretrained one, or a fresh one built from a config."""
-
-    model_name_or_path: str | None = option(None, "pretrained seq2seq model on the Hub or in a folder")
-    model_config: dict[str, Any] = option({}, "config of a fresh model: model_type and any of its fields")
-    dropout: float | None = option(None, "dropout; by default what the model's config says", within="[0, 1)")
-    attention_dropout: float | None = option(None, "dropout of attention weights", within="[0, 1)")
-    activation_dropout: float | None = option(None, "dropout after the feed-forward activation", within="[0, 1)")
-    initialization: Literal["model", "xavier", "kaiming"] = option(
-        "model",
-        "initialisation of a fresh model: the model's own; Xavier, as in fairseq; or, as in the paper's De-En runs, "
-        "Xavier with Kaiming for the attention",
-    )
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from tasks.data import DataError, DataOptions, check_text_column, data_content, load_file, load_splits, resolve_labels
-from tasks.text import TextOptions
+from tasks.options import TextOptions
 
 ROWS = [{"text": "a b", "label": 0}, {"text": "c", "label": 1}]
 

@@ -19,7 +19,8 @@ from hf_adanorm import inspect_model, patch_model
 from tasks.data import DataError, DataOptions, load_splits
 from tasks.idx_images import load_idx_images, read_idx, write_idx
 from tasks.image_cnn import LayerNormCnnConfig, LayerNormCnnForImageClassification
-from tasks.images import ImageOptions, augmented, open_image
+from tasks.images import augmented, open_image
+from tasks.options import ImageOptions
 
 CNN = {"model_type": "layernorm_cnn", "image_size": 8, "hidden_sizes": [8, 8, 8]}
 VIT = {

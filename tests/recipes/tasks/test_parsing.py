@@ -9,8 +9,8 @@ from common.options import OptionError
 from tasks.arc_standard import ParserVocabulary, parse_sentences
 from tasks.conllu import Sentence
 from tasks.data import DataError
+from tasks.options import ModelOptions
 from tasks.parsing import ParsingDataOptions, collate_transitions, prepare_parsing
-from tasks.text import ModelOptions
 
 MODEL = {"model_type": "transition_parser", "embedding_size": 4, "hidden_size": 8}
 
