@@ -61,6 +61,8 @@ class Progress:
     timed_seconds: float = 0.0
     skipped_steps: int = 0  # left out because the loss or the gradient was not finite, or a spike
     recent_steps: list[list[float]] = field(default_factory=list)  # loss and gradient norm, what a spike is told by
+    running_loss: float = 0.0  # the sum of the losses since one was logged
+    running_steps: int = 0
     best_step: int | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation

@@ -42,7 +42,7 @@ from common.evaluation import gather_by_index, is_better, main_first, peak_memor
 from common.fade import fade, finish_saved_fade, is_fading
 from common.options import options_that_change
 from common.publishing import prepare_push, publish
-from common.results import result_lines, versions
+from common.results import format_results, versions
 from common.setup import (
     ProgressBar,
     Stopwatch,
@@ -172,8 +172,9 @@ class Run:
             if self.progress.step:
                 self.print(f"resuming from step {self.progress.step}")
             self.stopwatch = Stopwatch(self.progress)
-            self.running_loss = torch.zeros((), device=accelerator.device)
-            self.running_steps = 0
+            self.running_loss = torch.zeros((), device=accelerator.device)  # this process's share
+            if self.is_main:
+                self.running_loss += self.progress.running_loss
             self.model.train()
             with norms_to_trackers(accelerator, self.model, options, self.progress.step) as self.send_norms:
                 yield
@@ -232,13 +233,13 @@ class Run:
         progress.skipped_steps += not applied
         self.stopwatch.step(step.size)
         self.running_loss += step.loss
-        self.running_steps += 1
+        progress.running_steps += 1
         if progress.epoch_step == self.task.plan.num_steps:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
         if progress.step % options.logging_steps == 0 or progress.step == self.total_steps:
-            train_loss = accelerator.reduce(self.running_loss, "sum").item() / self.running_steps
+            train_loss = accelerator.reduce(self.running_loss, "sum").item() / progress.running_steps
             self.running_loss.zero_()
-            self.running_steps = 0
+            progress.running_steps = 0
             progress.train_history.append({"step": progress.step, "loss": train_loss})
             accelerator.log({"train/loss": train_loss, "learning_rate": self.learning_rate}, step=progress.step)
             self.bar.log(progress.step, self.stopwatch.samples_per_second, train_loss, self.learning_rate)
@@ -284,6 +285,7 @@ class Run:
         """Save, unless the run was resumed from this very step: to write a checkpoint anew would risk it."""
         latest = self.checkpoints.latest()
         if latest is None or latest.name != f"checkpoint-{self.progress.step}":
+            self.progress.running_loss = self.accelerator.reduce(self.running_loss, "sum").item()
             self.checkpoints.save(self.progress)
 
     def _stop(self) -> NoReturn:
@@ -388,5 +390,6 @@ class Run:
             **results,
         }
         write_json(self.output_dir / "results.json", self.record)
-        self.print(result_lines(self.record, self.output_dir))
+        use = self.task.use.format(pipeline=self.task.pipeline, model=self.output_dir / "best")
+        self.print(f"{format_results([self.record])}\nbest model, of step {progress.best_step}: {use}")
         publish(self.output_dir / "best", self.record, self.options)

@@ -59,12 +59,6 @@ def format_results(results: Sequence[dict[str, Any]]) -> str:
     return align(rows)
 
 
-def result_lines(record: dict[str, Any], folder: Path) -> str:
-    """What a run says at its end: its scores, where its best model is, and how to use that."""
-    use = f'pipeline("{record["pipeline"]}", "{folder / "best"}")'
-    return f"{format_results([record])}\nbest model, of step {record['best_step']}: import hf_adanorm; {use}"
-
-
 def align(rows: Sequence[Sequence[str]]) -> str:
     """A plain table with a rule under its first row."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

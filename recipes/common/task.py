@@ -19,8 +19,8 @@ class Task:
 
     Of every task: the `score` that runs are compared by, as `results.json` names it, with a label, a scale and
     decimals for tables; `per_example` for tests of significance; `without_test`, the options that hide the test split;
-    the `unit` of speed. Of one run: what is trained on, in which steps; `count(step)` is what a step's loss is divided
-    by; `pipeline` is what loads the best model.
+    the `unit` of speed; how to `use` the best model. Of one run: what is trained on, in which steps; `count(step)` is
+    what a step's loss is divided by; `pipeline` is the Hub's name of the task.
     """
 
     score: ClassVar[str]
@@ -30,6 +30,7 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     without_test: ClassVar[dict[str, str]] = {"score_test": "false"}
     unit: ClassVar[str] = "samples/s"
+    use: ClassVar[str] = 'import hf_adanorm; pipeline("{pipeline}", "{model}")'
 
     pipeline: str
     auto_class: Any

@@ -44,7 +44,7 @@ def prepare_image(run: Run) -> ClassificationTask:
     options, accelerator = run.options, run.accelerator
     check_model_source(options)
     if options.max_tokens is not None:
-        raise OptionError("--max_tokens counts those of texts; for images give --batch_size")
+        raise OptionError("--max_tokens counts those of texts; for task image give --batch_size")
     raw = main_first(accelerator, lambda: load_splits(options))
     for split, data in raw.items():
         check_column(data, split, options.image_column, "image_column")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -55,6 +55,8 @@ class TranslationTask(Task):
     score = "bleu_tokenized_lowercase"
     label = "BLEU (Moses tokens, lower case)"
     unit = "target tokens/s"
+    without_test: ClassVar[dict[str, str]] = {"test_file": "null", "test_split": "null"}
+    use = "python recipes/translate.py --model {model} --input SENTENCES --output TRANSLATIONS"
 
     raw: dict[str, Dataset]
     splits: dict[str, Dataset]

@@ -37,6 +37,7 @@ def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> l
         "validation_file": data / f"{kind}-validation.jsonl",
         "max_steps": STEPS,
         "eval_steps": 11,
+        "logging_steps": 7,
         "checkpointing_steps": EVERY,
         "gradient_accumulation_steps": 2,
         "learning_rate": 0.01,

@@ -122,6 +122,19 @@ def test_a_finished_run_is_not_repeated(finished, texts, capsys):
     assert (finished / "results.json").stat().st_mtime_ns == before
 
 
+def test_options_that_change_nothing_change_nothing(texts, tmp_path, capsys):
+    """Those of where a run writes and how it is watched, all at once; the losses are told without a bar, too."""
+    changes = {"save_total_limit": 2, "logging_steps": 3, "report_to": "tensorboard", "watch_norms": 2}
+    changes |= {"progress_bar": False, "dataloader_workers": 1, "preprocessing_workers": 2, "checkpointing_steps": 5}
+    plain, changed = tmp_path / "plain", tmp_path / "changed"
+    classification.main(arguments_for(texts, plain, max_steps=12, eval_steps=6))
+    capsys.readouterr()
+    classification.main(arguments_for(texts, changed, max_steps=12, eval_steps=6, **changes))
+    assert re.search(r"step 3/12: loss \d", capsys.readouterr().out)
+    assert_same_weights(weights(plain, 12), weights(changed, 12))
+    assert read_results(plain)["history"] == read_results(changed)["history"]
+
+
 def test_other_options_in_the_same_folder_are_refused_by_name(finished, texts, capsys):
     with pytest.raises(SystemExit) as ended:
         classification.main(arguments_for(texts, finished, C=1.2, k=0.07, test_file=texts["validation"]))
@@ -214,7 +227,7 @@ def test_two_processes_do_what_one_does(texts, tmp_path):
         ({"batch_size": 0}, "--batch_size must be positive, got 0"),
         ({"eval_batch_size": 0}, "--eval_batch_size must be positive, got 0"),
         ({"dataloader_workers": -1}, "--dataloader_workers must be at least 0"),
-        ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": -1}, "--seed must be in [0, 4294967295], got -1"),
         ({"vocab_size": 3}, "--vocab_size must be at least 10"),
         ({"report_to": "[bogus]"}, "bogus"),
         ({"model_name_or_path": "no/such", "model_config": "{}"}, "--model_name_or_path no/such: "),

@@ -1,12 +1,16 @@
 import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from classification import ClassificationOptions
+import classification
 from common.options import OptionError, check_ranges, options_that_change, parse_options, read_config
-from language_modeling import LanguageModelingOptions
-from translation import TranslationOptions
+from tasks.options import ClassificationOptions, LanguageModelingOptions, TranslationOptions
 
+RECIPES = Path(classification.__file__).parent
 # What another value changes nothing of what was or will be trained or scored, or only from then on.
 NOTHING = {
     *("output_dir", "overwrite_output_dir", "save_total_limit", "logging_steps", "report_to", "watch_norms"),
@@ -48,6 +52,11 @@ def test_data_files_in_a_config_are_relative_to_it(tmp_path):
     [
         (["--nrom", "none"], "did you mean --norm?"),
         (["--norm", "batchnorm"], "layernorm-simple"),
+        (["--norm", "adanrom"], "got 'adanrom'; did you mean 'adanorm'?"),
+        (["--norm=adanrom"], "did you mean 'adanorm'?"),
+        (["--batch_size", "0"], "--batch_size must be positive, got 0"),
+        (["--random_crop_padding", "-1"], "--random_crop_padding must be at least 0, got -1"),
+        (["--adam_beta1", "1"], "--adam_beta1 must be in [0, 1), got 1"),
         (["--seed", "one"], "seed"),
         (["--config", "absent.yaml"], "absent.yaml: no such file"),
     ],
@@ -57,6 +66,33 @@ def test_bad_command_lines_end_with_code_2_and_the_reason(argv, said, capsys):
         parse_options(ClassificationOptions, argv)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_config_of_another_recipe_names_its_script(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(ClassificationOptions, ["--config", str(RECIPES / "configs" / "demo_en_de.yaml")])
+    assert "unknown option 'source_lang': it is one of recipes/translation.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["tensorboard", "[tensorboard]", '["tensorboard"]'])
+def test_a_plain_value_is_a_list_of_one(given, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"report_to: {given}\nlayers: 3\n")
+    for argv in (["--report_to", given, "--layers=3"], ["--config", str(tmp_path / "run.yaml")]):
+        options = parse_options(ClassificationOptions, argv)
+        assert (options.report_to, options.layers) == (["tensorboard"], [3])
+    assert parse_options(ClassificationOptions, ["--layers", "-1"]).layers == [-1]
+    assert parse_options(ClassificationOptions, ["--layers", "null", "--include", "a.*"]).include == "a.*"
+
+
+@pytest.mark.parametrize("script", ["classification", "translation", "language_modeling", "compare"])
+@pytest.mark.parametrize("argument", ["--help", "--config=absent.yaml", None])
+def test_help_and_mistakes_come_before_torch(script, argument):
+    command = [sys.executable, "-X", "importtime", RECIPES / f"{script}.py", *([argument] if argument else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (0 if argument == "--help" else 2)
+    assert not re.search(r"\| +(torch|transformers|hf_adanorm)$", done.stderr, re.MULTILINE)
+    if argument is None and script != "compare":
+        assert "try --config recipes/configs/" in done.stderr
 
 
 def test_unknown_key_in_a_config_names_the_nearest_option(tmp_path):

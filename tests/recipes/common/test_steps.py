@@ -30,14 +30,13 @@ class Run:
         self.model, self.optimizer = self.accelerator.prepare(self.layer, optimizer)
         self.progress = Progress()
 
-    def step(self, value: float, inputs: dict[str, torch.Tensor] | None = None) -> bool:
+    def step(self, value: float, inputs: dict[str, torch.Tensor] | None = None, *, warming: bool = False) -> bool:
         """Whether the step was applied; the weights changed when it was, and no gradient is left."""
         before = self.layer[0].weight.detach().clone()
         loss = self.model(torch.ones(1, 2)).sum() * value
         self.accelerator.backward(loss)
-        applied = optimizer_step(
-            self.accelerator, self.model, self.optimizer, loss.detach(), self.progress, self.options, inputs
-        )
+        parts = (self.accelerator, self.model, self.optimizer, loss.detach(), self.progress, self.options, inputs)
+        applied = optimizer_step(*parts, warming=warming)
         self.progress.step += 1
         assert applied != torch.equal(before, self.layer[0].weight)
         assert self.layer[0].weight.grad is None
@@ -112,6 +111,12 @@ def test_a_spike_of_the_gradient_alone_is_one():
 def test_nothing_is_a_spike_before_there_are_steps_to_tell():
     run = Run(learning_rate=1e-5, on_spike="stop").settle(SPIKE_LEAST_STEPS - 1)
     assert run.step(50.0)
+
+
+def test_nothing_is_a_spike_while_the_learning_rate_rises(capsys):
+    run = Run(on_spike="stop").settle()
+    assert run.step(100.0, warming=True)
+    assert "spike" not in capsys.readouterr().out
 
 
 def test_steps_that_are_all_alike_make_no_spike_of_rounding():
