@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib
 import json
 import os
 import re
@@ -141,11 +142,12 @@ def test_bleu_is_computed_from_sums_as_sacrebleu_does(tmp_path):
 @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_every_config_names_its_recipe(config):
     recipe, options_class = compare.choose_recipe(None, str(CONFIGS / f"{config}.yaml"))
-    expected = {"mnist": "classification.py", "demo": "classification.py", "rt": "classification.py"}
-    expected |= {"sst5": "classification.py", "enwik8": "language_modeling.py", "enwik_sample": "language_modeling.py"}
-    assert recipe.script == expected.get(config, "translation.py")
-    assert recipe.score
-    assert options_class.__name__ == recipe.options_class
+    expected = {"mnist": "classification", "demo": "classification", "rt": "classification", "sst5": "classification"}
+    expected |= {"enwik8": "language_modeling", "enwik_sample": "language_modeling"}
+    assert recipe == expected.get(config, "translation")
+    module = importlib.import_module(recipe)
+    assert module.OPTIONS is options_class
+    assert module.TASK.score
 
 
 def test_options_that_say_nothing_to_a_norm_are_not_tried_for_it():

@@ -24,6 +24,7 @@ from common.checkpoints import EXIT_RESUME
 from common.setup import EXIT_DIVERGED
 from tasks.bytes import ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits, read_bytes
 from tasks.data import DataError
+from tasks.text import fresh_config
 from tests.recipes.tiny_configs import TINY_DECODER
 
 
@@ -85,7 +86,7 @@ def test_segments_predict_consecutive_bytes():
 
 
 def test_the_bits_of_a_uniform_model_are_eight():
-    model = AutoModelForCausalLM.from_config(language_modeling.fresh_config(Fresh(), vocab_size=256))
+    model = AutoModelForCausalLM.from_config(fresh_config(Fresh(), vocab_size=256))
     torch.nn.init.zeros_(model.lm_head.weight)
     windows = Windows(np.arange(40, dtype=np.uint8), 16, 8)
     batch = collate_windows([windows[0], windows[1], windows[len(windows) - 1]])
