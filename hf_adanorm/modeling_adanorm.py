@@ -23,8 +23,9 @@ import importlib.util
 import math
 import numbers
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeGuard, cast
 
@@ -85,6 +86,7 @@ gpu_kernel: Any = None
 
 # As C functions: called in every forward pass, where a small input takes as long as a few lines of Python.
 _is_tracing = torch._C._is_tracing
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _unwrap_dead = torch._C._functorch.unwrap_if_dead
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
@@ -94,7 +96,9 @@ def _is_recorded(x: Tensor) -> bool:
     """Whether the operations on `x` are recorded or transformed, so that the written-out formula is called for."""
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return True
-    return bool(_is_tracing() or _functorch_active() or forward_ad._current_level >= 0 or _is_legacy_batch(x))
+    if _num_dispatch_modes() or forward_ad._current_level >= 0:  # make_fx, selective checkpointing, make_dual
+        return True
+    return bool(_is_tracing() or _functorch_active() or _is_legacy_batch(x))
 
 
 def _in_forward_mode() -> bool:
@@ -441,7 +445,7 @@ class SwappedNorm(nn.Module):
         values."""
         for name, tensor in self.named_buffers(recurse=False):
             if not getattr(tensor, "_is_hf_initialized", False):
-                tensor.fill_(1.0 if name in ("weight", "fade_gain") else 0.0)
+                tensor.fill_(0.0 if name in ("fade_bias", "fade_progress") else 1.0)
 
     @property
     def _is_hf_initialized(self) -> bool:
@@ -528,10 +532,19 @@ class SwappedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` of shape (*, *normalized_shape), or (N, C, *) with channels_first; same shape, and the
         dtype that `nn.LayerNorm` would give."""
+        given: Any = x
+        if isinstance(given, torch.fx.Proxy):  # to fx this is one call, as torch's own modules are
+            return cast(Tensor, given.tracer.create_proxy("call_module", given.tracer.path_of_module(self), (x,), {}))
         forward = self._faded if "fade_progress" in self._buffers else self._forward
         if self.channels_first:
             return forward(x.movedim(1, -1)).movedim(-1, 1)
         return forward(x)
+
+    def __prepare_scriptable__(self) -> SwappedNorm:
+        raise NotImplementedError(
+            f"torch.jit.script cannot read the code of {type(self).__name__}: use torch.jit.trace(model, example), "
+            "torch.export or torch.compile"
+        )
 
     def extra_repr(self) -> str:
         shown = {"eps": self.eps, **self.settings()}
@@ -726,12 +739,13 @@ class DetachNorm(SwappedNorm):
 
 
 class NoNorm(SwappedNorm):
-    """The paper's "w/o Norm": returns its input as it is."""
+    """The paper's "w/o Norm": returns a copy of its input. A copy, as models write in place into what a norm returns
+    (Mixtral's jitter), which must not reach the residual stream."""
 
     norm = "none"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    def _forward(self, x: Tensor) -> Tensor:
+        return x.clone()
 
 
 NORM_CLASSES: dict[str, type[SwappedNorm]] = {cls.norm: cls for cls in (AdaNorm, LayerNormSimple, DetachNorm, NoNorm)}
@@ -1144,6 +1158,11 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
         if source.__dict__.get(ADJUSTED_EPS):  # the config's eps is another
             overrides.setdefault("eps", new.eps)
     new.__dict__["_overrides"] = overrides
+    names = [] if (stock := new.__dict__["_source"]) is None else list(stock._parameters)
+    if names and "weight" not in names and not hasattr(new, names[0]):
+        # Where the norm calls its gain "gamma" or "scale", the tripwire stands under that name.
+        new.register_buffer(names[0], torch.ones_like(new.weight))
+        new._non_persistent_buffers_set.add("weight")
     for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         new.__dict__[key] = source.__dict__[key]
     for key in (
@@ -1246,21 +1265,34 @@ def _may_be_norm(module: nn.Module) -> bool:
     return len(tensors) <= 2 and sum(1 for _ in module.modules()) <= 3
 
 
+class _IgnoredInDDP(list[str]):
+    """The names that DistributedDataParallel does not broadcast at every forward pass: the user's, which are the
+    list's own, and the buffers of the norms that are swapped in `model` when it is asked, as those never change."""
+
+    def __init__(self, theirs: Iterable[str], model: nn.Module) -> None:
+        super().__init__(theirs)
+        self._model = weakref.ref(model)
+
+    def _ours(self) -> list[str]:
+        model = self._model()
+        named = model.named_modules() if model is not None else ()
+        return [f"{name}.{buffer}" for name, m in named if is_swapped(m) for buffer in m._buffers]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*super().__iter__(), *self._ours()])
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._ours()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the model has one that means the copy
+        return type(self), (list(super().__iter__()), self._model())
+
+
 def _ignore_in_ddp(model: nn.Module) -> None:
-    """DistributedDataParallel broadcasts buffers at every forward pass; those of the swapped norms never change."""
     key = "_ddp_params_and_buffers_to_ignore"
-    before: Iterable[str] = getattr(model, key, ())
-    own: frozenset[str] = model.__dict__.get("_adanorm_ddp_ignored", frozenset())
-    theirs = [name for name in before if name not in own]
-    ours = [
-        f"{name}.{buffer}"
-        for name, module in model.named_modules()
-        if is_swapped(module)
-        for buffer in module._buffers
-    ]
-    if ours or theirs or hasattr(model, key):
-        model.__dict__[key] = theirs + ours
-        model.__dict__["_adanorm_ddp_ignored"] = frozenset(ours)
+    before = getattr(model, key, ())
+    if not isinstance(before, _IgnoredInDDP):
+        model.__dict__[key] = _IgnoredInDDP(before, model)
 
 
 # ----------------------------------------------------------------------------------------------- the classes

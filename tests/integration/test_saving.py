@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
 
 import hf_adanorm
@@ -240,6 +241,33 @@ def test_norm_put_in_by_hand_saves_and_loads(tmp_path: Path) -> None:
 def test_stock_config_on_a_patched_checkpoint_raises(saved: Path) -> None:
     with pytest.raises(RuntimeError, match="size"):
         AutoModelForMaskedLM.from_pretrained(saved / "bert" / "adanorm", config=CASES["bert"].config())
+
+
+class GammaNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gamma, self.beta, self.eps = nn.Parameter(torch.rand(size)), nn.Parameter(torch.rand(size)), 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + self.eps).sqrt()
+        return x * self.gamma + self.beta
+
+
+class GammaBert(BertModel):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        self.norm, self.LayerNorm = GammaNorm(config.hidden_size), GammaNorm(config.hidden_size)
+        self.post_init()
+
+
+@pytest.mark.filterwarnings("ignore:the trained gains")
+def test_a_norm_with_tensors_of_other_names_is_refused_as_stock_too(tmp_path: Path) -> None:
+    config = CASES["bert"].config()
+    patch_model(GammaBert(config), include="norm|LayerNorm").save_pretrained(tmp_path)
+    _, info = GammaBert.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    with pytest.raises(RuntimeError, match="size"):
+        GammaBert.from_pretrained(tmp_path, config=config)
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:

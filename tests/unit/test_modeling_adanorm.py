@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_adanorm import AdaNorm, DetachNorm, LayerNormSimple, NoNorm, cpu_kernel, modeling_adanorm
 from tests.zoo.formulas import (
@@ -466,9 +468,36 @@ def test_copies_and_pickles(norm):
         assert torch.equal(other(x), module(x))
 
 
-def test_no_norm_returns_its_input():
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:Please use quant_min")
+@pytest.mark.parametrize("norm", [*NORMS, ("none", {})])
+def test_fx_takes_it_for_one_call(norm):
+    model = nn.Sequential(nn.Linear(H, H), make(norm), nn.Linear(H, H))
+    x = random(4, H, dtype=torch.float32)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 3
+    assert torch.equal(traced(x), model(x))
+    quantized = quantize_fx.prepare_fx(copy.deepcopy(model).eval(), get_default_qconfig_mapping("fbgemm"), (x,))
+    assert torch.equal(quantized(x), model.eval()(x))
+
+
+@NORM
+def test_make_fx_records_what_is_computed(norm, kernel):
+    model, x = nn.Sequential(nn.Linear(H, H), make(norm)), random(4, H, dtype=torch.float32)
+    torch.testing.assert_close(make_fx(model)(x)(x + 1), model(x + 1))
+
+
+def test_script_is_refused_with_what_to_use():
+    model = nn.Sequential(nn.Linear(H, H), AdaNorm(H))
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace.*torch\.export"):
+        torch.jit.script(model)
+
+
+def test_no_norm_returns_what_may_be_written_to():
     x = random(2, H)
-    assert NoNorm(H)(x) is x
+    before = x.clone()
+    NoNorm(H)(x).mul_(2)
+    assert torch.equal(x, before)
+    assert torch.equal(NoNorm(H)(x), x)
 
 
 # --------------------------------------------------------------------------------------------------- arguments

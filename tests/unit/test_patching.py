@@ -268,6 +268,18 @@ def test_ddp_is_told_not_to_broadcast_the_buffers() -> None:
     assert model._ddp_params_and_buffers_to_ignore == ["bert.theirs"]
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_ddp_is_told_follows_what_is_there(duplicate: Callable[..., Any]) -> None:
+    original = patch_model(tiny())
+    model = duplicate(original)
+    unpatch_model(model.bert.encoder.layer[0])
+    model.bert.encoder.layer[1].output.LayerNorm = nn.LayerNorm(model.config.hidden_size)
+    swapped = {name for name, shown in norms(model).items() if shown.startswith("AdaNorm")}
+    assert len(swapped) == len(norms(original)) - 3
+    assert set(model._ddp_params_and_buffers_to_ignore) == {f"{name}.weight" for name in swapped}
+    assert set(original._ddp_params_and_buffers_to_ignore) == {f"{name}.weight" for name in norms(original)}
+
+
 # ------------------------------------------------------------------------------------------------- siblings and copies
 
 
