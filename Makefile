@@ -9,7 +9,7 @@ DOCS := $(VENV)/.installed-docs
 DEMO_DIR ?= outputs/demo
 DEMO_SEED ?= 1
 
-.PHONY: demo test quality coverage docs install clean help
+.PHONY: demo test gpu-check quality coverage docs install clean help
 
 help:  ## these lines
 	@awk -F '## ' '/^[a-z-]+:.*## /{split($$1, target, ":"); printf "make %-10s %s\n", target[1], $$2}' Makefile
@@ -44,6 +44,10 @@ demo: $(STAMP)  ## train a small classifier with AdaNorm and with LayerNorm, com
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+# Of the Python that is there: on a machine with a GPU torch is installed already, and there may be no network.
+gpu-check:  ## what a GPU alone can tell: exactness, launchers, recipes, speed (8 minutes; nothing is installed)
+	$(PYTHON) tests/campaigns/gpu_check.py
 
 quality: $(QUALITY)  ## ruff, mypy and import-linter; installs torch, transformers and these three, not the recipes' needs
 	$(BIN)/ruff check .
