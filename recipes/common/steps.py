@@ -13,9 +13,8 @@ from torch import nn
 from common.checkpoints import Progress
 from common.options import OptimizationOptions
 
-# A spike is told by the mean and the spread over so many steps; before there are enough of them nothing is one.
+# A spike is told by the mean and the spread over so many steps. Before there are as many, steep steps are the rule.
 SPIKE_WINDOW = 128
-SPIKE_LEAST_STEPS = 32
 
 
 class DivergedError(ArithmeticError):
@@ -98,7 +97,7 @@ def optimizer_step(
 
 def _spike(recent: list[list[float]], loss: float, norm: float, sigmas: float) -> str:
     """How far loss or gradient norm is above those of the recent steps, "" when it is not by `sigmas`."""
-    if len(recent) < SPIKE_LEAST_STEPS:
+    if len(recent) < SPIKE_WINDOW:
         return ""
     past = np.asarray(recent)  # (steps, 2)
     usual = past.mean(0)

@@ -271,7 +271,7 @@ def test_divergence_is_reported_with_its_step_and_the_checkpoint_stands(texts, t
 
 
 def test_a_run_that_stopped_at_a_spike_goes_on_without_that_step(texts, tmp_path, capsys):
-    options = {"spike_sigmas": 1, "checkpointing_steps": 10, "max_steps": 60}
+    options = {"spike_sigmas": 1, "checkpointing_steps": 10, "max_steps": 160}
     with pytest.raises(SystemExit) as ended:
         classification.main(arguments_for(texts, tmp_path, on_spike="stop", **options))
     assert ended.value.code == EXIT_DIVERGED

@@ -125,31 +125,6 @@ def test_sigterm_saves_and_asks_to_be_resumed(recipe: str, data: Path, undisturb
     assert_ends_like(undisturbed, recipe, data, run, log, newest)
 
 
-def test_ctrl_c_in_the_middle_of_an_evaluation_is_answered_at_once(data: Path, tmp_path: Path) -> None:
-    """The evaluation takes seconds; the resumed run does it first, and ends as if nothing had been."""
-    text = tmp_path / "long.txt"
-    text.write_bytes((data / "bytes-train.jsonl").read_bytes() * 40)
-    changes = {"validation_file": text, "eval_batch_size": 1, "eval_stride": 1, "max_validation_samples": 1500}
-    changes |= {"max_steps": 4, "eval_steps": 2, "logging_steps": 2, "checkpointing_steps": "null"}
-    runs = {name: arguments("language_modeling", data, tmp_path / name, **changes) for name in ("whole", "stopped")}
-    assert wait(start("language_modeling", runs["whole"], tmp_path / "log")) == 0, (tmp_path / "log").read_text()
-    log = tmp_path / "log2"
-    process = start("language_modeling", runs["stopped"], log)
-    while not (log.exists() and "step 2/4" in log.read_text()) and process.is_alive():
-        time.sleep(0.005)
-    time.sleep(0.2)
-    asked = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
-    assert wait(process) == EXIT_RESUME, log.read_text()
-    assert time.monotonic() - asked < 3
-    assert "step 2: validation" not in log.read_text()
-    assert re.search("stopped by Ctrl-C at step 2; start the same command to resume", log.read_text())
-    assert wait(start("language_modeling", runs["stopped"], log)) == 0, log.read_text()
-    whole, stopped = (json.loads((tmp_path / name / "results.json").read_text()) for name in runs)
-    for key in ("validation", "history", "train_history", "best_step"):
-        assert whole[key] == stopped[key]
-
-
 def launch_two(recipe: str, argv: list[str], folder: Path, kill_when: Path | None = None) -> list[int]:
     """Exit codes of two processes of one run; the second is killed as soon as `kill_when` exists."""
     with socket.socket() as free:

@@ -13,7 +13,7 @@ from common.checkpoints import Progress
 from common.evaluation import is_better
 from common.options import OptimizationOptions
 from common.setup import make_optimizer
-from common.steps import SPIKE_LEAST_STEPS, SPIKE_WINDOW, DivergedError, check_trained, optimizer_step
+from common.steps import SPIKE_WINDOW, DivergedError, check_trained, optimizer_step
 
 
 class Run:
@@ -42,7 +42,7 @@ class Run:
         assert self.layer[0].weight.grad is None
         return applied
 
-    def settle(self, steps: int = SPIKE_LEAST_STEPS) -> Run:
+    def settle(self, steps: int = SPIKE_WINDOW) -> Run:
         generator = torch.Generator().manual_seed(0)
         for _ in range(steps):
             assert self.step(1.0 + 0.2 * torch.rand((), generator=generator).item())
@@ -79,16 +79,16 @@ def test_a_spike_is_reported_with_step_and_module_and_training_goes_on(capsys):
     run = Run(learning_rate=1e-5).settle()
     assert capsys.readouterr().out == ""
     assert run.step(50.0)
-    assert "step 33: loss " in (out := capsys.readouterr().out)
+    assert "step 129: loss " in (out := capsys.readouterr().out)
     assert "is a spike" in out
     assert "the largest gradient is that of 1.weight" in out
 
 
 def test_a_spike_stops_the_run_on_request():
     run = Run(learning_rate=1e-5, on_spike="stop").settle()
-    with pytest.raises(DivergedError, match=r"step 33: loss .* is a spike.*--on_spike skip") as caught:
+    with pytest.raises(DivergedError, match=r"step 129: loss .* is a spike.*--on_spike skip") as caught:
         run.step(50.0)
-    assert caught.value.step == 33
+    assert caught.value.step == 129
 
 
 def test_a_spike_is_left_out_on_request_until_it_is_the_rule(capsys):
@@ -109,7 +109,7 @@ def test_a_spike_of_the_gradient_alone_is_one():
 
 
 def test_nothing_is_a_spike_before_there_are_steps_to_tell():
-    run = Run(learning_rate=1e-5, on_spike="stop").settle(SPIKE_LEAST_STEPS - 1)
+    run = Run(learning_rate=1e-5, on_spike="stop").settle(SPIKE_WINDOW - 1)
     assert run.step(50.0)
 
 
@@ -121,7 +121,7 @@ def test_nothing_is_a_spike_while_the_learning_rate_rises(capsys):
 
 def test_steps_that_are_all_alike_make_no_spike_of_rounding():
     run = Run(learning_rate=1e-7, on_spike="stop")
-    for _ in range(SPIKE_LEAST_STEPS):
+    for _ in range(SPIKE_WINDOW):
         run.step(1.0)
     assert run.step(1.0 + 1e-6)
 

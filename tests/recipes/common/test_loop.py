@@ -1,14 +1,15 @@
-"""Where one process of a run, or one run of a folder, cannot go on: all are told, in seconds."""
+"""What a run cannot go on with, or is asked to stop in, is answered in seconds, by all of its processes."""
 
 import json
 import os
 import re
+import signal
 import socket
 import time
 
 import pytest
 
-from common.checkpoints import EXIT_CANNOT_SAVE
+from common.checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME
 from tests.recipes.fault_runs import arguments, write_data
 from tests.recipes.recipe_process import resumed_from, start, wait
 
@@ -90,3 +91,28 @@ def test_a_run_whose_data_has_changed_is_refused(finished, tmp_path):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert wait(start("classification", argv, tmp_path / "log")) == 2
     assert "on other data: what --validation_file names has changed since" in (tmp_path / "log").read_text()
+
+
+def test_ctrl_c_in_the_middle_of_an_evaluation_is_answered_at_once(data, tmp_path):
+    """The evaluation takes seconds; the resumed run does it first, and ends as if nothing had been."""
+    text = tmp_path / "long.txt"
+    text.write_bytes((data / "bytes-train.jsonl").read_bytes() * 40)
+    changes = {"validation_file": text, "eval_batch_size": 1, "eval_stride": 1, "max_validation_samples": 600}
+    changes |= {"max_steps": 4, "eval_steps": 2, "logging_steps": 2, "checkpointing_steps": "null"}
+    runs = {name: arguments("language_modeling", data, tmp_path / name, **changes) for name in ("whole", "stopped")}
+    assert wait(start("language_modeling", runs["whole"], tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    log = tmp_path / "log2"
+    process = start("language_modeling", runs["stopped"], log)
+    while not (log.exists() and "step 2/4" in log.read_text()) and process.is_alive():
+        time.sleep(0.005)
+    time.sleep(0.2)
+    asked = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert wait(process) == EXIT_RESUME, log.read_text()
+    assert time.monotonic() - asked < 3
+    assert "step 2: validation" not in log.read_text()
+    assert re.search("stopped by Ctrl-C at step 2; start the same command to resume", log.read_text())
+    assert wait(start("language_modeling", runs["stopped"], log)) == 0, log.read_text()
+    whole, stopped = (json.loads((tmp_path / name / "results.json").read_text()) for name in runs)
+    for key in ("validation", "history", "train_history", "best_step"):
+        assert whole[key] == stopped[key]
