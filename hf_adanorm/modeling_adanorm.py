@@ -16,6 +16,7 @@ saved model, so that `from_pretrained(..., trust_remote_code=True)` rebuilds it 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -40,6 +41,8 @@ __version__ = "0.1.0"
 FORMAT = 2  # of the spec, the highest that is read; a reader refuses a higher one
 # Marks in the __dict__ of stock modules that a fold changed beyond their tensors, for the spec.
 ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"
+# How a key in saved checkpoints ends that no model has: loaders that know nothing of us list it as what went wrong.
+NOTICE = "`import hf_adanorm` or trust_remote_code=True is needed"
 
 # ---------------------------------------------------------------------------------------------- the versions
 
@@ -507,6 +510,10 @@ class SwappedNorm(nn.Module):
 
     def _faded(self, x: Tensor) -> Tensor:
         return self._faded_affine(x)[0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.pop(prefix + NOTICE, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SwappedNorm:
         progress = self._buffers.get("fade_progress")
@@ -1240,8 +1247,33 @@ def apply_spec(model: nn.Module, spec: AdaNormSpec) -> None:
             setattr(module, "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps", value)
             module.__dict__[ADJUSTED_EPS] = True
     replace_modules(model, replacements)
+    if isinstance(model, PreTrainedModel):
+        ignored: Any = model._keys_to_ignore_on_load_unexpected  # a set, a list or None
+        model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)(
+            [*(ignored or ()), NOTICE]
+        )
     if today != spec:
         cast(PreTrainedModel, model).config.adanorm = today.to_dict()
+
+
+def add_notice(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Give `state_dict` of `model` a further key, in the place of a swapped norm, that ends in NOTICE. A stock loader
+    shows it in its report, above the error that the norms' sizes cause. It is no number of the model: one byte."""
+    for name, module in model.named_modules():
+        if is_swapped(module) and f"{name}.weight" in state_dict:
+            state_dict[f"{name}.{NOTICE}"] = torch.zeros(1, dtype=torch.uint8)
+            return
+
+
+@contextlib.contextmanager
+def noticed(model: nn.Module) -> Iterator[None]:
+    """While `model` is being saved, what `state_dict` gives has the notice."""
+    register: Any = model._register_state_dict_hook
+    handle = register(lambda module, state_dict, prefix, metadata: add_notice(module, state_dict))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def is_as(module: nn.Module, group: NormGroup) -> bool:
@@ -1368,7 +1400,15 @@ def _applying_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """False: it is the stock architecture, and must keep transformers' checkpoint key conversions."""
         return False
 
-    methods: dict[str, Any] = {"__init__": init, "is_custom_code": classmethod(is_custom_code)}
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        with noticed(self):
+            stock.save_pretrained(self, *args, **kwargs)
+
+    methods: dict[str, Any] = {
+        "__init__": init,
+        "is_custom_code": classmethod(is_custom_code),
+        "save_pretrained": save_pretrained,
+    }
     return type(stock.__name__, (stock,), {"__module__": __name__, "__qualname__": stock.__name__, **methods})
 
 

@@ -20,10 +20,11 @@ A config or model without a spec passes through unchanged; `uninstall()` removes
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from inspect import BoundArguments
@@ -34,7 +35,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from hf_adanorm import modeling_adanorm
-from hf_adanorm.modeling_adanorm import AdaNormSpec, apply_spec, is_own_reference
+from hf_adanorm.modeling_adanorm import NOTICE, AdaNormSpec, add_notice, apply_spec, is_own_reference, noticed
 
 from . import adapters, card
 from .files import write_file
@@ -163,15 +164,30 @@ def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound
         with _in_second_place(folder):
             refresh_specs(model)
             saving.config = model.config
-        result = original(model)
+        if (state_dict := bound.arguments.get("state_dict")) is not None:
+            bound.arguments["state_dict"] = state_dict = dict(state_dict)
+            add_notice(model, state_dict)
+        with noticed(model) if has_spec(model.config) else nullcontext():
+            result = original(model)
         if saving.saved is not None:
             with _in_second_place(folder):
+                _keep_out_of_the_index(folder)
                 _write_card(folder, saving.saved, saving)
     finally:
         _SAVING.reset(token)
     for note in saving.notes:
         warnings.warn(note, stacklevel=3)
     return result
+
+
+def _keep_out_of_the_index(folder: Path) -> None:
+    """Loaders that compare the index of a sharded checkpoint with a model find what the model has; the notice is read
+    from the shard."""
+    for path in folder.glob("*.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: shard for key, shard in index["weight_map"].items() if not key.endswith(NOTICE)}
+        if kept != index["weight_map"]:
+            write_file(path, json.dumps({**index, "weight_map": kept}, indent=2, sort_keys=True) + "\n")
 
 
 def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None:
@@ -192,6 +208,7 @@ def _upload_modified_files(original: Callable[..., Any], model: PreTrainedModel,
     if has_spec(model.config):
         folder = Path(bound.arguments["working_dir"])
         with _in_second_place(folder):
+            _keep_out_of_the_index(folder)
             _write_card_to_push(folder, bound.arguments["repo_id"], model.config)
     return original(model)
 

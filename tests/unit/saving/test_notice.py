@@ -1,0 +1,122 @@
+"""A checkpoint says by itself what it needs, in the report of whoever loads it without knowing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import load_checkpoint_in_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers.trainer_utils import load_sharded_checkpoint
+
+from hf_adanorm import patch_model, unpatch_model
+from hf_adanorm.modeling_adanorm import NOTICE
+
+KEY = f"bert.embeddings.LayerNorm.{NOTICE}"
+
+
+def tiny() -> BertForSequenceClassification:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 8}
+    return BertForSequenceClassification(BertConfig(vocab_size=9, **sizes))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model as one safetensors file, in shards, and as a torch file."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = patch_model(tiny())
+    model.save_pretrained(folder / "whole")
+    model.save_pretrained(folder / "shards", max_shard_size="2KB")
+    shutil.copytree(folder / "whole", folder / "torch")
+    torch.save(load_file(folder / "whole" / "model.safetensors"), folder / "torch" / "pytorch_model.bin")
+    (folder / "torch" / "model.safetensors").unlink()
+    return folder
+
+
+FORMS = ("whole", "shards", "torch")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_with_the_package_nobody_sees_it(saved: Path, form: str) -> None:
+    model, info = AutoModelForSequenceClassification.from_pretrained(saved / form, output_loading_info=True)
+    assert not any(info.values()), info
+    assert KEY not in model.state_dict()
+    _, info = AutoModel.from_pretrained(saved / form, output_loading_info=True)
+    assert info["unexpected_keys"] == {"classifier.weight", "classifier.bias"}
+
+
+WITHOUT = """
+import sys
+sys.modules["hf_adanorm"] = None
+from transformers import AutoModelForSequenceClassification
+options = {"trust_remote_code": sys.argv[2] == "True", "output_loading_info": True}
+model, info = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], **options)
+assert not any(info.values()), info
+model.save_pretrained(sys.argv[3])
+"""
+
+
+def load_without_package(folder: Path, out: Path, *, trust: bool) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT, str(folder), str(trust), str(out)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_package_and_trust_the_report_says_what_to_do(saved: Path, form: str, tmp_path: Path) -> None:
+    done = load_without_package(saved / form, tmp_path, trust=False)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith(KEY)]
+    assert "UNEXPECTED" in line
+    assert "MISMATCH" in done.stderr
+
+
+def test_by_trust_alone_it_goes_unseen_and_travels_on(saved: Path, tmp_path: Path) -> None:
+    done = load_without_package(saved / "shards", tmp_path, trust=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert KEY in load_file(tmp_path / "model.safetensors")
+
+
+def test_strict_loading_works(saved: Path) -> None:
+    model = patch_model(tiny())
+    weights = load_file(saved / "whole" / "model.safetensors")
+    assert KEY in weights
+    model.load_state_dict(weights, strict=True)
+    load_sharded_checkpoint(model, str(saved / "shards"), strict=True)
+    load_checkpoint_in_model(model, str(saved / "whole"), strict=True)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*import hf_adanorm"):
+        tiny().load_state_dict(weights)
+
+
+def test_no_number_of_the_model(saved: Path) -> None:
+    weights = load_file(saved / "whole" / "model.safetensors")
+    assert (weights[KEY].dtype, weights[KEY].numel()) == (torch.uint8, 1)
+    assert [key for key in weights if NOTICE in key] == [KEY]
+    index = json.loads((saved / "shards" / "model.safetensors.index.json").read_text())
+    assert KEY not in index["weight_map"]
+
+
+def test_it_outlives_cycles_and_ends_with_the_patch(saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(saved / "whole").half()
+    model.save_pretrained(tmp_path / "half")
+    assert KEY in load_file(tmp_path / "half" / "model.safetensors")
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())  # as FSDP's and DeepSpeed's savers do
+    assert KEY in load_file(tmp_path / "given" / "model.safetensors")
+    model.bert.save_pretrained(tmp_path / "base")
+    assert f"embeddings.LayerNorm.{NOTICE}" in load_file(tmp_path / "base" / "model.safetensors")
+    unpatch_model(model).save_pretrained(tmp_path / "stock")
+    assert not [key for key in load_file(tmp_path / "stock" / "model.safetensors") if NOTICE in key]
+
+
+@pytest.mark.filterwarnings("ignore:this adapter is saved without its base")
+def test_adapters_do_not_hold_it(saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(saved / "whole")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query"], modules_to_save=["bert.embeddings"]))
+    adapted.save_pretrained(tmp_path)
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if NOTICE in key]
