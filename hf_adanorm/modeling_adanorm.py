@@ -1260,7 +1260,7 @@ def add_notice(model: nn.Module, state_dict: dict[str, Any]) -> None:
     """Give `state_dict` of `model` a further key, in the place of a swapped norm, that ends in NOTICE. A stock loader
     shows it in its report, above the error that the norms' sizes cause. It is no number of the model: one byte."""
     for name, module in model.named_modules():
-        if is_swapped(module) and f"{name}.weight" in state_dict:
+        if is_swapped(module) and any(f"{name}.{buffer}" in state_dict for buffer in module._buffers):
             state_dict[f"{name}.{NOTICE}"] = torch.zeros(1, dtype=torch.uint8)
             return
 
