@@ -76,9 +76,9 @@ class KReport:
 def calibrate_k(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, k: float = 0.1, margin: float = 0.25
 ) -> KReport:
-    """Measure y = N(x) at every norm on a few batches, and propose a k for each: min(k, margin / max |y|).
+    """Measure y = N(x) at every norm on a few batches, and propose a k for each: min(k, margin / max `|y|`).
 
-    Pretrained models have channels far out (|y| near sqrt(H - 1)); phi(y) = C (1 - k y) turns those beyond 1 / k over.
+    Pretrained models have channels far out (`|y|` near sqrt(H - 1)); phi(y) = C (1 - k y) turns those beyond 1 / k over.
     With margin 0.25 phi stays within 0.75 C .. 1.25 C on everything seen; 0.5 is the most with which z still grows
     with y everywhere. Padding, as the batch's attention mask tells, does not count.
 

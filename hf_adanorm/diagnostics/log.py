@@ -45,15 +45,15 @@ class NormRecord:
     share_falling: float
     """Share of entries with y > 1/(2k), beyond which AdaNorm's z = phi(y) y falls as y grows."""
     grad_output_mean: float
-    """|mean of dl/d(output)| over a row, averaged over rows."""
+    """`|mean of dl/d(output)|` over a row, averaged over rows."""
     grad_output_var: float
     """Variance of dl/d(output) within a row, averaged over rows."""
     grad_detached_mean: float
-    """|mean(dl/dy)| / sigma: what grad_input_mean would be with mean and variance detached (Theorem 1, row 1)."""
+    """`|mean(dl/dy)|` / sigma: what grad_input_mean would be with mean and variance detached (Theorem 1, row 1)."""
     grad_detached_var: float
     """var(dl/dy) / sigma^2: what grad_input_var would be with mean and variance detached."""
     grad_input_mean: float
-    """|mean of dl/dx| over a row, averaged over rows, of the norm's own gradient: 0 where it re-centres."""
+    """`|mean of dl/dx|` over a row, averaged over rows, of the norm's own gradient: 0 where it re-centres."""
     grad_input_var: float
     """Variance of dl/dx within a row, averaged over rows; at most grad_detached_var where the norm re-scales it."""
     grad_norm_before: float

@@ -131,7 +131,7 @@ def plot_depth(
 def plot_gradients(
     logs: NormLog | Mapping[str, NormLog], *, steps: tuple[int, int] | None = None, ax: Sequence[Axes] | None = None
 ) -> tuple[Axes, Axes]:
-    """The paper's two quantities by depth, for several norms in one picture: |mean| (left) and variance (right) of the
+    """The paper's two quantities by depth, for several norms in one picture: `|mean|` (left) and variance (right) of the
     gradient that each norm passes on. `ax`: a pair of Axes; the rest as in `plot_depth`."""
     logs = _logs(logs)
     left, right = _figure(ax, columns=2)
@@ -145,7 +145,7 @@ def plot_gradients(
 def plot_theorem(
     log: NormLog, *, steps: tuple[int, int] | None = None, ax: Sequence[Axes] | None = None
 ) -> tuple[Axes, Axes]:
-    """Theorem 1 in one model: |mean| and variance of the gradient at each norm's output, at its input as it is, and
+    """Theorem 1 in one model: `|mean|` and variance of the gradient at each norm's output, at its input as it is, and
     at its input as it would be with mean and variance detached. Arguments as in `plot_gradients`."""
     logs = _logs(log)
     left, right = _figure(ax, columns=2)

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out sweep.csv        # all types; resumes; about half an hour
     OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out sweep.csv --again --types bert,clip
     python tests/campaigns/sweep.py --out sweep.csv --report                       # the totals alone
-    python tests/campaigns/sweep.py --out sweep.csv --markdown table.md --classes classes.md
+    python tests/campaigns/sweep.py --out sweep.csv --support docs/support.csv --classes classes.md
 
 For each type one process builds a tiny model with random gains and biases, runs it, counts its mean-subtracting norms
 by a probe of the whole model (`norm_census`), saves an unpatched control, patches (C = 1.3, k = 0.07, eps = 2e-5),
@@ -399,27 +399,23 @@ def totals(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The support table: what works by name, everything else with its cause."""
-    complete = [r for r in rows.values() if r["targets"] and all(r.get(s) for s in STAGES) and not r["failed at"]]
-    layer = [r["model_type"] for r in complete if r["targets"] == "layernorm"]
-    rms = [r["model_type"] for r in complete if r["targets"] == "rmsnorm"]
-    neither = [r["model_type"] for r in rows.values() if r["forward before"] and not r["targets"]]
-    idle = [r["model_type"] for r in complete if r["changed"] == "no" and r["exercised"] in ("", "0")]
-    lines = [
-        f"Patched, run forward and backward, saved, reloaded and undone: {len(complete)} of {len(rows)} types",
-        "", f"- LayerNorm ({len(layer)}): {', '.join(sorted(layer))}",
-        "", f'- RMSNorm only, with `targets="rmsnorm"` ({len(rms)}): {", ".join(sorted(rms))}',
-        "", f"- nothing to swap ({len(neither)}): {', '.join(sorted(neither))}",
-        "", "The inputs of these reached none of the swapped norms, so that their forward and backward passes say"
-        f" nothing about them, while saving, loading and undoing do ({len(idle)}): {', '.join(sorted(idle))}",
-        "", "| type | not verified from | cause |", "|---|---|---|",
-    ]  # fmt: skip
-    for row in rows.values():
-        if row["failed at"]:
-            reason = row["reason"].replace("|", "\\|")[:200]
-            lines.append(f"| {row['model_type']} | {row['failed at']} | {reason} |")
-    return "\n".join(lines) + "\n"
+def write_support(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """The support table of the documentation: a line a type, with what it came to."""
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["type", "norms", "result", "cause"])
+        for name in sorted(rows):
+            row = rows[name]
+            norms = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(row["targets"], "")
+            if row["failed at"]:
+                result = f"stops at: {row['failed at']}"
+            elif not norms:
+                norms, result = "neither", "nothing to swap"
+            elif row["changed"] == "no" and row["exercised"] in ("", "0"):
+                result = "verified, but the inputs reached no norm"
+            else:
+                result = "verified"
+            writer.writerow([name, norms, result, row["reason"][:200]])
 
 
 def classes(rows: dict[str, dict[str, Any]]) -> str:
@@ -446,7 +442,7 @@ def main() -> None:
     parser.add_argument("--failed", action="store_true", help="redo types that failed")
     parser.add_argument("--seconds", type=int, default=30, help="CPU time limit of each of a type's two processes")
     parser.add_argument("--report", action="store_true", help="only print the totals of --out")
-    parser.add_argument("--markdown", type=Path, help="write the support table there")
+    parser.add_argument("--support", type=Path, help="write the support table of the documentation there")
     parser.add_argument("--classes", type=Path, help="write the list of norm classes there")
     args = parser.parse_args()
 
@@ -469,8 +465,8 @@ def main() -> None:
         )
         print(f"{model_type:34s} {row['seconds']:5.1f} s  {row['class']:40s} {verdict}", flush=True)
     print(totals(rows))
-    if args.markdown:
-        args.markdown.write_text(markdown(rows))
+    if args.support:
+        write_support(args.support, rows)
     if args.classes:
         args.classes.write_text(classes(rows))
 

@@ -1,4 +1,4 @@
-"""Every code block of the README holds: Python blocks run in order, commands name what exists."""
+"""Every code block of the README and the pages holds: Python runs in order, commands and links name what exists."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-SHELL = [code for language, code in BLOCKS if language in ("bash", "sh", "console")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "recipes" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = {page: re.findall(r"^```(\S*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL) for page, text in TEXTS.items()}
+PYTHON = {page: [code for language, code in blocks if language == "python"] for page, blocks in BLOCKS.items()}
+SHELL = [code for blocks in BLOCKS.values() for language, code in blocks if language in ("bash", "sh", "console")]
 
 
 def commands(block: str) -> list[list[str]]:
@@ -48,27 +54,25 @@ def option_names(words: list[str]) -> list[str]:
 
 
 def test_every_block_says_its_language():
-    assert BLOCKS
-    assert {language for language, _ in BLOCKS} <= {
-        "python",
-        "bash",
-        "sh",
-        "console",
-        "yaml",
-        "json",
-        "text",
-        "bibtex",
-    }
+    known = {"python", "bash", "sh", "console", "yaml", "json", "text", "bibtex"}
+    assert {language for blocks in BLOCKS.values() for language, _ in blocks} <= known
 
 
-@pytest.mark.skipif(not PYTHON, reason="the README has no Python block")
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page, codes in PYTHON.items() if codes])
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    names: dict[str, object] = {"__name__": "__readme__"}
-    for number, code in enumerate(PYTHON, start=1):
-        exec(compile(code, f"README.md, Python block {number}", "exec"), names)
+    names: dict[str, object] = {"__name__": "__page__"}
+    for number, code in enumerate(PYTHON[page], start=1):
+        exec(compile(code, f"{page}, Python block {number}", "exec"), names)
     assert "hf_adanorm" in sys.modules
+
+
+def test_the_readme_is_a_landing_page():
+    lines = TEXTS["README.md"].splitlines()
+    assert len(lines) <= 120
+    tables = re.findall(r"(?:^\|.*\n)+", TEXTS["README.md"], re.MULTILINE)
+    assert max(table.count("\n") for table in tables) <= 12 + 2
 
 
 def test_shell_commands_are_known_ones():
@@ -134,9 +138,10 @@ def test_files_that_commands_name_exist():
             value = word.split("=")[-1]
             if re.match(r"(recipes|hf_adanorm|tests)/", value):
                 assert (ROOT / value).exists(), value
-    for link in re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(r'<img[^>]*src="([^"]+)"', TEXT):
-        if "://" not in link:
-            assert (ROOT / link).exists(), link
+    for page, text in TEXTS.items():
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            if "://" not in link:
+                assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
 def test_hf_adanorm_commands_know_their_options():
