@@ -131,8 +131,8 @@ def plot_depth(
 def plot_gradients(
     logs: NormLog | Mapping[str, NormLog], *, steps: tuple[int, int] | None = None, ax: Sequence[Axes] | None = None
 ) -> tuple[Axes, Axes]:
-    """The paper's two quantities by depth, for several norms in one picture: `|mean|` (left) and variance (right) of the
-    gradient that each norm passes on. `ax`: a pair of Axes; the rest as in `plot_depth`."""
+    """The paper's two quantities by depth, for several norms in one picture: `|mean|` (left) and variance (right) of
+    the gradient that each norm passes on. `ax`: a pair of Axes; the rest as in `plot_depth`."""
     logs = _logs(logs)
     left, right = _figure(ax, columns=2)
     plot_depth(logs, "grad_input_mean", steps=steps, ax=left)
