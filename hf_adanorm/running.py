@@ -54,7 +54,8 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 def _setting(config: Any, *names: str, default: Any = None) -> Any:
     """The first of `names` that the config or one of its parts (text, vision, audio, encoder, decoder) has."""
     parts = [config]
-    for part in ("text_config", "vision_config", "audio_config", "backbone_config", "encoder", "decoder"):
+    nested = [f"{part}_config" for part in ("text", "vision", "audio", "backbone", "encoder")]
+    for part in (*nested, "encoder", "decoder"):
         value = getattr(config, part, None)
         if value is not None and not isinstance(value, (str, int, float, dict)):
             parts.append(value)
@@ -102,7 +103,7 @@ def _sound(name: str, config: Any, rows: int, generator: torch.Generator) -> Ten
     return torch.randn(rows, length, int(bins or 80), generator=generator)
 
 
-def _build(model: nn.Module, rows: int, ragged: bool) -> dict[str, Tensor]:
+def _build(model: nn.Module, rows: int, video: bool) -> dict[str, Tensor]:
     config = model.config
     generator = torch.Generator().manual_seed(0)
     length = _text_length(config)
@@ -111,12 +112,12 @@ def _build(model: nn.Module, rows: int, ragged: bool) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     if main == "input_ids" or ("input_ids" in accepted and "pixel_values" in accepted):
         inputs["input_ids"] = _token_ids(config, rows, length, generator)
-        if ragged and "attention_mask" in accepted:
-            mask = torch.ones(rows, length, dtype=torch.int64)
-            mask[-1, : length // 3] = 0  # at the left, so that the end token stays last
-            inputs["attention_mask"] = mask
     if main == "pixel_values" or ("pixel_values" in accepted and "input_ids" in accepted):
         inputs["pixel_values"] = _pixels(config, rows, generator)
+    if video:
+        main = "pixel_values" if main == "pixel_values" else "pixel_values_videos"
+        frames = int(_setting(config, "num_frames", "frames_per_clip", default=4))
+        inputs[main] = torch.stack([_pixels(config, rows, generator) for _ in range(frames)], dim=1)
     if main in ("input_features", "input_values"):
         inputs[main] = _sound(main, config, rows, generator)
     if not inputs:
@@ -132,8 +133,83 @@ def _build(model: nn.Module, rows: int, ragged: bool) -> dict[str, Tensor]:
     }
 
 
+# Masks that say what is padding, and the inputs whose positions they cover: the first that is there counts.
+_SOUND = ("input_features", "input_values", "audio_values", "input_audio_embeds")
+PADDING_MASKS = {
+    "attention_mask": ("input_ids", "inputs_embeds", *_SOUND, "flattened_patches"),
+    "decoder_attention_mask": ("decoder_input_ids", "decoder_inputs_embeds"),
+    "pixel_mask": ("pixel_values",),
+    "pixel_attention_mask": ("pixel_values",),
+    "padding_mask": _SOUND,
+    "padding_mask_videos": ("pixel_values_videos",),
+    "input_features_mask": _SOUND,
+    "feature_attention_mask": _SOUND,
+    "audio_attention_mask": _SOUND,
+}
+
+
+def _shapes(model: nn.Module, inputs: Mapping[str, Any], covered: Tensor) -> Iterator[Sequence[int]]:
+    """Shapes that a mask of an input may have: of its positions; failing that, of what the model makes of them."""
+    *start, height, width = covered.shape
+    if covered.ndim > 3:
+        yield (*start[:-1], height, width)
+    if covered.ndim != 4:
+        yield covered.shape[:2]
+    if covered.ndim == 3:  # whose features come first
+        yield (*start, width)
+    made: dict[Sequence[int], None] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 3:
+            made[tuple(output.shape[:2])] = None
+
+    with hooked(module.register_forward_hook(note) for module in model.modules()):
+        run(model, inputs)
+    yield from list(made)[:4]
+
+
+def _paddings(shape: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """Masks that pad a third: of the first row at its end, of the last of several at its beginning, or not there."""
+    third = shape[-1] // 3
+    for at_start in (third, 0) if shape[0] > 1 else (0,):
+        mask = torch.ones(tuple(shape), dtype=torch.int64, device=device)
+        mask[-1, ..., :at_start] = 0
+        mask[0, ..., shape[-1] - third :] = 0
+        yield from (mask, mask.bool())
+
+
+def with_masks(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`inputs` with every padding mask that the model takes and that they lack, or that masks nothing there; and the
+    names of the masks with which the model does not run."""
+    accepted = inspect.signature(model.forward).parameters
+    found, failed = dict(inputs), []
+    for name, covers in PADDING_MASKS.items():
+        covered = next((value for key in covers if isinstance(value := inputs.get(key), Tensor)), None)
+        given = inputs.get(name)
+        shows = given is not None and not (isinstance(given, Tensor) and given.ndim == 2 and bool((given != 0).all()))
+        if name not in accepted or covered is None or covered.ndim < 2 or shows:
+            continue
+        masks = (mask for shape in _shapes(model, inputs, covered) for mask in _paddings(shape, covered.device))
+        fitting = next((mask for mask in masks if _runs(model, {**found, name: mask})), None)
+        if fitting is None:
+            failed.append(name)
+        else:
+            found[name] = fitting
+    return found, failed
+
+
+def _runs(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    try:
+        run(model, inputs)
+    except MemoryError:
+        raise
+    except Exception:  # of whatever kind the model makes of inputs that do not fit
+        return False
+    return True
+
+
 def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Keyword arguments with which `model(**inputs)` runs: text (with padding in one row), images or sound.
+    """Keyword arguments with which `model(**inputs)` runs: text, images, video or sound, padded as `with_masks` pads.
 
     Raises:
         ValueError: the model has no config, or none of the inputs tried is accepted; pass inputs of your own instead.
@@ -141,18 +217,32 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
     if getattr(model, "config", None) is None:
         raise ValueError("a model without a config needs fold_inputs={argument name: tensor, ...}")
     error: Exception | None = None
-    for rows, ragged in ((2, True), (2, False), (1, False)):
+    for rows, video in ((2, False), (1, False), (2, True)):
         try:
-            inputs = _build(model, rows, ragged)
+            inputs = _build(model, rows, video)
             run(model, inputs)
+        except MemoryError:
+            raise
         except Exception as exception:
-            error = exception
-        else:
-            return inputs
+            error = error or exception
+            continue
+        padded, _ = with_masks(model, inputs)
+        for key, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+            if key in padded and mask in padded:
+                _end_before_padding(padded[key], padded[mask], getattr(model.config, "pad_token_id", None))
+        return padded if _runs(model, padded) else inputs
     raise ValueError(
         f"{type(model).__name__} does not run on dummy inputs ({type(error).__name__}: {error}); "
         f"pass fold_inputs={{argument name: tensor, ...}} with a small real batch"
     )
+
+
+def _end_before_padding(ids: Tensor, mask: Tensor, pad: Any) -> None:
+    """The end token of the first row stands before its padding, where some heads look for it."""
+    real = int(mask[0].sum())
+    ids[0, real - 1] = ids[0, -1].clone()
+    if isinstance(pad, int) and pad >= 0 and real < ids.shape[1]:
+        ids[0, real:] = pad
 
 
 def real_rows(model: nn.Module, name: str, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:

@@ -13,6 +13,8 @@ adds), and sums of the two (which must go into the next norm and nowhere else fo
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_adanorm.running import evaluating, hooked
+from hf_adanorm.swapping import unchanged
 
 PADDING, FOREIGN = -1, -2  # channel numbers of zeros that were put in, and of elements from elsewhere
 
@@ -83,6 +86,8 @@ class LinearUse:
     bias_arrives: bool
     dropout: bool
     unsure: bool
+    run: int = 1
+    """In which forward pass, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ Source = tuple[str, str]  # ("norm" | "linear" | "sum", name)
 
 @dataclass
 class Watched:
-    """What one forward pass showed."""
+    """What the forward passes showed."""
 
     uses: dict[str, list[Use]]
     """Per norm, in order. A norm that did not run is missing."""
@@ -135,6 +140,10 @@ class Watched:
     weight_readers: dict[str, str] = field(default_factory=dict)
     """Linear layers whose parameters are read outside their own forward, and by what."""
     outputs: Any = None
+    """Of the first pass."""
+    num_runs: int = 0
+    in_training: dict[str, str] = field(default_factory=dict)
+    """Per norm: what reads it in training mode only."""
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -186,16 +195,31 @@ def _columns(trace: Trace, dim: int) -> tuple[int, ...] | None:
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, model: nn.Module, norms: Mapping[str, tuple[int, ...]], follow_sums: bool):
+    def __init__(self, model: nn.Module, norms: Mapping[str, tuple[tuple[int, ...], bool]], follow_sums: bool):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.norms, self.follow_sums = model, norms, follow_sums
+        self.model, self.follow_sums = model, follow_sums
+        self.norms = {name: shape for name, (shape, _) in norms.items()}
+        self.channel_dims = {name: 1 if channels_first else -1 for name, (_, channels_first) in norms.items()}
         self.seen = Watched(uses={}, linear_calls={}, ran={})
         self.traces: dict[int, tuple[Tensor, dict[Source, Trace]]] = {}  # the tensor is held, so its id stays its own
         self.storages: set[int] = set()
         self.muted = 0
         self.stack: list[str] = []
         self.num_sums = 0
-        self.own_storage: dict[int, str] = {}
+        self.own_storage = {
+            _storage(parameter): name
+            for name, module in model.named_modules()
+            if is_linear_map(module)
+            for parameter in module.parameters(recurse=False)
+        }
+
+    def start(self) -> None:
+        """Before each forward pass."""
+        self.traces.clear()
+        self.storages.clear()
+        self.stack.clear()
+        self.muted = 0
+        self.seen.num_runs += 1
 
     # -- book-keeping ------------------------------------------------------------------------------------------------
 
@@ -235,6 +259,14 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
+    def hooks(self) -> Iterator[Any]:
+        """Register a pair of hooks on every module, one by one."""
+        for name, module in self.model.named_modules():
+            yield module.register_forward_pre_hook(
+                lambda m, a, k, name=name: self.enter(name, m, a, k), with_kwargs=True, prepend=True
+            )
+            yield module.register_forward_hook(lambda m, _, out, name=name: self.leave(name, m, out))
+
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen.ran.setdefault(name, len(self.seen.ran))
         self.stack.append(name)
@@ -269,8 +301,6 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             channel = torch.arange(output.shape[dim], device=output.device)
             channel = channel.view([-1 if i == dim else 1 for i in range(output.ndim)])
             self.tag(output, {("linear", name): self.fresh(channel, output)})
-
-    channel_dims: dict[str, int]
 
     @staticmethod
     def fresh(channel: Tensor, like: Tensor) -> Trace:
@@ -309,7 +339,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 arrives = bool((trace.factor[own] == 1).all()) and not bool((trace.channel == PADDING).any())
                 if source[0] == "norm":
                     call[source[1]] = columns
-                    self.use(source, LinearUse(name, columns, arrives, trace.dropout, trace.unsure))
+                    self.use(
+                        source, LinearUse(name, columns, arrives, trace.dropout, trace.unsure, self.seen.num_runs - 1)
+                    )
                 else:
                     self.use(source, OtherUse("a linear layer", name))
         self.seen.linear_calls.setdefault(name, []).append(call)
@@ -468,7 +500,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- the model's output ------------------------------------------------------------------------------------------
 
     def outputs(self, output: Any) -> None:
-        self.seen.outputs = output
+        self.muted += 1
+        if self.seen.outputs is None:
+            self.seen.outputs = output
         found = dict(named_outputs(output))
         main = [path for path in found if not is_side_output(path)]
         for path, tensor in found.items():
@@ -498,7 +532,8 @@ def is_side_output(path: str) -> bool:
 
 
 class _SeeDropout(TorchFunctionMode):
-    """Dropout does nothing in evaluation mode and never reaches the dispatcher: seen one level higher."""
+    """Dropout does nothing in evaluation mode and never reaches the dispatcher: seen one level higher. It is kept from
+    doing anything in training mode."""
 
     def __init__(self, watcher: _Watcher):
         super().__init__()
@@ -512,15 +547,22 @@ class _SeeDropout(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name not in _DROPOUTS:
+            return func(*args, **kwargs)
         given = args[0] if args else kwargs.get("input")
-        if name in ("alpha_dropout", "feature_alpha_dropout") and isinstance(given, Tensor):
+        if self.watcher.model.training:
+            if len(args) > 2:
+                args = (*args[:2], False, *args[3:])
+            else:
+                kwargs = {**kwargs, "train" if "train" in kwargs else "training": False}
+        out = func(*args, **kwargs)
+        if "alpha" in name and isinstance(given, Tensor):
             self.watcher.spoil(iter([given]), name)  # in training it is not linear, whatever the bias
-        if name not in ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"):
-            return out
         rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-        if not isinstance(given, Tensor) or not isinstance(out, Tensor) or rate == 0 or not self.watcher.get(given):
+        if "alpha" in name or rate == 0 or not isinstance(given, Tensor) or not isinstance(out, Tensor):
+            return out
+        if not self.watcher.get(given):
             return out
         out = out.view_as(out)  # a tensor of its own, so that other readers of `given` stay free of the mark
         traces = {s: Trace(t.channel, t.factor, True, t.unsure) for s, t in self.watcher.get(given).items()}
@@ -528,39 +570,71 @@ class _SeeDropout(TorchFunctionMode):
         return out
 
 
+_DROPOUTS = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+}
+
+
 def watch_consumers(
     model: nn.Module,
     norms: Mapping[str, tuple[tuple[int, ...], bool]],
-    inputs: Mapping[str, Any],
-    *,
+    *runs: Mapping[str, Any],
     follow_sums: bool = False,
 ) -> Watched:
-    """Run `model(**inputs)` once in evaluation mode and record every reader of every norm's output.
+    """Run `model(**inputs)` in evaluation mode for each of `runs`, and once more in training mode, and record every
+    reader of every norm's output.
 
     Args:
-        model: left as it was (training flags included).
+        model: left as it was (training flags and buffers included).
         norms: name -> (normalized shape, channels first) of each norm to watch, by `named_modules()` names.
-        inputs: keyword arguments of the forward pass.
+        runs: keyword arguments of the forward passes.
         follow_sums: also watch the outputs of linear layers, to see residual connections whole.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    watcher = _Watcher(model, {name: shape for name, (shape, _) in norms.items()}, follow_sums)
-    watcher.channel_dims = {name: 1 if channels_first else -1 for name, (_, channels_first) in norms.items()}
-    for name, module in model.named_modules():
-        if is_linear_map(module):
-            for parameter in module.parameters(recurse=False):
-                watcher.own_storage[_storage(parameter)] = name
-
-    def hooks() -> Iterator[Any]:
-        for module in model.modules():
-            name = names[id(module)]
-            yield module.register_forward_pre_hook(
-                lambda m, a, k, name=name: watcher.enter(name, m, a, k), with_kwargs=True, prepend=True
-            )
-            yield module.register_forward_hook(lambda m, _, out, name=name: watcher.leave(name, m, out))
-
-    with hooked(hooks()), evaluating(model), _SeeDropout(watcher), watcher:
-        output = model(**inputs)
-        watcher.muted += 1
-        watcher.outputs(output)
+    watcher = _Watcher(model, norms, follow_sums)
+    with hooked(watcher.hooks()), evaluating(model):
+        for inputs in runs:
+            watcher.start()
+            with _SeeDropout(watcher), watcher:
+                watcher.outputs(model(**inputs))
+    _watch_training(watcher.seen, _Watcher(model, norms, follow_sums), runs[0])
     return watcher.seen
+
+
+def _watch_training(seen: Watched, watcher: _Watcher, inputs: Mapping[str, Any]) -> None:
+    """One pass in training mode: what reads a norm there only (an auxiliary loss), and what else reads a layer.
+
+    A model that does not run there, without labels say, shows nothing."""
+    model = watcher.model
+    with unchanged(model) as change:
+        for buffer in model.buffers():
+            if buffer.is_floating_point() or buffer.numel() == 1:  # statistics and counters
+                change.keep(buffer)
+        with hooked(watcher.hooks()), evaluating(model):
+            model.train()
+            watcher.start()
+            with contextlib.suppress(Exception), warnings.catch_warnings(), _SeeDropout(watcher), watcher:
+                warnings.simplefilter("ignore")
+                watcher.outputs(model(**inputs))
+    for name, calls in watcher.seen.linear_calls.items():
+        if name in seen.linear_calls:
+            seen.linear_calls[name] += calls
+    seen.weight_readers = {**watcher.seen.weight_readers, **seen.weight_readers}
+    for name, uses in watcher.seen.uses.items():
+        known = {_reader(use) for use in seen.uses.get(name, [])}
+        for use in uses:
+            if (reader := _reader(use)) not in known and not (reader.startswith("add ") and "a sum" in known):
+                seen.in_training.setdefault(name, reader)
+
+
+def _reader(use: Use) -> str:
+    if isinstance(use, LinearUse):
+        return use.module
+    if isinstance(use, OtherUse):
+        return f"{use.operation} in {use.module or 'the model'}"
+    return "a sum" if isinstance(use, AddUse) else "the model's output"

@@ -191,10 +191,9 @@ def fold_norms(
             plan.absorb(name, change)
     plan.neutralize(change)
     with hooked(_replaced(plan, replacements if calibrate else {})):
-        after = dict(named_outputs(run(model, inputs)))
-        states_after = _hidden_states(model, inputs) if states else {}
+        after = _outputs(model, inputs, hidden_states=bool(states))
     difference, changed = _compare(dict(named_outputs(plan.watched.outputs)), after)
-    changed |= {path: _difference(states[path], states_after[path]) for path in states}
+    changed |= {path: _difference(states[path], after[path]) for path in states}
     limit = tolerance if tolerance is not None else _default_tolerance(plan)
     exact = not calibrate and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
     if exact and not difference <= limit:
@@ -264,16 +263,20 @@ def _check_outputs(outputs: Any) -> None:
         )
 
 
+def _outputs(model: nn.Module, inputs: Mapping[str, Any], *, hidden_states: bool) -> dict[str, Tensor]:
+    with unchanged(model):  # transformers leaves the hooks that capture hidden states, and a mark
+        return dict(named_outputs(run(model, {**inputs, **({"output_hidden_states": True} if hidden_states else {})})))
+
+
 def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The hidden states that the model returns only when it is asked for them; none where it cannot be asked."""
     if not isinstance(model, PreTrainedModel):
         return {}
-    with unchanged(model):  # transformers leaves the hooks that capture them, and a mark
-        try:
-            outputs = run(model, {**inputs, "output_hidden_states": True})
-        except Exception:  # not a parameter of every model
-            return {}
-    return {path: tensor for path, tensor in named_outputs(outputs) if "hidden_states" in path}
+    try:
+        outputs = _outputs(model, inputs, hidden_states=True)
+    except (TypeError, ValueError, RuntimeError):  # not a parameter of every model
+        return {}
+    return {path: tensor for path, tensor in outputs.items() if "hidden_states" in path}
 
 
 def _default_tolerance(plan: FoldPlan) -> float:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from hf_adanorm.detection import NormInfo, iter_norms
 from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
+from hf_adanorm.running import with_masks
 from hf_adanorm.swapping import Change
 
 from .consumers import (
@@ -64,12 +65,20 @@ class Fold:
 class FoldPlan:
     """Decides for every norm; then `absorb` carries it out, norm by norm, and `neutralize` ends it."""
 
-    def __init__(self, model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], approximate: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Collection[str],
+        inputs: Mapping[str, Any],
+        approximate: bool,
+    ):
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.infos: dict[str, NormInfo] = {n: i for n, _, i in iter_norms(model) if i.kind != "other"}
         watchable = {n: (i.normalized_shape, i.channels_first) for n, i in self.infos.items()}
-        self.watched: Watched = watch_consumers(model, watchable, inputs, follow_sums=approximate)
+        padded, self.unseen_masks = with_masks(model, inputs)
+        runs = [inputs] if all(value is inputs.get(key) for key, value in padded.items()) else [inputs, padded]
+        self.watched: Watched = watch_consumers(model, watchable, *runs, follow_sums=approximate)
         self.approximate = approximate
         self.owners: dict[int, set[str]] = {}
         for name, module in self.modules.items():
@@ -109,6 +118,8 @@ class FoldPlan:
         if (unseen := self._unseen(info, readers)) is not None:
             reason = f"{unseen} did not run on these inputs and may read it too: give fold_inputs that reach it"
             return FoldedNorm(name=name, action="kept", reason=reason)
+        if (reader := self.watched.in_training.get(name)) is not None:
+            return FoldedNorm(name=name, action="kept", reason=f"in training mode also read by {reader}")
         if not adds:
             if not readers:
                 return FoldedNorm(name=name, action="kept", reason="nothing reads it")
@@ -188,8 +199,12 @@ class FoldPlan:
             return None
         if not use.bias_arrives:
             return f"padded, masked or scaled between the norm and {use.module}, and its bias is not zero"
-        if use.unsure:
+        last = max(u.run for u in self.watched.uses[norm] if isinstance(u, LinearUse) and u.module == use.module)
+        if use.unsure and use.run == last:  # the pass with most masks
             return f"masked or padded before {use.module}, and its bias is not zero: give fold_inputs that show it"
+        if self.unseen_masks:
+            masks = ", ".join(self.unseen_masks)
+            return f"its bias is not zero, and what {masks} would mask is not known: give fold_inputs with it"
         padding = getattr(module, "padding", 0)
         zeros = getattr(module, "padding_mode", "zeros") == "zeros"
         if zeros and (padding == "same" or (not isinstance(padding, str) and any(_as_tuple(padding)))):
@@ -288,7 +303,8 @@ class FoldPlan:
         """Whether a norm runs once in a forward pass, and before every layer that its fold changes."""
         fold, order = self.folds[norm], self.watched.ran
         later = (*fold.readers, *fold.branches, *fold.next_norms)
-        return len(self.watched.norm_reads[norm]) == 1 and all(order[name] > order[norm] for name in later)
+        once = len(self.watched.norm_reads[norm]) == self.watched.num_runs
+        return once and all(order[name] > order[norm] for name in later)
 
     @torch.no_grad()
     def absorb(self, norm: str, change: Change) -> None:

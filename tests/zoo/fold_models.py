@@ -241,6 +241,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         )
     ),
     "layoutlm": lambda: transformers.LayoutLMForSequenceClassification(transformers.LayoutLMConfig(**SIZES, **VOCAB)),
+    "w2v-bert": lambda: transformers.Wav2Vec2BertModel(
+        transformers.Wav2Vec2BertConfig(
+            **SIZES,
+            feature_projection_input_dim=16,
+            vocab_size=32,
+            conv_depthwise_kernel_size=3,
+            left_max_position_embeddings=8,
+            right_max_position_embeddings=4,
+        )
+    ),
+    "videomae": lambda: transformers.VideoMAEForVideoClassification(
+        transformers.VideoMAEConfig(**SIZES, **IMAGE, num_frames=4, tubelet_size=2)
+    ),
+    "vilt": lambda: transformers.ViltModel(transformers.ViltConfig(**SIZES, **IMAGE, vocab_size=50)),
     "audio-spectrogram": lambda: transformers.ASTForAudioClassification(
         transformers.ASTConfig(**SIZES, max_length=64, num_mel_bins=32, patch_size=16)
     ),

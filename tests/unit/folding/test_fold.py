@@ -694,6 +694,58 @@ def test_padding_by_nothing_and_a_mask_that_masks_nothing_are_not_trusted() -> N
     assert fold_block(Block(pads.compute, bias=False)).action == "folded"  # nothing arrives there that could be lost
 
 
+@pytest.mark.parametrize("start", [0, 20])
+def test_padding_of_sound_stays_out_of_the_convolutions_of_a_conformer(start: int) -> None:
+    model = build("w2v-bert")
+    inputs = {"input_features": torch.randn(2, 40, 16), "attention_mask": torch.ones(2, 40, dtype=torch.int64)}
+    inputs["attention_mask"][0, start : start + 20] = 0
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        before = model(**inputs)[0][real]
+        reasons = {norm.name: norm.reason for norm in fold_affine(model).norms}
+        assert difference(model(**inputs)[0][real], before) <= 1e-5
+    assert "padded, masked" in reasons["encoder.layers.0.conv_module.layer_norm"]
+
+
+class Masked(nn.Module):
+    """Fills with zeros what `attention_mask` says, before a layer that reads the norm."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.norm, self.linear, self.least = norm(), nn.Linear(WIDTH, 3), least
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        y = self.norm(inputs_embeds)
+        if attention_mask is not None:
+            if len(attention_mask) < self.least:
+                raise ValueError("too few rows")
+            y = y.masked_fill(attention_mask[..., None] == 0, 0.0)
+        return self.linear(y)
+
+
+@pytest.mark.parametrize(("least", "reason"), [(1, "padded, masked or scaled"), (9, "what attention_mask would mask")])
+def test_a_mask_that_the_inputs_lack_is_tried_and_not_trusted_where_it_does_not_run(least: int, reason: str) -> None:
+    assert reason in fold_block(Masked(least), fold_inputs={"inputs_embeds": torch.randn(2, 6, WIDTH)}).reason
+
+
+def test_what_reads_a_norm_in_training_only_keeps_it() -> None:
+    class Auxiliary(Block):
+        def forward(self, x: Tensor) -> Any:
+            y = self.norm(self.batch(x))
+            return (self.linear(y), y.square().mean()) if self.training else (self.linear(y),)
+
+    block = Auxiliary(lambda self, y: self.linear(y), batch=nn.BatchNorm1d(5))
+    before = state(block)
+    assert "in training mode also read by pow" in fold_block(block).reason
+    assert unchanged(block, before)  # the statistics of the batch norm, too
+
+
+@pytest.mark.parametrize("name", ["videomae", "vilt"])
+def test_video_and_image_masks_are_among_the_dummy_inputs(name: str) -> None:
+    inputs = dummy_inputs(build(name))
+    assert inputs["pixel_values"].ndim == 5 or not bool(inputs["pixel_mask"].all())
+
+
 def test_a_head_that_did_not_run_keeps_the_norm_as_it_is() -> None:
     heads = Block(lambda self, y: self.linear(y) if self.first else self.other(y), other=nn.Linear(WIDTH, 2))
     heads.linear, heads.first = nn.Linear(WIDTH, 2), True
