@@ -79,8 +79,8 @@ def calibrate_k(
     """Measure y = N(x) at every norm on a few batches, and propose a k for each: min(k, margin / max `|y|`).
 
     Pretrained models have channels far out, where y comes near sqrt(H - 1); phi(y) = C (1 - k y) turns those beyond
-    1 / k over. With margin 0.25 phi stays within 0.75 C .. 1.25 C on everything seen; 0.5 is the most with which z still grows
-    with y everywhere. Padding, as the batch's attention mask tells, does not count.
+    1 / k over. With margin 0.25 phi stays within 0.75 C .. 1.25 C on everything seen; 0.5 is the most with which z
+    still grows with y everywhere. Padding, as the batch's attention mask tells, does not count.
 
     Args:
         model: before or after a patch; run in evaluation mode.

@@ -404,7 +404,7 @@ def write_support(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["type", "norms", "result", "cause"])
-        for name in sorted(rows):
+        for name in sorted(rows, key=str.lower):
             row = rows[name]
             norms = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(row["targets"], "")
             if row["failed at"]:
