@@ -4,10 +4,12 @@
     accelerate launch recipes/language_modeling.py --config recipes/configs/enwik_sample.yaml --train_file a_text.txt
 
 A decoder from `model_config` reads the bytes of a text file; the score is bits per character (of bytes, as usual for
-enwik8), every byte scored once with at least `sequence_length - eval_stride` bytes of context. Every option of
-`patch_model`. The same command, started again, goes on from the newest complete checkpoint in `output_dir`, in the
-middle of an epoch too. In `output_dir`: `results.json`, the best model as `best/` (model and tokeniser: load it with
-`pipeline("text-generation", ...)` after `import hf_adanorm`), `test_bits.json`, and `checkpoint-N/`.
+enwik8), every byte scored once with at least `sequence_length - eval_stride` bytes of context. A model with a memory
+(Transformer-XL: XLNet with `attn_type: uni`) reads the text as contiguous streams, as many as a batch has rows, and
+carries its memory from segment to segment, in evaluation too. Every option of `patch_model`. The same command, started
+again, goes on from the newest complete checkpoint in `output_dir`, in the middle of an epoch too. In `output_dir`:
+`results.json`, the best model as `best/` (model and tokeniser: load it with `pipeline("text-generation", ...)` after
+`import hf_adanorm`), `test_bits.json`, and `checkpoint-N/`.
 
 Exit codes: 0 finished, 2 bad input (said in one line before training starts), 3 the loss was not finite, 75 stopped by
 SIGTERM or Ctrl-C after saving a checkpoint: start the same command again.
@@ -29,11 +31,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from score_bytes import collate_windows, window_bits
+from score_bytes import collate_windows, stream_bits, window_bits
 
 from common.checkpoints import write_json
+from common.evaluation import gather_by_index
 from common.loop import Run
-from tasks.bytes import ByteTask, prepare_bytes
+from tasks.bytes import ByteTask, Memory, prepare_bytes
 
 OPTIONS, TASK = LanguageModelingOptions, ByteTask
 
@@ -50,8 +53,18 @@ def evaluate(run: Run, task: ByteTask) -> dict[str, float]:
     def outputs_of(batch: dict[str, torch.Tensor], indices: list[int]) -> list[tuple[float, int]]:
         return list(zip(window_bits(run.model, batch).tolist(), batch["scored"].sum(1).tolist(), strict=True))
 
-    total = min(len(task.windows), run.options.max_validation_samples or len(task.windows))
-    outputs = run.evaluate(task.windows, [1] * total, collate_windows, outputs_of)
+    most = run.options.max_validation_samples
+    if task.windows is not None:
+        total = min(len(task.windows), most or len(task.windows))
+        outputs = run.evaluate(task.windows, [1] * total, collate_windows, outputs_of)
+    else:
+        length, processes = run.options.sequence_length, run.accelerator.num_processes
+        data = task.splits["validation"][: most and most * length + 1]
+        share = {"rank": run.accelerator.process_index, "num_processes": processes}
+        run.model.eval()
+        indices, own = stream_bits(run.model, data, length, run.options.eval_batch_size * processes, **share)
+        run.model.train()
+        outputs = gather_by_index(run.accelerator, indices, own, -(-(len(data) - 1) // length))
     return scores_of([output[0] for output in outputs], [output[1] for output in outputs])
 
 
@@ -77,11 +90,16 @@ def main(argv: list[str] | None = None) -> None:
     if run.finished:
         return
     task = run.prepare(prepare_bytes)
+    memory = Memory(run.accelerator, run.bare.config)
     with run.training():
         for step in run:
-            for segment in step:
-                inputs = {"input_ids": segment[:, :-1], "use_cache": False}
-                logits = run.model(**inputs).logits.float()  # (micro-batch, length, bytes)
+            if run.progress.epoch_step == 0:
+                memory.held.clear()  # the streams begin anew
+            for number, segment in enumerate(step):
+                inputs = {"input_ids": segment[:, :-1], **memory.inputs(number)}
+                output = run.model(**inputs)
+                memory.keep(number, output)
+                logits = output.logits.float()  # (micro-batch, length, bytes)
                 loss = F.cross_entropy(logits.transpose(1, 2), segment[:, 1:], reduction="sum") / step.size
                 run.backward(loss, inputs)
             if step.evaluates:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
-from tasks.bytes import Windows
+from tasks.bytes import Windows, has_memory
 
 
 def collate_windows(rows: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
@@ -42,6 +42,7 @@ def window_bits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
     return (nats * batch["scored"]).sum(1) / math.log(2)
 
 
+@torch.no_grad()
 def stream_bits(
     model: torch.nn.Module, data: np.ndarray, length: int, num_streams: int, *, rank: int = 0, num_processes: int = 1
 ) -> tuple[list[int], list[tuple[float, int]]]:
@@ -81,7 +82,7 @@ def score_file(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device).eval()
     data = np.frombuffer(Path(arguments.data).read_bytes(), dtype=np.uint8)
     autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
-    if getattr(model.config, "mem_len", None):
+    if has_memory(model.config):
         with autocast:
             indices, outputs = stream_bits(model, data, arguments.sequence_length, arguments.batch_size)
         outputs = [output for _, output in sorted(zip(indices, outputs, strict=True))]

@@ -33,6 +33,8 @@ CONFIGS = {
     "rt": "RT",
     "sst5": "SST5",
     "mnist": "MNIST",
+    "ptb": "PTB",
+    "ud_ewt": "PTB",
 }
 
 

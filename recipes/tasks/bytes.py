@@ -15,9 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from common.batches import StepPlan
+from common.batches import Plan, StepPlan
 from common.loop import Run
 from common.options import OptionError
 from common.setup import calibration_rows
@@ -27,6 +33,8 @@ from tasks.options import ByteDataOptions
 from tasks.text import build_fresh, check_model_source, fresh_config, load_pretrained
 
 NUM_BYTES = 256
+# Parameters of an XLNet that a plain reading of one text does not use: DDP would wait for their gradients.
+UNUSED = ("mask_emb", "seg_embed", "r_s_bias")
 
 
 def read_bytes(file: str | Path, option_name: str) -> np.ndarray:
@@ -105,7 +113,9 @@ class StreamPlan:
     the text cannot fill a single one.
     """
 
-    def __init__(self, num_segments: int, batch_size: int, *, num_processes: int = 1, accumulation: int = 1):
+    def __init__(
+        self, num_segments: int, batch_size: int, *, num_processes: int = 1, accumulation: int = 1, seed: int = 0
+    ):
         self.shape = (accumulation, num_processes, batch_size)
         self.num_streams = accumulation * num_processes * batch_size
         self.num_steps = num_segments // self.num_streams
@@ -126,6 +136,40 @@ class StreamPlan:
     def num_examples(self, step: np.ndarray) -> int:
         """The segments of a step over all micro-batches and processes."""
         return len(step)
+
+
+class Memory:
+    """What a model with a memory keeps of the text before, for each micro-batch of a step by number. That of every
+    process is saved in the checkpoints of `accelerator` and comes back with them. Without one nothing is kept."""
+
+    def __init__(self, accelerator: Any, config: PreTrainedConfig):
+        self.used = has_memory(config)
+        self.held: dict[int, list[torch.Tensor]] = {}
+        name = f"memory_{accelerator.process_index}.bin"
+
+        def load(_: Any, folder: str) -> None:
+            self.held = torch.load(Path(folder) / name, map_location=accelerator.device)
+
+        def save(_: Any, __: Any, folder: str) -> None:
+            torch.save(self.held, Path(folder) / name)
+
+        if self.used:
+            accelerator.register_save_state_pre_hook(save)
+            accelerator.register_load_state_pre_hook(load)
+
+    def inputs(self, number: int) -> dict[str, Any]:
+        """What the model is given beside the text."""
+        return {"mems": self.held.get(number), "use_mems": True} if self.used else {"use_cache": False}
+
+    def keep(self, number: int, output: Any) -> None:
+        """Take over what the model returned."""
+        if self.used:
+            self.held[number] = list(output.mems)
+
+
+def has_memory(config: PreTrainedConfig) -> bool:
+    """Whether a model reads segments of a stream with a memory of those before, as Transformer-XL does."""
+    return bool(getattr(config, "mem_len", None))
 
 
 class Windows:
@@ -161,7 +205,7 @@ class ByteTask(Task):
     unit = "characters/s"
 
     splits: dict[str, np.ndarray]
-    windows: Windows
+    windows: Windows | None  # None for a model with a memory, which reads streams
 
     @classmethod
     def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
@@ -186,9 +230,15 @@ def prepare_bytes(run: Run) -> ByteTask:
             f"--eval_stride must be between 1 and --sequence_length {options.sequence_length}, "
             f"got {options.eval_stride}"
         )
+    config = _config(options)
     splits = load_byte_splits(options)
     segments = Segments(splits["train"], options.sequence_length)
-    plan = StepPlan([1] * len(segments), options.batch_size, **run.division)
+    if has_memory(config):
+        plan: Plan = StreamPlan(len(segments), options.batch_size, **run.division)
+        windows = None
+    else:
+        plan = StepPlan([1] * len(segments), options.batch_size, **run.division)
+        windows = Windows(splits["validation"], options.sequence_length, options.eval_stride)
     return ByteTask(
         pipeline="text-generation",
         auto_class=AutoModelForCausalLM,
@@ -197,26 +247,39 @@ def prepare_bytes(run: Run) -> ByteTask:
         train_collate=lambda epoch: collate_segments,
         plan=plan,
         count=lambda step: plan.num_examples(step) * options.sequence_length,
-        build_model=lambda: _build_model(options),
+        build_model=lambda: _build_model(options, config),
         calibration_batch=lambda model: {"input_ids": collate_segments(calibration_rows(segments))[:, :-1]},
         summary="bytes: " + ", ".join(f"{len(data):,} to {USE[split]}" for split, data in splits.items()),
         splits=splits,
-        windows=Windows(splits["validation"], options.sequence_length, options.eval_stride),
+        windows=windows,
     )
 
 
-def _build_model(options: Any) -> PreTrainedModel:
-    """A fresh decoder of bytes, or one that an earlier run saved. Raises OptionError when it cannot read bytes."""
+def _config(options: Any) -> PreTrainedConfig:
+    """That of a fresh decoder, or of one that an earlier run saved. Raises OptionError when it cannot read bytes."""
+    if options.model_name_or_path:
+        config = load_pretrained(AutoConfig, options.model_name_or_path)
+    else:
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        config = fresh_config(options, vocab_size=NUM_BYTES, **tokens)
+    if config.vocab_size != NUM_BYTES:
+        raise OptionError(f"the model has {config.vocab_size} tokens; a model of bytes has {NUM_BYTES}")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and 0 < positions < options.sequence_length:  # -1: as many as one likes
+        raise OptionError(f"--sequence_length {options.sequence_length} is beyond the model's {positions} positions")
+    if getattr(config, "attn_type", "uni") != "uni" or getattr(config, "bi_data", False):
+        raise OptionError("model_config: a model that reads from left to right has attn_type: uni and bi_data: false")
+    return config
+
+
+def _build_model(options: Any, config: PreTrainedConfig) -> PreTrainedModel:
     if options.model_name_or_path:
         model = load_pretrained(AutoModelForCausalLM, options.model_name_or_path)
     else:
-        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        model = build_fresh(AutoModelForCausalLM, fresh_config(options, vocab_size=NUM_BYTES, **tokens))
-    if model.config.vocab_size != NUM_BYTES:
-        raise OptionError(f"the model has {model.config.vocab_size} tokens; a model of bytes has {NUM_BYTES}")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and positions < options.sequence_length:
-        raise OptionError(f"--sequence_length {options.sequence_length} is beyond the model's {positions} positions")
+        model = build_fresh(AutoModelForCausalLM, config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(UNUSED):
+            parameter.requires_grad_(False)
     return model
 
 

@@ -20,8 +20,6 @@ from tasks.data import DataError
 
 HEAD, DEPREL, DEPS = 6, 7, 8
 TAG_COLUMNS = {"upos": 3, "xpos": 4}
-# The universal tag of punctuation, and the tags of the Penn Treebank that count as such.
-PUNCTUATION_TAGS = ["PUNCT", "``", "''", ":", ",", "."]
 
 
 @dataclass

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from common.options import OptionError, option
+from common.batches import StepPlan
+from common.loop import Run
+from common.options import OptionError
+from common.setup import calibration_rows
+from common.task import Task
 from tasks.arc_standard import Encoded, ParserVocabulary, training_examples
-from tasks.conllu import PUNCTUATION_TAGS, Sentence, read_conllu
+from tasks.conllu import Sentence, read_conllu
 from tasks.data import DataError
 from tasks.text import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
 from tasks.transition_parser import TransitionParserConfig
-
-
-@dataclass(kw_only=True)
-class ParsingDataOptions:
-    """A treebank, and how words and tags are taken from it."""
-
-    train_file: str | None = option(None, "treebank in CoNLL-U or CoNLL-X, plain or .gz")
-    validation_file: str | None = option(None, "treebank to choose the best checkpoint on")
-    test_file: str | None = option(None, "treebank for the final test")
-    score_test: bool = option(True, "score the best model on the test split at the end")
-    max_train_samples: int | None = option(None, "use only the first so many training sentences", within="(0, inf)")
-    max_validation_samples: int | None = option(
-        None, "use only the first so many validation sentences", within="(0, inf)"
-    )
-    max_test_samples: int | None = option(None, "use only the first so many test sentences", within="(0, inf)")
-    tag_column: Literal["upos", "xpos"] = option("xpos", "column of the tags: the fourth (UPOS) or the fifth (XPOS)")
-    lowercase: bool = option(False, "take words in lower case")
-    min_frequency: int = option(2, "a word must occur this often to be in the vocabulary", within="[0, inf)")
-    punctuation_tags: list[str] = option(
-        PUNCTUATION_TAGS, "words whose fourth column is one of these are punctuation for the scores"
-    )
 
 
 class Transitions:
@@ -60,23 +45,36 @@ def collate_transitions(rows: tuple[np.ndarray, np.ndarray]) -> dict[str, torch.
     return {"input_ids": torch.from_numpy(rows[0]).long(), "labels": torch.from_numpy(rows[1]).long()}
 
 
-@dataclass
-class ParsingTask:
-    """What the training loop needs: transitions to train on and to take the loss of, sentences to parse."""
+@dataclass(kw_only=True)
+class ParsingTask(Task):
+    """A treebank to train a parser on: sentences to parse, and the oracle's transitions of those that have one."""
+
+    score = "uas_without_punctuation"
+    label = "UAS without punctuation (%)"
+    scale = 100.0
+    unit = "transitions/s"
+    use = "python recipes/predict.py --task parsing --model {model} --data raw.conllu --output parsed.conllu"
 
     gold: dict[str, list[Sentence]]
     encoded: dict[str, list[Encoded]]
     examples: dict[str, Transitions]
     left_out: dict[str, int]  # sentences of a split that are no examples: not projective, or with unknown relations
     vocabulary: ParserVocabulary
-    build_model: Callable[[], PreTrainedModel]
+    sentences_per_second: float | None = None  # parsed in the last evaluation
+
+    @classmethod
+    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+        """Right heads and words of every test sentence, without punctuation."""
+        counts = np.asarray(json.loads((folder / "test_trees.json").read_text(encoding="utf-8"))["counts"])
+        return counts[:, 1, [1, 0]], lambda sums: 100 * sums[:, 0] / sums[:, 1]
 
 
-def prepare_parsing(options: Any) -> ParsingTask:
-    """Read and check the treebank, number it, run the oracle over it. `options` has ParsingDataOptions, ModelOptions.
+def prepare_parsing(run: Run) -> ParsingTask:
+    """Read and check the treebank, number it, run the oracle over it.
 
     Raises DataError or OptionError for whatever would stop the training later.
     """
+    options = run.options
     check_model_source(options)
     gold: dict[str, list[Sentence]] = {}
     for split in ("train", "validation", "test"):
@@ -93,8 +91,11 @@ def prepare_parsing(options: Any) -> ParsingTask:
         )
     encoded = {split: [vocabulary.encode(sentence) for sentence in sentences] for split, sentences in gold.items()}
     learnable = {split: [s for s in encoded[split] if s.has_oracle] for split in ("train", "validation")}
-    if not learnable["train"]:
-        raise DataError(f"{options.train_file}: none of {len(gold['train'])} trees is projective: nothing to learn")
+    for split, sentences in learnable.items():
+        if not sentences:
+            raise DataError(f"{getattr(options, f'{split}_file')}: none of {len(gold[split])} trees is projective")
+    examples = {split: Transitions(sentences) for split, sentences in learnable.items()}
+    left_out = {split: len(gold[split]) - len(sentences) for split, sentences in learnable.items()}
     single_root = all(sentence.heads.count(0) == 1 for sentence in gold["train"])
 
     def build_model() -> PreTrainedModel:
@@ -107,11 +108,28 @@ def prepare_parsing(options: Any) -> ParsingTask:
             raise OptionError(f"model_config: a parser's model_type is {TransitionParserConfig.model_type}")
         return build_fresh(AutoModelForSequenceClassification, config)
 
+    def calibration_batch(_: Any) -> dict[str, torch.Tensor]:
+        features, _transitions = zip(*calibration_rows(examples["train"]), strict=True)
+        return {"input_ids": torch.from_numpy(np.stack(features)).long()}
+
     return ParsingTask(
+        pipeline="token-classification",
+        auto_class=AutoModelForSequenceClassification,
+        processor=vocabulary,
+        train_data=examples["train"],
+        train_collate=lambda epoch: collate_transitions,
+        plan=StepPlan([1] * len(examples["train"]), options.batch_size, **run.division),
+        count=len,
+        build_model=build_model,
+        calibration_batch=calibration_batch,
+        summary=(
+            f"{len(examples['train']):,} transitions of {len(learnable['train']):,} sentences to train on; of "
+            f"{len(gold['train']):,} and {len(gold['validation']):,} sentences {left_out['train']:,} and "
+            f"{left_out['validation']:,} are left out, as they are not projective or have relations of their own"
+        ),
         gold=gold,
         encoded=encoded,
-        examples={split: Transitions(sentences) for split, sentences in learnable.items()},
-        left_out={split: len(gold[split]) - len(sentences) for split, sentences in learnable.items()},
+        examples=examples,
+        left_out=left_out,
         vocabulary=vocabulary,
-        build_model=build_model,
     )

@@ -144,6 +144,7 @@ def test_every_config_names_its_recipe(config):
     recipe, options_class = compare.choose_recipe(None, str(CONFIGS / f"{config}.yaml"))
     expected = {"mnist": "classification", "demo": "classification", "rt": "classification", "sst5": "classification"}
     expected |= {"enwik8": "language_modeling", "enwik_sample": "language_modeling"}
+    expected |= {"ptb": "parsing", "ud_ewt": "parsing"}
     assert recipe == expected.get(config, "translation")
     module = importlib.import_module(recipe)
     assert module.OPTIONS is options_class

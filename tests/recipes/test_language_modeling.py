@@ -160,21 +160,42 @@ def test_the_best_model_generates_in_a_stock_pipeline(trained):
     assert [module.k for module in norms] == [0.07] * 3
 
 
-def test_a_run_stopped_in_the_middle_ends_with_the_same_scores(trained, text, tmp_path):
-    _, whole = trained
+def run_stopped_and_resumed(text, folder, **changes):
+    """The results of a run that is stopped by SIGTERM after its first checkpoint, and started again."""
 
     def terminate_after_first_checkpoint():
-        while not list(tmp_path.glob("checkpoint-*")):
+        while not list(folder.glob("checkpoint-*")):
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=terminate_after_first_checkpoint, daemon=True)
     watcher.start()
     with pytest.raises(SystemExit) as ended:
-        run(text, tmp_path, k=0.07, checkpointing_steps=5)
+        run(text, folder, checkpointing_steps=5, **changes)
     assert ended.value.code == EXIT_RESUME
-    assert not (tmp_path / "results.json").exists()
-    resumed = run(text, tmp_path, k=0.07, checkpointing_steps=5)
+    assert not (folder / "results.json").exists()
+    return run(text, folder, checkpointing_steps=5, **changes)
+
+
+def test_a_run_stopped_in_the_middle_ends_with_the_same_scores(trained, text, tmp_path):
+    _, whole = trained
+    resumed = run_stopped_and_resumed(text, tmp_path, k=0.07)
+    assert resumed["history"] == whole["history"]
+    assert resumed["test"] == whole["test"]
+
+
+TRANSFORMER_XL = {"model_type": "xlnet", "attn_type": "uni", "bi_data": False, "mem_len": 16}
+TRANSFORMER_XL |= {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+
+
+def test_a_run_with_memory_stopped_in_the_middle_of_its_streams_ends_with_the_same_scores(text, tmp_path):
+    changes = {"model_config": json.dumps(TRANSFORMER_XL), "batch_size": 4, "gradient_accumulation_steps": 2}
+    whole = run(text, tmp_path / "whole", **changes)  # 40 steps, of which 37 are an epoch
+    assert whole["norm_modules"] == 2
+    assert whole["validation"]["bits_per_character"] < 4
+    bits = json.loads((tmp_path / "whole" / "test_bits.json").read_text())
+    assert sum(bits["characters"]) == 699
+    resumed = run_stopped_and_resumed(text, tmp_path / "resumed", **changes)
     assert resumed["history"] == whole["history"]
     assert resumed["test"] == whole["test"]
 
@@ -216,6 +237,7 @@ def test_divergence_is_recorded_with_its_step(text, tmp_path):
         ({"validation_characters": "null"}, "no validation data"),
         ({"validation_characters": 10}, "the validation split has 10 bytes: too few"),
         ({"eval_stride": 17}, "--eval_stride must be between 1 and --sequence_length 16"),
+        ({"model_config": json.dumps({"model_type": "xlnet"})}, "has attn_type: uni and bi_data: false"),
         ({"sequence_length": 32}, "--sequence_length 32 is beyond the model's 16 positions"),
         ({"model_config": json.dumps({**TINY_DECODER, "vocab_size": 300})}, "the model has 300 tokens"),
     ],

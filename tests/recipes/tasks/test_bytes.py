@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from score_bytes import stream_bits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_adanorm import patch_model
-from tasks.bytes import Segments, StreamPlan
+from tasks.bytes import Memory, Segments, StreamPlan
 
 TINY = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16, "vocab_size": 256}
 TRANSFORMER_XL = {"model_type": "xlnet", "attn_type": "uni", "bi_data": False, "mem_len": 128, "dropout": 0.0}
@@ -71,6 +72,27 @@ def test_every_byte_is_scored_once_by_whichever_process(model, num_processes):
     expected = [whole_bits(model, data[start:end]).sum().item() for start, end in zip(starts, ends, strict=True)]
     sums = [sum(found[s][0] for s in segments) for segments in ([0, 1, 2], [3, 4, 5], [6, 7], [8, 9])]
     assert sums == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_memory_of_every_micro_batch_comes_back_with_a_checkpoint(model, tmp_path):
+    accelerator = Accelerator()
+    memory = Memory(accelerator, model.config)
+    text = torch.from_numpy(some_bytes(64).astype(np.int64)).view(2, 2, 16)
+    for number, batch in enumerate(text):
+        memory.keep(number, model(input_ids=batch, **memory.inputs(number)))
+    outputs = [model(input_ids=batch, **memory.inputs(number)).logits for number, batch in enumerate(text)]
+    accelerator.save_state(str(tmp_path))
+    memory.held = {}
+    accelerator.load_state(str(tmp_path))
+    again = [model(input_ids=batch, **memory.inputs(number)).logits for number, batch in enumerate(text)]
+    assert all(torch.equal(left, right) for left, right in zip(outputs, again, strict=True))
+    assert not torch.equal(outputs[0], model(input_ids=text[0]).logits)
+
+
+def test_a_model_without_a_memory_is_given_none():
+    memory = Memory(Accelerator(), AutoConfig.for_model("gpt2"))
+    memory.keep(0, object())
+    assert memory.inputs(0) == {"use_cache": False}
 
 
 def test_every_row_of_a_step_goes_on_where_it_stopped():

@@ -4,8 +4,9 @@ import gzip
 from pathlib import Path
 
 import pytest
+from parsing import PUNCTUATION_TAGS
 
-from tasks.conllu import PUNCTUATION_TAGS, attachment_scores, attachments, read_conllu, write_conllu
+from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
 from tasks.data import DataError
 
 UD = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ud_ewt"

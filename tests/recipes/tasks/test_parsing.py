@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from parsing import ParsingOptions
 
 from common.options import OptionError
 from tasks.arc_standard import ParserVocabulary, parse_sentences
 from tasks.conllu import Sentence
 from tasks.data import DataError
-from tasks.options import ModelOptions
-from tasks.parsing import ParsingDataOptions, collate_transitions, prepare_parsing
+from tasks.parsing import collate_transitions, prepare_parsing
 
 MODEL = {"model_type": "transition_parser", "embedding_size": 4, "hidden_size": 8}
 
@@ -33,8 +33,8 @@ def prepare(tmp_path):
         for split, text in {"train": train, "validation": validation}.items():
             (tmp_path / split).write_text(text, encoding="utf-8")
             files[f"{split}_file"] = str(tmp_path / split)
-        options = {**vars(ParsingDataOptions(min_frequency=1)), **vars(ModelOptions(model_config=MODEL)), **files}
-        return prepare_parsing(SimpleNamespace(**{**options, **changes}))
+        options = ParsingOptions(**{"min_frequency": 1, "model_config": MODEL, **files, **changes})
+        return prepare_parsing(SimpleNamespace(options=options, division={"seed": 1}))
 
     return prepared
 
