@@ -541,7 +541,8 @@ class SwappedNorm(nn.Module):
         dtype that `nn.LayerNorm` would give."""
         given: Any = x
         if isinstance(given, torch.fx.Proxy):  # to fx this is one call, as torch's own modules are
-            return cast(Tensor, given.tracer.create_proxy("call_module", given.tracer.path_of_module(self), (x,), {}))
+            tracer: Any = given.tracer
+            return cast(Tensor, tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {}))
         forward = self._faded if "fade_progress" in self._buffers else self._forward
         if self.channels_first:
             return forward(x.movedim(1, -1)).movedim(-1, 1)
