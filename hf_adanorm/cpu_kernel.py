@@ -16,14 +16,17 @@ import logging
 import math
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .saving.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +215,7 @@ def _num_threads(x: Tensor) -> int:
 def _library() -> _Library | None:
     """The compiled functions by name and dtype, or None where they cannot be had; tried once a process."""
     try:
-        handle = ctypes.CDLL(str(_compiled()), mode=os.RTLD_NOW)
+        handle = _load()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.info("The norms run on torch's operators, their CPU loops are not available: %s", error)
         return None
@@ -227,40 +230,63 @@ def _library() -> _Library | None:
 
 def _agrees(library: _Library) -> bool:
     """One small row by hand: a compiler that gets it wrong must not train anyone's model."""
-    x = torch.tensor([-1.0, 1.0, -1.0, 1.0])
-    z, stats = torch.empty_like(x), torch.empty(2)
+    x = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float32, device="cpu")
+    z, stats = torch.empty_like(x), x.new_empty(2)
     library["forward", torch.float32](
         x.data_ptr(), z.data_ptr(), stats.data_ptr(), stats.data_ptr() + 4, 1, 4, 0.0, 1.0, 0.1, 1
     )
     return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(z.tolist(), [-1.1, 0.9, -1.1, 0.9], strict=True))
 
 
-def _compiled() -> Path:
-    """The shared library in the cache folder, compiled when it is not there yet.
+def _load() -> ctypes.CDLL:
+    """The shared library in the cache folder, compiled when it is not there or not whole.
 
     Raises:
-        RuntimeError, OSError, subprocess.SubprocessError: no compiler, no place to write, or it did not compile.
+        RuntimeError, OSError, subprocess.SubprocessError: no compiler, no place to write that is this user's own, or
+            it did not compile.
     """
     if sys.platform != "linux":
         raise RuntimeError(f"{sys.platform} is not Linux")
     flags = (*_FLAGS, *_CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
     key = hashlib.sha256("\0".join([_SOURCE, *flags, *_GCC_FLAGS, os.uname().machine]).encode()).hexdigest()[:16]
-    folder = _cache_folder()
-    target = folder / f"adanorm_{key}.so"
-    if target.exists():
-        return target
+    target = _cache_folder() / f"adanorm_{key}.so"
+    if (handle := _open(target)) is None:
+        library = _compile(flags)
+        write_file(target, library + hashlib.sha256(library).digest())
+        target.chmod(0o600)
+        handle = _open(target)
+    if handle is None:
+        raise RuntimeError(f"{target} is not what was written there")
+    return handle
+
+
+def _open(path: Path) -> ctypes.CDLL | None:
+    """The library at `path`, or None: it is another user's or a link, others may write to it, or it is not whole (its
+    SHA-256 stands at its end; to map a file that was cut short ends the process)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(descriptor, "rb") as file:
+        info, content = os.fstat(descriptor), file.read()
+        whole = hashlib.sha256(content[:-32]).digest() == content[-32:]
+        if info.st_uid != os.geteuid() or info.st_mode & 0o022 or not whole:
+            return None
+        return ctypes.CDLL(f"/proc/self/fd/{descriptor}", mode=os.RTLD_NOW)  # the very file that was looked at
+
+
+def _compile(flags: Sequence[str]) -> bytes:
     compiler = next((path for name in ("gcc", "cc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
         raise RuntimeError("there is no C compiler (gcc, cc or clang) on the PATH")
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    with tempfile.TemporaryDirectory() as work:
         source, compiled, linked = (Path(work, name) for name in ("adanorm.c", "adanorm.o", "adanorm.so"))
         source.write_text(_SOURCE)
         gcc_flags = _GCC_FLAGS if "clang" not in compiler else ()
         _run(compiler, *flags, *gcc_flags, "-c", str(source), "-o", str(compiled))
         # Linked without -fopenmp, so that the OpenMP functions come from the runtime that torch has loaded.
         _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lm")
-        os.replace(linked, target)  # whole or not at all: several processes may be here at once
-    return target
+        return linked.read_bytes()
 
 
 def _run(*command: str) -> None:
@@ -270,7 +296,16 @@ def _run(*command: str) -> None:
 
 
 def _cache_folder() -> Path:
-    """A folder of this user's own: what lies there is loaded as code."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_adanorm"
+    """A folder of this user's own, which nobody else enters: what lies there is loaded as code."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    cache = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "hf_adanorm"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = cache.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+        raise RuntimeError(
+            f"{cache} is a link or another user's, and what lies there would be run: set XDG_CACHE_HOME to a folder "
+            "of your own"
+        )
+    if info.st_mode & 0o077:
+        cache.chmod(0o700)
     return cache
