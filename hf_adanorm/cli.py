@@ -126,8 +126,8 @@ def patch(
         model = _model_class(config).from_pretrained(name, config=config, revision=revision, dtype="auto")
         patch_model(model, norm, **options)
         num_swapped = sum(getattr(type(module), "is_adanorm_module", False) for module in model.modules())
-        model.save_pretrained(folder)
         with_processor = _copy_processor(name, revision, folder)
+        model.save_pretrained(folder)
     url = _push(out, push_to_hub, private) if push_to_hub else None
     if as_json:
         _print_json({"model": name, "out": str(out), "norm": norm, "swapped": num_swapped, "pushed": url})
@@ -149,6 +149,7 @@ def card(
     dataset_split: Annotated[str | None, typer.Option(help='Such as "test".')] = None,
     result: Annotated[list[str] | None, typer.Option(metavar="METRIC=VALUE", help="A result.")] = None,
     command: Annotated[str | None, typer.Option(help="The command line that made the model.")] = None,
+    license: Annotated[str | None, typer.Option(help="The model's license; by default the base model's.")] = None,  # noqa: A002
     tag: Annotated[list[str] | None, typer.Option(help="A further tag.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -164,6 +165,7 @@ def card(
         dataset_split=dataset_split,
         results=_results(result or []),
         command=command,
+        license=license,
         tags=tag,
     )
     _print_json({"card": str(written)}) if as_json else print(written)
@@ -304,7 +306,7 @@ def _copy_processor(name: str, revision: str | None, folder: Path) -> bool:
     if Path(name).is_dir():
         source = Path(name)
     else:
-        patterns = list(_PROCESSOR_FILES)
+        patterns = [*_PROCESSOR_FILES, "README.md"]  # the card, for the license
         source = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.py"]))
     files = {file for pattern in _PROCESSOR_FILES for file in source.glob(pattern) if file.suffix != ".py"}
     outside = sorted(str(file) for file in files if leads_outside(file))

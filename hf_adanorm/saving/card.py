@@ -7,24 +7,30 @@ front matter's entries that are not filled in. Everything else in a card belongs
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
+from transformers.utils.hub import cached_file
 
-from hf_adanorm.modeling_adanorm import AdaNormSpec, NormGroup
+from hf_adanorm.modeling_adanorm import AdaNormSpec, NormGroup, is_own_reference
 
 from .files import leads_outside, write_file
 
 BEGIN = "<!-- hf_adanorm: begin. Written by a program: write_model_card replaces what stands between the markers. -->"
 END = "<!-- hf_adanorm: end -->"
-CARD_NAME = "README.md"
-_MAX_NAMES = 8  # of a group that the table lists; the spec below it has all
+CARD_NAME, EVAL_RESULTS = "README.md", ".eval_results"
+PROJECT = "https://github.com/hf-adanorm/hf-adanorm"  # as in pyproject.toml
+INSTALL = f"pip install git+{PROJECT}"
+_MAX_NAMES = 8  # of a group that the table lists; the list below it has all
 
 _NAMES = {
     "adanorm": "AdaNorm",
@@ -33,28 +39,20 @@ _NAMES = {
     "none": "no normalisation",
 }
 
-_LIMITS = """\
-- `ignore_mismatched_sizes=True` defeats the protection described above, although the error message of transformers
-  suggests it: the result is a wrong model.
-- `from_pretrained(..., config=...)` with a stock config raises, and so does this config with the weights of a stock
-  model: load a stock model first, then patch it.
-- `from_config` without the package and without `trust_remote_code=True` builds a model with LayerNorm.
-- Norms that have no weights to begin with (as in OLMo) leave nothing to mismatch: such a model loads without an error,
-  and wrongly, without the package and without `trust_remote_code=True`.
-- Loaders other than transformers (vLLM, TGI, llama.cpp and the like) are not supported.
-- An adapter trained on this model needs this model as its base: save or push the patched base first, and load it again
-  before attaching the adapter."""
-
-_CITATION = """\
-```bibtex
-@inproceedings{xu2019understanding,
-  title     = {Understanding and Improving Layer Normalization},
-  author    = {Xu, Jingjing and Sun, Xu and Zhang, Zhiyuan and Zhao, Guangxiang and Lin, Junyang},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2019},
-  url       = {https://arxiv.org/abs/1911.07013}
+# What a pipeline takes and gives, by task; LABEL stands for a label of the model's.
+_EXAMPLES = {
+    "text-classification": ('"What a lovely film!"', "[{'label': 'LABEL', 'score': ...}]"),
+    "token-classification": ('"Ada lives in London."', "[{'entity': 'LABEL', 'score': ..., 'word': 'ada', ...}, ...]"),
+    "text-generation": ('"Once upon a time"', "[{'generated_text': 'Once upon a time ...'}]"),
+    "fill-mask": (
+        'f"The capital of France is {pipe.tokenizer.mask_token}."',
+        "[{'score': ..., 'token_str': 'paris', 'sequence': 'the capital of france is paris.', ...}, ...]",
+    ),
+    "image-classification": ('"photo.jpg"', "[{'label': 'LABEL', 'score': ...}, ...]"),
+    "object-detection": ('"photo.jpg"', "[{'score': ..., 'label': 'LABEL', 'box': {'xmin': ..., ...}}, ...]"),
+    "audio-classification": ('"speech.wav"', "[{'score': ..., 'label': 'LABEL'}, ...]"),
+    "automatic-speech-recognition": ('"speech.wav"', "{'text': '...'}"),
 }
-```"""
 
 
 def write_model_card(
@@ -68,6 +66,7 @@ def write_model_card(
     dataset_split: str | None = None,
     task: str | None = None,
     command: str | None = None,
+    license: str | None = None,  # noqa: A002, its name in the front matter
     tags: Sequence[str] | None = None,
 ) -> Path:
     """Write the model card of the patched model saved in `folder`, or refresh the section of its card that is ours.
@@ -81,11 +80,14 @@ def write_model_card(
         model_id: the model's name on the Hub, for the title and the examples.
         base_model: the id of the model that was patched or fine-tuned.
         datasets: ids on the Hub of the data that it was trained on.
-        results: metric -> value, such as {"accuracy": 0.7721}, measured on `dataset_split` of the first of `datasets`.
+        results: metric -> value, such as {"accuracy": 0.7721}, measured on `dataset_split` of the first of `datasets`;
+            rounded to four digits. With `datasets` the first of them is also written to `.eval_results/`, where the
+            Hub's leaderboards look.
         dataset_name: a readable name for the data of the results; needed if `datasets` is not given.
         dataset_split: such as "test".
         task: the Hub's name of the task, such as "text-classification"; by default that of the model's class.
-        command: the command line that made the model.
+        command: the command line that made the model; paths of this machine are shortened to their last part.
+        license: the model's license, such as "apache-2.0"; by default the base model's, where its card is at hand.
         tags: further tags.
 
     Returns:
@@ -121,9 +123,12 @@ def write_model_card(
         dataset_split=dataset_split,
         task=task,
         command=command,
+        license=license,
         tags=list(tags or ()),
     )
     write_file(target, text)
+    if results and datasets:
+        _write_eval_results(Path(folder), datasets[0], results, dataset_split)
     return target
 
 
@@ -139,6 +144,7 @@ def render_card(
     dataset_split: str | None = None,
     task: str | None = None,
     command: str | None = None,
+    license: str | None = None,  # noqa: A002
     tags: list[str] | None = None,
 ) -> str:
     """The text of the card of a model with the given config.json, built on an `existing` card if there is one."""
@@ -146,16 +152,31 @@ def render_card(
     norms = list(dict.fromkeys(group.norm for spec in specs.values() for group in spec.groups))
     architecture = _architecture(config)
     card = _parse(existing)
-    title = model_id or architecture
-    if existing is None:
-        card.text = f"\n# {title}\n\n{BEGIN}\n{END}\n"
-    section = _section(config, specs, norms, model_id, results, dataset_name, dataset_split, datasets, command)
-    card.text = _replace_section(card.text, f"{BEGIN}\n{section}\n{END}")
-
     data = card.data
     task = task or data.pipeline_tag or _task(str(config.get("model_type")), architecture)
+    unnamed = "-".join([(base_model or architecture).rpartition("/")[2], *(norm for norm in norms if norm != "none")])
+    title = model_id.rpartition("/")[2] if model_id else unnamed
+    if existing is None:
+        card.text = f"\n# {title}\n\n{BEGIN}\n{END}\n"
+    elif model_id:  # the name that a card got for want of a better one
+        for old in (unnamed, "-".join([architecture, *norms]), architecture):
+            card.text = card.text.replace(f"# {old}\n\n{BEGIN}", f"# {title}\n\n{BEGIN}")
+    rounded = {metric: float(f"{value:.4g}") for metric, value in (results or {}).items()}
+    where = " ".join([dataset_name or (datasets or ["?"])[0], *([f"({dataset_split})"] if dataset_split else [])])
+    section = _render_section(
+        config,
+        specs,
+        task=task,
+        name=model_id or "path/or/id-of-this-model",
+        results=[(_cell(metric), f"{value:.4g}") for metric, value in rounded.items()],
+        where=_cell(where),
+        command=_without_folders(command),
+    )
+    card.text = _replace_section(card.text, f"{BEGIN}\n{section}\n{END}")
+
     data.library_name = data.library_name or "transformers"
     data.base_model = data.base_model or base_model
+    data.license = data.license or license or _license_of(base_model)
     data.pipeline_tag = data.pipeline_tag or task
     data.tags = list(
         dict.fromkeys([*_list(data.tags), "hf_adanorm", *(n for n in norms if n != "none"), *(tags or [])])
@@ -174,7 +195,7 @@ def render_card(
                 metric_type=metric,
                 metric_value=value,
             )
-            for metric, value in results.items()
+            for metric, value in rounded.items()
         ]
         old = [r for r in data.eval_results or [] if not any(r.is_equal_except_value(new) for new in fresh)]
         data.eval_results = [*old, *fresh]
@@ -235,10 +256,22 @@ def with_tags(text: str, tags: list[str]) -> str:
 
 
 def describes(text: str, config: Mapping[str, Any]) -> bool | None:
-    """Whether the spec in a card's section is that of `config`; None for a card without our section."""
+    """Whether the spec of a card's section is that of `config`; None for a card without our section."""
     if BEGIN not in text:
         return None
-    return all(_spec_json(spec) in text for _, spec in _specs(config))
+    specs = dict(_specs(config))
+    if f"<!-- spec {_digest(specs)} -->" in text:
+        return True
+    with suppress(ValueError, TypeError):  # cards of hf_adanorm 0.1.0 held the spec as JSON
+        shown = [AdaNormSpec.from_dict(json.loads(block)) for block in re.findall(r"```json\n(.*)\n```", text)]
+        return bool(shown) and _digest(dict(enumerate(shown))) == _digest(dict(enumerate(specs.values())))
+    return False
+
+
+def _digest(specs: Mapping[Any, AdaNormSpec]) -> str:
+    """Of what the specs say, whichever version wrote them."""
+    said = {str(key): {**spec.to_dict(), "format": None, "version": None} for key, spec in specs.items()}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def without_section(text: str) -> str:
@@ -260,109 +293,90 @@ def without_section(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the section
 
 
-def _section(
-    config: Mapping[str, Any],
-    specs: Mapping[str, AdaNormSpec],
-    norms: list[str],
-    model_id: str | None,
-    results: Mapping[str, float] | None,
-    dataset_name: str | None,
-    dataset_split: str | None,
-    datasets: list[str] | None,
-    command: str | None,
-) -> str:
-    kinds = ", ".join(_NAMES[norm].partition(" (")[0] for norm in norms)
-    groups = [group for spec in specs.values() for group in spec.groups]
-    about = "The swapped layers have no gain and no bias."
-    if any(group.fade is not None for group in groups):
-        about = "It was saved in the middle of a fade: what is left of gains and biases is in the checkpoint."
-    out = [
-        f"## Swapped norms: {kinds}" if norms else "## Folded norms",
-        "",
-        "Normalisation layers of this model were replaced by those of "
-        "[Understanding and Improving Layer Normalization](https://arxiv.org/abs/1911.07013) (Xu et al., NeurIPS "
-        f"2019) with hf_adanorm. {about}"
-        if norms
-        else "Gains and biases of this model's norms were folded into the layers that read them, with hf_adanorm.",
-        "",
-    ]
-    if groups:
-        out += ["| norm | settings | modules |", "|---|---|---|"]
-    for prefix, spec in specs.items():
-        out += [_row(group, prefix) for group in spec.groups]
-    out += [
-        "",
-        "`*` stands for every number, `^` for a module outside the base model. The spec, as in `config.json`:",
-        "",
-    ]
-    for prefix, spec in specs.items():
-        out += [*([f"In `{prefix}`:", ""] if prefix else []), "```json", _spec_json(spec), "```", ""]
-    out += _loading(config, model_id or "path/or/id-of-this-model")
-    out += ["### Known limits", "", _LIMITS, ""]
-    if results:
-        where = " ".join([dataset_name or datasets[0], *([f"({dataset_split})"] if dataset_split else [])])  # type: ignore[index]
-        out += ["### Results", "", "| data | metric | value |", "|---|---|---|"]
-        out += [f"| {_cell(where)} | {_cell(name)} | {value:.6g} |" for name, value in results.items()]
-        out += [""]
-    if command:
-        out += ["### How it was made", "", "```bash", command.replace("```", "` ` `"), "```", ""]
-    return "\n".join([*out, "### Citation", "", _CITATION])
+def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec], **more: Any) -> str:
+    import jinja2  # torch brings it along
 
-
-def _row(group: NormGroup, prefix: str) -> str:
-    data = group.to_dict()
-    modules = data.pop("modules")
-    name = _NAMES[data.pop("norm")]
-    settings = ", ".join(f"{key} = {value}" for key, value in data.items()) or "as the replaced norm"
-    more = f" and {len(modules) - _MAX_NAMES} more" if len(modules) > _MAX_NAMES else ""
-    where = f" in `{prefix}`" if prefix else ""
-    return f"| {name} | {settings} | {', '.join(f'`{m}`' for m in modules[:_MAX_NAMES])}{more}{where} |"
-
-
-def _spec_json(spec: AdaNormSpec) -> str:
-    return json.dumps(spec.to_dict())
-
-
-def _loading(config: Mapping[str, Any], name: str) -> list[str]:
+    groups = [(group, where) for where, spec in specs.items() for group in spec.groups]
+    names = ", ".join(dict.fromkeys(_NAMES[group.norm].partition(" (")[0] for group, _ in groups))
+    fading = any(group.fade is not None for group, _ in groups)
     architecture = _architecture(config)
-    auto_map = config.get("auto_map") or {}
-    targets = {auto: str(ref).rpartition(".")[2] for auto, ref in auto_map.items()}
-    auto = next(
-        (auto for auto, target in targets.items() if target == architecture and auto != "AutoModel"), "AutoModel"
+    targets = {
+        auto: reference.rpartition(".")[2]
+        for auto, reference in _mapping(config, "auto_map").items()
+        if re.fullmatch(r"Auto\w{1,60}", auto) and isinstance(reference, str) and is_own_reference(reference)
+    }
+    matching = (auto for auto, target in targets.items() if target == architecture and auto != "AutoModel")
+    example = _EXAMPLES.get(more["task"])
+    label = next(iter(_mapping(config, "id2label").values()), None)
+    label = label if isinstance(label, str) and re.fullmatch(r"[\w .+-]{1,40}", label) else "LABEL_0"
+    source = (Path(__file__).with_name("card.md.jinja")).read_text(encoding="utf-8")
+    section = jinja2.Template(source, trim_blocks=True, lstrip_blocks=True).render(
+        heading=f"Swapped norms: {names}" if groups else "Folded norms",
+        about="It was saved in the middle of a fade: what is left of gains and biases is in the checkpoint."
+        if fading
+        else "The swapped layers have no gain and no bias.",
+        rows=[_row(group, where) for group, where in groups],
+        auto=next(matching, "AutoModel"),
+        trusted=bool(targets),
+        example=example and {"input": example[0], "output": example[1].replace("LABEL", label)},
+        project=PROJECT,
+        install=INSTALL,
+        digest=_digest(specs),
+        **more,
     )
-    lines = [
-        "### How to load it",
-        "",
-        "With the package hf_adanorm installed:",
-        "",
-        "```python",
-        f"import hf_adanorm  # teaches transformers the swapped norms\nfrom transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("{name}")',
-        "```",
-        "",
-    ]
-    if targets:
-        lines += [
-            "Without it, by the file `modeling_adanorm.py` of this repository:",
-            "",
-            "```python",
-            f"from transformers import {auto}",
-            "",
-            f'model = {auto}.from_pretrained("{name}", trust_remote_code=True)',
-            "```",
-            "",
-            "The same goes for `pipeline(...)`. ",
-        ]
-    else:
-        lines += [
-            "Its architecture comes from outside transformers, so there is no way to load it without the package. "
-        ]
-    lines[-1] += (
-        "With neither, loading **stops with a size mismatch** on the swapped norms. That is on purpose: "
-        "stock LayerNorms in their place would be another model, with outputs that look right and are wrong."
-    )
-    return [*lines, ""]
+    # Whatever comes from a config or a caller, our markers are ours.
+    return str(section).replace(BEGIN, "").replace(END, "").strip()
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _row(group: NormGroup, where: str) -> dict[str, str]:
+    data = group.to_dict()
+    modules = [f"`{name}`" for name in data.pop("modules")]
+    name = _NAMES[data.pop("norm")]
+    more = f" and {len(modules) - _MAX_NAMES} more" if len(modules) > _MAX_NAMES else ""
+    nested = f" in `{where if where.isidentifier() else 'a nested config'}`" if where else ""
+    return {
+        "norm": name,
+        "settings": ", ".join(f"{key} = {value}" for key, value in data.items()) or "as the replaced norm",
+        "modules": f"{', '.join(modules[:_MAX_NAMES])}{more}{nested}",
+        "all_modules": ", ".join(modules) if more else "",
+    }
+
+
+def _without_folders(command: str | None) -> str | None:
+    """A command line without the folders of the machine that it ran on."""
+    if command is None:
+        return None
+    return re.sub(r"(?<![\w.:/-])(?:~|[A-Za-z]:)?/(?:[^\s/'\"]+/)*(?=[^\s/])", "", command).replace("```", "` ` `")
+
+
+def _license_of(base_model: str | None) -> str | None:
+    """The license in the card of the base model, where that is a folder or in the local cache."""
+    with suppress(OSError, ValueError):
+        if base_model and (path := cached_file(base_model, CARD_NAME, local_files_only=True)):
+            license_name = _parse(read_card(Path(path))).data.license
+            return license_name if isinstance(license_name, str) else None
+    return None
+
+
+def _write_eval_results(folder: Path, dataset: str, results: Mapping[str, float], split: str | None) -> None:
+    """The first result in the form that the Hub's leaderboards read, where huggingface_hub knows it."""
+    try:
+        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    except ImportError:
+        return
+    metric, value = next(iter(results.items()))
+    notes = f"{metric} on {split}" if split else metric
+    entry = EvalResultEntry(dataset_id=dataset, task_id="default", value=float(f"{value:.4g}"), notes=notes)
+    place = folder / EVAL_RESULTS
+    place.mkdir(exist_ok=True)
+    if leads_outside(place):
+        raise ValueError(f"{place} is a link that leads out of the folder: move it away")
+    write_file(place / f"{_slug(dataset)}.yaml", yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
 
 
 # ------------------------------------------------------------------------------------------------------- small parts
@@ -450,7 +464,7 @@ def _slug(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text.replace("|", "\\|"))
+    return re.sub(r"\s+", " ", text.replace("|", "\\|").replace("<", "&lt;"))
 
 
 def read_card(path: Path) -> str | None:

@@ -33,6 +33,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from hf_adanorm import modeling_adanorm
 from hf_adanorm.modeling_adanorm import NOTICE, AdaNormSpec, add_notice, apply_spec, is_own_reference, noticed
@@ -224,6 +225,8 @@ def _write_card_to_push(folder: Path, repo_id: str, config: PreTrainedConfig) ->
     else:
         base = card.base_model_of(config)
         base = base if base != repo_id else None
+        with suppress(OSError):  # its license is in its card
+            cached_file(base, card.CARD_NAME) if base else None
         text = card.render_card(card.read_config(folder), model_id=repo_id, base_model=base, tags=tags)
     write_file(path, text)
 

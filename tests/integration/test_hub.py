@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +17,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_adanorm import AdaNormSpec, patch_model, unpatch_model, write_model_card
-from hf_adanorm.saving.card import BEGIN, END, without_section
+from hf_adanorm import patch_model, unpatch_model, write_model_card
+from hf_adanorm.saving.card import BEGIN, END, INSTALL, PROJECT, describes, without_section
 from tests.integration.hub_client import NORMS, REPOS, build
 from tests.integration.hub_server import HubServer
+from tests.zoo.tiny_text import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_token_of_the_loopback_hub"
@@ -230,8 +233,10 @@ def test_pushed_cards_say_how_to_load_and_pass_validation(
     assert f"{call})" in text
     assert f"{call}, trust_remote_code=True)" in text
     assert "ignore_mismatched_sizes=True" in text
-    spec = AdaNormSpec.from_dict(json.loads(session.hub.repos[repo].files()["config.json"])["adanorm"])
-    assert json.dumps(spec.to_dict()) in text
+    assert describes(text, json.loads(session.hub.repos[repo].files()["config.json"]))
+    assert "```json" not in text
+    assert f"\n# {repo.partition('/')[2]}\n" in text
+    assert INSTALL in text
 
 
 def test_tags_of_a_push_reach_the_card(session: Session, pushed: dict[str, Any]) -> None:
@@ -296,8 +301,9 @@ def test_results_data_and_command_reach_front_matter_and_text(
         base_model="google-bert/bert-base-uncased",
         datasets=["cornell-movie-review-data/rotten_tomatoes"],
         dataset_split="test",
-        results={"accuracy": 0.7721, "loss": 0.5},
-        command="recipes/classification.py --norm adanorm",
+        results={"accuracy": 0.772134, "loss": 0.5},
+        command="/home/me/env/bin/python recipes/classification.py --norm adanorm --train_file=/data/me/train.csv",
+        license="apache-2.0",
         tags=["mine"],
     )
     card = ModelCard(path.read_text())
@@ -311,7 +317,35 @@ def test_results_data_and_command_reach_front_matter_and_text(
         ("loss", 0.5, "test", "text-classification"),
     ]
     assert "| accuracy | 0.7721 |" in card.text
-    assert "recipes/classification.py --norm adanorm" in card.text
+    assert "\npython recipes/classification.py --norm adanorm --train_file=train.csv\n" in card.text
+    assert card.data.license == "apache-2.0"
+    assert card.text.startswith("\n# model\n")
+    (entry,) = yaml.safe_load((saved / ".eval_results" / "cornell-movie-review-data-rotten_tomatoes.yaml").read_text())
+    assert entry == {
+        "dataset": {"id": "cornell-movie-review-data/rotten_tomatoes", "task_id": "default"},
+        "value": 0.7721,
+        "notes": "accuracy on test",
+    }
+
+
+def test_the_license_is_that_of_the_base_model_where_its_card_is_at_hand(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
+    assert ModelCard(write_model_card(saved, base_model=str(tmp_path / "base")).read_text()).data.license == "mit"
+
+
+def test_the_projects_address_is_one() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["urls"]["Homepage"] == PROJECT
+
+
+def test_the_examples_of_a_card_run(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tokenizer().save_pretrained(saved)
+    blocks = re.findall(r"```python\n(.*?)```", write_model_card(saved, model_id=str(saved)).read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, {})
+    assert re.fullmatch(r"\[{'label': 'LABEL_\d', 'score': 0\.\d+}\]\n", capsys.readouterr().out)
 
 
 def test_refreshing_replaces_our_section_only(saved: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import hf_adanorm
 from hf_adanorm import AdaNormSpec, modeling_adanorm, patch_model, write_model_card
+from hf_adanorm.saving.card import BEGIN, END
 
 ROOT = Path(__file__).parents[2]
 TRAVELLER = Path(modeling_adanorm.__file__)
@@ -287,6 +288,26 @@ def test_a_card_holds_what_a_config_says_as_text_only(tmp_path: Path) -> None:
     assert "<script>" not in text
     write_model_card(tmp_path)
     assert text.count("hf_adanorm: begin") == 1
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_keys_of_a_config_cannot_break_out_of_the_card(tmp_path: Path, nested: bool) -> None:
+    evil = f"x`\n{END}\n# heading <script>alert(1)</script>\n```python\nimport os\n```\n{BEGIN}"
+    config = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "id2label": {"0": evil},
+        "auto_map": {evil: "modeling_adanorm.BertModel", "AutoModel": f"modeling_adanorm.{evil}"},
+        **({evil: {"adanorm": SPEC}} if nested else {"adanorm": SPEC}),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    first = write_model_card(tmp_path, command=evil).read_text()
+    assert first.count(BEGIN) == first.count(END) == 1
+    assert write_model_card(tmp_path, command=evil).read_text() == first
+    plain = write_model_card(tmp_path).read_text()
+    assert "heading" not in plain
+    assert "script" not in plain
+    assert "import os" not in plain
 
 
 def test_no_module_option_takes_a_token() -> None:
