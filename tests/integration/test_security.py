@@ -253,7 +253,7 @@ def test_a_spec_of_the_largest_size_is_read_in_a_moment() -> None:
 
 
 def test_names_are_compared_never_run_as_patterns() -> None:
-    for path in (TRAVELLER, ROOT / "hf_adanorm" / "hooks.py", ROOT / "hf_adanorm" / "specs.py"):
+    for path in (TRAVELLER, ROOT / "hf_adanorm" / "saving" / "hooks.py", ROOT / "hf_adanorm" / "saving" / "spec.py"):
         assert "re" not in imported(path)
         assert "fnmatch" not in imported(path)
 

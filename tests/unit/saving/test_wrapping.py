@@ -39,6 +39,7 @@ def calls(folder: Path) -> dict[tuple[type, str], tuple[Callable[..., Any], dict
     """Each wrapped method on a stock model, with all that it must be given."""
     model, adapted = tiny(), get_peft_model(tiny(), lora())
     adapted.save_pretrained(folder / "adapter")
+    model.save_pretrained(folder / "checkpoint")
     arguments = TrainingArguments(str(folder / "trainer"), report_to="none", use_cpu=True, hub_strategy="end")
     trainer = Trainer(model, arguments)
     return {
@@ -48,6 +49,10 @@ def calls(folder: Path) -> dict[tuple[type, str], tuple[Callable[..., Any], dict
         (PreTrainedModel, "_upload_modified_files"): (
             model._upload_modified_files,
             {"working_dir": str(folder), "repo_id": "me/model", "files_timestamps": {}},
+        ),
+        (Trainer, "_load_from_checkpoint"): (
+            trainer._load_from_checkpoint,
+            {"resume_from_checkpoint": str(folder / "checkpoint")},
         ),
         (Trainer, "create_model_card"): (trainer.create_model_card, {"language": "en"}),
         (Trainer, "_push_from_checkpoint"): (trainer._push_from_checkpoint, {"checkpoint_folder": str(folder)}),
