@@ -38,18 +38,16 @@ from accelerate.utils import send_to_device, set_seed
 
 from common.batches import eval_batches, train_batches
 from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, write_json
+from common.endings import clear_endings, clear_errors
 from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from common.fade import fade, finish_saved_fade, is_fading
 from common.options import options_that_change
+from common.progress import ProgressBar, Stopwatch
 from common.publishing import prepare_push, publish
 from common.results import format_results, versions
 from common.setup import (
-    ProgressBar,
-    Stopwatch,
     allow_unused_parameters,
     apply_patch,
-    clear_endings,
-    clear_errors,
     learning_rate_at,
     make_accelerator,
     make_optimizer,

@@ -1,20 +1,13 @@
-"""What the training loops share: set-up, optimiser, learning rate, the checks around a step, timing."""
+"""What a run is set up with: accelerator, patch, optimiser, learning rate."""
 
 from __future__ import annotations
 
-import atexit
-import errno
-import json
 import math
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, NoReturn
+from contextlib import contextmanager
+from typing import Any
 
 import datasets
 import torch
@@ -28,132 +21,15 @@ from accelerate.utils import (
     LoggerType,
     set_seed,
 )
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from torch import nn
-from torch.distributed import TCPStore
 
 import hf_adanorm
-from common.checkpoints import EXIT_CANNOT_SAVE, Progress, SaveError, write_json
+from common.endings import fate
 from common.options import OptimizationOptions, OptionError, PatchOptions, RunOptions, did_you_mean
-from common.steps import DivergedError
-from tasks.data import DataError
 
-EXIT_BAD_INPUT = 2
-EXIT_DIVERGED = 3
-
-# The first steps of a process pay for memory allocation and compilation: timing leaves them out.
-UNTIMED_STEPS = 5
 # A fold by a fit and a k for each norm are taken from so many training examples.
 CALIBRATION_EXAMPLES = 32
-# What the system says of a disk that takes no more.
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-
-
-class Fate:
-    """What the processes of a run share when one of them cannot go on: all end, with its message and code.
-
-    A process that waits for another in a collective call cannot be told by one. So every process has a thread that
-    looks for the end of the run in the store by which the processes found each other.
-    """
-
-    KEY = "hf_adanorm/end"
-    POLL_SECONDS = 0.3
-    MOST_SECONDS = 5.0  # for the others to have seen it, before the launcher kills them
-
-    def __init__(self) -> None:
-        self.store: TCPStore | None = None
-        self.ending = threading.Lock()
-        self.over = threading.Event()
-
-    def share(self) -> None:
-        """From here on, where one process ends by `end`, all do."""
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-        thread = threading.Thread(target=self._watch, daemon=True)
-        thread.start()
-
-        def rest() -> None:  # in C++ it would not survive the end of the interpreter
-            self.over.set()
-            thread.join()
-
-        atexit.register(rest)
-
-    def end(self, message: str, code: int) -> NoReturn:
-        """Say `message` and end the process, and the others of the run, with `code`."""
-        if self.store is None:
-            if _speaks():
-                print(f"error: {message}", file=sys.stderr, flush=True)
-            sys.exit(code)
-        self.store.compare_set(self.KEY, "", json.dumps([os.environ["RANK"], message, code]))
-        self._leave(message)
-
-    def _watch(self) -> None:
-        try:
-            while not self.store.check([self.KEY]):
-                if self.over.wait(self.POLL_SECONDS):
-                    return
-        except RuntimeError:  # the store ended with its process
-            return
-        self._leave(None)
-
-    def _leave(self, own: str | None) -> NoReturn:
-        self.ending.acquire()  # for ever: one thread speaks
-        rank, message, code = json.loads(self.store.get(self.KEY))
-        if _speaks():
-            print(f"error: {'' if own == message else f'process {rank}: '}{message}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        until = time.monotonic() + self.MOST_SECONDS
-        with suppress(RuntimeError):
-            seen = self.store.add(f"{self.KEY}/seen", 1)
-            while seen < int(os.environ["WORLD_SIZE"]) and time.monotonic() < until:
-                time.sleep(self.POLL_SECONDS / 3)
-                seen = self.store.add(f"{self.KEY}/seen", 0)
-        os._exit(code)  # an orderly exit would wait for the others
-
-
-def _speaks() -> bool:
-    """Whether this process says for its machine what all have to say."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
-
-
-fate = Fate()
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """While a run is set up, end it on the user's mistakes with one line and code 2 instead of a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("HF_ADANORM_DEBUG"):
-            raise
-        fate.end(str(error), EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        sys.exit("stopped by Ctrl-C before the training began")
-
-
-@contextmanager
-def clear_endings(accelerator: Accelerator, output_dir: Path, record: dict[str, Any]) -> Iterator[None]:
-    """While a run trains and writes its results, end it with one line and the code that says what to do when the loss
-    is not finite (`record` goes into `diverged.json`) or the disk is full."""
-    try:
-        yield
-    except DivergedError as error:
-        if accelerator.is_main_process:
-            write_json(output_dir / "diverged.json", {**record, "step": error.step, "diverged": str(error)})
-        accelerator.wait_for_everyone()  # all are here
-        fate.end(str(error), EXIT_DIVERGED)
-    except DataError as error:  # an example that could not be checked before
-        fate.end(str(error), EXIT_BAD_INPUT)
-    except OSError as error:
-        if not isinstance(error, SaveError) and error.errno not in DISK_FULL:
-            raise
-        hint = "" if isinstance(error, SaveError) else ": make room, and start the same command again"
-        fate.end(f"{error}{hint}", EXIT_CANNOT_SAVE)
 
 
 def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Accelerator:
@@ -325,89 +201,3 @@ def norms_to_trackers(
                 log.records.clear()
 
         yield send
-
-
-class Stopwatch:
-    """Counts what was trained on and how long it took, without the first steps of this process and without pauses."""
-
-    def __init__(self, progress: Progress):
-        self.progress = progress
-        self.steps = 0
-        self.started: float | None = None
-
-    def step(self, num_samples: int) -> None:
-        """Note a finished step of `num_samples` examples over all processes."""
-        now = time.perf_counter()
-        self.steps += 1
-        self.progress.samples += num_samples
-        if self.started is not None:
-            self.progress.timed_samples += num_samples
-            self.progress.timed_seconds += now - self.started
-        self.started = now if self.steps >= UNTIMED_STEPS else None
-
-    def pause(self) -> None:
-        """Leave out the time until `resume`: evaluation, saving."""
-        self.started = None
-
-    def resume(self) -> None:
-        """Go on timing after a pause."""
-        self.started = time.perf_counter() if self.steps >= UNTIMED_STEPS else None
-
-    @property
-    def samples_per_second(self) -> float | None:
-        """None while no step was timed."""
-        seconds = self.progress.timed_seconds
-        return self.progress.timed_samples / seconds if seconds else None
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """By the mean size of a step; None while no step was timed."""
-        speed = self.samples_per_second
-        return self.progress.samples / self.progress.step / speed if speed else None
-
-
-class ProgressBar:
-    """Steps done, speed and time left: a bar on the main process's terminal, if it is to be `shown`, else lines."""
-
-    def __init__(self, total: int, *, main: bool, shown: bool, first_step: int = 0, unit: str = "samples/s"):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
-        console = Console(stderr=True)
-        self.unit = unit
-        self.main = main
-        self.total = total
-        self.first_step = first_step
-        self.started = time.perf_counter()
-        self.bar = Bar(*columns, console=console, disable=not (main and shown and console.is_terminal))
-        self.task = self.bar.add_task("training", total=total, completed=first_step, speed="")
-
-    def __enter__(self) -> ProgressBar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def update(self, step: int, speed: float | None) -> None:
-        """Show that `step` steps are done at `speed` a second."""
-        self.bar.update(self.task, completed=step, speed="" if speed is None else f"{speed:,.0f} {self.unit}")
-
-    def log(self, step: int, speed: float | None, loss: float, lr: float) -> None:
-        """Show the training loss: in the bar, or where there is none as a line."""
-        self.bar.update(self.task, description=f"loss {loss:.4f}")
-        if self.main and self.bar.disable:
-            pace = "" if speed is None else f", {speed:,.0f} {self.unit}"
-            print(
-                f"step {step}/{self.total}: loss {loss:.4f}, learning rate {lr:.3g}{pace}{self._left(step)}",
-                flush=True,
-            )
-
-    def _left(self, step: int) -> str:
-        done = step - self.first_step
-        seconds = (time.perf_counter() - self.started) / max(done, 1) * (self.total - step)
-        return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if done > 0 and step < self.total else ""

@@ -29,8 +29,8 @@ from common.options import OptionError
 from common.setup import calibration_rows
 from common.task import Task
 from tasks.data import USE, DataError
+from tasks.models import build_fresh, check_model_source, fresh_config, load_pretrained
 from tasks.options import ByteDataOptions
-from tasks.text import build_fresh, check_model_source, fresh_config, load_pretrained
 
 NUM_BYTES = 256
 # Parameters of an XLNet that a plain reading of one text does not use: DDP would wait for their gradients.

@@ -23,14 +23,8 @@ from common.loop import Run
 from common.options import OptionError
 from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
 from tasks.data import DataError, check_column, load_splits, resolve_labels
-from tasks.text import (
-    ClassificationTask,
-    build_fresh,
-    check_model_source,
-    fresh_config,
-    label_mappings,
-    load_pretrained,
-)
+from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
+from tasks.text import ClassificationTask
 
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
 

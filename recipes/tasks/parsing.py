@@ -20,7 +20,7 @@ from common.task import Task
 from tasks.arc_standard import Encoded, ParserVocabulary, training_examples
 from tasks.conllu import Sentence, read_conllu
 from tasks.data import DataError
-from tasks.text import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
+from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
 from tasks.transition_parser import TransitionParserConfig
 
 

@@ -37,8 +37,8 @@ from common.token_batches import TokenPlan
 from tasks.bleu import moses_detokenize, moses_tokenize
 from tasks.data import USE, DataError
 from tasks.joint_bpe import train_joint_bpe
+from tasks.models import build_fresh, check_model_source, fresh_config, load_pretrained
 from tasks.parallel_text import REFERENCE, SOURCE, TARGET, load_pairs
-from tasks.text import build_fresh, check_model_source, fresh_config, load_pretrained
 
 IGNORED = -100  # the label of padding
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}

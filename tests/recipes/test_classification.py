@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import classification
 import hf_adanorm
 from common.checkpoints import EXIT_RESUME
-from common.setup import EXIT_DIVERGED
+from common.endings import EXIT_DIVERGED
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 SCRIPT = Path(classification.__file__)

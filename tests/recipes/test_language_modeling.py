@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import language_modeling
 from common.checkpoints import EXIT_RESUME
-from common.setup import EXIT_DIVERGED
+from common.endings import EXIT_DIVERGED
 from tasks.bytes import ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits, read_bytes
 from tasks.data import DataError
-from tasks.text import fresh_config
+from tasks.models import fresh_config
 from tests.recipes.tiny_configs import TINY_DECODER
 
 

@@ -7,13 +7,8 @@ from transformers import BertConfig, BertModel
 
 from common.checkpoints import Progress
 from common.options import OptimizationOptions, OptionError, PatchOptions
-from common.setup import (
-    UNTIMED_STEPS,
-    Stopwatch,
-    apply_patch,
-    learning_rate_at,
-    make_optimizer,
-)
+from common.progress import UNTIMED_STEPS, Stopwatch
+from common.setup import apply_patch, learning_rate_at, make_optimizer
 
 
 def tiny_bert():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.options import OptionError
-from tasks.text import fresh_config
+from tasks.models import fresh_config
 
 
 def config_of(**fields):

@@ -1,0 +1,100 @@
+"""How fast a run goes, and how it is shown."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from common.checkpoints import Progress
+
+# The first steps of a process pay for memory allocation and compilation: timing leaves them out.
+UNTIMED_STEPS = 5
+
+
+class Stopwatch:
+    """Counts what was trained on and how long it took, without the first steps of this process and without pauses."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.steps = 0
+        self.started: float | None = None
+
+    def step(self, num_samples: int) -> None:
+        """Note a finished step of `num_samples` examples over all processes."""
+        now = time.perf_counter()
+        self.steps += 1
+        self.progress.samples += num_samples
+        if self.started is not None:
+            self.progress.timed_samples += num_samples
+            self.progress.timed_seconds += now - self.started
+        self.started = now if self.steps >= UNTIMED_STEPS else None
+
+    def pause(self) -> None:
+        """Leave out the time until `resume`: evaluation, saving."""
+        self.started = None
+
+    def resume(self) -> None:
+        """Go on timing after a pause."""
+        self.started = time.perf_counter() if self.steps >= UNTIMED_STEPS else None
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """None while no step was timed."""
+        seconds = self.progress.timed_seconds
+        return self.progress.timed_samples / seconds if seconds else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """By the mean size of a step; None while no step was timed."""
+        speed = self.samples_per_second
+        return self.progress.samples / self.progress.step / speed if speed else None
+
+
+class ProgressBar:
+    """Steps done, speed and time left: a bar on the main process's terminal, if it is to be `shown`, else lines."""
+
+    def __init__(self, total: int, *, main: bool, shown: bool, first_step: int = 0, unit: str = "samples/s"):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
+        console = Console(stderr=True)
+        self.unit = unit
+        self.main = main
+        self.total = total
+        self.first_step = first_step
+        self.started = time.perf_counter()
+        self.bar = Bar(*columns, console=console, disable=not (main and shown and console.is_terminal))
+        self.task = self.bar.add_task("training", total=total, completed=first_step, speed="")
+
+    def __enter__(self) -> ProgressBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, speed: float | None) -> None:
+        """Show that `step` steps are done at `speed` a second."""
+        self.bar.update(self.task, completed=step, speed="" if speed is None else f"{speed:,.0f} {self.unit}")
+
+    def log(self, step: int, speed: float | None, loss: float, lr: float) -> None:
+        """Show the training loss: in the bar, or where there is none as a line."""
+        self.bar.update(self.task, description=f"loss {loss:.4f}")
+        if self.main and self.bar.disable:
+            pace = "" if speed is None else f", {speed:,.0f} {self.unit}"
+            print(
+                f"step {step}/{self.total}: loss {loss:.4f}, learning rate {lr:.3g}{pace}{self._left(step)}",
+                flush=True,
+            )
+
+    def _left(self, step: int) -> str:
+        done = step - self.first_step
+        seconds = (time.perf_counter() - self.started) / max(done, 1) * (self.total - step)
+        return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if done > 0 and step < self.total else ""

@@ -1,0 +1,105 @@
+"""Models: fresh ones from `model_config`, checked field by field, and pretrained ones."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from common.options import OptionError, did_you_mean
+
+
+def check_model_source(options: Any) -> None:
+    """Raise OptionError unless the model is either pretrained or fresh."""
+    if bool(options.model_name_or_path) == bool(options.model_config):
+        raise OptionError("give either --model_name_or_path or model_config (with a model_type), not both or none")
+
+
+def label_mappings(names: Sequence[str]) -> dict[str, Any]:
+    """What a model's config says of the classes."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
+    """The config of a fresh model: `values`, then `model_config`, which must name a model_type.
+
+    Raises OptionError for an unknown model_type, for a field that its config does not have, and for one that does not
+    go with `values`.
+    """
+    sizes = dict(options.model_config)
+    model_type = sizes.pop("model_type", None)
+    if model_type is None:
+        raise OptionError("model_config needs a model_type, for instance bert")
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(model_type, CONFIG_MAPPING)
+        raise OptionError(f"model_config: transformers has no model_type {model_type!r}{hint}")
+    try:
+        config = AutoConfig.for_model(model_type, **{**values, **sizes})
+    except Exception as error:  # transformers checks fields by classes of its own
+        raise OptionError(f"model_config of {model_type}: {' '.join(str(error).split())}") from error
+    known = _fields(model_type) | values.keys()
+    for name, value in sizes.items():
+        if len(known) > len(values) and name not in known and not _has_effect(config, name, {**values, **sizes}):
+            hint = did_you_mean(name, sorted(known))
+            raise OptionError(f"model_config: {model_type} has no field {name!r}{hint}")
+        if isinstance(value, int) and value < 0 and re.search(r"^(num|n)_|_(size|dim|layers)$", name):
+            raise OptionError(f"model_config: {name} must not be negative, got {value}")
+        if name == "pad_token_id" and values.get(name) not in (None, value):
+            raise OptionError(f"model_config: {name} is {values[name]} in the tokeniser, not {value}: leave it out")
+    if sizes.get("vocab_size", math.inf) < values.get("vocab_size", 0):
+        raise OptionError(
+            f"model_config: vocab_size {sizes['vocab_size']} is less than the tokeniser's {values['vocab_size']}: "
+            "leave it out"
+        )
+    return config
+
+
+def _fields(model_type: str) -> set[str]:
+    """What a config of this type takes; nothing where it has no defaults to tell it by."""
+    try:
+        config = AutoConfig.for_model(model_type)
+    except Exception:  # of whatever kind the config makes of no arguments
+        return set()
+    # Some are properties, and the attention is chosen by a name that no attribute has.
+    return {*vars(config), *dir(type(config)), *config.attribute_map, "attn_implementation", "torch_dtype"}
+
+
+def _has_effect(config: PreTrainedConfig, name: str, given: dict[str, Any]) -> bool:
+    """Whether a field that the config does not declare is one all the same: it changes others (`rope_theta`), or the
+    model's code reads it (`position_buckets`)."""
+    without = AutoConfig.for_model(config.model_type, **{key: value for key, value in given.items() if key != name})
+    fields = {key: value for key, value in config.to_dict().items() if key != name}
+    if fields != without.to_dict():
+        return True
+    code = Path(inspect.getfile(type(config)))
+    modeling = code.with_name(code.name.replace("configuration_", "modeling_"))
+    return modeling.is_file() and re.search(rf"\b{re.escape(name)}\b", modeling.read_text("utf-8")) is not None
+
+
+def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """A fresh model. Raises OptionError, in the model's own words, for a config that it cannot be built from."""
+    try:
+        return auto_class.from_config(config)
+    except OptionError:
+        raise
+    except Exception as error:  # of whatever kind the model makes of it
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise OptionError(f"model_config: no {config.model_type} can be built from it: {said}") from error
+
+
+def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """What `auto_class` loads by `name`. Raises OptionError naming the option when there is no such thing."""
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except OSError as error:
+        said = str(error).strip().splitlines()
+        raise OptionError(f"--model_name_or_path {name}: {said[0] if said else type(error).__name__}") from error
