@@ -17,7 +17,7 @@ SIGTERM or Ctrl-C after saving a checkpoint: start the same command again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from common.options import OptimizationOptions, PatchOptions, RunOptions, option, parse_options
 from tasks.options import ModelOptions
@@ -28,8 +28,9 @@ PUNCTUATION_TAGS = ["PUNCT", "``", "''", ":", ",", "."]
 
 @dataclass(kw_only=True)
 class ParsingOptions(RunOptions, OptimizationOptions, ModelOptions, PatchOptions):
-    """A treebank, and how words and tags are taken from it."""
+    """Options of the parsing recipe: a treebank, and how words and tags are taken from it."""
 
+    demo: ClassVar[str] = "ud_ewt.yaml --train_file A_TREEBANK --validation_file ANOTHER"
     train_file: str | None = option(None, "treebank in CoNLL-U or CoNLL-X, plain or .gz")
     validation_file: str | None = option(None, "treebank to choose the best checkpoint on")
     test_file: str | None = option(None, "treebank for the final test")

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_DECODER, TINY_TRANSLATOR
+from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_DECODER, TINY_PARSER, TINY_TRANSLATOR
 
 # Layers are dropped at random, as by this type's default.
 TRANSLATOR = {**TINY_TRANSLATOR, "encoder_layerdrop": 0.05, "decoder_layerdrop": 0.05}
@@ -18,12 +18,15 @@ def write_data(folder: Path) -> Path:
     """Data of all recipes: labelled texts, a language whose words have other names in reverse order, bytes."""
     draw = random.Random(0)
     for split, size in {"train": 90, "validation": 13}.items():
-        texts, pairs = [], []
+        texts, pairs, trees = [], [], []
         for _ in range(size):
             numbers = draw.choices(range(12), k=draw.randrange(1, 9))
             words = [f"wort{chr(97 + n)}" for n in numbers]
             texts.append({"text": " ".join(words), "label": numbers[0] % 2})
             pairs.append({"de": " ".join(words), "en": " ".join(f"{chr(97 + n)}word" for n in reversed(numbers))})
+            lines = [f"{n}\t{word}\t_\t_\tX\t_\t{n - 1}\tdep" for n, word in enumerate(words, start=1)]
+            trees.append("\n".join(lines) + "\n\n")
+        (folder / f"trees-{split}.jsonl").write_text("".join(trees), encoding="utf-8")
         for name, rows in (("texts", texts), ("pairs", pairs)):
             (folder / f"{name}-{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
         (folder / f"bytes-{split}.jsonl").write_text("\n".join(row["text"] for row in texts), encoding="utf-8")
@@ -31,7 +34,8 @@ def write_data(folder: Path) -> Path:
 
 
 def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> list[str]:
-    kind = {"classification": "texts", "translation": "pairs", "language_modeling": "bytes"}[recipe]
+    kinds = {"classification": "texts", "translation": "pairs", "language_modeling": "bytes", "parsing": "trees"}
+    kind = kinds[recipe]
     options: dict[str, object] = {
         "train_file": data / f"{kind}-train.jsonl",
         "validation_file": data / f"{kind}-validation.jsonl",
@@ -45,6 +49,8 @@ def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> l
     }
     if recipe == "classification":
         options |= {"model_config": json.dumps(TINY_CLASSIFIER), "batch_size": 4, "min_frequency": 1, "max_length": 32}
+    elif recipe == "parsing":
+        options |= {"model_config": json.dumps(TINY_PARSER), "batch_size": 8, "eval_batch_size": 4}
     elif recipe == "language_modeling":
         options |= {"model_config": json.dumps(TINY_DECODER), "batch_size": 4, "test_characters": "null"}
         options |= {"sequence_length": 16, "eval_stride": 16, "max_validation_samples": 8}

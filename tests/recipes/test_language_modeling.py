@@ -25,7 +25,7 @@ from common.endings import EXIT_DIVERGED
 from tasks.bytes import ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits, read_bytes
 from tasks.data import DataError
 from tasks.models import fresh_config
-from tests.recipes.tiny_configs import TINY_DECODER
+from tests.recipes.tiny_configs import TINY_DECODER, TINY_TRANSFORMER_XL
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +184,19 @@ def test_a_run_stopped_in_the_middle_ends_with_the_same_scores(trained, text, tm
     assert resumed["test"] == whole["test"]
 
 
-TRANSFORMER_XL = {"model_type": "xlnet", "attn_type": "uni", "bi_data": False, "mem_len": 16}
-TRANSFORMER_XL |= {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
-
-
 def test_a_run_with_memory_stopped_in_the_middle_of_its_streams_ends_with_the_same_scores(text, tmp_path):
-    changes = {"model_config": json.dumps(TRANSFORMER_XL), "batch_size": 4, "gradient_accumulation_steps": 2}
+    changes = {
+        "model_config": json.dumps({**TINY_TRANSFORMER_XL, "dropout": 0.1}),
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    }
     whole = run(text, tmp_path / "whole", **changes)  # 40 steps, of which 37 are an epoch
     assert whole["norm_modules"] == 2
     assert whole["validation"]["bits_per_character"] < 4
     bits = json.loads((tmp_path / "whole" / "test_bits.json").read_text())
     assert sum(bits["characters"]) == 699
-    resumed = run_stopped_and_resumed(text, tmp_path / "resumed", **changes)
+    resumed = run_stopped_and_resumed(text, tmp_path / "resumed", score_test="false", **changes)
     assert resumed["history"] == whole["history"]
-    assert resumed["test"] == whole["test"]
 
 
 def test_a_folded_layernorm_simple_scores_as_the_pretrained_model(text, tmp_path):

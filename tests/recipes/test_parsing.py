@@ -8,16 +8,17 @@ import threading
 import time
 from pathlib import Path
 
-import parsing
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+import parsing
 import predict
 from common.checkpoints import EXIT_RESUME
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
 from tests.recipes.tasks.test_conllu import UD
-from tests.recipes.tasks.test_parsing import CROSSING, MODEL, tree
+from tests.recipes.tasks.test_parsing import CROSSING, tree
+from tests.recipes.tiny_configs import TINY_PARSER
 
 SCORES = [f"{kind}_{which}_punctuation" for which in ("with", "without") for kind in ("uas", "las")]
 
@@ -56,7 +57,7 @@ def run(treebank, folder, **changes):
     options = {
         "train_file": treebank["train"],
         "validation_file": treebank["validation"],
-        "model_config": json.dumps({**MODEL, "hidden_size": 32, "dropout": 0.1}),
+        "model_config": json.dumps({**TINY_PARSER, "hidden_size": 32, "dropout": 0.1}),
         "batch_size": 32,
         "eval_batch_size": 8,
         "max_steps": 60,
@@ -139,7 +140,7 @@ def test_a_trained_parser_is_trained_further(trained, treebank, tmp_path):
     ("changes", "said"),
     [
         ({"train_file": "absent.conllu"}, "absent.conllu: no such file"),
-        ({"model_config": json.dumps({**MODEL, "hidden_size": 0})}, "hidden_size must be positive, got 0"),
+        ({"model_config": json.dumps({**TINY_PARSER, "hidden_size": 0})}, "hidden_size must be positive, got 0"),
         ({"tag_column": "pos"}, "tag_column"),
     ],
 )

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 
 import classification
 import language_modeling
+import parsing
 import translation
 from common.options import OptionError, PatchOptions, check_ranges, parse_options, read_config
 from common.setup import apply_patch
@@ -25,6 +26,7 @@ OPTIONS: dict[str, Any] = {
     "classification": classification.ClassificationOptions,
     "translation": translation.TranslationOptions,
     "language_modeling": language_modeling.LanguageModelingOptions,
+    "parsing": parsing.ParsingOptions,
 }
 outcomes: Counter[str] = Counter()
 same_fixture = settings(

@@ -15,7 +15,7 @@ LAST = f"checkpoint-{STEPS}"
 TOKEN = "hf_a_secret_that_nobody_may_read"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, "parsing"])
 def test_runs_at_the_same_time_share_caches_and_a_parent_folder(recipe: str, tmp_path: Path) -> None:
     data = write_data(tmp_path)
     runs = {

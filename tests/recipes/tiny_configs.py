@@ -22,3 +22,6 @@ TINY_TRANSLATOR = {
     "decoder_layerdrop": 0.0,
 }
 TINY_DECODER = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+TINY_PARSER = {"model_type": "transition_parser", "embedding_size": 4, "hidden_size": 8}
+TINY_TRANSFORMER_XL = {"model_type": "xlnet", "attn_type": "uni", "bi_data": False, "mem_len": 16, "dropout": 0.0}
+TINY_TRANSFORMER_XL |= {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}

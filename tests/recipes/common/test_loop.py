@@ -12,6 +12,7 @@ import pytest
 from common.checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME
 from tests.recipes.fault_runs import arguments, write_data
 from tests.recipes.recipe_process import resumed_from, start, wait
+from tests.recipes.tiny_configs import TINY_PARSER, TINY_TRANSFORMER_XL
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def two_processes(argvs, folder, **faults):
+def two_processes(argvs, folder, recipe="classification", **faults):
     """Exit codes and outputs of two processes of one run, each with its own arguments and `faults`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -28,7 +29,7 @@ def two_processes(argvs, folder, **faults):
     logs = [folder / f"log{rank}" for rank in range(2)]
     processes = [
         start(
-            "classification",
+            recipe,
             argvs[rank],
             logs[rank],
             environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -37,6 +38,25 @@ def two_processes(argvs, folder, **faults):
         for rank in range(2)
     ]
     return [wait(process) for process in processes], [log.read_text() for log in logs]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("parsing", {"model_config": json.dumps({**TINY_PARSER, "dropout": 0.0})}),
+        ("language_modeling", {"model_config": json.dumps(TINY_TRANSFORMER_XL), "max_validation_samples": 20}),
+    ],
+)
+def test_two_processes_do_what_one_does(recipe, changes, data, tmp_path):
+    one = arguments(recipe, data, tmp_path / "one", **{**changes, "batch_size": 4, "eval_batch_size": 4})
+    assert wait(start(recipe, one, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    two = arguments(recipe, data, tmp_path / "two", **{**changes, "batch_size": 2, "eval_batch_size": 2})
+    codes, said = two_processes([two, two], tmp_path, recipe)
+    assert codes == [0, 0], said
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[1]["num_processes"] == 2
+    for left, right in zip(results[0]["history"], results[1]["history"], strict=True):
+        assert right == pytest.approx(left, rel=1e-4)
 
 
 @pytest.mark.parametrize("alone", [0, 1])

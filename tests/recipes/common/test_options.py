@@ -84,7 +84,7 @@ def test_a_plain_value_is_a_list_of_one(given, tmp_path):
     assert parse_options(ClassificationOptions, ["--layers", "null", "--include", "a.*"]).include == "a.*"
 
 
-@pytest.mark.parametrize("script", ["classification", "translation", "language_modeling", "compare"])
+@pytest.mark.parametrize("script", ["classification", "translation", "language_modeling", "parsing", "compare"])
 @pytest.mark.parametrize("argument", ["--help", "--config=absent.yaml", None])
 def test_help_and_mistakes_come_before_torch(script, argument):
     command = [sys.executable, "-X", "importtime", RECIPES / f"{script}.py", *([argument] if argument else [])]

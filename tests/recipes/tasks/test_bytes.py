@@ -10,15 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_adanorm import patch_model
 from tasks.bytes import Memory, Segments, StreamPlan
+from tests.recipes.tiny_configs import TINY_TRANSFORMER_XL
 
-TINY = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16, "vocab_size": 256}
-TRANSFORMER_XL = {"model_type": "xlnet", "attn_type": "uni", "bi_data": False, "mem_len": 128, "dropout": 0.0}
+SIZES = {"n_layer": 2, "mem_len": 128, "vocab_size": 256}
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TRANSFORMER_XL, **TINY))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**TINY_TRANSFORMER_XL, **SIZES}))
     patch_model(model, "adanorm")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -4,8 +4,8 @@ import gzip
 from pathlib import Path
 
 import pytest
-from parsing import PUNCTUATION_TAGS
 
+from parsing import PUNCTUATION_TAGS
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
 from tasks.data import DataError
 

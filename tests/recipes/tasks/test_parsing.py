@@ -4,15 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parsing import ParsingOptions
 
 from common.options import OptionError
+from parsing import ParsingOptions
 from tasks.arc_standard import ParserVocabulary, parse_sentences
 from tasks.conllu import Sentence
 from tasks.data import DataError
 from tasks.parsing import collate_transitions, prepare_parsing
-
-MODEL = {"model_type": "transition_parser", "embedding_size": 4, "hidden_size": 8}
+from tests.recipes.tiny_configs import TINY_PARSER
 
 
 def tree(*words):
@@ -33,7 +32,7 @@ def prepare(tmp_path):
         for split, text in {"train": train, "validation": validation}.items():
             (tmp_path / split).write_text(text, encoding="utf-8")
             files[f"{split}_file"] = str(tmp_path / split)
-        options = ParsingOptions(**{"min_frequency": 1, "model_config": MODEL, **files, **changes})
+        options = ParsingOptions(**{"min_frequency": 1, "model_config": TINY_PARSER, **files, **changes})
         return prepare_parsing(SimpleNamespace(options=options, division={"seed": 1}))
 
     return prepared
@@ -100,7 +99,7 @@ def test_the_vocabulary_numbers_words_tags_and_relations_and_is_saved(tmp_path):
 
 def test_a_model_that_has_learned_its_sentences_parses_them(prepare):
     train = PROJECTIVE + CROSSING + tree(("Go", "VB", 0, "root"), ("!", ".", 1, "punct"))
-    task = prepare(train, model_config={**MODEL, "hidden_size": 64, "dropout": 0.0})
+    task = prepare(train, model_config={**TINY_PARSER, "hidden_size": 64, "dropout": 0.0})
     torch.manual_seed(0)
     model = task.build_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
