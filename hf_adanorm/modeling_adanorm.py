@@ -1218,19 +1218,21 @@ def apply_spec(model: nn.Module, spec: AdaNormSpec) -> None:
     """
     today, found = find_modules(model, spec, model.named_modules())
 
-    def check_norm(name: str, module: nn.Module) -> None:
-        if not _may_be_norm(module):
+    def check_norm(name: str, module: nn.Module, knows_eps: bool = True) -> None:
+        if not _may_be_norm(name, module, knows_eps):
             raise ValueError(
                 f"config.adanorm names {name!r}, which is a {type(module).__name__} and no normalisation layer"
             )
 
-    replacements: dict[int, nn.Module] = {}
+    swaps: dict[int, tuple[str, nn.Module, NormGroup]] = {}  # the last group that names a module decides, once
     for group in today.groups:
-        for name, module in (pair for pattern in group.modules for pair in found[pattern].items()):
-            if is_as(module, group):
-                continue
-            check_norm(name, module)
-            replacements[id(module)] = make_norm(module, group)
+        for pattern in dict.fromkeys(group.modules):
+            swaps |= {id(module): (name, module, group) for name, module in found[pattern].items()}
+    replacements: dict[int, nn.Module] = {}
+    for key, (name, module, group) in swaps.items():
+        if not is_as(module, group):
+            check_norm(name, module, group.eps is not None)
+            replacements[key] = make_norm(module, group)
     without_bias: list[nn.Module] = []
     for name, module in (pair for pattern in today.biases for pair in found[pattern].items()):
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
@@ -1288,14 +1290,22 @@ def is_as(module: nn.Module, group: NormGroup) -> bool:
     return same and bool(module.centered == (group.centered is not False))
 
 
-def _may_be_norm(module: nn.Module) -> bool:
-    """A cheap check against a spec that names a linear layer, an embedding or a whole block."""
-    if is_swapped(module):
+def _may_be_norm(name: str, module: nn.Module, knows_eps: bool) -> bool:
+    """Whether a spec, which a stranger may have written, may name this module: a norm with a gain and perhaps a bias,
+    of one shape, or one without, if its class or its place in the model is called after a norm or it has an eps."""
+    if is_swapped(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return True
-    tensors = list(module.parameters())
-    if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+    cls, place = type(module).__name__, name.rpartition(".")[2].lower()
+    if type(module).__module__.startswith("torch.") or isinstance(module, _OTHER_NORMS):
+        return False  # a linear layer, an embedding, an activation, dropout, a BatchNorm
+    shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in module.parameters()}
+    called_norm = "norm" in (cls + place).lower() or "LN" in cls or place.startswith("ln")
+    if not called_norm and not (shapes and (knows_eps or "eps" in source_settings(module))):
         return False
-    return len(tensors) <= 2 and sum(1 for _ in module.modules()) <= 3
+    return len(shapes) <= 1 and len(list(module.parameters())) <= 2 and sum(1 for _ in module.modules()) <= 3
+
+
+_OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
 class _IgnoredInDDP(list[str]):

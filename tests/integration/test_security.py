@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model
 
 import hf_adanorm
 from hf_adanorm import AdaNormSpec, modeling_adanorm, patch_model, write_model_card
@@ -249,6 +249,27 @@ def test_a_spec_of_the_largest_size_is_read_in_a_moment() -> None:
     start = time.perf_counter()
     modeling_adanorm.apply_spec(model, AdaNormSpec.from_dict(group(modules=names)))
     assert time.perf_counter() - start < 20
+    assert not hf_adanorm.is_patched(model)
+
+
+@pytest.mark.parametrize("groups", [1, 10_000])
+def test_a_name_that_is_repeated_costs_no_more_than_one(groups: int) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertModel(BertConfig(vocab_size=9, **sizes))
+    one = group(modules=["encoder.layer.*.output.LayerNorm"] * (10_000 // groups))
+    spec = AdaNormSpec.from_dict({**one, "groups": one["groups"] * groups})
+    start = time.perf_counter()
+    modeling_adanorm.apply_spec(model, spec)
+    assert time.perf_counter() - start < 5
+    assert hf_adanorm.is_patched(model)
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.c_attn", "h.0.mlp.act", "h.0.mlp.dropout", "drop", "wte", "h.0"])
+def test_what_is_no_norm_is_not_swapped_whatever_a_spec_says(name: str) -> None:
+    model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1))
+    spec = AdaNormSpec.from_dict(group(modules=[name, "ln_f"], eps=1e-5, normalized_shape=[8]))
+    with pytest.raises(ValueError, match="no normalisation layer"):
+        modeling_adanorm.apply_spec(model, spec)
     assert not hf_adanorm.is_patched(model)
 
 
