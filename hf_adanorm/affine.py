@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .detection import NormInfo
 from .folding.fold import fold_norms
-from .modeling_adanorm import AdaNorm, NormGroup, SwappedNorm, is_swapped
+from .modeling_adanorm import NormGroup, SwappedNorm, is_swapped
 from .swapping import Change, Plan
 
 
@@ -52,9 +52,13 @@ def _ramping(module: SwappedNorm, group: NormGroup, *, ramp: bool = True) -> Nor
     computes plain N(x) so far."""
     if module.fade is not None:
         return replace(group, fade=module.fade)
-    plain = module.norm == "layernorm-simple" or (isinstance(module, AdaNorm) and (module.C, module.k) == (1.0, 0.0))
-    comes_in = group.norm == "adanorm" and (group.C, group.k) != (1.0, 0.0)
-    return replace(group, fade=()) if ramp and plain and comes_in else group
+    plain = type(module).is_plain(module.settings())
+    return replace(group, fade=()) if ramp and plain and _comes_in(group) else group
+
+
+def _comes_in(group: NormGroup) -> bool:
+    """Whether a ramp leads from plain N(x) to the norm."""
+    return group.kind.can_be_plain and not group.kind.is_plain(group.settings())
 
 
 def _fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
@@ -82,13 +86,12 @@ def fold(plan: Plan, change: Change, on_unfoldable: str, inputs: Mapping[str, An
             if is_swapped(module)  # all of them
         ]
         return
-    settings = {name: (group.C, group.k) for name, _, _, group in fresh if group.C is not None and group.k is not None}
     report = fold_norms(
         change,
         [name for name, *_ in fresh],
         fold_inputs=inputs,
         on_unfoldable=on_unfoldable,  # type: ignore[arg-type]
-        settings=settings,
+        groups={name: group for name, _, _, group in fresh},
     )
     kept = set(report.names("kept"))
     if len(kept) == len(plan.swaps) and on_unfoldable != "fade":
@@ -106,7 +109,7 @@ def fold(plan: Plan, change: Change, on_unfoldable: str, inputs: Mapping[str, An
             group = _fading_group(module, info, group)
         elif is_swapped(module):
             group = _ramping(module, group, ramp=not at_once)
-        elif not at_once and group.norm == "adanorm" and (group.C, group.k) != (1.0, 0.0):
+        elif not at_once and _comes_in(group):
             group = replace(group, fade=())
         swaps.append((name, module, info, group))
     plan.swaps = swaps
@@ -130,7 +133,8 @@ def fold(plan: Plan, change: Change, on_unfoldable: str, inputs: Mapping[str, An
             f"at these settings half of the norms lose {lost[len(lost) // 2]:.0%} or more of what they passed on: "
             "choose a smaller k, calibrate_k(model, batches).k gives one for each norm"
         )
-    if not ramp and on_unfoldable != "calibrate" and plan.options.norm == "adanorm":
+    at_once_alone = any(_comes_in(group) for *_, group in fresh)
+    if not ramp and on_unfoldable != "calibrate" and at_once_alone:
         change.warn(
             "ramp=False sets k and C at once: the outputs of a pretrained model change a lot until it is trained again"
         )

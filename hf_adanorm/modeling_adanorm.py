@@ -382,8 +382,30 @@ def _check_shape(value: Any) -> tuple[int, ...]:
     return shape
 
 
+@dataclass(frozen=True)
+class Setting:
+    """An argument that is particular to one kind of norm: what `patch_model`, command lines and spec know of it."""
+
+    default: float | bool
+    help: str
+    """What it is, in a line for command lines."""
+    minimum: float = 0.0
+    """The least number; flags have no range."""
+    inclusive: bool = True
+    """Whether it may be `minimum` itself."""
+    start: float | None = None
+    """The number from which a ramp takes it to its value, where it makes the norm plain N(x); None: it has no ramp."""
+
+    def check(self, name: str, value: Any) -> float | bool:
+        """`value`; TypeError or ValueError for one of the wrong type or out of range."""
+        if isinstance(self.default, bool):
+            return _check_bool(name, value)
+        return check_number(name, value, minimum=self.minimum, inclusive=self.inclusive)
+
+
 class SwappedNorm(nn.Module):
-    """What the norms share: settings, layout, and a one-element buffer `weight`.
+    """What the norms share: settings, layout, and a one-element buffer `weight`. What is particular to one of them
+    stands in its class, where all others look for it: a new norm is a new class in `NORM_CLASSES`.
 
     `weight` takes no part in the computation. In a saved checkpoint it stands where a LayerNorm would look for its
     gain, so that a loader which does not know these norms stops with a size mismatch instead of inventing a
@@ -393,6 +415,19 @@ class SwappedNorm(nn.Module):
 
     is_adanorm_module: ClassVar[bool] = True  # how swapped norms are recognised, whichever copy of this file made them
     norm: ClassVar[str]
+    """The name that `patch_model`, command lines and spec know it by."""
+    title: ClassVar[str]
+    """The name for people, in tables and plots."""
+    summary: ClassVar[str] = ""
+    """What is particular to it, in a few words for people."""
+    SETTINGS: ClassVar[dict[str, Setting]] = {}
+    """The arguments of its constructor that belong to this kind alone."""
+    normalizes: ClassVar[bool] = True
+    """Whether it computes y = N(x): if not, there is no plain N(x) into which gains and biases fold or fade."""
+    is_identity: ClassVar[bool] = False
+    """Whether it hands its input on: nothing to time or to tag."""
+    can_be_plain: ClassVar[bool] = False
+    """Whether it is LayerNorm-simple, in both passes, while each setting is at its `start`: ramps begin there."""
     elementwise_affine: ClassVar[bool] = False
     weight: Tensor
     bias: None = None
@@ -437,9 +472,27 @@ class SwappedNorm(nn.Module):
         """eps, under the name that some models read."""
         return self.eps
 
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, self.SETTINGS[name].check(name, value))
+
     def settings(self) -> dict[str, Any]:
         """The arguments that belong to this kind of norm, by name (C and k, detach flags, centered)."""
-        return {} if self.centered else {"centered": False}
+        own = {name: getattr(self, name) for name in self.SETTINGS}
+        return own if self.centered else {**own, "centered": False}
+
+    @classmethod
+    def is_plain(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether one with these settings is LayerNorm-simple in both passes."""
+        return cls.can_be_plain and all(settings[name] == setting.start for name, setting in cls.SETTINGS.items())
+
+    def backward_factor(self, y: Tensor) -> Tensor | None:
+        """What the backward pass multiplies dl/d(output) by to give dl/dy, with y = N(x), float32 of (rows, H), whose
+        memory it may take; None for 1. In the middle of a fade that is the gain of the moment, of (H,)."""
+        if (gain := self._buffers.get("fade_gain")) is None:
+            return None
+        progress = cast(Tensor, self._buffers["fade_progress"])
+        return torch.lerp(gain.float(), torch.ones_like(gain, dtype=torch.float32), progress).flatten()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -605,6 +658,8 @@ class LayerNormSimple(SwappedNorm):
     """
 
     norm = "layernorm-simple"
+    title, summary = "LayerNorm-simple", "no gain, no bias"
+    can_be_plain = True
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.reference == "lancopku":
@@ -641,7 +696,14 @@ class AdaNorm(SwappedNorm):
         tensor([[-1.1000,  0.9000, -1.1000,  0.9000]])
     """
 
-    norm = "adanorm"
+    norm, title = "adanorm", "AdaNorm"
+    SETTINGS: ClassVar = {
+        "C": Setting(1.0, "AdaNorm: the scale C > 0 in z = C (1 - k y) y", inclusive=False, start=1.0),
+        "k": Setting(0.1, "AdaNorm: the slope k >= 0 in z = C (1 - k y) y", start=0.0),
+    }
+    can_be_plain = True
+    C: float
+    k: float
 
     def __init__(
         self,
@@ -652,11 +714,14 @@ class AdaNorm(SwappedNorm):
         **layout: Any,
     ) -> None:
         super().__init__(normalized_shape, eps, **layout)
-        self.C = check_number("C", C, minimum=0.0, inclusive=False)
-        self.k = check_number("k", k, minimum=0.0, inclusive=True)
+        self._set(C=C, k=k)
 
-    def settings(self) -> dict[str, Any]:
-        return {"C": self.C, "k": self.k, **super().settings()}
+    def backward_factor(self, y: Tensor) -> Tensor | None:
+        if (progress := self._buffers.get("fade_progress")) is None:
+            return y.mul_(-self.C * self.k).add_(self.C)  # phi(y)
+        gain, C, k = super().backward_factor(y), 1.0 + (self.C - 1.0) * progress, self.k * progress
+        phi = C - C * k * y
+        return phi if gain is None else phi * gain
 
     def _forward(self, x: Tensor) -> Tensor:
         dtype = _output_dtype(x)
@@ -700,7 +765,14 @@ class DetachNorm(SwappedNorm):
             `LayerNormSimple`).
     """
 
-    norm = "detachnorm"
+    norm, title = "detachnorm", "DetachNorm"
+    summary = "mean and variance are constants in the backward pass"
+    SETTINGS: ClassVar = {
+        "detach_mean": Setting(True, "DetachNorm: let no gradient flow through the mean"),
+        "detach_variance": Setting(True, "DetachNorm: let no gradient flow through the standard deviation"),
+    }
+    detach_mean: bool
+    detach_variance: bool
 
     def __init__(
         self,
@@ -711,8 +783,7 @@ class DetachNorm(SwappedNorm):
         **layout: Any,
     ) -> None:
         super().__init__(normalized_shape, eps, **layout)
-        self.detach_mean = _check_bool("detach_mean", detach_mean)
-        self.detach_variance = _check_bool("detach_variance", detach_variance)
+        self._set(detach_mean=detach_mean, detach_variance=detach_variance)
         if not (detach_mean or detach_variance):
             raise ValueError(
                 "detach_mean=False with detach_variance=False detaches nothing: set at least one to True, "
@@ -723,10 +794,6 @@ class DetachNorm(SwappedNorm):
                 "detach_variance=False with centered=False detaches nothing, as there is no mean: "
                 'set detach_variance=True, or use "layernorm-simple"'
             )
-
-    def settings(self) -> dict[str, Any]:
-        flags = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
-        return {**flags, **super().settings()}
 
     def _forward(self, x: Tensor) -> Tensor:
         dtype, flags = _output_dtype(x), (self.detach_mean, self.detach_variance)
@@ -751,12 +818,14 @@ class NoNorm(SwappedNorm):
     (Mixtral's jitter), which must not reach the residual stream."""
 
     norm = "none"
+    title, summary = "w/o Norm", "no normalisation"
+    normalizes, is_identity = False, True
 
     def _forward(self, x: Tensor) -> Tensor:
         return x.clone()
 
 
-NORM_CLASSES: dict[str, type[SwappedNorm]] = {cls.norm: cls for cls in (AdaNorm, LayerNormSimple, DetachNorm, NoNorm)}
+NORM_CLASSES: dict[str, type[SwappedNorm]] = {cls.norm: cls for cls in (LayerNormSimple, AdaNorm, NoNorm, DetachNorm)}
 
 # -------------------------------------------------------------------------------------------------- the spec
 
@@ -765,12 +834,6 @@ _MAX_GROUPS, _MAX_MODULES, _MAX_NAME = (
     100_000,
     512,
 )  # far beyond any model: what is larger is no spec of ours
-_SETTING_KEYS = {  # norm -> the settings that belong to it
-    "adanorm": ("C", "k"),
-    "layernorm-simple": (),
-    "detachnorm": ("detach_mean", "detach_variance"),
-    "none": (),
-}
 _OVERRIDE_KEYS = ("centered", "eps", "channels_first", "normalized_shape")
 _FADE_KEYS = ("gain", "bias")
 
@@ -801,6 +864,15 @@ class NormGroup:
     """In the middle of a fade: which of ("gain", "bias") the checkpoint holds, as `fade_gain` and `fade_bias` beside
     `fade_progress`; () if only k and C are on their way."""
 
+    @property
+    def kind(self) -> type[SwappedNorm]:
+        """The class of the norm."""
+        return NORM_CLASSES[self.norm]
+
+    def settings(self) -> dict[str, Any]:
+        """Those that belong to `norm`, by name."""
+        return {key: getattr(self, key) for key in self.kind.SETTINGS}
+
     def to_dict(self) -> dict[str, Any]:
         out = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         for key in ("normalized_shape", "fade"):
@@ -817,7 +889,7 @@ class NormGroup:
         norm = data.get("norm")
         if not isinstance(norm, str) or norm not in NORM_CLASSES:
             raise ValueError(f"norm must be one of {sorted(NORM_CLASSES)}, got {short_repr(norm)}")
-        allowed = {"norm", "modules", "fade", *_SETTING_KEYS[norm], *_OVERRIDE_KEYS}
+        allowed = {"norm", "modules", "fade", *(own := NORM_CLASSES[norm].SETTINGS), *_OVERRIDE_KEYS}
         if unknown := [key for key in data if key not in allowed]:
             raise ValueError(f"{short_repr(unknown[0])} is no setting of norm {norm!r}; known are {sorted(allowed)}")
         modules = data.get("modules")
@@ -828,18 +900,19 @@ class NormGroup:
         for name in modules:
             _check_name(name)
         settings = {key: data[key] for key in allowed - {"norm", "modules"} if data.get(key) is not None}
-        for key in set(settings) & set(_SETTING_KEYS[norm]) | {"centered", "channels_first"} & set(settings):
-            if key in ("C", "k"):
-                settings[key] = check_number(key, settings[key], minimum=0.0, inclusive=key == "k")
-            else:
-                settings[key] = _check_bool(key, settings[key])
+        settings |= {key: own[key].check(key, settings[key]) for key in own if key in settings}
+        settings |= {key: _check_bool(key, settings[key]) for key in ("centered", "channels_first") if key in settings}
         if "eps" in settings:
             settings["eps"] = check_number("eps", settings["eps"], minimum=0.0, inclusive=True)
         if "normalized_shape" in settings:
             settings["normalized_shape"] = _check_shape(settings["normalized_shape"])
         if "fade" in settings:
             fade = settings["fade"]
-            if not isinstance(fade, (list, tuple)) or any(key not in _FADE_KEYS for key in fade) or norm == "none":
+            if (
+                not isinstance(fade, (list, tuple))
+                or any(key not in _FADE_KEYS for key in fade)
+                or (not NORM_CLASSES[norm].normalizes)
+            ):
                 raise ValueError(
                     f"fade must list some of {list(_FADE_KEYS)}, got {short_repr(fade)} for norm {norm!r}"
                 )
@@ -1141,7 +1214,7 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
     missing = [key for key in ("eps", "normalized_shape") if key not in found and key not in overrides]
     if missing:
         raise ValueError(f"{missing[0]} of {type(source).__name__} is not known: the spec must say it")
-    settings = {key: getattr(group, key) for key in _SETTING_KEYS[group.norm] if getattr(group, key) is not None}
+    settings = {key: value for key, value in group.settings().items() if value is not None}
     tensor = next((t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point()), None)
     where: dict[str, Any] = {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
     centered = group.centered is not False
@@ -1285,7 +1358,7 @@ def is_as(module: nn.Module, group: NormGroup) -> bool:
         return False
     if module.fade != group.fade:
         return False
-    wanted = {key: getattr(group, key) for key in (*_SETTING_KEYS[group.norm], *_OVERRIDE_KEYS[1:])}
+    wanted = {key: getattr(group, key) for key in (*group.kind.SETTINGS, *_OVERRIDE_KEYS[1:])}
     same = all(value is None or getattr(module, key) == value for key, value in wanted.items())
     return same and bool(module.centered == (group.centered is not False))
 

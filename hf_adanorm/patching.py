@@ -21,7 +21,7 @@ from torch import nn
 
 from .affine import fade, fold, warn_of_dropped
 from .detection import check_module
-from .modeling_adanorm import is_swapped, replace_modules
+from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
 from .report import Report
 from .saving.spec import left_by_folds, plain_modules, swapped_norms, write_specs
 from .selection import Patterns, check_layers
@@ -122,9 +122,9 @@ def patch_model(
     )
     check_choice("affine", affine, ("drop", "fold", "fade"))
     check_choice("on_unfoldable", on_unfoldable, ("keep", "fade", "approximate", "calibrate", "raise"))
-    if affine != "drop" and norm == "none":
+    if affine != "drop" and not NORM_CLASSES[norm].normalizes:
         raise ValueError(
-            f'affine={affine!r} does not go with norm="none", which normalises nothing: use affine="drop"'
+            f'affine={affine!r} does not go with norm="{norm}", which normalises nothing: use affine="drop"'
         )
     if affine != "fold" and (on_unfoldable != "keep" or fold_inputs is not None):
         name = "fold_inputs" if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"

@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from .detection import NormInfo, check_module, iter_norms, recognize
 from .modeling_adanorm import (
     NORM_CLASSES,
-    AdaNorm,
-    DetachNorm,
-    NoNorm,
+    LayerNormSimple,
     NormGroup,
     SwappedNorm,
     is_as,
@@ -192,13 +190,15 @@ class Options:
         check_choice("norm", self.norm, list(NORM_CLASSES))
         check_choice("targets", self.targets, ("layernorm", "rmsnorm", "all"))
         # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
-        for k in self.k.values() if isinstance(self.k, dict) else (self.k,):
-            AdaNorm(1, C=self.C, k=k)
-        DetachNorm(1, detach_mean=self.detach_mean, detach_variance=self.detach_variance)
+        for kind in NORM_CLASSES.values():
+            values = {key: getattr(self, key) for key in kind.SETTINGS}
+            for key, value in values.items():
+                for one in value.values() if isinstance(value, dict) else (value,):
+                    kind(1, **values | {key: one})
         if self.eps is not None:
-            NoNorm(1, eps=self.eps)
+            LayerNormSimple(1, eps=self.eps)
         if self.centered is not None:
-            NoNorm(1, centered=self.centered)
+            LayerNormSimple(1, centered=self.centered)
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
 
@@ -216,13 +216,16 @@ class Options:
             overrides["eps"] = float(self.eps)
         centered = self.centered if self.centered is not None else info.kind == "layernorm"
         settings: dict[str, Any] = {}
-        if self.norm == "adanorm":
-            if isinstance(self.k, dict) and name not in self.k:
-                names = ", ".join(map(repr, sorted(self.k)[:3])) + (", ..." if len(self.k) > 3 else "")
-                raise ValueError(f"k has no value for the norm {name!r}; it has {len(self.k)}: {names or 'none'}")
-            settings = {"C": float(self.C), "k": float(self.k[name] if isinstance(self.k, dict) else self.k)}
-        elif self.norm == "detachnorm":
-            settings = {"detach_mean": self.detach_mean, "detach_variance": self.detach_variance}
+        for key, setting in NORM_CLASSES[self.norm].SETTINGS.items():
+            value = getattr(self, key)
+            if isinstance(value, dict):  # one for each norm
+                if name not in value:
+                    names = ", ".join(map(repr, sorted(value)[:3])) + (", ..." if len(value) > 3 else "")
+                    raise ValueError(
+                        f"{key} has no value for the norm {name!r}; it has {len(value)}: {names or 'none'}"
+                    )
+                value = value[name]
+            settings[key] = setting.check(key, value)
         return NormGroup(norm=self.norm, modules=(), centered=None if centered else False, **settings, **overrides)
 
 

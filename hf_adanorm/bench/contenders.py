@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_adanorm.modeling_adanorm import AdaNorm, DetachNorm, LayerNormSimple
+from hf_adanorm.modeling_adanorm import NORM_CLASSES, AdaNorm
 from hf_adanorm.patching import patch_model
 
 BASELINE = "layernorm"
+OWN = tuple(norm for norm, kind in NORM_CLASSES.items() if not kind.is_identity)
 
 
 class WrittenOut(nn.Module):
@@ -30,31 +31,15 @@ class WrittenOut(nn.Module):
         return phi.detach() * y
 
 
-class DyT(nn.Module):
-    """gain * tanh(alpha * x) + bias: the "dynamic tanh" that was proposed in place of normalisation."""
-
-    def __init__(self, width: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.full((1,), 0.5, dtype=dtype))
-        self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(width, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.alpha * x) * self.weight + self.bias
-
-
 def contenders(width: int, dtype: torch.dtype, eps: float = 1e-5) -> dict[str, nn.Module]:
     """The norms that are compared, by name; the baseline comes first. "adanorm-torch" is AdaNorm on torch's operators
     also where the fused CPU loop would serve it."""
     return {
         BASELINE: nn.LayerNorm(width, eps, dtype=dtype),
-        "adanorm": AdaNorm(width, eps),
+        **{norm: NORM_CLASSES[norm](width, eps, dtype=dtype) for norm in OWN},
         "adanorm-torch": AdaNorm(width, eps),
-        "layernorm-simple": LayerNormSimple(width, eps),
-        "detachnorm": DetachNorm(width, eps),
         "adanorm-lancopku": AdaNorm(width, eps, reference="lancopku"),
         "adanorm-written": WrittenOut(eps),
-        "dyt": DyT(width, dtype),
         "rmsnorm": nn.RMSNorm(width, eps, dtype=dtype),
     }
 
@@ -112,7 +97,7 @@ def build_model(kind: str, size: Size) -> tuple[nn.Module, dict[str, Tensor], in
 
 def with_norm(model: nn.Module, norm: str) -> nn.Module:
     """`model` with every `nn.LayerNorm` replaced by the contender called `norm`."""
-    if norm in ("adanorm", "layernorm-simple", "detachnorm"):
+    if norm in OWN:
         return patch_model(model, norm, eps=None)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -123,5 +108,5 @@ def with_norm(model: nn.Module, norm: str) -> nn.Module:
 
 
 def count_norms(model: nn.Module) -> int:
-    kinds = (nn.LayerNorm, nn.RMSNorm, WrittenOut, DyT)
+    kinds = (nn.LayerNorm, nn.RMSNorm, WrittenOut)
     return sum(isinstance(m, kinds) or getattr(m, "is_adanorm_module", False) for m in model.modules())

@@ -24,7 +24,7 @@ from hf_adanorm import modeling_adanorm
 from hf_adanorm.patching import patch_model
 
 from . import report as files
-from .contenders import BASELINE, MODELS, SIZES, Size, build_model, contenders, count_norms, with_norm
+from .contenders import BASELINE, MODELS, OWN, SIZES, Size, build_model, contenders, count_norms, with_norm
 from .timing import Measurement, seconds_of, summarize, take_turns
 
 LEVELS = ("op", "model", "patch")
@@ -381,8 +381,8 @@ def _run_level(
         dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
         return bench_operator(device=device, dtypes=dtypes, modes=modes, report=report, **shapes)
     if level == "model":
-        own = [BASELINE, "adanorm", "layernorm-simple", "detachnorm"]
-        others = ["adanorm-lancopku", "adanorm-written", "dyt", "rmsnorm"]
+        own = [BASELINE, *OWN]
+        others = ["adanorm-lancopku", "adanorm-written", "rmsnorm"]
         size = SIZES["tiny" if quick else "base" if device.type == "cuda" else "small"]
         # Compiling a whole model takes minutes on a small machine: there, only the norms of this package.
         return bench_models(
@@ -392,7 +392,7 @@ def _run_level(
             modes=modes,
             norms={
                 "eager": own + others,
-                "compiled": own[:2] if quick else own if device.type == "cpu" else own + others,
+                "compiled": [BASELINE, "adanorm"] if quick else own if device.type == "cpu" else own + others,
             },
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
             rounds=3 if quick else 12,

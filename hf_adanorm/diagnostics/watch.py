@@ -389,7 +389,7 @@ class _Watcher:
         """(statistics of the input, sigma per row, what dl/d(output) is multiplied by to give dl/dy, histogram)."""
         info = watched.info
         x = self.rows(info, x)
-        if watched.norm == "none":
+        if not getattr(watched.module, "normalizes", True):
             mean, std = _mean_and_var(x)[0], _mean_and_var(x)[1].sqrt()
             nan = mean.new_full((), math.nan)
             return torch.stack([mean.mean(), std.mean(), nan, nan]), None, None, None
@@ -409,11 +409,8 @@ class _Watcher:
         counts = torch.histc(y.clamp(*HISTOGRAM_RANGE), HISTOGRAM_BINS, *HISTOGRAM_RANGE) if self.histogram else None
         forward = torch.stack([mean.mean(), std.mean(), *shares])
         factor: Any = None
-        if (progress := watched.module._buffers.get("fade_progress")) is not None:
-            factor = _fading_factor(watched.module, y, progress)
-        elif watched.norm == "adanorm":
-            module = watched.module
-            factor = y.mul_(-module.C * module.k).add_(module.C)  # phi(y), in the memory of y
+        if is_swapped(watched.module):
+            factor = watched.module.backward_factor(y)
         elif info.gain_name is not None:
             gain = getattr(watched.module, info.gain_name).detach()
             # Where the gain is sharded or gathered only for the moment, dl/dy is not known.
@@ -498,18 +495,6 @@ class _Watcher:
                 counts = torch.tensor(found["counts"], dtype=torch.float64)
                 self.log.histograms[watched.name] = self.log.histograms.get(watched.name, 0) + counts
             watched.sums = {}
-
-
-def _fading_factor(module: Any, y: Tensor, progress: Tensor) -> Any:
-    """What dl/d(output) is multiplied by in the middle of a fade: the gain and the phi of the moment."""
-    gain, factor = module._buffers.get("fade_gain"), None
-    if gain is not None:
-        factor = torch.lerp(gain.float(), torch.ones_like(gain, dtype=torch.float32), progress).flatten()
-    if module.norm == "adanorm":
-        C, k = 1.0 + (module.C - 1.0) * progress, module.k * progress
-        phi = C - C * k * y
-        factor = phi if factor is None else phi * factor
-    return factor
 
 
 def _mean_and_var(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_adanorm.detection import iter_norms
-from hf_adanorm.modeling_adanorm import AdaNorm, check_number
+from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number
 from hf_adanorm.running import dummy_inputs, hooked, run
 from hf_adanorm.saving.spec import configs_of, write_specs
 from hf_adanorm.swapping import Change, Options, all_or_nothing, apply_plan, make_plan, refuse_wrapped, unchanged
@@ -152,10 +152,10 @@ def fold_norms(
     fold_inputs: Mapping[str, Any] | None = None,
     on_unfoldable: OnUnfoldable = "keep",
     tolerance: float | None = None,
-    settings: Mapping[str, tuple[float, float]] | None = None,
+    groups: Mapping[str, NormGroup] | None = None,
 ) -> FoldReport:
     """`fold_affine` for the norms called `names` of `change.model`, as a part of that change; leaves the config alone.
-    `settings` gives the (C, k) that each will have, for "calibrate" (by default 1 and 0: layernorm-simple)."""
+    `groups` says what each becomes, for "calibrate" (by default layernorm-simple)."""
     model = change.model
     _check_model(model)
     if tolerance is not None:
@@ -183,7 +183,7 @@ def fold_norms(
         return FoldReport(tuple(plan.norms))
     _check_outputs(plan.watched.outputs)
     states = _hidden_states(model, inputs)
-    replacements = _replacements(plan, settings or {})
+    replacements = _replacements(plan, groups or {})
     if calibrate:
         fold_by_fit(plan, inputs, replacements, change)
     else:
@@ -221,20 +221,18 @@ def _checked(model: nn.Module, fold_inputs: Mapping[str, Any]) -> dict[str, Any]
     return inputs
 
 
-def _replacements(
-    plan: FoldPlan, settings: Mapping[str, tuple[float, float]]
-) -> dict[str, Callable[[Tensor], Tensor]]:
+def _replacements(plan: FoldPlan, groups: Mapping[str, NormGroup]) -> dict[str, Callable[[Tensor], Tensor]]:
     """What takes the place of each folded norm, as a function of its input."""
 
     def make(name: str) -> Callable[[Tensor], Tensor]:
         info, module = plan.infos[name], plan.modules[name]
-        C, k = settings.get(name, (1.0, 0.0))
-        centered = info.kind == "layernorm"
+        kind = LayerNormSimple if name not in groups else groups[name].kind
+        settings = {} if name not in groups else groups[name].settings()
+        settings |= {"centered": info.kind == "layernorm", "channels_first": info.channels_first}
 
         def norm(x: Tensor) -> Tensor:
             eps = getattr(module, key) if (key := eps_name(module)) else info.eps  # as adjusted by then
-            swapped = AdaNorm(info.normalized_shape, eps, C, k, centered=centered, channels_first=info.channels_first)
-            return cast(Tensor, swapped(x))
+            return cast(Tensor, kind(info.normalized_shape, eps, **settings)(x))
 
         return norm
 

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from hf_adanorm.modeling_adanorm import AdaNormSpec, NormGroup, is_own_reference
+from hf_adanorm.modeling_adanorm import NORM_CLASSES, AdaNormSpec, NormGroup, is_own_reference
 
 from .files import leads_outside, write_file
 
@@ -31,13 +31,6 @@ CARD_NAME, EVAL_RESULTS = "README.md", ".eval_results"
 PROJECT = "https://github.com/hf-adanorm/hf-adanorm"  # as in pyproject.toml
 INSTALL = f"pip install git+{PROJECT}"
 _MAX_NAMES = 8  # of a group that the table lists; the list below it has all
-
-_NAMES = {
-    "adanorm": "AdaNorm",
-    "layernorm-simple": "LayerNorm-simple (no gain, no bias)",
-    "detachnorm": "DetachNorm (mean and variance are constants in the backward pass)",
-    "none": "no normalisation",
-}
 
 # What a pipeline takes and gives, by task; LABEL stands for a label of the model's.
 _EXAMPLES = {
@@ -154,7 +147,8 @@ def render_card(
     card = _parse(existing)
     data = card.data
     task = task or data.pipeline_tag or _task(str(config.get("model_type")), architecture)
-    unnamed = "-".join([(base_model or architecture).rpartition("/")[2], *(norm for norm in norms if norm != "none")])
+    to_tag = [norm for norm in norms if not NORM_CLASSES[norm].is_identity]
+    unnamed = "-".join([(base_model or architecture).rpartition("/")[2], *to_tag])
     title = model_id.rpartition("/")[2] if model_id else unnamed
     if existing is None:
         card.text = f"\n# {title}\n\n{BEGIN}\n{END}\n"
@@ -178,9 +172,7 @@ def render_card(
     data.base_model = data.base_model or base_model
     data.license = data.license or license or _license_of(base_model)
     data.pipeline_tag = data.pipeline_tag or task
-    data.tags = list(
-        dict.fromkeys([*_list(data.tags), "hf_adanorm", *(n for n in norms if n != "none"), *(tags or [])])
-    )
+    data.tags = list(dict.fromkeys([*_list(data.tags), "hf_adanorm", *to_tag, *(tags or [])]))
     if datasets:
         data.datasets = list(dict.fromkeys([*_list(data.datasets), *datasets]))
     if results:
@@ -285,7 +277,7 @@ def without_section(text: str) -> str:
         card = _parse(text)
     except ValueError:  # not for us to mend
         return text
-    ours = {"hf_adanorm", *_NAMES}
+    ours = {"hf_adanorm", *NORM_CLASSES}
     card.data.tags = [tag for tag in _list(card.data.tags) if tag not in ours] or None
     return str(card)
 
@@ -297,7 +289,7 @@ def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec],
     import jinja2  # torch brings it along
 
     groups = [(group, where) for where, spec in specs.items() for group in spec.groups]
-    names = ", ".join(dict.fromkeys(_NAMES[group.norm].partition(" (")[0] for group, _ in groups))
+    names = ", ".join(dict.fromkeys(group.kind.title for group, _ in groups))
     fading = any(group.fade is not None for group, _ in groups)
     architecture = _architecture(config)
     targets = {
@@ -336,7 +328,8 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _row(group: NormGroup, where: str) -> dict[str, str]:
     data = group.to_dict()
     modules = [f"`{name}`" for name in data.pop("modules")]
-    name = _NAMES[data.pop("norm")]
+    kind = NORM_CLASSES[data.pop("norm")]
+    name = f"{kind.title} ({kind.summary})" if kind.summary else kind.title
     more = f" and {len(modules) - _MAX_NAMES} more" if len(modules) > _MAX_NAMES else ""
     nested = f" in `{where if where.isidentifier() else 'a nested config'}`" if where else ""
     return {

@@ -93,7 +93,7 @@ def test_the_contender_on_torch_operators_does_not_use_the_loops(monkeypatch):
     assert modeling_adanorm.cpu_kernel == "loops"
 
 
-@pytest.mark.parametrize("norm", ["dyt", "rmsnorm", "adanorm-lancopku", "adanorm-written", "adanorm"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "adanorm-lancopku", "adanorm-written", "adanorm"])
 @pytest.mark.parametrize("kind", bench_contenders.MODELS)
 def test_models_with_every_norm_train(kind, norm):
     model, batch, num_tokens = bench_contenders.build_model(kind, bench_contenders.SIZES["tiny"])
