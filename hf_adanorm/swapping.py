@@ -192,9 +192,10 @@ class Options:
         # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
         for kind in NORM_CLASSES.values():
             values = {key: getattr(self, key) for key in kind.SETTINGS}
-            for key, value in values.items():
-                for one in value.values() if isinstance(value, dict) else (value,):
-                    kind(1, **values | {key: one})
+            by_norm = {key: value for key, value in values.items() if isinstance(value, dict)}
+            for key, value in ((key, value) for key, found in by_norm.items() for value in found.values()):
+                kind.SETTINGS[key].check(key, value)
+            kind(1, **{key: value for key, value in values.items() if key not in by_norm})
         if self.eps is not None:
             LayerNormSimple(1, eps=self.eps)
         if self.centered is not None:
