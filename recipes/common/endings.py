@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch.distributed import TCPStore
 
 from common.checkpoints import EXIT_CANNOT_SAVE, SaveError, write_json
+from common.options import leave
 from common.steps import DivergedError
 from tasks.data import DataError
 
@@ -63,7 +64,7 @@ class Fate:
         if self.store is None:
             if _speaks():
                 print(f"error: {message}", file=sys.stderr, flush=True)
-            sys.exit(code)
+            leave(code)
         self.store.compare_set(self.KEY, "", json.dumps([os.environ["RANK"], message, code]))
         self._leave(message)
 
@@ -89,6 +90,8 @@ class Fate:
             while seen < int(os.environ["WORLD_SIZE"]) and time.monotonic() < until:
                 time.sleep(self.POLL_SECONDS / 3)
                 seen = self.store.add(f"{self.KEY}/seen", 0)
+        with suppress(SystemExit):
+            leave(code)
         os._exit(code)  # an orderly exit would wait for the others
 
 

@@ -41,7 +41,7 @@ from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, write_jso
 from common.endings import clear_endings, clear_errors
 from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from common.fade import fade, finish_saved_fade, is_fading
-from common.options import options_that_change
+from common.options import leave, options_that_change
 from common.progress import ProgressBar, Stopwatch
 from common.publishing import prepare_push, publish
 from common.results import format_results, versions
@@ -292,7 +292,7 @@ class Run:
         signal, step = self.interruption.name, self.progress.step
         self.print(f"stopped by {signal} at step {step}; start the same command to resume")
         self.accelerator.end_training()
-        sys.exit(EXIT_RESUME)
+        leave(EXIT_RESUME)
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
@@ -368,7 +368,7 @@ class Run:
         words += ["--mixed_precision", precision, "--batch_size", str(options.eval_batch_size)]
         if not run_fresh_process(self.script.with_name(script), words, lambda: self.interruption.signalled):
             self.print(f"stopped by {self.interruption.name} in the test; start the same command to go on")
-            sys.exit(EXIT_RESUME)
+            leave(EXIT_RESUME)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`: the recipe's own figures, which name at least `train_samples`, `train_tokens` and

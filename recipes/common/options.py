@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import operator
+import os
 import re
 import sys
 import types
@@ -20,12 +21,19 @@ import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 T = TypeVar("T")
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`; `launch/keep_code.py` is told, where that started it: launchers turn it into 1."""
+    if note := os.environ.get("HF_ADANORM_EXIT_CODE"):
+        Path(note).write_text(str(code), encoding="utf-8")
+    sys.exit(code)
 
 
 class OptionError(ValueError):
@@ -194,6 +202,13 @@ class RunOptions:
     hub_private: bool = option(False, "make that repository private if it is new", changes="nothing")
 
 
+class _Parser(ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            print(message, end="", file=sys.stderr)
+        leave(status)
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's types and defaults, the description as it is laid out."""
 
@@ -201,7 +216,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter)
 def build_parser(options_class: type[Any], description: str | None = None) -> ArgumentParser:
     """A parser with one flag for each field of `options_class`, and `--config`."""
     usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
-    parser = ArgumentParser(usage=usage, description=description, formatter_class=_HelpFormatter)
+    parser = _Parser(usage=usage, description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", type=str | None, default=None, help="YAML file that sets any of the options below")
     hints = typing.get_type_hints(options_class)
     groups = {}

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -7,7 +8,15 @@ from pathlib import Path
 import pytest
 
 import classification
-from common.options import OptionError, check_ranges, options_that_change, parse_options, read_config
+import hf_adanorm
+from common.options import (
+    OptionError,
+    PatchOptions,
+    check_ranges,
+    options_that_change,
+    parse_options,
+    read_config,
+)
 from tasks.options import ClassificationOptions, LanguageModelingOptions, TranslationOptions
 
 RECIPES = Path(classification.__file__).parent
@@ -93,6 +102,22 @@ def test_help_and_mistakes_come_before_torch(script, argument):
     assert not re.search(r"\| +(torch|transformers|hf_adanorm)$", done.stderr, re.MULTILINE)
     if argument is None and script != "compare":
         assert "try --config recipes/configs/" in done.stderr
+
+
+def test_a_launcher_that_turns_every_code_into_1_is_made_to_keep_it():
+    keep = [sys.executable, RECIPES / "launch" / "keep_code.py", "sh", "-c"]
+    for arguments, code in (("--nrom x", 2), ("--help", 0)):
+        launcher = f"{sys.executable} {RECIPES / 'classification.py'} {arguments} || exit 1"
+        assert subprocess.run([*keep, launcher], capture_output=True).returncode == code
+    assert subprocess.run([*keep, "exit 7"]).returncode == 7
+
+
+def test_the_patch_options_are_those_of_patch_model():
+    fields = {item.name: item for item in dataclasses.fields(PatchOptions)}
+    theirs = inspect.signature(hf_adanorm.patch_model).parameters
+    assert fields.keys() - theirs.keys() == {"calibrate_k", "fade_ratio"}
+    for name in fields.keys() & theirs.keys():
+        assert fields[name].default == theirs[name].default, name
 
 
 def test_unknown_key_in_a_config_names_the_nearest_option(tmp_path):
