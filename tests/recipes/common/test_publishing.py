@@ -10,7 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 import classification
+from tasks.conllu import read_conllu
 from tests.integration.hub_server import HubServer
+from tests.recipes.fault_runs import arguments, write_data
 
 SCRIPT = Path(classification.__file__)
 TOKEN = "hf_token_of_the_loopback_hub"
@@ -93,3 +95,21 @@ def test_a_push_without_a_token_ends_before_training(hub, texts, tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "cannot push to me/x" in line
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_parser_is_pushed_with_its_vocabulary_and_parses_from_the_hub(hub, tmp_path):
+    data = write_data(tmp_path)
+    push = {"max_steps": 4, "eval_steps": 4, "push_to_hub": "true", "hub_model_id": "me/parser"}
+    environment = {**os.environ, **hub.environment(tmp_path / "home", TOKEN)}
+    trained = [sys.executable, SCRIPT.with_name("parsing.py"), *arguments("parsing", data, tmp_path / "run", **push)]
+    done = subprocess.run(trained, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = {"config.json", "model.safetensors", "modeling_adanorm.py", "transition_parser.py", "vocabulary.json"}
+    assert files <= set(hub.repos["me/parser"].files())
+    raw, parsed = data / "trees-validation.jsonl", tmp_path / "parsed.conllu"
+    command = [sys.executable, SCRIPT.with_name("predict.py"), "--task", "parsing", "--model", "me/parser"]
+    command += ["--data", raw, "--output", parsed]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    gold = read_conllu(raw, trees=False)
+    assert [sentence.forms for sentence in read_conllu(parsed)] == [sentence.forms for sentence in gold]
