@@ -33,6 +33,7 @@ class Sentence:
     relations: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)  # as they came
     places: list[int] = field(default_factory=list)  # of the words among the lines
+    numbers: list[int] = field(default_factory=list)  # of the words' lines in the file
 
 
 def read_conllu(
@@ -59,12 +60,14 @@ def read_conllu(
             line = raw.decode("utf-8").rstrip("\r")
             if line.strip():
                 sentence.lines.append(line)
+                num_words = len(sentence.forms)
                 _read_line(sentence, line, tag_column, trees)
+                sentence.numbers += [number] * (len(sentence.forms) - num_words)
                 continue
             if trees:
                 _check_tree(sentence)
         except _LineError as error:
-            at = number if error.word is None else number - len(sentence.lines) + sentence.places[error.word - 1]
+            at = number if error.word is None else sentence.numbers[error.word - 1]
             raise DataError(f"{file}, line {at}: {error}") from None
         except UnicodeDecodeError:
             raise DataError(f"{file}, line {number}: not UTF-8") from None
@@ -87,7 +90,7 @@ class _LineError(ValueError):
 
 
 def _read_line(sentence: Sentence, line: str, tag_column: str, trees: bool) -> None:
-    if line.startswith("#") and "\t" not in line:
+    if line.startswith("#"):
         if len(sentence.lines) > 1 and not sentence.lines[-2].startswith("#"):
             raise _LineError("a comment within a sentence")
         return

@@ -1,9 +1,12 @@
 """Reading, checking, writing and scoring of dependency trees."""
 
 import gzip
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from parsing import PUNCTUATION_TAGS
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
@@ -81,6 +84,28 @@ def test_heads_in_a_circle_are_refused_with_the_line(tmp_path):
     text = CONLLX + "3\tb\t_\tX\tX\t_\t4\tx\t_\t_\n4\tc\t_\tX\tX\t_\t3\tx\t_\t_\n"
     with pytest.raises(DataError, match="line 3: the heads from word 3 on go round in a circle"):
         read(tmp_path, text)
+
+
+def test_a_comment_may_hold_tabs_and_stand_apart(tmp_path):
+    text = f"# a\tb\n\n# c\n{CONLLX}"
+    (sentence,) = read(tmp_path, text)
+    assert write_conllu([sentence], [sentence.heads], [sentence.relations]) == f"# a\tb\n# c\n{CONLLX}\n"
+    with pytest.raises(DataError, match="line 5: the head of word 2 of 2 is 3"):
+        read(tmp_path, text.replace("\t1\tdobj", "\t3\tdobj"))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, len(CONLLU)), st.integers(0, 9), st.binary(max_size=6) | st.sampled_from([b"\t", b"\n", b"0"]))
+def test_a_spoilt_file_is_read_or_refused_with_its_line(tmp_path, at, cut, inserted):
+    data = CONLLU.encode()
+    path = tmp_path / "spoilt.conllu"
+    path.write_bytes(data[:at] + inserted + data[at + cut :])
+    try:
+        sentences = read_conllu(path)
+    except DataError as error:
+        assert re.search(r"spoilt\.conllu(, line \d+)?: ", str(error))
+    else:
+        assert all(len(sentence.heads) == len(sentence.forms) > 0 for sentence in sentences)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
