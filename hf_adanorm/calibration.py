@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._tables import html_table, text_table
 from .detection import check_module, iter_norms
 from .modeling_adanorm import check_number
 from .running import evaluating, hooked, real_rows
@@ -45,9 +45,9 @@ class KReport:
         """Proposed k by norm, as `patch_model(model, "adanorm", k=...)` takes it."""
         return {norm.name: norm.k for norm in self.norms}
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         head = ("norm", "min y", "max y", f"y > {0.5 / self.asked:g}", f"y > {1 / self.asked:g}", "proposed k")
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 norm.name,
                 f"{norm.smallest:.1f}",
@@ -58,18 +58,13 @@ class KReport:
             )
             for norm in self.norms
         ]
-        return [head, *rows]
+        return head, rows
 
     def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return text_table(*self._table())
 
     def _repr_html_(self) -> str:
-        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._rows())
-        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+        return html_table(*self._table())
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ from .saving.files import TEMPORARY, leads_outside
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from .report import Report
 
 app = typer.Typer(
     help="Swap the LayerNorms of transformers models for AdaNorm and its relatives.",
@@ -68,7 +67,7 @@ def inspect(
         layers=layers or None,
         targets=targets,  # type: ignore[arg-type]
     )
-    _print_json({"model": name, **report.to_dict()}) if as_json else _print_report(report)
+    _print_json({"model": name, **report.to_dict()}) if as_json else print(report)
 
 
 @app.command()
@@ -351,20 +350,6 @@ def _results(pairs: list[str]) -> dict[str, float] | None:
 
 def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))
-
-
-def _print_report(report: Report) -> None:
-    if not sys.stdout.isatty():
-        print(report)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    title, *_ = str(report).splitlines()
-    table = Table("count", "class", "computes", "status", "first name", title=title, title_justify="left")
-    for line in report.table():
-        table.add_row(*(cell.replace("[", r"\[") for cell in line))
-    Console().print(table)
 
 
 if __name__ == "__main__":

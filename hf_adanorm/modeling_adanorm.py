@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import math
@@ -403,6 +404,19 @@ class Setting:
         return check_number(name, value, minimum=self.minimum, inclusive=self.inclusive)
 
 
+PATIENCE = 100  # training passes of a norm, after which a fade that nothing moves is spoken of
+
+
+@functools.cache
+def warn_of_still_fade() -> None:
+    """Once in a process."""
+    warnings.warn(
+        "a fade is pending in this model and nothing has moved it: its norms compute what they did before. "
+        "FadeCallback moves it in Trainer, set_fade(model, t) in a loop of your own, and finish_fading(model) ends it",
+        stacklevel=2,
+    )
+
+
 class SwappedNorm(nn.Module):
     """What the norms share: settings, layout, and a one-element buffer `weight`. What is particular to one of them
     stands in its class, where all others look for it: a new norm is a new class in `NORM_CLASSES`.
@@ -596,10 +610,25 @@ class SwappedNorm(nn.Module):
         if isinstance(given, torch.fx.Proxy):  # to fx this is one call, as torch's own modules are
             tracer: Any = given.tracer
             return cast(Tensor, tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {}))
-        forward = self._faded if "fade_progress" in self._buffers else self._forward
+        forward = self._forward
+        if "fade_progress" in self._buffers:
+            forward = self._faded
+            if self.training and not torch.compiler.is_compiling():
+                self._watch_fade()
         if self.channels_first:
             return forward(x.movedim(1, -1)).movedim(-1, 1)
         return forward(x)
+
+    def _watch_fade(self) -> None:
+        """Say once, if training goes on and nothing moves the fade. Every write to a tensor raises its version, so
+        that no value need come from a device."""
+        progress = self._buffers["fade_progress"]
+        version = None if progress is None or progress.is_inference() else progress._version
+        seen, passes = self.__dict__.get("_fade_watch", (None, 0))
+        passes = passes + 1 if seen == version else 0
+        self.__dict__["_fade_watch"] = (version, passes)
+        if passes == PATIENCE and version is not None:
+            warn_of_still_fade()
 
     def __prepare_scriptable__(self) -> SwappedNorm:
         raise NotImplementedError(
@@ -608,14 +637,23 @@ class SwappedNorm(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        shown = {"eps": self.eps, **self.settings()}
+        shown: dict[str, Any] = {"eps": self.eps, **self.settings()}
         if self.channels_first:
             shown["channels_first"] = True
         if self.reference != "paper":
             shown["reference"] = self.reference
-        if self.fade is not None:
-            shown["fade"] = self.fade
-        return ", ".join([str(self.normalized_shape), *(f"{key}={value}" for key, value in shown.items())])
+        words = [str(self.normalized_shape)]
+        if self.fade is not None:  # what it computes now, and where it goes
+            progress = self._buffers["fade_progress"]
+            t = None if progress is None or progress.is_meta else float(progress)
+            for key, setting in self.SETTINGS.items():
+                if (start := setting.start) is not None and key in shown and shown[key] != start:
+                    now = "?" if t is None else f"{start + t * (shown[key] - start):g}"
+                    shown[key] = f"{now} -> {shown[key]:g}"
+            what = f"fade of {' and '.join(self.fade)}" if self.fade else "ramp"
+            words.append(f"{what} at {'?' if t is None else f'{100 * t:.3g}'} %")
+        words[1:1] = [f"{key}={value}" for key, value in shown.items()]
+        return ", ".join(words)
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle holds no tensors of the replaced module, only its class and attributes.

@@ -82,7 +82,7 @@ def patch_model(
             A fold and a fade start from the function of the source, and so take neither another eps nor another
             centering.
         include: only these norms. A string is a regular expression that must match the whole module name, a list holds
-            name endings; names are those of `model.named_modules()`.
+            name endings, in which `*` stands for any number; names are those of `model.named_modules()`.
         exclude: all but these, in the same way.
         layers: only norms inside these layers, counted from 0 within every stack of layers, negative from the end.
         targets: `"layernorm"`, `"rmsnorm"` or `"all"`.
@@ -200,7 +200,8 @@ def inspect_model(
 ) -> Report:
     """List every norm of `model`: what it computes, whether `patch_model` would swap it, and why not.
 
-    Prints as a table and shows as HTML in a notebook. Changes nothing.
+    Prints as a table and shows as HTML in a notebook. `*` in a name stands for every number, and `include` takes a
+    list of such names; `report.every_name()` spells all of them out. Changes nothing.
 
     Raises:
         TypeError, ValueError: as `patch_model`, for the options.
@@ -214,7 +215,8 @@ def inspect_model(
     """
     check_module(model)
     options = Options(include=include, exclude=exclude, layers=check_layers(layers), targets=targets)
-    return Report(model_class=type(model).__name__, rows=tuple(choose_norms(model, options)))
+    rows = tuple(choose_norms(model, options))
+    return Report(model_class=type(model).__name__, rows=rows, asked=options != Options())
 
 
 # ------------------------------------------------------------------------------------------------------- warnings

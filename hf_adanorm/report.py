@@ -8,9 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from ._tables import counted, html_table, text_table
 from .detection import NormInfo
 from .modeling_adanorm import is_swapped
 
+HEADER = ("count", "class", "computes", "status", "names")
+UNCHOSEN = ("exclude", "not in include", "not in layers")
+"""Reasons that the caller's own options give."""
 _FORMULAS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "other": "-"}
 
 
@@ -38,10 +42,9 @@ class NormRow:
         return 0 if self.is_swapped else sum(p.numel() for p in self.module.parameters(recurse=False))
 
     @property
-    def status(self) -> str:
-        if self.is_swapped:
-            return f"swapped: {self.module}"
-        return "would be swapped" if self.chosen else f"left alone: {self.reason}"
+    def was_refused(self) -> bool:
+        """Whether `patch_model` cannot swap it, or would only if it were asked to by name or kind."""
+        return not self.chosen and self.reason not in UNCHOSEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class Report:
 
     model_class: str
     rows: tuple[NormRow, ...]
+    asked: bool = True
+    """Whether options chose among the norms. Without any, the stock norms of a patched model count as not chosen."""
 
     @property
     def num_swapped(self) -> int:
@@ -100,40 +105,70 @@ class Report:
             ],
         }
 
+    def status(self, row: NormRow) -> str:
+        """What is said of one norm."""
+        if row.is_swapped:
+            return f"swapped: {row.module}"
+        if row.was_refused:
+            return f"left alone: {row.reason}"
+        if row.chosen and (self.asked or not self.num_swapped):
+            return "would be swapped"
+        return f"not chosen: {row.reason}" if row.reason else "not chosen"
+
     def table(self) -> list[tuple[str, str, str, str, str]]:
-        """Norms that differ only in their number share a line: (count, class, computes, status, first name)."""
-        counts: Counter[tuple[str, str, str]] = Counter()
-        example: dict[tuple[str, str, str], str] = {}
+        """Norms that differ only in the numbers of their names share a line: (count, class, computes, status, names).
+        `*` stands for every number; where only some have the line's status, they follow in brackets. `include` takes
+        a list of such names."""
+        lines: dict[tuple[str, ...], list[str]] = {}
+        everywhere = Counter(_pattern(row.name) for row in self.rows)
         for row in self.rows:
-            key = (type(row.module).__name__, _FORMULAS[row.kind], row.status)
-            counts[key] += 1
-            example.setdefault(key, row.name)
-        return [(str(number), *key, example[key]) for key, number in counts.items()]
+            key = (type(row.module).__name__, _FORMULAS[row.kind], self.status(row), _pattern(row.name))
+            lines.setdefault(key, []).append(row.name)
+        out = []
+        for (kind, formula, status, pattern), names in lines.items():
+            if len(names) == 1:
+                pattern = names[0]
+            elif len(names) < everywhere[pattern]:
+                pattern += f" ({_numbers(names)})"
+            out.append((str(len(names)), kind, formula, status, pattern or "(the model itself)"))
+        return out
 
     def _summary(self) -> str:
-        parts = [f"{self.num_swapped} swapped ({self.num_removed_parameters:,} parameters removed)"]
-        parts.append(f"{self.num_swappable} would be swapped ({self.num_affine_parameters:,} parameters)")
-        return f"{self.model_class}: {len(self.rows)} norms, {', '.join(parts)}, {self.num_skipped} left alone"
+        parts = [f"{self.num_swapped} swapped ({counted(self.num_removed_parameters, 'parameter')} removed)"]
+        if self.num_swappable:
+            what = "would be swapped" if self.asked or not self.num_swapped else "not chosen"
+            parts.append(f"{self.num_swappable} {what} ({counted(self.num_affine_parameters, 'parameter')})")
+        unchosen = sum(not (row.is_swapped or row.chosen or row.was_refused) for row in self.rows)
+        parts += [f"{unchosen} not chosen"] if unchosen else []
+        parts.append(f"{self.num_skipped - unchosen} left alone")
+        return f"{self.model_class}: {counted(len(self.rows), 'norm')}, {', '.join(parts)}"
 
     def __str__(self) -> str:
-        header = ("count", "class", "computes", "status", "first name")
-        table = [header, *self.table()]
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
-        return "\n".join([self._summary(), lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        return f"{self._summary()}\n{text_table(HEADER, self.table())}" if self.rows else self._summary()
 
     __repr__ = __str__
 
-    def _repr_html_(self) -> str:
-        import html
+    def every_name(self) -> str:
+        """A line for each norm, with its whole name, as text."""
+        return text_table(("name", "status"), [(row.name, self.status(row)) for row in self.rows])
 
-        cells = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-            for line in self.table()
-        )
-        head = "".join(f"<th>{name}</th>" for name in ("count", "class", "computes", "status", "first name"))
-        return (
-            f"<p>{html.escape(self._summary())}</p><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
-        )
+    def _repr_html_(self) -> str:
+        return html_table(HEADER, self.table(), self._summary(), [("every name", self.every_name())])
+
+
+def _numbers(names: list[str]) -> str:
+    """The numbers in the names, neighbours as a range."""
+    found = [[part for part in name.split(".") if part.isdigit()] for name in names]
+    ranges: list[list[int]] = []
+    for number in (int(parts[0]) for parts in found):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    if any(len(parts) != 1 for parts in found):
+        return ", ".join(".".join(parts) for parts in found)
+    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,7 +1,8 @@
 """Which of a model's norms a call means: `include`, `exclude`, `layers`.
 
 Patterns follow PEFT's `target_modules`: a string is a regular expression that must match the whole module name, a
-list holds name endings. `layers` counts within every stack of layers. Whatever matches nothing raises.
+list holds name endings, in which `*` stands for any number, as in the lines of a report. `layers` counts within every
+stack of layers. Whatever matches nothing raises.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[st
         return matched
     found: set[str] = set()
     for ending in patterns:
-        matched = {name for name in names if name == ending or name.endswith(f".{ending}")}
+        pattern = re.compile(r"(?:.*\.)?" + re.escape(ending).replace(r"\*", r"\d+"))
+        matched = {name for name in names if pattern.fullmatch(name)}
         if not matched:
             raise ValueError(
                 f"{option}: {short_repr(ending)} is the ending of no norm's name. {_closest(ending, names)}"

@@ -281,7 +281,7 @@ def choose_norms(model: nn.Module, options: Options) -> list[NormRow]:
         if row.kind == "other":
             row.reason = row.info.reason
         elif row.kind not in kinds:
-            row.reason = f"a {row.kind}, and targets={options.targets!r}"
+            row.reason = _other_kind(row)
         elif row.name in excluded:
             row.reason = "exclude"
         elif options.include is not None and row.name not in included:
@@ -297,6 +297,10 @@ def choose_norms(model: nn.Module, options: Options) -> list[NormRow]:
     return rows
 
 
+def _other_kind(row: NormRow) -> str:
+    return f"{'an RMSNorm' if row.kind == 'rmsnorm' else 'a LayerNorm'}, which targets={row.kind!r} swaps"
+
+
 def _out_of_reach(options: Options, rows: list[NormRow], kinds: Sequence[str]) -> str:
     """A hint for a pattern that only matches norms which `targets` leaves out, or which cannot be swapped."""
     for option, patterns in (("include", options.include), ("exclude", options.exclude)):
@@ -308,7 +312,7 @@ def _out_of_reach(options: Options, rows: list[NormRow], kinds: Sequence[str]) -
                     match_names(option, pattern if isinstance(patterns, str) else [pattern], [row.name])
                 except ValueError:
                     continue
-                why = row.info.reason if row.kind == "other" else f"a {row.kind}, and targets={options.targets!r}"
+                why = row.info.reason if row.kind == "other" else _other_kind(row)
                 return f" ({row.name} is {why})"
     return ""
 

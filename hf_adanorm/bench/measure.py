@@ -13,6 +13,7 @@ import contextlib
 import functools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -338,7 +339,7 @@ def run_bench(
         device: such as "cpu" or "cuda:0"; None takes a GPU when there is one.
         threads: of torch on the CPU; None leaves them as they are.
         quick: the smallest sizes and few rounds, in about a minute: whether it runs, not what it costs.
-        report: is told what is being measured.
+        report: is told what is being measured, after how many seconds.
 
     Returns:
         Every measurement, in the order of the CSV.
@@ -356,13 +357,17 @@ def run_bench(
         raise ValueError(f"threads must be >= 1, got {threads}")
     where = _check_device(device)
     files.check_installed()
-    before = torch.get_num_threads()
+    before, begin = torch.get_num_threads(), time.monotonic()
     results: list[Measurement] = []
+
+    def told(text: str) -> None:
+        report(f"{time.monotonic() - begin:4.0f} s  {text}")
+
     try:
         if threads is not None:
             torch.set_num_threads(threads)
         for level in [level for level in LEVELS if level in levels]:
-            results += _run_level(level, modes, where, quick, report)
+            results += _run_level(level, modes, where, quick, told)
             files.write(results, Path(output_dir), where)
     finally:
         torch.set_num_threads(before)

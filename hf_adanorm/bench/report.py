@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import os
 import platform
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,37 +133,70 @@ def _time(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
+# One colour for each contender, whatever else is in the picture.
+_COLORS = {
+    "layernorm": "#555555",
+    "adanorm": "#0072B2",
+    "adanorm-torch": "#56B4E9",
+    "layernorm-simple": "#009E73",
+    "detachnorm": "#CC79A7",
+    "adanorm-lancopku": "#D55E00",
+    "adanorm-written": "#E69F00",
+    "dyt": "#8C6D31",
+    "rmsnorm": "#999999",
+}
+_TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
+
+
 def to_png(results: Sequence[Measurement], where: dict[str, Any]) -> bytes:
-    """Ratios to nn.LayerNorm, a panel for each level, mode and task; whiskers are quartiles."""
+    """Ratios to nn.LayerNorm, at most four panels: a line a norm, from the least to the most over the cases (shapes or
+    models), with a mark at the median. The quartiles within a case are in the table."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    panels = list(dict.fromkeys((r.level, r.mode, r.task) for r in results))
-    figure = Figure(figsize=(13, 3.2 * len(panels)), layout="constrained")
+    drawn = [r for r in results if r.level != "patch"] or list(results)
+    panels = list(dict.fromkeys((r.level, r.task) for r in drawn))[:4]
+    variants = list(dict.fromkeys((r.mode, r.dtype) for r in drawn))
+    names = [name for name in dict.fromkeys(r.norm for r in drawn) if name != "layernorm"]
+    num_rows = math.ceil(len(panels) / 2)
+    height = num_rows * (1.1 + 0.16 * len(names) * (1 + len(variants)))
+    figure = Figure(figsize=(11, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axis, panel in zip(axes, panels, strict=True):
-        chosen = [r for r in results if (r.level, r.mode, r.task) == panel]
-        cases = list(dict.fromkeys((r.case, r.dtype) for r in chosen))
-        norms = list(dict.fromkeys(r.norm for r in chosen))
-        width = 0.8 / len(norms)
-        for number, norm in enumerate(norms):
-            by_case = {(r.case, r.dtype): r for r in chosen if r.norm == norm}
-            at = [(index, by_case[case]) for index, case in enumerate(cases) if case in by_case]
-            ratios = [r.ratio for _, r in at]
-            whiskers = [
-                [max(0.0, r.ratio - r.ratio_low) for _, r in at],
-                [max(0.0, r.ratio_high - r.ratio) for _, r in at],
-            ]
-            where_x = [index + (number - (len(norms) - 1) / 2) * width for index, _ in at]
-            axis.bar(where_x, ratios, width, yerr=whiskers, error_kw={"linewidth": 0.7}, label=norm)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_yscale("log")
-        axis.set_ylabel("ratio of time")
-        axis.set_title(", ".join(panel), fontsize=10)
-        axis.set_xticks(range(len(cases)))
-        axis.set_xticklabels([case if dtype == "float32" else f"{case}\n{dtype}" for case, dtype in cases], fontsize=8)
-        axis.legend(fontsize=7, ncols=min(5, len(norms)))
+    axes = figure.subplots(num_rows, min(2, len(panels)), squeeze=False, sharey=True).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (level, task) in zip(axes, panels, strict=False):
+        chosen = [r for r in drawn if (r.level, r.task) == (level, task)]
+        for number, name in enumerate(names):
+            for index, variant in enumerate(variants):
+                ratios = sorted(r.ratio for r in chosen if r.norm == name and (r.mode, r.dtype) == variant)
+                if not ratios:
+                    continue
+                y = number + (index - (len(variants) - 1) / 2) * 0.7 / len(variants)
+                color = _COLORS.get(name, "#000000")
+                axis.plot([ratios[0], ratios[-1]], [y, y], color=color, linewidth=3, alpha=0.5, solid_capstyle="round")
+                axis.plot(
+                    statistics.median(ratios), y, "osD^"[index % 4], color=color, markersize=5,
+                    markerfacecolor=color if variant[0] == "eager" else "white",
+                )  # fmt: skip
+        axis.axvline(1.0, color=_COLORS["layernorm"], linewidth=1)
+        axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        ticks = _TICKS if high > 2 * low else [n / 20 for n in range(1, 60)]
+        axis.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(axis="x", linewidth=0.4, alpha=0.6)
+        over = "shapes" if level == "op" else "models"
+        axis.set_title(f"{'operator' if level == 'op' else level}, {task}: range over {over}", fontsize=10)
+        axis.set_xlabel("time relative to nn.LayerNorm", fontsize=9)
+    for index, (mode, dtype) in enumerate(variants):
+        fill = "#333333" if mode == "eager" else "white"
+        axes[0].plot([], [], "osD^"[index % 4], color="#333333", markerfacecolor=fill, label=f"{mode}, {dtype}")
+    axes[0].legend(fontsize=8)
     figure.supxlabel(", ".join(f"{key} {value}" for key, value in where.items() if value is not None), fontsize=8)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)

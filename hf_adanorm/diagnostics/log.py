@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_adanorm._tables import counted, html_table, text_table
+
 HISTOGRAM_RANGE = (-12.0, 12.0)
 HISTOGRAM_BINS = 96
 
@@ -23,6 +25,7 @@ OUTPUT_FIELDS = ("grad_output_mean", "grad_output_var", "grad_detached_mean", "g
 INPUT_FIELDS = ("grad_input_mean", "grad_input_var")
 FIELDS = (*FORWARD_FIELDS, *OUTPUT_FIELDS, *INPUT_FIELDS, "grad_norm_before", "grad_norm_after")
 """The statistics of a `NormRecord`, in order."""
+_HEADER = ("name", "norm", *FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,19 +164,17 @@ class NormLog:
             (name, kinds[name], *(f"{values[field][i]:.3g}" for field in FIELDS)) for i, name in enumerate(self.names)
         ]
 
+    def _summary(self) -> str:
+        counts = f"{counted(len(self.names), 'norm')}, {counted(len(self.steps), 'step')} recorded"
+        return f"{self.model_class}: {counts}{' (averages over steps)' if len(self.steps) > 1 else ''}"
+
     def __str__(self) -> str:
-        header = ("name", "norm", *FIELDS)
-        table = [header, *self._table()]
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
-        summary = (
-            f"{self.model_class}: {len(self.names)} norms, {len(self.steps)} steps recorded (averages over steps)"
-        )
-        return "\n".join([summary, *lines])
+        return f"{self._summary()}\n{text_table(_HEADER, self._table())}" if self.records else self._summary()
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._table(), self._summary())
 
 
 def _mean_over_steps(values: Tensor) -> list[float]:

@@ -7,7 +7,6 @@ differs is the innermost one at which the models part.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import check_module
 from hf_adanorm.modeling_adanorm import check_number
 from hf_adanorm.running import evaluating, hooked
+
+_HEADER = ("module", "class", "max |a - b|", "relative", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +86,8 @@ class OutputComparison:
         return f"{differing} of {len(self.rows)} outputs differ by more than {self.tolerance:g}, the first is {where}"
 
     def __str__(self) -> str:
-        header = ("module", "class", "max |a - b|", "relative", "")
-        table = [header, *self._lines()]
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
-        return "\n".join([self._summary(), *lines, *self._left_over()])
+        table = [] if self.first is None else [text_table(_HEADER, self._lines())]  # where nothing differs, one line
+        return "\n".join([self._summary(), *table, *self._left_over()])
 
     __repr__ = __str__
 
@@ -99,14 +96,8 @@ class OutputComparison:
         return [f"only in the {which} model: {', '.join(names)}" for which, names in both if names]
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-            for line in self._lines()
-        )
-        head = "".join(f"<th>{name}</th>" for name in ("module", "class", "max |a - b|", "relative", ""))
-        return (
-            f"<p>{html.escape(self._summary())}</p><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
-        )
+        more = [(line.partition(":")[0], line.partition(": ")[2]) for line in self._left_over()]
+        return html_table(_HEADER, [] if self.first is None else self._lines(), self._summary(), more)
 
 
 def compare_outputs(

@@ -7,6 +7,7 @@ marker as well, so that they can be told apart in black and white.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -184,19 +185,19 @@ def plot_heatmap(log: NormLog, field: str = "grad_input_var", *, ax: Axes | None
     scale = None
     if len(positive) and not field.startswith(("share", "input")):
         scale = LogNorm(float(positive.min()), float(positive.max()) * (1 + 1e-9))
-    steps = log.steps
-    mesh = ax.pcolormesh(
-        steps if len(steps) > 1 else [steps[0] - 0.5, steps[0] + 0.5],
-        range(1, len(values) + 1) if len(values) > 1 else [0.5, 1.5],
-        values.numpy(),
-        norm=scale,
-        cmap="cividis",
-        shading="nearest" if len(steps) > 1 and len(values) > 1 else "auto",
-    )
+    edges = (_edges(log.steps), _edges(range(1, len(values) + 1)))
+    mesh = ax.pcolormesh(*edges, values.numpy(), norm=scale, cmap="cividis")
     ax.figure.colorbar(mesh, ax=ax).set_label(LABELS[field], fontsize=9)
     _finish(ax, "training step", DEPTH)
     ax.grid(visible=False)
     return ax
+
+
+def _edges(centers: Sequence[int]) -> list[float]:
+    """Borders of cells around `centers`: half-way between neighbours, as far beyond the first and the last."""
+    middle = [(a + b) / 2 for a, b in itertools.pairwise(centers)] or [centers[0] + 0.5]
+    first = 2 * centers[0] - middle[0]
+    return [first, *middle, 2 * centers[-1] - middle[-1]] if len(centers) > 1 else [first, *middle]
 
 
 def plot_losses(

@@ -25,7 +25,6 @@ does to the scale.
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
 from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number
 from hf_adanorm.running import dummy_inputs, hooked, run
@@ -45,6 +45,9 @@ from .fit import fold_by_fit
 from .plan import TOLERANCES, FoldedNorm, FoldPlan, eps_name
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
+
+
+_HEADER = ("norm", "action", "consumers, or why not")
 
 
 @dataclass(frozen=True)
@@ -82,21 +85,14 @@ class FoldReport:
             )
             text += f" and {len(self.changed) - 4} more" if len(self.changed) > 4 else ""
         if self.added_biases:
-            text += f"; {len(self.added_biases)} biases added"
+            text += f"; {len(self.added_biases)} bias{'es' if len(self.added_biases) > 1 else ''} added"
         return text
 
     def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
-        lines = [f"{name:<{widths[0]}}  {action:<{widths[1]}}  {detail}".rstrip() for name, action, detail in rows]
-        return "\n".join([*lines, self._summary()])
+        return f"{text_table(_HEADER, self._rows())}\n{self._summary()}" if self.norms else self._summary()
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
-        )
-        head = "<tr><th>norm</th><th>action</th><th>consumers, or why not</th></tr>"
-        return f"<table>{head}{cells}</table><p>{html.escape(self._summary())}</p>"
+        return html_table(_HEADER, self._rows(), self._summary())
 
 
 def fold_affine(

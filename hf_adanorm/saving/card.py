@@ -30,6 +30,12 @@ END = "<!-- hf_adanorm: end -->"
 CARD_NAME, EVAL_RESULTS = "README.md", ".eval_results"
 PROJECT = "https://github.com/hf-adanorm/hf-adanorm"  # as in pyproject.toml
 INSTALL = f"pip install git+{PROJECT}"
+_FADING = {  # by whether gains and biases are on their way out, or settings alone on their way in
+    True: "It was saved before the end of a fade, with gains and biases on their way out in the checkpoint: `set_fade` or "
+    "`FadeCallback` of hf_adanorm goes on with it, `finish_fading` ends it.",
+    False: "It was saved before the end of a ramp that takes the settings below from where they change nothing (k from "
+    "0, C from 1): `set_fade` or `FadeCallback` of hf_adanorm goes on with it, `finish_fading` ends it.",
+}
 _MAX_NAMES = 8  # of a group that the table lists; the list below it has all
 
 # What a pipeline takes and gives, by task; LABEL stands for a label of the model's.
@@ -290,7 +296,7 @@ def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec],
 
     groups = [(group, where) for where, spec in specs.items() for group in spec.groups]
     names = ", ".join(dict.fromkeys(group.kind.title for group, _ in groups))
-    fading = any(group.fade is not None for group, _ in groups)
+    fading = [group.fade for group, _ in groups if group.fade is not None]
     architecture = _architecture(config)
     targets = {
         auto: reference.rpartition(".")[2]
@@ -304,9 +310,7 @@ def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec],
     source = (Path(__file__).with_name("card.md.jinja")).read_text(encoding="utf-8")
     section = jinja2.Template(source, trim_blocks=True, lstrip_blocks=True).render(
         heading=f"Swapped norms: {names}" if groups else "Folded norms",
-        about="It was saved in the middle of a fade: what is left of gains and biases is in the checkpoint."
-        if fading
-        else "The swapped layers have no gain and no bias.",
+        about=_FADING[any(fading)] if fading else "The swapped layers have no gain and no bias.",
         rows=[_row(group, where) for group, where in groups],
         auto=next(matching, "AutoModel"),
         trusted=bool(targets),

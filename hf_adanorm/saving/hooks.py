@@ -31,6 +31,7 @@ from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
@@ -40,7 +41,7 @@ from hf_adanorm.modeling_adanorm import NOTICE, AdaNormSpec, add_notice, apply_s
 
 from . import adapters, card
 from .files import write_file
-from .spec import differences, has_spec, in_words, refresh_specs, spec_in_file
+from .spec import differences, has_spec, in_words, refresh_specs, spec_in_file, swapped_norms
 from .wrapping import unwrap_methods, when_imported, wrap_method
 
 FILE_NAME = "modeling_adanorm.py"
@@ -178,7 +179,17 @@ def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound
         _SAVING.reset(token)
     for note in saving.notes:
         warnings.warn(note, stacklevel=3)
+    if any(_waits_to_fade(norm) for _, norm in swapped_norms(model)):
+        modeling_adanorm.warn_of_still_fade()
     return result
+
+
+def _waits_to_fade(norm: nn.Module) -> bool:
+    """Whether nothing has set the progress of its fade since it was made: a write to a tensor raises its version."""
+    progress = norm._buffers.get("fade_progress")
+    if progress is None or progress.is_meta or progress.is_inference():
+        return False
+    return progress._version == 0 and float(progress) == 0.0
 
 
 def _keep_out_of_the_index(folder: Path) -> None:

@@ -18,9 +18,18 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from hf_adanorm import FadeCallback, calibrate_k, finish_fading, patch_model, set_fade, unpatch_model
+from hf_adanorm import (
+    FadeCallback,
+    calibrate_k,
+    finish_fading,
+    inspect_model,
+    modeling_adanorm,
+    patch_model,
+    set_fade,
+    unpatch_model,
+)
 from hf_adanorm.fading import fade_at
 from hf_adanorm.running import dummy_inputs
 from tests.zoo.fold_models import build
@@ -481,3 +490,69 @@ def test_numpy_counts_are_counts() -> None:
     assert FadeCallback(np.int64(10)).progress(step=10, max_steps=100) == 1.0
     with pytest.raises(ValueError, match="at most 1"):
         FadeCallback(np.float32(300))
+
+
+# ------------------------------------------------------------------------------------------- a fade that nobody moves
+
+
+@pytest.fixture
+def unsaid():
+    modeling_adanorm.warn_of_still_fade.cache_clear()
+
+
+def waiting(affine: str) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 16, "n_positions": 8}
+    return patch_model(GPT2LMHeadModel(GPT2Config(**sizes)), "adanorm", affine=affine, C=1.5)
+
+
+@pytest.mark.parametrize("affine", ["fold", "fade"])
+def test_training_that_never_moves_a_fade_is_told_once(affine, unsaid):
+    norm = waiting(affine).transformer.ln_f.train()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3 * modeling_adanorm.PATIENCE):
+            norm(torch.ones(1, 8))
+    (only,) = map(str, (warning.message for warning in said))
+    assert "FadeCallback" in only
+    assert "set_fade(model, t)" in only
+
+
+def test_training_that_moves_the_fade_is_told_nothing(unsaid):
+    model = waiting("fold")
+    norm = model.transformer.ln_f.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3 * modeling_adanorm.PATIENCE):
+            norm(torch.ones(1, 8))
+            if step % 50 == 0:  # many passes to a step, and a fade that begins late
+                set_fade(model, 0.0)
+
+
+def test_saving_a_fade_that_nothing_has_moved_is_told_once(tmp_path, unsaid):
+    model = waiting("fade")
+    with pytest.warns(UserWarning, match="FadeCallback"):
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    modeling_adanorm.warn_of_still_fade.cache_clear()
+    set_fade(model, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("affine", "t", "said"),
+    [
+        ("fold", 0.0, "C=1 -> 1.5, k=0 -> 0.1, ramp at 0 %)"),
+        ("fold", 0.25, "C=1.125 -> 1.5, k=0.025 -> 0.1, ramp at 25 %)"),
+        ("fade", 1.0, "C=1.5 -> 1.5, k=0.1 -> 0.1, fade of gain and bias at 100 %)"),
+    ],
+)
+def test_a_norm_says_what_it_computes_now_and_where_it_goes(affine, t, said):
+    model = waiting(affine)
+    set_fade(model, t)
+    assert repr(model.transformer.ln_f).endswith(said)
+    assert said in str(inspect_model(model))

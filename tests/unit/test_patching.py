@@ -630,10 +630,30 @@ def test_report_as_text_groups_by_class_and_says_why() -> None:
     text = str(inspect_model(model, exclude=["embeddings.LayerNorm"]))
     lines = text.splitlines()
     assert lines[0].startswith("BertForMaskedLM: 6 norms, 2 swapped (128 parameters removed), 3 would be swapped (192")
-    assert "1 left alone" in lines[0]
-    assert any(line.startswith("2 ") and "AdaNorm((32,)" in line and "C=1.3" in line for line in lines)
-    assert any(line.startswith("3 ") and "LayerNorm" in line and "would be swapped" in line for line in lines)
-    assert any(line.startswith("1 ") and "left alone: exclude" in line for line in lines)
+    assert "1 not chosen, 0 left alone" in lines[0]
+    assert any(line.startswith("1 ") and "AdaNorm((32,)" in line and "C=1.3" in line for line in lines)
+    assert any(line.startswith("1 ") and "would be swapped" in line and line.endswith("(1)") for line in lines)
+    assert any(line.startswith("1 ") and "not chosen: exclude" in line for line in lines)
+
+
+def test_lines_of_a_report_can_be_pasted_into_include() -> None:
+    model = tiny()
+    for count, *_, names in inspect_model(model).table():
+        again = inspect_model(model, include=[names])
+        assert str(again.num_swappable) == count
+
+
+def test_after_a_patch_of_some_norms_the_others_read_not_chosen() -> None:
+    report = inspect_model(patch_model(tiny(), layers=[0]))
+    assert {report.status(row) for row in report.rows if not row.is_swapped} == {"not chosen"}
+    assert "4 not chosen" in str(report)
+    assert "would be swapped" in str(inspect_model(patch_model(tiny(), layers=[0]), targets="all"))
+
+
+def test_every_name_is_told_on_request() -> None:
+    text = inspect_model(tiny()).every_name()
+    assert text.count("would be swapped") == 6
+    assert "bert.encoder.layer.1.output.LayerNorm" in text
 
 
 def test_report_as_html_holds_the_same_cells_escaped() -> None:

@@ -181,7 +181,7 @@ def llama() -> LlamaModel:
 
 
 def test_targets_default_leaves_rmsnorms_alone_and_says_so() -> None:
-    with pytest.raises(ValueError, match="targets='layernorm'"):
+    with pytest.raises(ValueError, match="an RMSNorm, which targets='rmsnorm' swaps"):
         patch_model(llama())
 
 

@@ -1,0 +1,102 @@
+"""The one way in which reports become tables: as text that fits a terminal, as HTML for notebooks light and dark."""
+
+from __future__ import annotations
+
+import html
+import shutil
+import textwrap
+from collections.abc import Sequence
+
+Row = Sequence[str]
+
+_NARROWEST = 24  # characters down to which a column of sentences is wrapped
+# Colours are the page's own, and a grey that shows on white and on black: a notebook may be either.
+_STYLE = (
+    "<style>.hf-adanorm{max-height:32em;overflow:auto;margin:.5em 0}"
+    ".hf-adanorm table{border-collapse:collapse;color:inherit;background:transparent;font-size:90%}"
+    ".hf-adanorm th,.hf-adanorm td{text-align:left;vertical-align:top;padding:.25em .8em;color:inherit;"
+    "border-bottom:1px solid rgba(128,128,128,.35)}"
+    ".hf-adanorm th{cursor:pointer;white-space:nowrap;border-bottom-width:2px}"
+    ".hf-adanorm tbody tr:nth-child(even){background:rgba(128,128,128,.12)}"
+    ".hf-adanorm td.number{text-align:right;font-variant-numeric:tabular-nums}</style>"
+)
+# A click on a heading sorts by that column, and back: by numbers where the cells start with one.
+_SORT = (
+    "const b=this.closest('table').tBodies[0],i=this.cellIndex,s=this.dataset.s=-(this.dataset.s||-1);"
+    "[...b.rows].sort((p,q)=>{const x=p.cells[i].innerText,y=q.cells[i].innerText,d=parseFloat(x)-parseFloat(y);"
+    "return s*(isNaN(d)?x.localeCompare(y):d)}).forEach(r=>b.append(r))"
+)
+
+
+def counted(number: int, noun: str) -> str:
+    """
+    >>> counted(1, "step"), counted(1200, "norm")
+    ('1 step', '1,200 norms')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def text_table(header: Row, rows: Sequence[Row], width: int | None = None) -> str:
+    """A table in `width` characters (None: those of the terminal, 120 without one).
+
+    Where it is wider, columns of sentences are wrapped; what still does not fit goes below, after the first column
+    once more.
+
+    >>> print(text_table(("norm", "status"), [("a.b", "swapped"), ("c", "left alone")]))
+    norm  status
+    ----  ----------
+    a.b   swapped
+    c     left alone
+    """
+    room = width or shutil.get_terminal_size((120, 24)).columns
+    lines = [tuple(header), *map(tuple, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    while (over := sum(widths) + 2 * (len(widths) - 1) - room) > 0:
+        least = [max((len(word) for line in lines for word in line[i].split()), default=0) for i in range(len(widths))]
+        spare = [width - max(_NARROWEST, low) for width, low in zip(widths, least, strict=True)]
+        at = max(range(len(widths)), key=spare.__getitem__)
+        if spare[at] <= 0:
+            break
+        widths[at] -= min(over, spare[at])
+    blocks: list[list[int]] = [[0]]
+    for i in range(1, len(widths)):
+        if len(blocks[-1]) > 1 and sum(widths[j] + 2 for j in blocks[-1]) + widths[i] > room:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return "\n\n".join(_block(lines, [widths[i] for i in block], block) for block in blocks)
+
+
+def _block(lines: Sequence[Row], widths: Sequence[int], columns: Sequence[int]) -> str:
+    out = []
+    for number, line in enumerate(lines):
+        cells = [textwrap.wrap(line[i], max(w, 1), break_long_words=False, break_on_hyphens=False) or [""]
+                 for i, w in zip(columns, widths, strict=True)]  # fmt: skip
+        for part in range(max(map(len, cells))):
+            texts = (cell[part] if part < len(cell) else "" for cell in cells)
+            out.append("  ".join(text.ljust(w) for text, w in zip(texts, widths, strict=True)).rstrip())
+        if number == 0:
+            out.append("  ".join("-" * w for w in widths))
+    return "\n".join(out)
+
+
+def html_table(header: Row, rows: Sequence[Row], summary: str = "", more: Sequence[tuple[str, str]] = ()) -> str:
+    """The table for a notebook: sorts by a click on a heading, scrolls where it is long.
+
+    Args:
+        summary: a sentence above it.
+        more: (what it is, text) of parts that open with a click.
+    """
+    head = "".join(f'<th onclick="{_SORT}">{html.escape(name)}</th>' for name in header)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    parts = "".join(
+        f"<details><summary>{html.escape(title)}</summary><pre style='color:inherit;background:transparent'>"
+        f"{html.escape(text)}</pre></details>"
+        for title, text in more
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
+    return f'{_STYLE}<p>{html.escape(summary)}</p><div class="hf-adanorm">{table}</div>{parts}'
+
+
+def _cell(text: str) -> str:
+    is_number = text[:1].isdigit() or (text[:1] in "+-." and text[1:2].isdigit())
+    return f"<td{' class=number' if is_number and ' ' not in text else ''}>{html.escape(text)}</td>"

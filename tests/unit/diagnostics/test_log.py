@@ -1,0 +1,40 @@
+"""How a log of norms is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from hf_adanorm.diagnostics.log import FIELDS, NormLog, NormRecord
+
+
+def log(*steps: int, norms: int = 1) -> NormLog:
+    made = NormLog("Model", 1, 0.1)
+    made.records = [
+        NormRecord(step=step, name=f"n{i}", norm="adanorm", num_rows=1, **dict.fromkeys(FIELDS, math.pi))
+        for step in steps
+        for i in range(norms)
+    ]
+    return made
+
+
+def test_one_is_not_many():
+    assert str(log(1)).startswith("Model: 1 norm, 1 step recorded\n")
+    assert str(log(1, 2, norms=2)).startswith("Model: 2 norms, 2 steps recorded (averages over steps)\n")
+    assert str(log()) == "Model: 0 norms, 0 steps recorded"
+
+
+@pytest.mark.parametrize(("steps", "norms"), [((1,), 3), ((1, 5), 1), ((7,), 1), ((1, 2, 9), 2)])
+def test_a_heatmap_shows_every_step_and_norm(steps, norms):
+    plots = pytest.importorskip("matplotlib") and pytest.importorskip("hf_adanorm.diagnostics.plots")
+    mesh = plots.plot_heatmap(log(*steps, norms=norms)).collections[0]
+    assert mesh.get_array().shape == (norms, len(steps))
+
+
+def test_the_html_holds_all_numbers():
+    records = log(1, 2, norms=2).records
+    page = log(1, 2, norms=2)._repr_html_()
+    assert page.count("3.14") == 2 * len(FIELDS)
+    assert all(name in page for name in (*dataclasses.asdict(records[0]), "norm") if name in FIELDS)
