@@ -85,6 +85,7 @@ def set_fade(model: nn.Module, t: float | Tensor, *, order: Order = "together") 
     for index, (_, norm) in enumerate(norms):
         value = progress if order == "together" else min(max(len(norms) * progress - index, 0.0), 1.0)
         norm.fade_progress.fill_(value)  # type: ignore[operator]
+        norm.__dict__["_fade_is_led"] = True  # so that saving does not warn of a fade that nobody moves
 
 
 def finish_fading(model: nn.Module) -> None:

@@ -31,10 +31,10 @@ CARD_NAME, EVAL_RESULTS = "README.md", ".eval_results"
 PROJECT = "https://github.com/hf-adanorm/hf-adanorm"  # as in pyproject.toml
 INSTALL = f"pip install git+{PROJECT}"
 _FADING = {  # by whether gains and biases are on their way out, or settings alone on their way in
-    True: "It was saved before the end of a fade, with gains and biases on their way out in the checkpoint: `set_fade` or "
-    "`FadeCallback` of hf_adanorm goes on with it, `finish_fading` ends it.",
-    False: "It was saved before the end of a ramp that takes the settings below from where they change nothing (k from "
-    "0, C from 1): `set_fade` or `FadeCallback` of hf_adanorm goes on with it, `finish_fading` ends it.",
+    True: "It was saved before the end of a fade, with gains and biases on their way out in the checkpoint: "
+    "`set_fade` or `FadeCallback` of hf_adanorm goes on with it, `finish_fading` ends it.",
+    False: "It was saved before the end of a ramp that takes the settings below from where they change nothing (k "
+    "from 0, C from 1): `set_fade` or `FadeCallback` of hf_adanorm goes on with it, `finish_fading` ends it.",
 }
 _MAX_NAMES = 8  # of a group that the table lists; the list below it has all
 

@@ -185,11 +185,11 @@ def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound
 
 
 def _waits_to_fade(norm: nn.Module) -> bool:
-    """Whether nothing has set the progress of its fade since it was made: a write to a tensor raises its version."""
+    """Whether its fade is at its start and `set_fade` was never asked, not even to leave it there."""
     progress = norm._buffers.get("fade_progress")
-    if progress is None or progress.is_meta or progress.is_inference():
+    if progress is None or progress.is_meta or "_fade_is_led" in norm.__dict__:
         return False
-    return progress._version == 0 and float(progress) == 0.0
+    return float(progress) == 0.0
 
 
 def _keep_out_of_the_index(folder: Path) -> None:
