@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
@@ -47,7 +48,7 @@ class Fate:
         self.over = threading.Event()
 
     def share(self) -> None:
-        """From here on, where one process ends by `end`, all do."""
+        """From here on, where one process ends by `end` or by an exception that nobody catches, all do."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
         thread = threading.Thread(target=self._watch, daemon=True)
@@ -57,7 +58,14 @@ class Fate:
             self.over.set()
             thread.join()
 
+        def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            sys.__excepthook__(kind, error, trace)
+            if issubclass(kind, Exception):
+                with suppress(RuntimeError):  # the store ended with its process
+                    self.end(f"{kind.__name__}: {error}", 1)
+
         atexit.register(rest)
+        sys.excepthook = uncaught
 
     def end(self, message: str, code: int) -> NoReturn:
         """Say `message` and end the process, and the others of the run, with `code`."""
