@@ -1172,7 +1172,7 @@ def find_modules(
     if all(found.values()) or written in (None, transformers.__version__):
         return spec, found
     claimed = {name for hits in found.values() for name in hits}
-    free = [tables[0][name] for name, module in by_name.items() if name not in claimed and _has_gain(module)]
+    free = [tables[0][name] for name, module in by_name.items() if name not in claimed and _has_gain(name, module)]
     renamed = _renamed_by_place([pattern for pattern, hits in found.items() if not hits], free)
     spec = spec.renamed(renamed)
     found = {
@@ -1217,8 +1217,8 @@ def _renamed_by_place(lost: Iterable[str], free: Iterable[str]) -> dict[str, str
     return renamed
 
 
-def _has_gain(module: nn.Module) -> bool:
-    return _may_be_norm(module) and isinstance(getattr(module, "weight", None), Tensor)
+def _has_gain(name: str, module: nn.Module) -> bool:
+    return _may_be_norm(name, module, False) and isinstance(getattr(module, "weight", None), Tensor)
 
 
 # -------------------------------------------------------------------------------------------------- the swap
