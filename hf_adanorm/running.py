@@ -220,13 +220,14 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
     for rows, video in ((2, False), (1, False), (2, True)):
         try:
             inputs = _build(model, rows, video)
-            run(model, inputs)
+            padded, _ = with_masks(model, inputs)
+            if padded.keys() == inputs.keys():
+                run(model, inputs)
         except MemoryError:
             raise
         except Exception as exception:
             error = error or exception
             continue
-        padded, _ = with_masks(model, inputs)
         for key, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
             if key in padded and mask in padded:
                 _end_before_padding(padded[key], padded[mask], getattr(model.config, "pad_token_id", None))

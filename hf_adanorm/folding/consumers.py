@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,10 @@ class Trace:
     """A dropout layer (idle while watching) stands between."""
     unsure: bool = False
     """Multiplied by ones, filled or padded nowhere: what masked and padded nothing while watching says nothing."""
+
+    def whole(self) -> bool:
+        """Whether every bias arrives as it is."""
+        return bool((_thin(self.factor) == 1).all())
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,18 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def _thin(shadow: Tensor, keep: int | None = None) -> Tensor:
+    """A shadow without the repetitions of an expanded one (but along the dimension `keep`), which are most of it."""
+    for dim, stride in enumerate(shadow.stride()):
+        if stride == 0 and dim != keep:
+            shadow = shadow.narrow(dim, 0, min(shadow.shape[dim], 1))
+    return shadow
+
+
 def _columns(trace: Trace, dim: int) -> tuple[int, ...] | None:
     """The channel of every index along `dim`, or None where one index mixes several."""
-    channel = trace.channel.movedim(dim, -1).flatten(0, -2) if trace.channel.ndim > 1 else trace.channel[None]
+    channel = _thin(trace.channel, dim)
+    channel = channel.movedim(dim, -1).flatten(0, -2) if channel.ndim > 1 else channel[None]
     high = channel.amax(0)
     low = torch.where(channel == PADDING, high, channel).amin(0)
     return tuple(high.tolist()) if torch.equal(low, high) else None
@@ -201,7 +215,8 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.norms = {name: shape for name, (shape, _) in norms.items()}
         self.channel_dims = {name: 1 if channels_first else -1 for name, (_, channels_first) in norms.items()}
         self.seen = Watched(uses={}, linear_calls={}, ran={})
-        self.traces: dict[int, tuple[Tensor, dict[Source, Trace]]] = {}  # the tensor is held, so its id stays its own
+        # By id; a tensor that is gone takes its shadows with it.
+        self.traces: dict[int, tuple[weakref.ref[Tensor], dict[Source, Trace]]] = {}
         self.storages: set[int] = set()
         self.muted = 0
         self.stack: list[str] = []
@@ -225,12 +240,17 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def tag(self, tensor: Tensor, traces: dict[Source, Trace]) -> None:
         if traces:
-            self.traces[id(tensor)] = (tensor, {**self.get(tensor), **traces})
+            key = id(tensor)
+            self.traces[key] = (
+                weakref.ref(tensor, lambda _: self.traces.pop(key, None)),
+                {**self.get(tensor), **traces},
+            )
             self.storages.add(_storage(tensor))
             self.storages.discard(0)
 
     def get(self, tensor: Tensor) -> dict[Source, Trace]:
-        return self.traces.get(id(tensor), (None, {}))[1]
+        reference, traces = self.traces.get(id(tensor), (None, {}))
+        return traces if reference is not None and reference() is tensor else {}
 
     def use(self, source: Source, use: Use) -> None:
         kind, name = source
@@ -252,8 +272,8 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not traces and _storage(tensor) in self.storages:
                 # The same memory through a door we did not see (NumPy, say): blame every source that lives there.
                 shared = _storage(tensor)
-                for other, others in self.traces.values():
-                    if _storage(other) == shared:
+                for reference, others in self.traces.values():
+                    if (other := reference()) is not None and _storage(other) == shared:
                         for source in others:
                             self.use(source, OtherUse(f"{operation} (through an alias)", where))
 
@@ -311,7 +331,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read = -1
         for tensor in _tensors((args, kwargs)):
             for source, trace in self.get(tensor).items():
-                if source[0] == "sum" and bool((trace.factor == 1).all()) and not trace.unsure:
+                if source[0] == "sum" and trace.whole() and not trace.unsure:
                     self.seen.sum_readers.setdefault(int(source[1]), []).append(name)
                     read = int(source[1])
                 else:
@@ -335,8 +355,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if columns is None or len(columns) != num_inputs(module):
                     self.use(source, OtherUse("a linear layer that mixes its channels", name))
                     continue
-                own = trace.channel >= 0
-                arrives = bool((trace.factor[own] == 1).all()) and not bool((trace.channel == PADDING).any())
+                channel = _thin(trace.channel)
+                arrives = not bool((channel == PADDING).any())
+                arrives = arrives and bool(((_thin(trace.factor) == 1) | (channel < 0)).all())
                 if source[0] == "norm":
                     call[source[1]] = columns
                     self.use(
@@ -454,7 +475,11 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ones = isinstance(other, Tensor) and other.numel() > 1 and bool((other == 1).all())
         amount = other.double() if isinstance(other, Tensor) else float(other)
         for source, trace in self.get(tensor).items():
-            factor = trace.factor * amount if packet is aten.mul else trace.factor / amount
+            if source[0] != "norm" and isinstance(other, Tensor) and other.numel() > 1:  # no sum as it is, in any case
+                self.use(source, OtherUse(packet.__name__, self.stack[-1] if self.stack else ""))
+                continue
+            thin = _thin(trace.factor)
+            factor = thin * amount if packet is aten.mul else thin / amount
             channel = trace.channel.expand(out.shape)
             self.tag(out, {source: Trace(channel, factor.expand(out.shape), trace.dropout, trace.unsure or ones)})
         return True
@@ -485,7 +510,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(of_norm) != 1 or len(of_branch) != 1 or norm.shape != branch.shape or norm is branch:
             return False
         (source, trace), (other, branch_trace) = *of_norm.items(), *of_branch.items()
-        whole = all(bool((t.factor == 1).all()) and not t.unsure for t in (trace, branch_trace))
+        whole = all(t.whole() and not t.unsure for t in (trace, branch_trace))
         if (source[0], other[0]) != ("norm", "linear") or not whole:
             return False
         if not torch.equal(trace.channel, branch_trace.channel):

@@ -30,6 +30,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,7 +43,7 @@ from hf_adanorm.swapping import Change, Options, all_or_nothing, apply_plan, mak
 
 from .consumers import is_side_output, named_outputs
 from .fit import fold_by_fit
-from .plan import TOLERANCES, FoldedNorm, FoldPlan, eps_name
+from .plan import BLOCK, TOLERANCES, FoldedNorm, FoldPlan, eps_name
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
 
@@ -298,7 +299,10 @@ def _difference(old: Tensor, new: Tensor) -> float:
     """Largest difference, relative to the largest value; 0 for what holds no floating-point numbers."""
     if not old.is_floating_point() or old.numel() == 0:
         return 0.0
-    finite = old.isfinite()  # a fully masked row is NaN before and after
-    gap = (new.double() - old.double())[finite].abs()
-    scale = old.double()[finite].abs()
-    return float(gap.max() / scale.max().clamp_min(1e-30)) if gap.numel() else 0.0
+    gaps, scales = [], []
+    for a, b in zip(*(torch.split(tensor.flatten(), BLOCK) for tensor in (old, new)), strict=True):
+        finite = a.isfinite()  # a fully masked row is NaN before and after
+        a = torch.where(finite, a, 0.0).double()
+        gaps.append((torch.where(finite, b, 0.0).double() - a).abs().max())
+        scales.append(a.abs().max())
+    return float(torch.stack(gaps).max() / torch.stack(scales).max().clamp_min(1e-30))

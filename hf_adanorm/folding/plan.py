@@ -31,7 +31,7 @@ from .consumers import (
 
 # The types of weights that can be folded into, and how far the outputs may move by rounding.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_BLOCK = 1 << 20  # elements of a weight that are folded at a time
+BLOCK = 1 << 18  # elements of a weight that are folded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +350,7 @@ class FoldPlan:
         once = not self.pending[name] and name not in self.masters
         blocks = [slice(None)]
         if once and isinstance(module, nn.Linear):
-            rows = max(_BLOCK // weight.shape[1], 1)
+            rows = max(BLOCK // weight.shape[1], 1)
             blocks = [slice(start, start + rows) for start in range(0, outputs, rows)]
         biases = []
         for block in blocks:
@@ -360,7 +360,7 @@ class FoldPlan:
             if self.pending[name]:  # another norm's fold comes
                 self.masters[name] = after
             new, new_bias = (value.to(weight.dtype) for value in after)
-            if not bool(new.isfinite().all() and new_bias.isfinite().all()):
+            if not all(bool(value.sum(dtype=torch.float64).isfinite()) for value in (new, new_bias)):
                 finite = bool(part.isfinite().all() and old_bias.isfinite().all())
                 raise RuntimeError(
                     f"folding into {name} overflows {weight.dtype}; the model is as it was. Fold in float32"
