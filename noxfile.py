@@ -1,0 +1,106 @@
+"""The matrix of versions: `make versions`, or single cells by the names of `nox --list`, each in its own environment.
+
+    nox                                                    # the cells of CELLS, `lowest` and `checkpoints`
+    nox -s "versions-3.12(transformers='5.24.0', torch='2.6.0')"
+    nox -s table                                           # what has run so far, as a table
+
+A cell installs the package with everything its tests need and runs the core suites: 5 to 15 minutes on two cores.
+The first cell with a version of torch fetches it, 3 GB to download and 5 GB of disk for a build with CUDA, 0.2 GB and
+1 GB with UV_TORCH_BACKEND=cpu; cells share it by hard links. The rest of an environment is 2 GB, shared as well.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import nox
+
+# Oldest, middle and newest. Of the 27 cells, these nine have every pair of two versions once.
+PYTHON = ["3.11", "3.12", "3.13"]
+TRANSFORMERS = ["5.0.0", "5.12.1", "5.24.0"]
+TORCH = ["2.6.0", "2.13.0", "2.14.1"]
+CELLS = [(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 0, 1), (1, 1, 2), (1, 2, 0), (2, 0, 2), (2, 1, 0), (2, 2, 1)]
+
+SUITES = ["tests/unit", *(f"tests/integration/test_{name}.py" for name in ("saving", "security", "hub", "trainer"))]
+RESULTS = Path("outputs/versions.jsonl")
+EXTRAS = ("cli", "plots", "recipes", "test")
+
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = [
+    *(f"versions-{PYTHON[p]}(transformers='{TRANSFORMERS[t]}', torch='{TORCH[c]}')" for p, t, c in CELLS),
+    "lowest",
+    "checkpoints",
+    "table",
+]
+
+
+def run_suites(session: nox.Session) -> None:
+    """Run the core suites and add a line to RESULTS: what ran with which versions, and what came of it."""
+    report = Path(session.create_tmp(), "report.xml").resolve()
+    session.run(
+        "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *(session.posargs or SUITES),
+        env={"OMP_NUM_THREADS": "1"}, success_codes=[0, 1],
+    )  # fmt: skip
+    told = session.run(
+        "python",
+        "-c",
+        "import json, sys, torch, transformers as t; print(json.dumps([sys.version.split()[0], t.__version__, "
+        "torch.__version__]))",
+        silent=True,
+    )
+    suite = ET.parse(report).getroot()[0]
+    row = dict(zip(("python", "transformers", "torch"), json.loads(told.splitlines()[-1]), strict=True))
+    row["cell"] = session.name
+    row |= {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    row["seconds"] = round(float(suite.get("time", 0)))
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    if row["failures"] or row["errors"]:
+        session.error(f"{row['failures']} tests failed, {row['errors']} with errors")
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("torch", TORCH)
+@nox.parametrize("transformers", TRANSFORMERS)
+def versions(session: nox.Session, transformers: str, torch: str) -> None:
+    """The core suites with one version each of Python, transformers and torch; the rest as new as they allow."""
+    session.install(f"torch=={torch}", f"transformers=={transformers}", "-e", f".[{','.join(EXTRAS)}]")
+    run_suites(session)
+
+
+@nox.session(python=PYTHON[0])
+def lowest(session: nox.Session) -> None:
+    """The core suites with every dependency at the lower bound that pyproject.toml gives."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = [*project["dependencies"], *(need for extra in EXTRAS for need in project["optional-dependencies"][extra])]
+    session.install(*(need.replace(">=", "==") for need in needs), "-e", ".")
+    run_suites(session)
+
+
+@nox.session(python=PYTHON[0])
+def checkpoints(session: nox.Session) -> None:
+    """Checkpoints saved under each version of transformers, loaded under every other."""
+    folder, script = Path(session.create_tmp(), "checkpoints"), "tests/campaigns/checkpoints.py"
+    session.install(f"torch=={TORCH[1]}", "-e", f".[{','.join(EXTRAS)}]")
+    for what in (["save", folder], ["load", folder], ["load", folder, "--trust"]):
+        for version in TRANSFORMERS:
+            session.install(f"transformers=={version}")
+            session.run("python", script, *map(str, what), env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    session.run("python", script, "report", str(folder))
+
+
+@nox.session(venv_backend="none")
+def table(session: nox.Session) -> None:
+    """The results so far as a table in Markdown, the last run of each cell."""
+    rows = {(row := json.loads(line))["cell"]: row for line in RESULTS.read_text(encoding="utf-8").splitlines()}
+    print("| Python | transformers | torch | passed | skipped | failed | minutes |\n|---|---|---|---|---|---|---|")
+    for row in rows.values():
+        failed = row["failures"] + row["errors"]
+        passed = row["tests"] - failed - row["skipped"]
+        print("| {python} | {transformers} | {torch} |".format(**row), end="")
+        print(f" {passed} | {row['skipped']} | {failed} | {row['seconds'] / 60:.0f} |")
