@@ -82,7 +82,9 @@ def push(folder: Path) -> dict[str, Any]:
         reference[repo] = logits(model)
 
     model = build()
-    model.save_pretrained(folder / "saved", push_to_hub=True, repo_id="me/saved", commit_message="Saved and pushed")
+    model.save_pretrained(
+        str(folder / "saved"), push_to_hub=True, repo_id="me/saved", commit_message="Saved and pushed"
+    )
     reference["me/saved"] = logits(model)
     model.config.save_pretrained(str(folder / "config"), push_to_hub=True, repo_id="me/config")
     model.config.push_to_hub("me/pushed-config")

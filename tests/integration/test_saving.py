@@ -191,14 +191,16 @@ def test_two_kinds_of_norm_in_one_model(tmp_path: Path) -> None:
 
 
 def test_part_of_a_composite_saves_and_loads_alone(saved: Path, tmp_path: Path) -> None:
-    clip = AutoModel.from_pretrained(saved / "clip" / "adanorm")
-    vision = transformers.CLIPVisionModel.from_pretrained(saved / "clip" / "adanorm")
-    expected = {n.removeprefix("vision_model."): s for n, s in norms(clip).items() if n.startswith("vision_model.")}
-    assert {n.removeprefix("vision_model."): s for n, s in norms(vision).items()} == expected
-
     both = auto_class("AutoModelForSeq2SeqLM").from_pretrained(saved / "encoder-decoder" / "adanorm")
     both.encoder.save_pretrained(tmp_path)
     assert norms(AutoModel.from_pretrained(tmp_path)) == norms(both.encoder)
+
+    clip = AutoModel.from_pretrained(saved / "clip" / "adanorm")
+    if not isinstance(clip.vision_model, transformers.PreTrainedModel):
+        pytest.skip("transformers < 5.2 has towers in CLIP that are no models of their own")
+    vision = transformers.CLIPVisionModel.from_pretrained(saved / "clip" / "adanorm")
+    expected = {n.removeprefix("vision_model."): s for n, s in norms(clip).items() if n.startswith("vision_model.")}
+    assert {n.removeprefix("vision_model."): s for n, s in norms(vision).items()} == expected
 
 
 def test_composite_of_patched_parts_is_patched(saved: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -183,6 +184,8 @@ def test_stock_model_does_not_resume_from_a_patched_checkpoint(
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "a", "adanorm")
     plain.train()
-    checkpointed = trainer(tmp_path / "b", "adanorm", activation_checkpointing=True)
+    options = inspect.signature(TrainingArguments).parameters
+    option = "activation_checkpointing" if "activation_checkpointing" in options else "gradient_checkpointing"
+    checkpointed = trainer(tmp_path / "b", "adanorm", **{option: True})
     checkpointed.train()
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
