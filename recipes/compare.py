@@ -185,7 +185,7 @@ class Comparison:
         self.runs: list[Run] = []
         self.failed: list[Run] = []
         self.contents: dict[Any, dict[str, str]] = {}
-        self.stopping = False
+        self.stopping = ""
         self.child: subprocess.Popen[bytes] | None = None
 
     def options(self, arguments: list[str]) -> Any:
@@ -315,9 +315,9 @@ class Comparison:
         print(f"{run.folder} failed with exit code {code}; the end of {log}:", file=sys.stderr)
         print("\n".join(f"    {line}" for line in lines[-5:]), file=sys.stderr, flush=True)
 
-    def stop(self, *_: object) -> None:
+    def stop(self, number: int, *_: object) -> None:
         """On SIGTERM or Ctrl-C: hand it to the run, which saves a checkpoint."""
-        self.stopping = True
+        self.stopping = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         if self.child is not None:
             self.child.terminate()
 
@@ -448,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     except RunInterrupted:
         if comparison.runs:
             comparison.report(command)
-        print("stopped; start the same command to go on", flush=True)
+        print(f"stopped by {comparison.stopping}; start the same command to go on", flush=True)
         sys.exit(EXIT_RESUME)
     finally:
         for number, handler in before.items():
