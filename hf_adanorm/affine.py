@@ -74,7 +74,9 @@ def _fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGr
     return replace(group, fade=tuple(key for key, there in present if there))
 
 
-def fold(plan: Plan, change: Change, on_unfoldable: str, inputs: Mapping[str, Any] | None, ramp: bool) -> None:
+def fold(
+    plan: Plan, change: Change, on_unfoldable: str, on_tied: str, inputs: Mapping[str, Any] | None, ramp: bool
+) -> None:
     """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
     _refuse_other_functions(plan, "fold")
     fresh = [swap for swap in plan.swaps if not is_swapped(swap[1])]
@@ -91,6 +93,7 @@ def fold(plan: Plan, change: Change, on_unfoldable: str, inputs: Mapping[str, An
         [name for name, *_ in fresh],
         fold_inputs=inputs,
         on_unfoldable=on_unfoldable,  # type: ignore[arg-type]
+        on_tied=on_tied,
         groups={name: group for name, _, _, group in fresh},
     )
     kept = set(report.names("kept"))

@@ -61,6 +61,7 @@ def patch_model(
     targets: Targets = "layernorm",
     affine: str = "drop",
     on_unfoldable: str = "keep",
+    on_tied: str = "keep",
     fold_inputs: Mapping[str, Any] | None = None,
     ramp: bool = True,
 ) -> ModelT:
@@ -91,6 +92,8 @@ def patch_model(
         on_unfoldable: for `affine="fold"`, what to do with a norm that something else reads too: `"keep"` leaves it
             as it is, `"fade"` fades it, `"approximate"` folds a post-norm residual norm but for the deviation of its
             gain, `"calibrate"` folds every norm by a fit to `fold_inputs`, with C and k as they will be, `"raise"`.
+        on_tied: for `affine="fold"` and a norm whose head shares its weight with an embedding: `"keep"` leaves the
+            norm as it is, `"untie"` gives the head its own copy, to fold into.
         fold_inputs: for `affine="fold"`, a batch for the model to run on, if its own dummy inputs do not suit.
         ramp: for `affine="fold"`, start AdaNorm at k = 0, C = 1 and let `FadeCallback` or `set_fade` take them to
             their values; False sets them at once, with a warning. `"calibrate"` needs no ramp.
@@ -126,8 +129,10 @@ def patch_model(
         raise ValueError(
             f'affine={affine!r} does not go with norm="{norm}", which normalises nothing: use affine="drop"'
         )
-    if affine != "fold" and (on_unfoldable != "keep" or fold_inputs is not None):
-        name = "fold_inputs" if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"
+    check_choice("on_tied", on_tied, ("keep", "untie"))
+    if affine != "fold" and (on_unfoldable != "keep" or on_tied != "keep" or fold_inputs is not None):
+        name = "fold_inputs" if on_tied == "keep" else f"on_tied={on_tied!r}"
+        name = name if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"
         raise ValueError(f'{name} goes with affine="fold", got affine={affine!r}')
     plan = make_plan(model, options)
     with all_or_nothing(model) as change:
@@ -136,7 +141,7 @@ def patch_model(
         elif affine == "fade":
             fade(plan)
         else:
-            fold(plan, change, on_unfoldable, fold_inputs, ramp)
+            fold(plan, change, on_unfoldable, on_tied, fold_inputs, ramp)
         apply_plan(plan)
         _warn_of_untouched_rmsnorms(plan, change)
     return model

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -38,11 +38,21 @@ from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
 from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number
 from hf_adanorm.running import dummy_inputs, hooked, run
-from hf_adanorm.saving.spec import configs_of, write_specs
-from hf_adanorm.swapping import Change, Options, all_or_nothing, apply_plan, make_plan, refuse_wrapped, unchanged
+from hf_adanorm.saving.spec import configs_of, resolved_spec, write_specs
+from hf_adanorm.swapping import (
+    Change,
+    Options,
+    all_or_nothing,
+    apply_plan,
+    check_choice,
+    make_plan,
+    refuse_wrapped,
+    unchanged,
+)
 
 from .consumers import is_side_output, named_outputs
 from .fit import fold_by_fit
+from .heads import settle_heads, untie_heads
 from .plan import BLOCK, TOLERANCES, FoldedNorm, FoldPlan, eps_name
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
@@ -63,6 +73,11 @@ class FoldReport:
     added_biases: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()
     """Norms whose fold changed more than values: a bias that was not there, an eps."""
+    untied: dict[str, int] = field(default_factory=dict)
+    """Heads that got a weight of their own, and how many parameters that adds to the model."""
+    is_stock: bool = False
+    """Whether what is left is a stock model, which whatever loads such models loads as it is, without this package.
+    Not where a head was untied and the config cannot say so: transformers alone then sees it, by the checkpoint."""
 
     def names(self, *actions: str) -> list[str]:
         return [norm.name for norm in self.norms if norm.action in actions]
@@ -87,6 +102,10 @@ class FoldReport:
             text += f" and {len(self.changed) - 4} more" if len(self.changed) > 4 else ""
         if self.added_biases:
             text += f"; {len(self.added_biases)} bias{'es' if len(self.added_biases) > 1 else ''} added"
+        for name, count in self.untied.items():
+            text += f"; {name} untied ({count:,} parameters more)"
+        if self.is_stock:
+            text += "; a plain stock model: it loads without hf_adanorm"
         return text
 
     def __str__(self) -> str:
@@ -101,6 +120,7 @@ def fold_affine(
     *,
     fold_inputs: Mapping[str, Any] | None = None,
     on_unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = "keep",
+    on_tied: str = "keep",
     tolerance: float | None = None,
 ) -> FoldReport:
     """Fold gain and bias of every LayerNorm and RMSNorm into the linear layers that read it, in place.
@@ -110,6 +130,9 @@ def fold_affine(
     model cannot be loaded without this package as if it were the stock one. `patch_model(model, ...,
     affine="fold")` folds and swaps in one go.
 
+    Where no bias and no eps had to change, what is left is a stock model whose gains are 1 and biases 0 (`is_stock` of
+    the report): any engine that loads the architecture loads it as it is.
+
     Args:
         model: with its weights in memory; not wrapped by DDP, FSDP or torch.compile.
         fold_inputs: keyword arguments of one forward pass, by default made from the model's config. Give a real batch,
@@ -118,6 +141,8 @@ def fold_affine(
         on_unfoldable: for norms that something else reads too. "keep" leaves them, "approximate" folds a post-norm
             residual norm but for the deviation of its gain, "calibrate" does so with gains and biases fitted to the
             source's activations on `fold_inputs`, norm after norm, "raise" stops before anything was changed.
+        on_tied: for a norm whose head shares its weight with an embedding. "keep" leaves it, "untie" gives the head a
+            copy of its own to fold into; the config says so, or the checkpoint does.
         tolerance: largest difference of a task output, relative to its largest value; by default 1e-4 in float32.
 
     Returns:
@@ -130,16 +155,25 @@ def fold_affine(
     """
     if on_unfoldable not in ("keep", "approximate", "calibrate", "raise"):
         raise ValueError(f'on_unfoldable must be "keep", "approximate", "calibrate" or "raise", got {on_unfoldable!r}')
+    check_choice("on_tied", on_tied, ("keep", "untie"))
     refuse_wrapped(model)
     names = [name for name, _, info in iter_norms(model) if info.kind != "other"]
     with all_or_nothing(model) as change:
-        report = fold_norms(change, names, fold_inputs=fold_inputs, on_unfoldable=on_unfoldable, tolerance=tolerance)
+        report = fold_norms(
+            change,
+            names,
+            fold_inputs=fold_inputs,
+            on_unfoldable=on_unfoldable,
+            on_tied=on_tied,
+            tolerance=tolerance,
+        )
         if configs_of(model):
             if report.protect:
                 exactly = "|".join(re.escape(name) for name in report.protect)
                 apply_plan(make_plan(model, Options(norm="layernorm-simple", include=exactly, targets="all")))
             write_specs(model)
-    return report
+    still_tied = report.untied and any(getattr(c, "tie_word_embeddings", False) for c in configs_of(model))
+    return replace(report, is_stock=not report.protect and not still_tied and resolved_spec(model) is None)
 
 
 def fold_norms(
@@ -148,6 +182,7 @@ def fold_norms(
     *,
     fold_inputs: Mapping[str, Any] | None = None,
     on_unfoldable: OnUnfoldable = "keep",
+    on_tied: str = "keep",
     tolerance: float | None = None,
     groups: Mapping[str, NormGroup] | None = None,
 ) -> FoldReport:
@@ -167,7 +202,9 @@ def fold_norms(
         )
     inputs = _checked(model, fold_inputs) if fold_inputs is not None else dummy_inputs(model)
     calibrate = on_unfoldable == "calibrate"
+    heads = untie_heads(model) if on_tied == "untie" else {}
     plan = FoldPlan(model, names, inputs, approximate=calibrate or on_unfoldable == "approximate")
+    untied = settle_heads(model, heads, {name for fold in plan.folds.values() for name in fold.readers})
     kept = [norm for norm in plan.norms if norm.action == "kept"]
     if kept and on_unfoldable == "raise":
         listed = "; ".join(f"{norm.name}: {norm.reason}" for norm in kept[:5])
@@ -202,7 +239,9 @@ def fold_norms(
     if difference != difference:
         raise RuntimeError("folding made the outputs NaN; the model is as it was")
     side = {path: value for path, value in changed.items() if value > limit}
-    return FoldReport(tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases), tuple(plan.protect()))
+    return FoldReport(
+        tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases), tuple(plan.protect()), untied
+    )
 
 
 def _checked(model: nn.Module, fold_inputs: Mapping[str, Any]) -> dict[str, Any]:
