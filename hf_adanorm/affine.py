@@ -146,8 +146,8 @@ def fold(
 def warn_of_dropped(plan: Plan, change: Change) -> None:
     """One warning for what trained gains and biases the plan drops, one for fades that it cuts short."""
     trained = 0
-    for _, module, info, _ in plan.swaps:
-        if is_swapped(module):
+    for _, module, info, group in plan.swaps:
+        if is_swapped(module) or group.kind.keeps_affine:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             neutral = 0.0 if name == info.bias_name else 1.0 - info.gain_offset

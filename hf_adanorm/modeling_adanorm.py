@@ -442,6 +442,12 @@ class SwappedNorm(nn.Module):
     """Whether it hands its input on: nothing to time or to tag."""
     can_be_plain: ClassVar[bool] = False
     """Whether it is LayerNorm-simple, in both passes, while each setting is at its `start`: ramps begin there."""
+    keeps_affine: ClassVar[bool] = False
+    """Whether the gain and bias of the norm that it replaces live on in it (see `affine`), to be trained further."""
+    color: ClassVar[int] = 5
+    """Of its lines in all pictures: an index of `hf_adanorm.diagnostics.plots.COLORS`."""
+    initial: ClassVar[dict[str, float]] = {"fade_bias": 0.0, "fade_progress": 0.0}
+    """What those of its tensors hold that do not begin at 1."""
     elementwise_affine: ClassVar[bool] = False
     weight: Tensor
     bias: None = None
@@ -508,14 +514,18 @@ class SwappedNorm(nn.Module):
         progress = cast(Tensor, self._buffers["fade_progress"])
         return torch.lerp(gain.float(), torch.ones_like(gain, dtype=torch.float32), progress).flatten()
 
+    def affine(self) -> dict[str, Tensor]:
+        """The "gain" and the "bias" that it holds, if any: those that fade."""
+        return {key: value for key in _FADE_KEYS if (value := self._buffers.get(f"fade_{key}")) is not None}
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """What a new norm holds: `weight` and a fade's gain 1, its bias 0, its progress 0. Called by who gives memory
-        to a norm that was built on the meta device (FSDP does); a tensor that a checkpoint has filled keeps its
-        values."""
-        for name, tensor in self.named_buffers(recurse=False):
-            if not getattr(tensor, "_is_hf_initialized", False):
-                tensor.fill_(0.0 if name in ("fade_bias", "fade_progress") else 1.0)
+        """What a new norm holds: `weight` and a fade's gain 1, its bias 0, its progress 0 (see `initial`). Called by
+        who gives memory to a norm that was built on the meta device (FSDP does); a tensor that a checkpoint has filled
+        keeps its values."""
+        for name, tensor in (*self._buffers.items(), *self._parameters.items()):
+            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
+                tensor.fill_(self.initial.get(name, 1.0))
 
     @property
     def _is_hf_initialized(self) -> bool:
@@ -696,7 +706,7 @@ class LayerNormSimple(SwappedNorm):
     """
 
     norm = "layernorm-simple"
-    title, summary = "LayerNorm-simple", "no gain, no bias"
+    title, summary, color = "LayerNorm-simple", "no gain, no bias", 0
     can_be_plain = True
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -734,7 +744,7 @@ class AdaNorm(SwappedNorm):
         tensor([[-1.1000,  0.9000, -1.1000,  0.9000]])
     """
 
-    norm, title = "adanorm", "AdaNorm"
+    norm, title, color = "adanorm", "AdaNorm", 1
     SETTINGS: ClassVar = {
         "C": Setting(1.0, "AdaNorm: the scale C > 0 in z = C (1 - k y) y", inclusive=False, start=1.0),
         "k": Setting(0.1, "AdaNorm: the slope k >= 0 in z = C (1 - k y) y", start=0.0),
@@ -803,7 +813,7 @@ class DetachNorm(SwappedNorm):
             `LayerNormSimple`).
     """
 
-    norm, title = "detachnorm", "DetachNorm"
+    norm, title, color = "detachnorm", "DetachNorm", 3
     summary = "mean and variance are constants in the backward pass"
     SETTINGS: ClassVar = {
         "detach_mean": Setting(True, "DetachNorm: let no gradient flow through the mean"),
@@ -856,7 +866,7 @@ class NoNorm(SwappedNorm):
     (Mixtral's jitter), which must not reach the residual stream."""
 
     norm = "none"
-    title, summary = "w/o Norm", "no normalisation"
+    title, summary, color = "w/o Norm", "no normalisation", 2
     normalizes, is_identity = False, True
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -1267,6 +1277,8 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
             new.start_fade(*state)
             new.reset_parameters()
             new._is_hf_initialized = False
+    if type(new) is type(source):  # what one of its kind has learned
+        new._parameters.update(source._parameters)
     new.train(source.training)
     if is_swapped(source):
         overrides = {**source.__dict__["_overrides"], **overrides}
@@ -1407,16 +1419,19 @@ def _may_be_norm(name: str, module: nn.Module, knows_eps: bool) -> bool:
     if is_swapped(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return True
     cls, place = type(module).__name__, name.rpartition(".")[2].lower()
-    if type(module).__module__.startswith("torch.") or isinstance(module, _OTHER_NORMS):
-        return False  # a linear layer, an embedding, an activation, dropout, a BatchNorm
+    if type(module).__module__.startswith("torch.") or isinstance(module, _NO_NORMS):
+        return False  # an activation, dropout, a linear layer
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in module.parameters()}
     called_norm = "norm" in (cls + place).lower() or "LN" in cls or place.startswith("ln")
-    if not called_norm and not (shapes and (knows_eps or "eps" in source_settings(module))):
+    if not called_norm and (not (knows_eps or "eps" in source_settings(module)) or {len(s) for s in shapes} != {1}):
         return False
     return len(shapes) <= 1 and len(list(module.parameters())) <= 2 and sum(1 for _ in module.modules()) <= 3
 
 
-_OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_NO_NORMS = (
+    *(nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention),
+    *(nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d),
+)
 
 
 class _IgnoredInDDP(list[str]):

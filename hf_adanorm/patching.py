@@ -167,7 +167,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     swapped = swapped_norms(model)
     if not swapped:
         raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
-    fresh = sum(not module.__dict__["_source_has_values"] and not module.fade for _, module in swapped)
+    fresh = sum(not module.__dict__["_source_has_values"] and not module.affine() for _, module in swapped)
     sources = [module.__dict__["_source"] for _, module in swapped]
     with all_or_nothing(model, [source for source in sources if source is not None]) as change:
         replace_modules(model, {id(module): restored(module) for _, module in swapped})

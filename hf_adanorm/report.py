@@ -79,7 +79,8 @@ class Report:
     @property
     def num_removed_parameters(self) -> int:
         """Gain and bias parameters that the swaps so far removed."""
-        sources = [row.module.__dict__.get("_source") for row in self.rows if row.is_swapped]
+        swapped = [row.module for row in self.rows if is_swapped(row.module) and not row.module.keeps_affine]
+        sources = [module.__dict__.get("_source") for module in swapped]
         return sum(p.numel() for source in sources if source is not None for p in source.parameters())
 
     def to_dict(self) -> dict[str, Any]:

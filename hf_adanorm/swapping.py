@@ -364,7 +364,7 @@ def apply_plan(plan: Plan) -> None:
             new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
         if not is_swapped(module):
             new.__dict__["_source_has_values"] = True
-        _fill_fade(new, module, info)
+        _take_over(new, module, info)
         _carry_dispatch_hook(module, new)
         replacements[id(module)] = new
     if not replacements:
@@ -390,14 +390,16 @@ def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fill_fade(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
-    """Take over gain and bias of the norm that is replaced as constants that fade out."""
-    if new.fade is None or is_swapped(source):
-        return
-    for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
-        if key in new.fade and name is not None:
-            getattr(new, f"fade_{key}").copy_(getattr(source, name).detach().add(offset))
-            new._is_hf_initialized = not new.weight.is_meta
+def _take_over(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
+    """Copy gain and bias of the norm that is replaced to where the new one holds its own, if it does."""
+    held = source.affine() if is_swapped(source) else {}
+    for key, tensor in new.affine().items():
+        name, offset = (info.gain_name, info.gain_offset) if key == "gain" else (info.bias_name, 0.0)
+        if key in held:
+            tensor.copy_(held[key])
+        elif name is not None:
+            tensor.copy_(getattr(source, name).detach().add(offset))
+    new._is_hf_initialized = not new.weight.is_meta
 
 
 # --------------------------------------------------------------------------------------------------------- and back
@@ -413,7 +415,7 @@ def restored(module: SwappedNorm) -> nn.Module:
         if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
             source = source.to_empty(device=weight.device)
         _reset_affine(source)
-        _take_back_fading(module, source)
+        _put_back(module.affine(), source)
     if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
         source.to(device=weight.device, dtype=weight.dtype)
     source.train(module.training)
@@ -431,11 +433,11 @@ def _reset_affine(norm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _take_back_fading(module: SwappedNorm, source: nn.Module) -> None:
-    """The gain and bias that a fade keeps, back into the norm that they came from."""
+def _put_back(affine: dict[str, Tensor], source: nn.Module) -> None:
+    """The gain and bias that a norm holds, back into the one that they came from."""
     info = recognize(source)
-    if info is None or not module.fade:
+    if info is None:
         return
     for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
-        if key in module.fade and name is not None:
-            getattr(source, name).copy_(getattr(module, f"fade_{key}").float().sub(offset))
+        if key in affine and name is not None:
+            getattr(source, name).copy_(affine[key].float().sub(offset))
