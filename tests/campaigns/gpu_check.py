@@ -366,7 +366,9 @@ def check_recipes(place: Place) -> str:
             options = [f"recipes/{recipe}.py", "--config", f"recipes/configs/{config}.yaml", "--max_steps", steps]
             options += ["--mixed_precision", "bf16", "--compile", compiled, "--progress_bar", "false"]
             began = time.monotonic()
-            run([*launcher(place, "one_gpu.yaml"), *options, "--output_dir", str(folder)], 150)
+            run(
+                [*launcher(place, "one_gpu.yaml"), *options, "--output_dir", str(folder)], 150 if place.on_gpu else 600
+            )
             assert (folder / "results.json").is_file()
             said.append(f"{recipe}{' compiled' * (compiled == 'true')} {time.monotonic() - began:.0f} s")
     return ", ".join(said)
