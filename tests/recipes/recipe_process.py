@@ -51,6 +51,7 @@ def start(
     log: Path,
     *,
     kill_at: tuple[str, str] | None = None,
+    raise_at: tuple[str, str] | None = None,
     file_size: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> BaseProcess:
@@ -58,10 +59,11 @@ def start(
 
     Args:
         kill_at: (audit event, regular expression): SIGKILL before the first such operation on a matching path.
+        raise_at: the same for an exception that no code expects.
         file_size: no file can grow beyond so many bytes; writing more fails as on a full disk.
         environment: variables, such as those a launcher sets.
     """
-    arguments = (recipe, [str(value) for value in argv], str(log), kill_at, file_size, environment or {})
+    arguments = (recipe, [str(value) for value in argv], str(log), kill_at, raise_at, file_size, environment or {})
     _start_server()
     process = _context.Process(target=_run, args=arguments)
     process.start()
@@ -73,6 +75,7 @@ def _run(
     argv: list[str],
     log: str,
     kill_at: tuple[str, str] | None,
+    raise_at: tuple[str, str] | None,
     file_size: int | None,
     environment: dict[str, str],
 ) -> None:
@@ -84,16 +87,22 @@ def _run(
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    if kill_at is not None:
-        event, pattern = kill_at[0], re.compile(kill_at[1])
+    if moment := kill_at or raise_at:
+        event, pattern = moment[0], re.compile(moment[1])
 
         def die(name: str, arguments: tuple[Any, ...]) -> None:
             path = arguments[0] if arguments else None
             if name == event and isinstance(path, (str, os.PathLike)) and pattern.search(os.fspath(path)):
+                if raise_at:
+                    raise RuntimeError("the tokens have run out")
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(die)
-    importlib.import_module(recipe).main(argv)
+    try:
+        importlib.import_module(recipe).main(argv)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as the interpreter does, and multiprocessing does not
+        sys.exit(1)
 
 
 def check_whole(folder: Path) -> int:

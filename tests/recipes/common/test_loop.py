@@ -71,6 +71,14 @@ def test_what_one_process_alone_cannot_read_ends_both_with_its_message(alone, da
     assert "Traceback" not in said[0] + said[1]
 
 
+def test_an_exception_that_nobody_expects_in_one_process_ends_both(data, tmp_path):
+    argv = arguments("classification", data, tmp_path / "run")
+    codes, said = two_processes([argv, argv], tmp_path, raise_at=[("open", r"\.tmp-checkpoint-4/"), None])
+    assert codes == [1, 1], said
+    assert "error: RuntimeError: the tokens have run out" in said[0]
+    assert "Traceback" not in said[1]  # it was told, and not left with a connection that broke
+
+
 def test_a_disk_that_is_full_for_the_main_process_ends_both_with_its_code(data, tmp_path):
     argv = arguments("classification", data, tmp_path / "run")
     codes, said = two_processes([argv, argv], tmp_path, file_size=[20_000, None])
