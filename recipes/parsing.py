@@ -16,39 +16,8 @@ SIGTERM or Ctrl-C after saving a checkpoint: start the same command again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-from common.options import OptimizationOptions, PatchOptions, RunOptions, option, parse_options
-from tasks.options import ModelOptions
-
-# The universal tag of punctuation, and the tags of the Penn Treebank that count as such.
-PUNCTUATION_TAGS = ["PUNCT", "``", "''", ":", ",", "."]
-
-
-@dataclass(kw_only=True)
-class ParsingOptions(RunOptions, OptimizationOptions, ModelOptions, PatchOptions):
-    """Options of the parsing recipe: a treebank, and how words and tags are taken from it."""
-
-    demo: ClassVar[str] = "ud_ewt.yaml --train_file A_TREEBANK --validation_file ANOTHER"
-    train_file: str | None = option(None, "treebank in CoNLL-U or CoNLL-X, plain or .gz")
-    validation_file: str | None = option(None, "treebank to choose the best checkpoint on")
-    test_file: str | None = option(None, "treebank for the final test")
-    score_test: bool = option(True, "score the best model on the test split at the end")
-    max_train_samples: int | None = option(None, "use only the first so many sentences to train", within="(0, inf)")
-    max_validation_samples: int | None = option(None, "use only the first so many to validate", within="(0, inf)")
-    max_test_samples: int | None = option(None, "use only the first so many to test", within="(0, inf)")
-    tag_column: Literal["upos", "xpos"] = option("xpos", "column of the tags: the fourth (UPOS) or the fifth (XPOS)")
-    lowercase: bool = option(False, "take words in lower case")
-    min_frequency: int = option(2, "a word must occur this often to be in the vocabulary", within="[0, inf)")
-    punctuation_tags: list[str] = option(
-        PUNCTUATION_TAGS, "words whose fourth column is one of these are punctuation for the scores"
-    )
-    batch_size: int = option(1024, "transitions a micro-batch on each process", within="(0, inf)")
-    eval_batch_size: int = option(
-        256, "sentences parsed, or transitions scored, at a time on each process", within="(0, inf)"
-    )
-
+from common.options import parse_options
+from tasks.options import ParsingOptions
 
 if __name__ == "__main__":  # help, and mistakes in the options, before torch is imported
     parse_options(ParsingOptions, description=__doc__)

@@ -16,6 +16,7 @@ import parsing
 import predict
 from common.checkpoints import EXIT_RESUME
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
+from tasks.options import PUNCTUATION_TAGS
 from tests.recipes.tasks.test_conllu import UD
 from tests.recipes.tasks.test_parsing import CROSSING, tree
 from tests.recipes.tiny_configs import TINY_PARSER
@@ -101,7 +102,7 @@ def test_the_saved_model_parses_a_raw_file(trained, treebank, tmp_path):
     raw.write_text(write_conllu(gold, blank, blank), encoding="utf-8")
     parsed.write_text(predict.parse_file(str(folder / "best"), str(raw), 8, "no"), encoding="utf-8")
     trees = read_conllu(parsed)
-    counts = attachments(gold, [t.heads for t in trees], [t.relations for t in trees], parsing.PUNCTUATION_TAGS)
+    counts = attachments(gold, [t.heads for t in trees], [t.relations for t in trees], PUNCTUATION_TAGS)
     assert attachment_scores(counts.sum(0)) == results["test"]
     model = AutoModelForSequenceClassification.from_pretrained(folder / "best")
     norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]

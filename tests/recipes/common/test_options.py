@@ -17,7 +17,7 @@ from common.options import (
     parse_options,
     read_config,
 )
-from tasks.options import ClassificationOptions, LanguageModelingOptions, TranslationOptions
+from tasks.options import ClassificationOptions
 
 RECIPES = Path(classification.__file__).parent
 # What another value changes nothing of what was or will be trained or scored, or only from then on.
@@ -29,7 +29,9 @@ NOTHING = {
 ONWARD = {"checkpointing_steps", "on_nonfinite", "on_spike", "spike_sigmas"}
 
 
-@pytest.mark.parametrize("options_class", [ClassificationOptions, TranslationOptions, LanguageModelingOptions])
+@pytest.mark.parametrize(
+    "options_class", [ClassificationOptions, TranslationOptions, LanguageModelingOptions, ParsingOptions]
+)
 def test_every_option_is_classed_by_what_it_changes(options_class):
     names = {item.name for item in dataclasses.fields(options_class)}
     assert options_that_change(options_class, "nothing") == NOTHING & names

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parsing import PUNCTUATION_TAGS
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
 from tasks.data import DataError
+from tasks.options import PUNCTUATION_TAGS
 
 UD = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ud_ewt"
 CONLLU = """# sent_id = 1

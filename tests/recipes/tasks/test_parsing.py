@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from common.options import OptionError
-from parsing import ParsingOptions
 from tasks.arc_standard import ParserVocabulary, parse_sentences
 from tasks.conllu import Sentence
 from tasks.data import DataError
+from tasks.options import ParsingOptions
 from tasks.parsing import collate_transitions, prepare_parsing
 from tests.recipes.tiny_configs import TINY_PARSER
 
