@@ -159,8 +159,8 @@ def render_card(
     if existing is None:
         card.text = f"\n# {title}\n\n{BEGIN}\n{END}\n"
     elif model_id:  # the name that a card got for want of a better one
-        for old in (unnamed, "-".join([architecture, *norms]), architecture):
-            card.text = card.text.replace(f"# {old}\n\n{BEGIN}", f"# {title}\n\n{BEGIN}")
+        for before in (unnamed, "-".join([architecture, *norms]), architecture):
+            card.text = card.text.replace(f"# {before}\n\n{BEGIN}", f"# {title}\n\n{BEGIN}")
     rounded = {metric: float(f"{value:.4g}") for metric, value in (results or {}).items()}
     where = " ".join([dataset_name or (datasets or ["?"])[0], *([f"({dataset_split})"] if dataset_split else [])])
     section = _render_section(
