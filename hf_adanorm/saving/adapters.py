@@ -14,7 +14,7 @@ PEFT and hf_adanorm are imported, in whatever order:
    the base that it names decides, and a warning says what does not fit or cannot be known.
 4. An adapter that would train gains and biases of norms which have none (LN tuning) is refused.
 
-PEFT is never imported from here (see `wrapping.when_imported`).
+PEFT is never imported from here (see install.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from transformers.utils.hub import cached_file
 from hf_adanorm.modeling_adanorm import AdaNormSpec, is_swapped
 
 from .spec import describes, differences, in_words, resolved_spec, spec_in_file
-from .wrapping import when_imported, wrap_method
 
 KEY = "adanorm"
 _BASE, _LOADED = "_adanorm_base", "_adanorm_loaded"  # outside the fields that PEFT saves
@@ -67,27 +66,27 @@ class _Base:
 # --------------------------------------------------------------------------------------- the four places in PEFT
 
 
-def _inject_adapter(original: Callable[..., Any], tuner: Any, bound: BoundArguments) -> Any:
+def inject_adapter(original: Callable[..., Any], tuner: Any, bound: BoundArguments) -> Any:
     config, model = tuner.peft_config[bound.arguments["adapter_name"]], bound.arguments["model"]
     _check_trainable(config, tuner, model)
     _attach(config, model)
     return original(tuner)
 
 
-def _add_adapter(original: Callable[..., Any], peft_model: Any, bound: BoundArguments) -> Any:
+def add_adapter(original: Callable[..., Any], peft_model: Any, bound: BoundArguments) -> Any:
     config = bound.arguments["peft_config"]
     if config.is_prompt_learning:  # those inject nothing
         _attach(config, peft_model.base_model)
     return original(peft_model)
 
 
-def _load_config(original: Callable[..., Any], config_class: Any, bound: BoundArguments) -> Any:
+def load_config(original: Callable[..., Any], config_class: Any, bound: BoundArguments) -> Any:
     config = original(config_class)
     config.__dict__[_LOADED] = True
     return config
 
 
-def _save_config(original: Callable[..., Any], config: Any, bound: BoundArguments) -> Any:
+def save_config(original: Callable[..., Any], config: Any, bound: BoundArguments) -> Any:
     base = config.__dict__.get(_BASE)
     if base is None:
         return original(config)
@@ -193,18 +192,3 @@ def _saved_spec(name: str | None, revision: str | None) -> tuple[bool, AdaNormSp
         if name and (path := cached_file(name, "config.json", revision=revision, local_files_only=True)):
             return spec_in_file(Path(path))
     return False, None
-
-
-def install() -> None:
-    """Wrap PEFT's methods now, or as soon as it is imported."""
-    when_imported("peft", _wrap_peft)
-
-
-def _wrap_peft(peft: Any) -> None:
-    from peft.config import PeftConfigMixin
-    from peft.tuners.tuners_utils import BaseTuner
-
-    wrap_method(BaseTuner, "inject_adapter", _inject_adapter, "model", "adapter_name")
-    wrap_method(peft.PeftModel, "add_adapter", _add_adapter, "peft_config")
-    wrap_method(PeftConfigMixin, "save_pretrained", _save_config, "kwargs")
-    wrap_method(PeftConfigMixin, "from_pretrained", _load_config)

@@ -1,4 +1,4 @@
-"""The places where transformers learns about swapped norms; `install()` sets them up on `import hf_adanorm`.
+"""The places where transformers learns about swapped norms; `import hf_adanorm` sets them up (install.py).
 
 1. `PreTrainedModel.post_init`, the end of every model's construction and before any weight loads: the spec in
    `config.adanorm` is applied first. So stock `from_pretrained`, `from_config`, `pipeline` and `Trainer` build the
@@ -39,36 +39,20 @@ from transformers.utils.hub import cached_file
 from hf_adanorm import modeling_adanorm
 from hf_adanorm.modeling_adanorm import NOTICE, AdaNormSpec, add_notice, apply_spec, is_own_reference, noticed
 
-from . import adapters, card
+from . import card
 from .files import write_file
 from .spec import differences, has_spec, in_words, refresh_specs, spec_in_file, swapped_norms
-from .wrapping import unwrap_methods, when_imported, wrap_method
 
 FILE_NAME = "modeling_adanorm.py"
 
 
-def install() -> None:
-    """Wrap the methods; does nothing when they are wrapped already."""
-    wrap_method(PreTrainedModel, "post_init", _post_init)
-    wrap_method(PreTrainedConfig, "to_json_file", _to_json_file, "json_file_path")
-    wrap_method(PreTrainedModel, "save_pretrained", _save_pretrained, "save_directory")
-    wrap_method(PreTrainedModel, "_upload_modified_files", _upload_modified_files, "working_dir", "repo_id")
-    when_imported("transformers.trainer", _wrap_trainer)
-    adapters.install()
-
-
-def uninstall() -> None:
-    """Take the wrappers off. Where another library has wrapped on top of ours, ours becomes a plain pass-through."""
-    unwrap_methods()
-
-
-def _post_init(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
+def post_init(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     if (data := getattr(model.config, "adanorm", None)) is not None:
         apply_spec(model, AdaNormSpec.from_dict(data))
     return original(model)
 
 
-def _to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: BoundArguments) -> Any:
+def to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: BoundArguments) -> Any:
     path, saving = Path(bound.arguments["json_file_path"]), _SAVING.get()
     if not has_spec(config):
         result = original(config)
@@ -159,7 +143,7 @@ def _in_second_place(folder: Path) -> Iterator[None]:
             warnings.warn(note, stacklevel=6)
 
 
-def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
+def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     folder, saving = Path(bound.arguments["save_directory"]), _Saving(model.config)
     token = _SAVING.set(saving)
     try:
@@ -215,7 +199,7 @@ def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None
         )
 
 
-def _upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
+def upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     """Just before a push, transformers has put the repository's card, or an empty form, over the folder's."""
     if has_spec(model.config):
         folder = Path(bound.arguments["working_dir"])
@@ -252,13 +236,7 @@ def _remove_card_section(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the Trainer
 
 
-def _wrap_trainer(module: Any) -> None:
-    wrap_method(module.Trainer, "_load_from_checkpoint", _load_from_checkpoint, "resume_from_checkpoint")
-    wrap_method(module.Trainer, "create_model_card", _create_model_card)
-    wrap_method(module.Trainer, "_push_from_checkpoint", _push_from_checkpoint, "checkpoint_folder")
-
-
-def _load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
+def load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
     """It loads tensors alone: which norms they are for is in the checkpoint's config."""
     folder, model = Path(bound.arguments["resume_from_checkpoint"]), trainer.accelerator.unwrap_model(trainer.model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -270,7 +248,7 @@ def _load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: Bou
     return original(trainer)
 
 
-def _create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
+def create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
     result = original(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Not for an adapter around a patched base: what it saves is no patched model.
@@ -284,7 +262,7 @@ def _create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundA
     return result
 
 
-def _push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
+def push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
     """It copies a list of known files from the checkpoint and uploads the folder."""
     checkpoint = Path(bound.arguments["checkpoint_folder"])
     if trainer.is_world_process_zero() and (checkpoint / FILE_NAME).is_file():

@@ -21,7 +21,7 @@ from hf_adanorm import fold_affine, is_patched, patch_model, set_fade, unpatch_m
 from hf_adanorm.folding.consumers import num_inputs, watch_consumers
 from hf_adanorm.folding.fold import fold_norms
 from hf_adanorm.running import dummy_inputs, real_rows
-from hf_adanorm.saving import hooks
+from hf_adanorm.saving import install
 from hf_adanorm.swapping import all_or_nothing
 from tests.zoo.fold_models import POST_NORM, build, logits
 
@@ -595,12 +595,12 @@ def test_a_bias_that_was_added_cannot_be_lost_by_loading_without_the_package(tmp
     fold_affine(model)
     assert model.config.adanorm["groups"] == [{"norm": "layernorm-simple", "modules": ["ln_f"]}]
     model.save_pretrained(tmp_path)
-    hooks.uninstall()
+    install.uninstall()
     try:
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     finally:
-        hooks.install()
+        install.install()
 
 
 def reloaded(model: nn.Module, folder: Path) -> nn.Module:

@@ -20,9 +20,9 @@ from peft import LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
 
-import hf_adanorm
 from hf_adanorm import is_patched, patch_model, unpatch_model
 from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
+from hf_adanorm.saving import install
 from hf_adanorm.saving.spec import resolved_spec
 from hf_adanorm.saving.wrapping import _FINDER
 from tests.zoo.round_trip import SWAPS, build, difference, inputs, norms, run
@@ -344,11 +344,11 @@ def test_one_config_object_serves_patched_and_stock_models_alike() -> None:
 def test_stock_adapters_are_saved_as_ever(tmp_path: Path) -> None:
     model = get_peft_model(build("bert"), LoraConfig(**LORA))
     model.save_pretrained(tmp_path / "with")
-    hf_adanorm.saving.hooks.uninstall()
+    install.uninstall()
     try:
         model.save_pretrained(tmp_path / "without")
     finally:
-        hf_adanorm.saving.hooks.install()
+        install.install()
     names = ("adapter_config.json", "adapter_model.safetensors")
     assert all((tmp_path / "with" / n).read_bytes() == (tmp_path / "without" / n).read_bytes() for n in names)
 
@@ -377,17 +377,17 @@ IMPORTS = """
 import sys
 import torch, transformers
 import hf_adanorm
-from hf_adanorm.saving import hooks
+from hf_adanorm.saving import install
 from hf_adanorm.saving.wrapping import _FINDER
 assert {"peft", "transformers.trainer"}.isdisjoint(sys.modules)
-hooks.install()
+install.install()
 assert sys.meta_path.count(_FINDER) == 1
 import peft
 from peft.config import PeftConfigMixin
 assert hasattr(PeftConfigMixin.save_pretrained, "_hf_adanorm_original")
 from transformers import Trainer
 assert hasattr(Trainer._load_from_checkpoint, "_hf_adanorm_original")
-assert _FINDER not in sys.meta_path
+assert {"peft", "transformers.trainer"}.isdisjoint(_FINDER.waiting)
 """
 
 
@@ -397,8 +397,8 @@ def test_peft_imported_later_is_wrapped_then() -> None:
 
 def test_peft_imported_before_is_wrapped_at_once() -> None:
     assert hasattr(peft.PeftConfig.save_pretrained, "_hf_adanorm_original")
-    hf_adanorm.saving.adapters.install()
-    assert _FINDER not in sys.meta_path
+    install.install()
+    assert "peft" not in _FINDER.waiting
 
 
 def test_absent_peft_stays_absent(monkeypatch: pytest.MonkeyPatch) -> None:

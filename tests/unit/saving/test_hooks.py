@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModel, BertModel, PreTrainedConfig, PreTrainedModel
 
 from hf_adanorm import is_patched, patch_model, unpatch_model
-from hf_adanorm.saving import card, hooks
+from hf_adanorm.saving import card, install
 from tests.zoo.round_trip import CASES, build
 
 
@@ -25,7 +25,7 @@ def tiny() -> BertModel:
 
 def test_install_twice_wraps_once() -> None:
     before = PreTrainedModel.post_init, PreTrainedConfig.to_json_file
-    hooks.install()
+    install.install()
     assert (PreTrainedModel.post_init, PreTrainedConfig.to_json_file) == before
     assert not hasattr(PreTrainedModel.post_init.__wrapped__, "__wrapped__")
 
@@ -33,13 +33,13 @@ def test_install_twice_wraps_once() -> None:
 def test_uninstall_and_install_again(tmp_path: Path) -> None:
     patch_model(tiny()).save_pretrained(tmp_path)
     wrapper = PreTrainedModel.post_init
-    hooks.uninstall()
+    install.uninstall()
     try:
         assert PreTrainedModel.post_init is wrapper.__wrapped__
         with pytest.raises(RuntimeError, match="size"):
             AutoModel.from_pretrained(tmp_path)
     finally:
-        hooks.install()
+        install.install()
     assert is_patched(AutoModel.from_pretrained(tmp_path))
 
 
@@ -55,23 +55,23 @@ def test_other_wrappers_on_top_go_on_working(monkeypatch: pytest.MonkeyPatch) ->
     config = patch_model(tiny()).config
     assert is_patched(BertModel(config))
     assert seen == ["BertModel", "BertModel"]
-    hooks.uninstall()
+    install.uninstall()
     try:
         assert not is_patched(BertModel(config))  # ours steps aside, theirs stays
         assert seen == ["BertModel"] * 3
     finally:
         monkeypatch.undo()
-        hooks.install()
+        install.install()
 
 
 def test_stock_model_saves_without_a_trace(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path / "with")
-    hooks.uninstall()
+    install.uninstall()
     try:
         model.save_pretrained(tmp_path / "without")
     finally:
-        hooks.install()
+        install.install()
     files = {path.name: path.read_bytes() for path in (tmp_path / "without").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "with").iterdir()} == files
 
@@ -140,11 +140,11 @@ def test_no_card_stops_a_save(what: str, patched: bool, tmp_path: Path) -> None:
     (tmp_path / "README.md").unlink()
     (tmp_path / "model.safetensors").unlink()
     CANNOT_BE_READ[what](tmp_path / "README.md")
-    before = (tmp_path / "README.md").lstat()
+    before = (tmp_path / "README.md").lstat().st_ino
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         (model if patched else unpatch_model(model)).save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").lstat() == before
+    assert (tmp_path / "README.md").lstat().st_ino == before
     assert is_patched(AutoModel.from_pretrained(tmp_path)) == patched
     told = [str(w.message) for w in caught if "what hf_adanorm adds to" in str(w.message)]
     assert len(told) == (what != "half a section")
@@ -173,6 +173,37 @@ def test_another_json_file_of_a_stock_config_takes_nothing_away(tmp_path: Path) 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     tiny().config.to_json_file(tmp_path / "stock_reference.json")
     assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
+
+
+FIRST = {
+    "a model class of transformers": "from transformers import BertModel",
+    "the Trainer": "from transformers import Trainer",
+    "a pipeline": "from transformers import pipeline",
+    "PEFT": "import peft",
+    "a public name": "from hf_adanorm import AdaNorm",
+    "patching": "import hf_adanorm.patching",
+    "the travelling file": "import hf_adanorm.modeling_adanorm",
+    "the spec": "import hf_adanorm.saving.spec",
+    "the hooks": "import hf_adanorm.saving.hooks",
+    "fading": "import hf_adanorm.fading",
+}
+LAZY = """
+import sys
+import hf_adanorm
+assert not {"torch", "transformers", "peft"} & set(sys.modules)
+exec(sys.argv[1])
+from transformers import BertConfig, BertModel
+sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+model = hf_adanorm.patch_model(BertModel(BertConfig(vocab_size=9, **sizes)))
+assert hf_adanorm.is_patched(BertModel(model.config))
+assert hf_adanorm.modeling_adanorm.cpu_kernel is hf_adanorm.cpu_kernel
+"""
+
+
+@pytest.mark.parametrize("what", FIRST)
+def test_whatever_is_imported_first_the_hooks_are_there(what: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LAZY, FIRST[what]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 IMPORTS = """

@@ -1,0 +1,61 @@
+"""What is wrapped in other libraries, and when: as soon as each is imported, by whomever, and none is imported for it.
+
+The functions behind the wrappers, in hooks.py and adapters.py, are imported when one is first called. So
+`import hf_adanorm` costs next to nothing, and is no part of anybody's circle of imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from inspect import BoundArguments
+from typing import Any
+
+from .wrapping import Around, unwrap_methods, when_imported, wrap_method
+
+
+def install() -> None:
+    """Wrap the methods, or wait for them; does nothing for what is wrapped already."""
+    when_imported("transformers.configuration_utils", _wrap_configs)
+    when_imported("transformers.modeling_utils", _wrap_models)
+    when_imported("transformers.trainer", _wrap_trainer)
+    when_imported("peft", _wrap_peft)
+
+
+def uninstall() -> None:
+    """Take the wrappers off, and wait no longer."""
+    unwrap_methods()
+
+
+def _wrap_configs(module: Any) -> None:
+    wrap_method(module.PreTrainedConfig, "to_json_file", _late("hooks", "to_json_file"), "json_file_path")
+
+
+def _wrap_models(module: Any) -> None:
+    model = module.PreTrainedModel
+    wrap_method(model, "post_init", _late("hooks", "post_init"))
+    wrap_method(model, "save_pretrained", _late("hooks", "save_pretrained"), "save_directory")
+    upload = _late("hooks", "upload_modified_files")
+    wrap_method(model, "_upload_modified_files", upload, "working_dir", "repo_id")
+
+
+def _wrap_trainer(module: Any) -> None:
+    load, push = _late("hooks", "load_from_checkpoint"), _late("hooks", "push_from_checkpoint")
+    wrap_method(module.Trainer, "_load_from_checkpoint", load, "resume_from_checkpoint")
+    wrap_method(module.Trainer, "create_model_card", _late("hooks", "create_model_card"))
+    wrap_method(module.Trainer, "_push_from_checkpoint", push, "checkpoint_folder")
+
+
+def _wrap_peft(peft: Any) -> None:
+    config, tuner = peft.config.PeftConfigMixin, peft.tuners.tuners_utils.BaseTuner
+    wrap_method(tuner, "inject_adapter", _late("adapters", "inject_adapter"), "model", "adapter_name")
+    wrap_method(peft.PeftModel, "add_adapter", _late("adapters", "add_adapter"), "peft_config")
+    wrap_method(config, "save_pretrained", _late("adapters", "save_config"), "kwargs")
+    wrap_method(config, "from_pretrained", _late("adapters", "load_config"))
+
+
+def _late(module: str, name: str) -> Around:
+    def around(original: Callable[..., Any], self: Any, bound: BoundArguments) -> Any:
+        return getattr(importlib.import_module(f".{module}", __package__), name)(original, self, bound)
+
+    return around
