@@ -225,12 +225,12 @@ def prepare_bytes(run: Run) -> ByteTask:
     """
     options = run.options
     check_model_source(options)
-    if not 0 < options.eval_stride <= options.sequence_length:
+    config = _config(options)
+    if not has_memory(config) and not 0 < options.eval_stride <= options.sequence_length:
         raise OptionError(
             f"--eval_stride must be between 1 and --sequence_length {options.sequence_length}, "
             f"got {options.eval_stride}"
         )
-    config = _config(options)
     splits = load_byte_splits(options)
     segments = Segments(splits["train"], options.sequence_length)
     if has_memory(config):

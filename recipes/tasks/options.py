@@ -190,7 +190,9 @@ class ByteDataOptions:
         None, "use only the first so many bytes of what is left to train on", within="(0, inf)"
     )
     sequence_length: int = option(512, "bytes the model sees at once", within="(0, inf)")
-    eval_stride: int = option(256, "bytes scored in each window of sequence_length; the rest of it is context")
+    eval_stride: int = option(
+        256, "bytes scored in each window of sequence_length, the rest is context; not for a memory"
+    )
     max_validation_samples: int | None = option(
         None, "score only the first so many windows during training", within="(0, inf)"
     )
