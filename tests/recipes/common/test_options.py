@@ -12,6 +12,7 @@ import hf_adanorm
 from common.options import (
     OptionError,
     PatchOptions,
+    RunOptions,
     check_ranges,
     options_that_change,
     parse_options,
@@ -29,9 +30,7 @@ NOTHING = {
 ONWARD = {"checkpointing_steps", "on_nonfinite", "on_spike", "spike_sigmas"}
 
 
-@pytest.mark.parametrize(
-    "options_class", [ClassificationOptions, TranslationOptions, LanguageModelingOptions, ParsingOptions]
-)
+@pytest.mark.parametrize("options_class", RunOptions.__subclasses__())
 def test_every_option_is_classed_by_what_it_changes(options_class):
     names = {item.name for item in dataclasses.fields(options_class)}
     assert options_that_change(options_class, "nothing") == NOTHING & names
