@@ -1,4 +1,4 @@
-"""The command line: `hf-adanorm inspect | patch | card | bench`.
+"""The command line: `hf-adanorm inspect | patch | unpatch | card | bench`.
 
 An error is one line on stderr and exit code 2. `--json` prints one JSON object on stdout instead of text for people.
 Tokens come from `hf auth login` or HF_TOKEN, as everywhere in huggingface_hub; no option takes one.
@@ -6,20 +6,23 @@ Tokens come from `hf auth login` or HF_TOKEN, as everywhere in huggingface_hub; 
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import secrets
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
 except ImportError:  # the library itself needs torch and transformers only
-    sys.exit('error: the command line needs typer and rich: pip install "hf_adanorm[cli]"')
+    sys.exit("error: the command line needs typer and rich: pip install typer rich")
 
 from .saving.files import TEMPORARY, leads_outside
 
@@ -28,13 +31,13 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(
-    help="Swap the LayerNorms of transformers models for AdaNorm and its relatives.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A model's id on the Hub, or its folder.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")]
 Include = Annotated[list[str] | None, typer.Option(help="Only norms whose name ends so; may be given several times.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Not the norms whose name ends so.")]
@@ -45,7 +48,25 @@ Targets = Annotated[str, typer.Option(help='"layernorm", "rmsnorm" or "all".')]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"hf-adanorm {metadata.version('hf-adanorm')}")
+        except metadata.PackageNotFoundError:  # run from a folder, not installed
+            print(f"hf-adanorm {importlib.import_module('hf_adanorm').__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Swap the LayerNorms of transformers models for AdaNorm and its relatives."""
+
+
+@app.command(short_help="List every norm and what would become of it.")
 def inspect(
     name: Name,
     revision: Revision = None,
@@ -70,10 +91,10 @@ def inspect(
     _print_json({"model": name, **report.to_dict()}) if as_json else print(report)
 
 
-@app.command()
+@app.command(short_help="Swap the norms and save the model.")
 def patch(
     name: Name,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")],
+    out: Out,
     norm: Annotated[str, typer.Option(help='"adanorm", "layernorm-simple", "detachnorm" or "none".')] = "adanorm",
     C: Annotated[float, typer.Option("--C", help="AdaNorm's C.")] = 1.0,
     k: Annotated[float, typer.Option("--k", help="AdaNorm's k.")] = 0.1,
@@ -138,7 +159,29 @@ def patch(
         print(f"pushed: {url}")
 
 
-@app.command()
+@app.command(short_help="Put the stock norms back and save the model.")
+def unpatch(name: Name, out: Out, revision: Revision = None, as_json: Json = False) -> None:
+    """Put the stock norms back into a patched model and save it, with its tokenizer or processor.
+
+    A saved model does not hold the gains and biases that were there before the patch: they come back as 1 and 0.
+    """
+    from . import is_patched, unpatch_model
+
+    config = _load_config(name, revision)
+    if not is_patched(_empty_model(config)):
+        raise ValueError(f"{name} holds no swapped norm: there is nothing to take back")
+    with _new_folder(out) as folder:
+        model = _model_class(config).from_pretrained(name, config=config, revision=revision, dtype="auto")
+        unpatch_model(model)
+        with_processor = _copy_processor(name, revision, folder)
+        model.save_pretrained(folder)
+    if as_json:
+        _print_json({"model": name, "out": str(out)})
+    else:
+        print(f"{out}: {type(model).__name__} with its stock norms{'' if with_processor else ', no tokenizer'}")
+
+
+@app.command(short_help="Write or refresh the model card of a patched model.")
 def card(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder of a patched model.")],
     model_id: Annotated[str | None, typer.Option(help="Its name on the Hub.")] = None,
@@ -170,7 +213,7 @@ def card(
     _print_json({"card": str(written)}) if as_json else print(written)
 
 
-@app.command()
+@app.command(short_help="Measure the norms against nn.LayerNorm.")
 def bench(
     output_dir: Annotated[Path, typer.Option(help="Where bench.csv, bench.txt and bench.png go.")] = Path("bench"),
     level: Annotated[list[str] | None, typer.Option(help='"op", "model" or "patch"; may be repeated.')] = None,
@@ -199,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        code = _fail(str(error) or type(error).__name__)
+        code = _fail(_in_our_words(str(error)) or type(error).__name__)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not the argument parser's: a bug, whose traceback is wanted
             raise
@@ -219,7 +262,20 @@ def _fail(message: str) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"warning: {' '.join(_in_our_words(str(message)).split())}", file=sys.stderr)
+
+
+def _in_our_words(message: str) -> str:
+    """A message of the library with the options of this command line in the place of Python's arguments."""
+    names = "C|k|norm|eps|centered|affine|on_unfoldable|include|exclude|layers|targets|detach_mean|detach_variance"
+    value = r"""(?:"([\w.-]+)"|'([\w.-]+)'|([\w.-]+\w))"""
+
+    def option(match: re.Match[str]) -> str:
+        given = next((group for group in match.groups()[1:] if group), "")
+        return f"--{match[1].replace('_', '-')} {given}".rstrip()
+
+    message = re.sub(rf"\b({names})={value}", option, message)
+    return re.sub(rf"(?<![\w-])({names})(?= (?:must|are both|holds?)\b)", option, message)
 
 
 def _load_config(name: str, revision: str | None) -> PreTrainedConfig:

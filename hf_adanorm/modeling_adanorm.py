@@ -1040,7 +1040,7 @@ class AdaNormSpec:
         if fmt > FORMAT:
             raise ValueError(
                 f"config.adanorm has format {fmt}, written by hf_adanorm {version[:40]}; hf_adanorm {__version__} "
-                f"reads up to format {FORMAT}: pip install --upgrade hf_adanorm"
+                f"reads up to format {FORMAT}: install a newer one"
             )
         if unknown := set(data) - {"format", "version", "groups", "biases", "eps"}:
             raise ValueError(f"unknown entry {short_repr(sorted(map(str, unknown))[0])} in config.adanorm")

@@ -28,7 +28,7 @@ def check_installed() -> None:
         import matplotlib
         import rich
     except ImportError as error:
-        raise ImportError(f"the benchmark needs {error.name}: pip install 'hf-adanorm[cli,plots]'") from error
+        raise ImportError(f"the benchmark needs {error.name}: pip install matplotlib rich") from error
     del matplotlib, rich
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what norms do. They need matplotlib (`pip install "hf-adanorm[plots]"`), imported on the first call.
+"""Pictures of what norms do. They need matplotlib, imported on the first call.
 
 Every function draws into `ax` (a new figure by default) and returns the Axes; `ax.figure.savefig("name.svg")` writes
 PNG, SVG or PDF. The colours are Okabe and Ito's, which colour-blind readers can tell apart; lines differ in style and
@@ -50,7 +50,7 @@ def _figure(ax: Axes | Sequence[Axes] | None, columns: int = 1, size: tuple[floa
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "hf-adanorm[plots]"') from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     if ax is None:
         ax = plt.subplots(1, columns, figsize=(size[0] * columns * (0.85 if columns > 1 else 1), size[1]))[1]
         plt.gcf().set_layout_engine("constrained")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -18,8 +19,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+import hf_adanorm
 from hf_adanorm import is_patched
-from hf_adanorm.cli import main
+from hf_adanorm.cli import _in_our_words, main
 from hf_adanorm.modeling_adanorm import NOTICE
 from tests.integration.hub_server import HubServer
 from tests.zoo.tiny_text import make_tokenizer
@@ -182,6 +184,38 @@ def test_patch_writes_a_model_that_stock_calls_load(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_unpatch_gives_a_stock_model(stock: Path, run: Run, tmp_path: Path) -> None:
+    run("patch", stock, tmp_path / "patched")
+    code, out, err = run("unpatch", tmp_path / "patched", tmp_path / "out")
+    assert code == 0
+    assert "stock norms" in out
+    assert "come back as gain 1 and bias 0" in err
+    assert not is_patched(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
+    assert "modeling_adanorm.py" not in {path.name for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_version_and_help_need_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import hf_adanorm.cli as c; c.main()"
+    )
+    version = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout == f"hf-adanorm {hf_adanorm.__version__}\n"
+    shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert not re.search(r"\w\.\.\.$", shown.stdout, re.MULTILINE)
+
+
+def test_errors_speak_of_options_not_of_arguments() -> None:
+    said = {
+        "eps=0.5 does not go with affine='fade', which": "--eps 0.5 does not go with --affine fade, which",
+        'on_unfoldable="keep" leaves': "--on-unfoldable keep leaves",
+        "targets must be one of": "--targets must be one of",
+        "detach_mean and detach_variance are both False": "detach_mean and --detach-variance are both False",
+        "norm=(1, 2) and the norms it must have": "norm=(1, 2) and the norms it must have",
+    }
+    assert {message: _in_our_words(message) for message in said} == said
+
+
 def test_a_patched_folder_shows_as_swapped(stock: Path, run: Run, tmp_path: Path) -> None:
     run("patch", stock, tmp_path / "out")
     _, out, _ = run("inspect", tmp_path / "out", "--json")
@@ -251,6 +285,7 @@ def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path
         (["patch", "{stock}", "{tmp}/out", "--C", "-1"], "C must be a finite number > 0"),
         (["patch", "{stock}", "{stock}"], "exists and is not an empty folder"),
         (["patch", "{stock}", "{tmp}/out", "--affine", "fold", "--on-unfoldable", "calibrate"], "fits to real data"),
+        (["unpatch", "{stock}", "{tmp}/out"], "holds no swapped norm"),
         (["card", "{tmp}"], "config.json does not exist"),
         (["card", "{stock}"], "no patched model"),
         (["card", "{stock}", "--result", "accuracy"], "METRIC=VALUE"),
