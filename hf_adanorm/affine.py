@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._tables import counted
 from .detection import NormInfo
 from .folding.fold import fold_norms
 from .modeling_adanorm import NormGroup, SwappedNorm, is_swapped
@@ -126,7 +127,7 @@ def fold(
     if on_unfoldable == "approximate" and approximated:
         worst = max(approximated, key=lambda norm: norm.deviation or 0.0)
         change.warn(
-            f"{len(approximated)} norms were folded but for the deviation of their gain from its mean, up to "
+            f"{counted(len(approximated), 'norm')} folded but for the deviation of their gain from its mean, up to "
             f"{worst.deviation:.2f} of it (at {worst.name}): the outputs moved by {report.difference:.1%} of their "
             "largest value. fold_affine(model) reports each norm"
         )
@@ -158,13 +159,13 @@ def warn_of_dropped(plan: Plan, change: Change) -> None:
     progress = [module.get_buffer("fade_progress") for module in fading]
     if any(not t.is_meta and float(t) < 1.0 for t in progress):
         change.warn(
-            f"the fade of {len(fading)} norms ends here, before its time: their gains and biases are dropped. "
-            'affine="fade" keeps them fading'
+            f"the fade of {counted(len(fading), 'norm')} ends here, before its time: their gains and biases are "
+            'dropped. affine="fade" keeps them fading'
         )
     if trained:
         change.warn(
-            f"the trained gains and biases of {trained} norms are dropped: the model's outputs change until it is "
-            'trained again. affine="fold" keeps what it learned, for a post-norm model (BERT, BART) with '
+            f"the trained gains and biases of {counted(trained, 'norm')} are dropped: the model's outputs change "
+            'until it is trained again. affine="fold" keeps what it learned, for a post-norm model (BERT, BART) with '
             'on_unfoldable="calibrate" and k=calibrate_k(model, batches).k'
         )
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ._tables import counted
 from .detection import check_module
 from .modeling_adanorm import SwappedNorm, check_number
 from .saving.spec import swapped_norms, write_specs
@@ -158,8 +159,8 @@ class FadeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if (end := self.progress(state.max_steps, state.max_steps)) < 1.0:
             warnings.warn(
-                f"the fade will stand at t = {end:.2g} after the last of {state.max_steps} steps, too early for "
-                "finish_fading: choose fewer fade_steps, or train on",
+                f"the fade will stand at t = {end:.2g} after the last of {counted(state.max_steps, 'step')}, too "
+                "early for finish_fading: choose fewer fade_steps, or train on",
                 stacklevel=2,
             )
         self.on_step_end(args, state, control, model=model)

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from ._tables import counted
 from .affine import fade, fold, warn_of_dropped
 from .detection import check_module
 from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
@@ -235,6 +236,6 @@ def _warn_of_untouched_rmsnorms(plan: Plan, change: Change) -> None:
     if len(left) > len(plan.swaps):
         parts = ", ".join(sorted({row.name.split(".")[0] for row in plan.rows if row.chosen})[:4])
         change.warn(
-            f"{len(plan.swaps)} LayerNorms were swapped (in {parts}), while {len(left)} RMSNorms, most of this "
-            'model\'s norms, were left as they are: targets="all" or "rmsnorm" swaps those as well'
+            f"{counted(len(plan.swaps), 'LayerNorm')} swapped (in {parts}), while {counted(len(left), 'RMSNorm')}, "
+            'most of this model\'s norms, stayed as they are: targets="all" or "rmsnorm" swaps those as well'
         )

@@ -148,7 +148,7 @@ _COLORS = {
 _TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
 
 
-def to_png(results: Sequence[Measurement], where: dict[str, Any]) -> bytes:
+def draw(results: Sequence[Measurement], where: dict[str, Any]) -> Any:
     """Ratios to nn.LayerNorm, at most four panels: a line a norm, from the least to the most over the cases (shapes or
     models), with a mark at the median. The quartiles within a case are in the table."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -198,6 +198,10 @@ def to_png(results: Sequence[Measurement], where: dict[str, Any]) -> bytes:
         axes[0].plot([], [], "osD^"[index % 4], color="#333333", markerfacecolor=fill, label=f"{mode}, {dtype}")
     axes[0].legend(fontsize=8)
     figure.supxlabel(", ".join(f"{key} {value}" for key, value in where.items() if value is not None), fontsize=8)
+    return figure
+
+
+def to_png(results: Sequence[Measurement], where: dict[str, Any]) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
+    draw(results, where).savefig(out, format="png", dpi=110)
     return out.getvalue()

@@ -252,7 +252,7 @@ def test_dropped_gains_are_warned_of_in_one_line(stock: Path, run: Run, tmp_path
     model.save_pretrained(source)
     code, out, err = run("patch", source, tmp_path / "out")
     assert code == 0
-    assert err.startswith("warning: the trained gains and biases of 1 norms are dropped")
+    assert err.startswith("warning: the trained gains and biases of 1 norm are dropped")
     assert err.count("\n") == 1
     assert "no tokenizer" in out
 

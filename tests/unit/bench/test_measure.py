@@ -67,6 +67,32 @@ def test_fewer_parameters_and_no_more_memory(rows):
     assert op["adanorm"] <= op["layernorm"] < op["adanorm-written"]
 
 
+def test_the_picture_has_at_most_four_panels_whatever_was_measured():
+    case = {
+        "level": "op",
+        "case": "4x8",
+        "ratio_low": 0.5,
+        "ratio_high": 20.0,
+        "dtype": "float32",
+        "seconds": 1e-3,
+        "rounds": 5,
+    }
+    measured = [
+        timing.Measurement(mode=mode, task=f"task {i}", norm=norm, ratio=ratio, **case)
+        for mode in ("eager", "compiled")
+        for i in range(6)
+        for norm, ratio in (("layernorm", 1.0), ("adanorm", 0.9), ("adanorm-lancopku", 12.0))
+    ]
+    figure = bench_report.draw(measured, {"device": "cpu"})
+    assert len(figure.axes) == 4
+    for axis in figure.axes:
+        labels = [label.get_text() for label in axis.get_xticklabels()]
+        assert {"1", "10"} <= set(labels)
+        assert not any("10^" in label for label in labels)
+    colors = [{line.get_color() for line in axis.get_lines()} for axis in figure.axes]
+    assert all(some <= colors[0] for some in colors)  # those of the legend come on top in the first
+
+
 def test_table_and_plot(written, rows):
     text = (written / "bench.txt").read_text()
     for row in rows:

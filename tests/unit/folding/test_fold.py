@@ -797,7 +797,7 @@ def test_hidden_states_that_change_are_listed_though_they_are_returned_on_reques
 
 
 def test_what_an_approximate_fold_drops_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"4 norms were folded but for the deviation .*at bert\."):
+    with pytest.warns(UserWarning, match=r"4 norms folded but for the deviation .*at bert\."):
         patch_model(build("bert-cls"), "layernorm-simple", affine="fold", on_unfoldable="approximate")
 
 
