@@ -9,7 +9,7 @@ DOCS := $(VENV)/.installed-docs
 DEMO_DIR ?= outputs/demo
 DEMO_SEED ?= 1
 
-.PHONY: demo test gpu-check quality coverage docs install clean help
+.PHONY: demo test gpu-check quality coverage docs install versions oldest clean help
 
 help:  ## these lines
 	@awk -F '## ' '/^[a-z-]+:.*## /{split($$1, target, ":"); printf "make %-10s %s\n", target[1], $$2}' Makefile
@@ -59,8 +59,24 @@ docs: $(DOCS)  ## build the documentation into docs/_build (installs torch, tran
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+versions: $(STAMP)  ## the core suites over versions of Python, transformers and torch, 10 minutes and 1 to 8 GB a cell: CELL=... for one
+	@$(BIN)/python -m pip install --quiet 'nox[uv]'
+	$(BIN)/nox $(if $(CELL),-s "$(CELL)")
+
+# The environment of the tests with another transformers in front of it: no second torch.
+OLDEST := $(VENV)-oldest
+$(OLDEST)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(OLDEST)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
+	$(OLDEST)/bin/python -m pip install --quiet transformers==5.0.0
+	@touch $@
+
+oldest: $(OLDEST)/.installed  ## the suites of saving and of the norms under the oldest transformers
+	$(OLDEST)/bin/python -m pytest tests/unit/saving tests/integration/test_saving.py tests/unit/test_modeling_adanorm.py
+
 coverage: $(STAMP)  ## run the tests, with the coverage of hf_adanorm
 	$(BIN)/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) $(DEMO_DIR) docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) $(OLDEST) .nox $(DEMO_DIR) docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

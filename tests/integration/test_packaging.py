@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,8 +17,10 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import hf_adanorm
+from hf_adanorm import modeling_adanorm
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77 or newer")
@@ -95,6 +98,24 @@ def test_versions_agree():
     assert hf_adanorm.__version__ in changelog
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1].strip("\"'") == hf_adanorm.__version__
+
+
+def test_the_versions_that_are_said_to_work_are_those_of_the_matrix(metadata):
+    matrix = ast.parse((ROOT / "noxfile.py").read_text())
+    listed = {
+        name: ast.literal_eval(node.value)
+        for node in matrix.body
+        if isinstance(node, ast.Assign)
+        and (name := ast.unparse(node.targets[0])) in ("PYTHON", "TRANSFORMERS", "TORCH")
+    }
+    known = [tuple(map(int, listed["TRANSFORMERS"][end].split(".")[:2])) for end in (0, -1)]
+    assert known == [modeling_adanorm.OLDEST, modeling_adanorm.NEWEST]
+    bounds = dict(re.match(r"([\w-]+)>=([\d.]+)$", need).groups() for need in metadata.get_all("Requires-Dist")[:2])
+    assert {name: Version(bound) for name, bound in bounds.items()} == {
+        "torch": Version(listed["TORCH"][0]),
+        "transformers": Version(listed["TRANSFORMERS"][0]),
+    }
+    assert metadata["Requires-Python"] == f">={listed['PYTHON'][0]}"
 
 
 WORK = """
