@@ -60,7 +60,7 @@ def evaluate(run: Run, task: ByteTask) -> dict[str, float]:
     else:
         length, processes = run.options.sequence_length, run.accelerator.num_processes
         data = task.splits["validation"][: most and most * length + 1]
-        share = {"rank": run.accelerator.process_index, "num_processes": processes}
+        share = {"rank": run.accelerator.process_index, "num_processes": processes, "before_each": run.stop_if_asked}
         run.model.eval()
         indices, own = stream_bits(run.model, data, length, run.options.eval_batch_size * processes, **share)
         run.model.train()

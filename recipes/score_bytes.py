@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,21 @@ def window_bits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
 
 @torch.no_grad()
 def stream_bits(
-    model: torch.nn.Module, data: np.ndarray, length: int, num_streams: int, *, rank: int = 0, num_processes: int = 1
+    model: torch.nn.Module,
+    data: np.ndarray,
+    length: int,
+    num_streams: int,
+    *,
+    rank: int = 0,
+    num_processes: int = 1,
+    before_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[int], list[tuple[float, int]]]:
     """Segments by number, and for each the bits that it costs a model with a memory and how many bytes it has; every
     byte but the first is scored once.
 
     The text is cut into `num_streams` contiguous streams that are read segment by segment, all at a time; their memory
-    is empty at first and carried on. A process reads every `num_processes`-th stream, in as many steps as the others.
+    is empty at first and carried on. A process reads every `num_processes`-th stream, in as many steps as the others,
+    and calls `before_each` of them.
     """
     device = next(model.parameters()).device
     num_segments = -(-(len(data) - 1) // length)
@@ -58,6 +66,7 @@ def stream_bits(
     own = streams[rank::num_processes]
     indices, outputs, memory = [], [], None
     for position in range(len(streams[0])):
+        before_each()
         segments = [int(stream[position]) for stream in own if position < len(stream)]  # the longest streams are first
         rows = [data[segment * length : (segment + 1) * length + 1] for segment in segments or [0]]
         padded = np.zeros((len(rows), length + 1), dtype=np.int64)

@@ -320,12 +320,16 @@ class Run:
             workers=self.options.dataloader_workers,
         )
         for batch_indices, batch in batches:
-            if self.interruption.requested():
-                self._stop()
+            self.stop_if_asked()
             indices += batch_indices
             outputs += outputs_of(send_to_device(batch, accelerator.device), batch_indices)
         self.model.train()
         return gather_by_index(accelerator, indices, outputs, len(lengths))
+
+    def stop_if_asked(self) -> None:
+        """Where the run was asked to stop in the middle of an evaluation, do so. Called on every process."""
+        if self.interruption.requested():
+            self._stop()
 
     def note(self, scores: dict[str, float]) -> None:
         """Record an evaluation; save the model when it is the best so far (the earlier one of equals) and nothing in
