@@ -16,9 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jinja2  # torch brings it along
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
 
 from hf_adanorm.modeling_adanorm import NORM_CLASSES, AdaNormSpec, NormGroup, is_own_reference
@@ -292,8 +294,6 @@ def without_section(text: str) -> str:
 
 
 def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec], **more: Any) -> str:
-    import jinja2  # torch brings it along
-
     groups = [(group, where) for where, spec in specs.items() for group in spec.groups]
     names = ", ".join(dict.fromkeys(group.kind.title for group, _ in groups))
     fading = [group.fade for group, _ in groups if group.fade is not None]
@@ -416,8 +416,6 @@ _TASKS = {
 
 
 def _task(model_type: str, architecture: str) -> str | None:
-    from transformers.models.auto import modeling_auto
-
     tables = {task: f"MODEL_FOR_{name}_MAPPING_NAMES" for task, name in _TASKS.items()}
     for task, table in [*tables.items(), ("automatic-speech-recognition", "MODEL_FOR_CTC_MAPPING_NAMES")]:
         found = getattr(modeling_auto, table, {}).get(model_type)

@@ -33,6 +33,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -77,9 +79,6 @@ def _auto_map(config: PreTrainedConfig) -> dict[str, str]:
     configs from outside transformers: such models need the package to load."""
     if not type(config).__module__.startswith("transformers."):
         return {}
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
-
     present = getattr(config, "auto_map", None) or {}
     entries = {}
     for auto_class in vars(modeling_auto).values():
