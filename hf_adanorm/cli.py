@@ -24,6 +24,7 @@ try:
 except ImportError:  # the library itself needs torch and transformers only
     sys.exit("error: the command line needs typer and rich: pip install typer rich")
 
+from .options import PATCH_OPTIONS
 from .saving.files import TEMPORARY, leads_outside
 
 if TYPE_CHECKING:
@@ -95,13 +96,17 @@ def inspect(
 def patch(
     name: Name,
     out: Out,
-    norm: Annotated[str, typer.Option(help='"adanorm", "layernorm-simple", "detachnorm" or "none".')] = "adanorm",
-    C: Annotated[float, typer.Option("--C", help="AdaNorm's C.")] = 1.0,
-    k: Annotated[float, typer.Option("--k", help="AdaNorm's k.")] = 0.1,
-    detach_mean: Annotated[bool, typer.Option(help="DetachNorm: the mean is a constant.")] = True,
-    detach_variance: Annotated[bool, typer.Option(help="DetachNorm: the standard deviation is a constant.")] = True,
-    eps: Annotated[float | None, typer.Option(help="By default that of each replaced norm.")] = None,
-    centered: Annotated[bool | None, typer.Option(help="By default as the replaced norm.")] = None,
+    norm: Annotated[str, typer.Option(help=PATCH_OPTIONS["norm"].help)] = PATCH_OPTIONS["norm"].default,
+    C: Annotated[float, typer.Option("--C", help=PATCH_OPTIONS["C"].help)] = PATCH_OPTIONS["C"].default,
+    k: Annotated[float, typer.Option("--k", help=PATCH_OPTIONS["k"].help)] = PATCH_OPTIONS["k"].default,
+    detach_mean: Annotated[bool, typer.Option(help=PATCH_OPTIONS["detach_mean"].help)] = PATCH_OPTIONS[
+        "detach_mean"
+    ].default,
+    detach_variance: Annotated[bool, typer.Option(help=PATCH_OPTIONS["detach_variance"].help)] = PATCH_OPTIONS[
+        "detach_variance"
+    ].default,
+    eps: Annotated[float | None, typer.Option(help=PATCH_OPTIONS["eps"].help)] = None,
+    centered: Annotated[bool | None, typer.Option(help=PATCH_OPTIONS["centered"].help)] = None,
     revision: Revision = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -109,8 +114,10 @@ def patch(
     exclude_regex: ExcludeRegex = None,
     layers: Layers = None,
     targets: Targets = "layernorm",
-    affine: Annotated[str, typer.Option(help='"drop", "fold" or "fade" trained gains and biases.')] = "drop",
-    on_unfoldable: Annotated[str, typer.Option(help='"keep", "fade", "approximate" or "raise".')] = "keep",
+    affine: Annotated[str, typer.Option(help=PATCH_OPTIONS["affine"].help)] = PATCH_OPTIONS["affine"].default,
+    on_unfoldable: Annotated[str, typer.Option(help=PATCH_OPTIONS["on_unfoldable"].help)] = PATCH_OPTIONS[
+        "on_unfoldable"
+    ].default,
     push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Push the result to this repository.")] = None,
     private: Annotated[bool, typer.Option(help="Make that repository private if it is new.")] = False,
     as_json: Json = False,

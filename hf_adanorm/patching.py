@@ -23,6 +23,7 @@ from ._tables import counted
 from .affine import fade, fold, warn_of_dropped
 from .detection import check_module
 from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
+from .options import PATCH_OPTIONS
 from .report import Report
 from .saving.spec import left_by_folds, plain_modules, swapped_norms, write_specs
 from .selection import Patterns, check_layers
@@ -124,8 +125,8 @@ def patch_model(
         layers=check_layers(layers),
         targets=targets,
     )
-    check_choice("affine", affine, ("drop", "fold", "fade"))
-    check_choice("on_unfoldable", on_unfoldable, ("keep", "fade", "approximate", "calibrate", "raise"))
+    check_choice("affine", affine, PATCH_OPTIONS["affine"].choices)
+    check_choice("on_unfoldable", on_unfoldable, PATCH_OPTIONS["on_unfoldable"].choices)
     if affine != "drop" and not NORM_CLASSES[norm].normalizes:
         raise ValueError(
             f'affine={affine!r} does not go with norm="{norm}", which normalises nothing: use affine="drop"'

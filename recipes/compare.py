@@ -42,12 +42,10 @@ from pathlib import Path
 from typing import Any
 
 import tasks.options
-from common.options import OptionError, options_that_change, parse_options, read_config
-from comparison.paper import COLUMNS, CONFIGS, ROWS
+from common.options import NORMS, OptionError, options_that_change, parse_options, read_config
+from comparison.paper import COLUMNS, CONFIGS, ROWS, TITLES
 
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
-# A norm that an option says nothing to need not try its values.
-ONLY_FOR = {"C": {"adanorm"}, "k": {"adanorm"}, "detach_mean": {"detachnorm"}, "detach_variance": {"detachnorm"}}
 ESTIMATE_STEPS = 25
 MOST_SEEDS = 1000
 
@@ -67,7 +65,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add = parser.add_argument
     add("--config", help="YAML file of the recipe's options, for instance recipes/configs/rt.yaml")
     add("--recipe", choices=list(recipe_options()), help="by default the one that knows the options in --config")
-    add("--norms", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NORM", help="default: all five")
+    add("--norms", nargs="+", choices=list(TITLES), default=ROWS, metavar="NORM", help="default: the paper's five")
     add("--seeds", nargs="+", type=int, default=[3], help="one number: that many, from 1; several: these seeds")
     add("--output_dir", default=None, help="default: outputs/compare-NAME, after the config")
     add("--grid", nargs="+", default=[], metavar="OPTION=A,B", help="values to try for each norm on validation")
@@ -127,7 +125,7 @@ from common.checkpoints import EXIT_RESUME, changed_content, lock_folder, write_
 from common.results import align
 from comparison.report import write_report
 from comparison.runs import BASELINE, RecordError, Run, outcome, summarize
-from hf_adanorm import AdaNorm, DetachNorm
+from hf_adanorm.modeling_adanorm import NORM_CLASSES
 from tasks.data import DATA_OPTIONS, data_content
 
 
@@ -150,7 +148,9 @@ def parse_grid(items: Sequence[str], names: set[str]) -> dict[str, list[str]]:
 
 def grid_points(grid: dict[str, list[str]], norm: str) -> list[dict[str, str]]:
     """The points of the grid, without the options that say nothing to `norm`."""
-    used = {name: values for name, values in grid.items() if norm in ONLY_FOR.get(name, {norm})}
+    others = {name for other, facts in NORMS.items() if other != norm for name in facts.settings}
+    others -= NORMS[norm].settings.keys() if norm in NORMS else set()
+    used = {name: values for name, values in grid.items() if name not in others}
     return [dict(zip(used, values, strict=True)) for values in itertools.product(*used.values())]
 
 
@@ -206,10 +206,8 @@ class Comparison:
             for point in grid_points(self.grid, norm):
                 options = self.options(self.arguments(Run(norm, self.own.seeds[0], self.own.output_dir, point)))
                 try:
-                    if norm == "adanorm":
-                        AdaNorm(1, C=options.C, k=options.k)
-                    elif norm == "detachnorm":
-                        DetachNorm(1, detach_mean=options.detach_mean, detach_variance=options.detach_variance)
+                    if norm != BASELINE:
+                        NORM_CLASSES[norm](1, **{name: getattr(options, name) for name in NORMS[norm].settings})
                 except (ValueError, TypeError) as error:
                     raise OptionError(f"--norms {norm}: {error}") from error
 

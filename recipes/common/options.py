@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import operator
 import os
 import re
+import runpy
 import sys
 import types
 import typing
@@ -27,6 +29,10 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 T = TypeVar("T")
+
+# The package's options without the package, which would import torch.
+_STATED = runpy.run_path(str(Path(importlib.util.find_spec("hf_adanorm").origin).with_name("options.py")))
+NORMS, PATCH_OPTIONS = _STATED["NORMS"], _STATED["PATCH_OPTIONS"]
 
 
 def leave(code: int) -> NoReturn:
@@ -83,25 +89,20 @@ def check_ranges(options: Any) -> None:
 class PatchOptions:
     """What `patch_model` is asked to do; `norm="layernorm"` is the unpatched control."""
 
-    norm: Literal["adanorm", "layernorm-simple", "detachnorm", "none", "layernorm"] = option(
-        "adanorm", "norm to train with; layernorm leaves the model as it is (the control)"
+    norm: Literal[(*NORMS, "layernorm")] = option(
+        PATCH_OPTIONS["norm"].default, "norm to train with; layernorm leaves the model as it is (the control)"
     )
-    C: float = option(1.0, "AdaNorm: the constant C > 0 in z = C (1 - k y) y")
-    k: float = option(0.1, "AdaNorm: the slope k >= 0 in z = C (1 - k y) y")
-    detach_mean: bool = option(True, "DetachNorm: let no gradient flow through the mean")
-    detach_variance: bool = option(True, "DetachNorm: let no gradient flow through the variance")
-    eps: float | None = option(None, "added to the variance; by default what the replaced norm uses")
-    include: list[str] | str | None = option(
-        None,
-        "swap only norms with these name endings (a list) or matching this regular expression (a string)",
-    )
-    exclude: list[str] | str | None = option(None, "leave these norms as they are; written like include")
-    layers: list[int] | None = option(None, "swap only norms in these layers, negative from the end")
-    targets: Literal["layernorm", "rmsnorm", "all"] = option("layernorm", "kind of norm to swap")
-    affine: Literal["drop", "fold", "fade"] = option("drop", "what becomes of trained gains and biases")
-    on_unfoldable: Literal["keep", "fade", "approximate", "calibrate", "raise"] = option(
-        "keep", "with --affine fold: what to do with a norm that something else reads too"
-    )
+    C: float = option(*PATCH_OPTIONS["C"][:2])
+    k: float = option(*PATCH_OPTIONS["k"][:2])
+    detach_mean: bool = option(*PATCH_OPTIONS["detach_mean"][:2])
+    detach_variance: bool = option(*PATCH_OPTIONS["detach_variance"][:2])
+    eps: float | None = option(*PATCH_OPTIONS["eps"][:2])
+    include: list[str] | str | None = option(*PATCH_OPTIONS["include"][:2])
+    exclude: list[str] | str | None = option(*PATCH_OPTIONS["exclude"][:2])
+    layers: list[int] | None = option(*PATCH_OPTIONS["layers"][:2])
+    targets: Literal[PATCH_OPTIONS["targets"].choices] = option(*PATCH_OPTIONS["targets"][:2])
+    affine: Literal[PATCH_OPTIONS["affine"].choices] = option(*PATCH_OPTIONS["affine"][:2])
+    on_unfoldable: Literal[PATCH_OPTIONS["on_unfoldable"].choices] = option(*PATCH_OPTIONS["on_unfoldable"][:2])
     calibrate_k: bool = option(
         False, "AdaNorm: a k for each norm, at most --k, that its outliers allow on a batch of training data"
     )

@@ -25,7 +25,7 @@ from torch import nn
 
 import hf_adanorm
 from common.endings import fate
-from common.options import OptimizationOptions, OptionError, PatchOptions, RunOptions, did_you_mean
+from common.options import NORMS, OptimizationOptions, OptionError, PatchOptions, RunOptions, did_you_mean
 
 # A fold by a fit and a k for each norm are taken from so many training examples.
 CALIBRATION_EXAMPLES = 32
@@ -101,7 +101,7 @@ def apply_patch(
             )
         return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
     try:
-        calibrates = options.calibrate_k and options.norm == "adanorm"
+        calibrates = options.calibrate_k and "k" in NORMS[options.norm].settings
         batch = inputs() if inputs is not None and (calibrates or options.affine == "fold") else None
         k: float | dict[str, float] = options.k
         if calibrates and batch is not None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-# The paper's names and order of rows.
-ROWS = {
-    "none": "w/o Norm",
-    "layernorm": "LayerNorm",
-    "layernorm-simple": "LayerNorm-simple",
-    "detachnorm": "DetachNorm",
-    "adanorm": "AdaNorm",
-}
+from common.options import NORMS
+
+ROWS = ["none", "layernorm", "layernorm-simple", "detachnorm", "adanorm"]  # in the paper's order
+# Every norm's name for people, those of the paper first.
+TITLES = {"layernorm": "LayerNorm", **{norm: facts.title for norm, facts in NORMS.items()}}
+TITLES = {norm: TITLES[norm] for norm in dict.fromkeys([*ROWS, *TITLES])}
 
 # Column: its metric, then the rows in the order above; None where training diverged.
 COLUMNS: dict[str, tuple[str, tuple[float | None, ...]]] = {
@@ -39,8 +37,10 @@ CONFIGS = {
 
 
 def paper_score(column: str, norm: str) -> str:
-    """The paper's figure as printed there, "diverges" where it has none."""
-    value = COLUMNS[column][1][list(ROWS).index(norm)]
+    """The paper's figure as printed there, "diverges" where it has none, "-" for a norm that is not in the paper."""
+    if norm not in ROWS:
+        return "-"
+    value = COLUMNS[column][1][ROWS.index(norm)]
     if value is None:
         return "diverges"
     return f"{value:.1f}" if COLUMNS[column][0] == "BLEU" else f"{value:.2f}"

@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes, whe
 
 import numpy as np
 
-from comparison.paper import COLUMNS, ROWS, paper_score
+from common.options import NORMS
+from comparison.paper import COLUMNS, TITLES, paper_score
 from comparison.runs import BASELINE, Run, outcome
 from hf_adanorm.saving.files import write_file
 
 # Every norm keeps its colour and line in all pictures; the indices are those of hf_adanorm.plots.
-STYLE = {"layernorm": 6, "layernorm-simple": 0, "detachnorm": 3, "adanorm": 1, "none": 2}
+STYLE = {BASELINE: 6, **{norm: facts.color for norm, facts in NORMS.items()}}
 
 
 # Numbers as text
@@ -77,8 +78,8 @@ def conclusion(summary: Mapping[str, Any]) -> str:
         if row["norm"] == BASELINE or not found:
             continue
         gain = found["mean"] if summary["higher_is_better"] else -found["mean"]
-        (level if found["p_holm"] >= 0.05 else better if gain > 0 else worse).append(ROWS[row["norm"]])
-    diverged = [ROWS[row["norm"]] for row in summary["rows"] if row["diverged"] and not row["scores"]]
+        (level if found["p_holm"] >= 0.05 else better if gain > 0 else worse).append(TITLES[row["norm"]])
+    diverged = [TITLES[row["norm"]] for row in summary["rows"] if row["diverged"] and not row["scores"]]
     parts = [
         f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} {verb}"
         for names, verb in (
@@ -110,7 +111,7 @@ def paper_table(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         head.append(f"{summary['title']} {summary['label']}, ours, {summary['split']} ({arrow} is better)")
     table = [head]
     present = {row["norm"] for summary in summaries for row in summary["rows"]}
-    for norm, name in ROWS.items():
+    for norm, name in TITLES.items():
         if norm not in present:
             continue
         cells = [name]
@@ -126,7 +127,7 @@ def paper_table(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def difference_table(summary: Mapping[str, Any]) -> list[list[str]]:
     """Every norm's difference from LayerNorm."""
     table = [["model", "difference from LayerNorm [95 %]", "p (Holm)", "[95 %] over seeds", "parameters"]]
-    for norm, name in ROWS.items():
+    for norm, name in TITLES.items():
         for row in summary["rows"]:
             if row["norm"] == norm:
                 cells = ("", "", "") if norm == BASELINE else difference_cells(row, summary["decimals"])
@@ -163,10 +164,10 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
             f"Differences: paired bootstrap over {summary['num_test_examples']:,} test examples, "
             f"{summary['num_resamples']:,} resamples, seeds paired; over seeds too where there are five."
         )
-    tried = {ROWS[row["norm"]]: row["tried"] for row in summary["rows"]}
+    tried = {TITLES[row["norm"]]: row["tried"] for row in summary["rows"]}
     if max(tried.values()) > 1:
         chosen = [
-            f"{ROWS[row['norm']]} {', '.join(f'{k} {v}' for k, v in row['choice'].items())} (of {row['tried']})"
+            f"{TITLES[row['norm']]} {', '.join(f'{k} {v}' for k, v in row['choice'].items())} (of {row['tried']})"
             for row in summary["rows"]
         ]
         lines.append(f"Chosen on validation with the first seed: {'; '.join(chosen)}.")
@@ -196,7 +197,7 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
     norms = [row["norm"] for row in summary["rows"]]
     for norm in norms:
         style = STYLE[norm]
-        line = {"color": COLORS[style], "linestyle": LINES[style], "linewidth": 1.6, "label": ROWS[norm]}
+        line = {"color": COLORS[style], "linestyle": LINES[style], "linewidth": 1.6, "label": TITLES[norm]}
         ours = [run for run in runs if run.norm == norm]
         finished = [run for run in ours if run.status == "finished"]
         histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
@@ -218,7 +219,7 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
             right.plot(row["mean"], position, "|", color=color, markersize=22, markeredgewidth=2.5)
         elif row["diverged"]:
             right.text(0.5, position, "diverged", transform=right.get_yaxis_transform(), ha="center", color=color)
-    right.set_yticks(range(len(norms)), [ROWS[norm] for norm in reversed(norms)])
+    right.set_yticks(range(len(norms)), [TITLES[norm] for norm in reversed(norms)])
     right.set_ylim(-1.1, len(norms) - 0.4)
     arrow = "→ better" if summary["higher_is_better"] else "← better"
     left.set(xlabel="optimiser step", ylabel="training loss (nats)", title="Training")

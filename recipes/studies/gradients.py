@@ -26,18 +26,12 @@ from transformers import AutoModelForSequenceClassification, BertConfig, MarianC
 
 from common.checkpoints import write_json
 from common.options import option, parse_options
+from comparison.paper import TITLES
 from hf_adanorm import patch_model, plots, watch_norms
 from tasks.data import load_file, resolve_labels
 from tasks.tokenization import train_encoder_tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-NAMES = {
-    "adanorm": "AdaNorm",
-    "layernorm": "LayerNorm",
-    "layernorm-simple": "LayerNorm-simple",
-    "detachnorm": "DetachNorm",
-    "none": "w/o Norm",
-}
 
 
 @dataclass(kw_only=True)
@@ -141,7 +135,7 @@ def main() -> None:
             patch_model(model, norm)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98))
         stream = batches()
-        label = NAMES[norm]
+        label = TITLES[norm]
         losses[label] = []
         with watch_norms(model, every=options.every, histogram=True) as logs[label]:
             for step in range(options.num_steps):

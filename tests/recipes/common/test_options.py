@@ -18,7 +18,7 @@ from common.options import (
     parse_options,
     read_config,
 )
-from tasks.options import ClassificationOptions, LanguageModelingOptions, ParsingOptions, TranslationOptions
+from tasks.options import ClassificationOptions
 
 RECIPES = Path(classification.__file__).parent
 # What another value changes nothing of what was or will be trained or scored, or only from then on.

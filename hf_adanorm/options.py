@@ -1,0 +1,84 @@
+"""The options of a patch, each stated once: its default, its choices and what it is in a line.
+
+The command line and the recipes take them from PATCH_OPTIONS, the explicit signature of `patch_model` is held against
+it by a test. What is particular to a norm is said by its class in modeling_adanorm.py. It is read off the source text,
+so that this file needs neither torch nor the rest of the package: the recipes show help and find mistakes before they
+import either.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Norm(NamedTuple):
+    """What its class says of a norm."""
+
+    title: str
+    color: int
+    settings: dict[str, tuple[float | bool, str]]
+    """Default and help of its arguments."""
+
+
+class Option(NamedTuple):
+    """An argument of `patch_model`."""
+
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+def _read_norms() -> dict[str, Norm]:
+    tree = ast.parse(Path(__file__).with_name("modeling_adanorm.py").read_text(encoding="utf-8"))
+    said = {node.name: _attributes(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+    shared = said["SwappedNorm"]
+    norms = [{**shared, **attributes} for attributes in said.values() if "norm" in attributes]
+    return {
+        ast.literal_eval(norm["norm"]): Norm(
+            ast.literal_eval(norm["title"]),
+            ast.literal_eval(norm["color"]),
+            {
+                ast.literal_eval(key): tuple(map(ast.literal_eval, call.args))
+                for key, call in zip(norm["SETTINGS"].keys, norm["SETTINGS"].values, strict=True)
+            },
+        )
+        for norm in norms
+    }
+
+
+def _attributes(node: ast.ClassDef) -> dict[str, Any]:
+    """The expressions that a class body gives to its names."""
+    found: dict[str, Any] = {}
+    for line in node.body:
+        if not isinstance(line, (ast.Assign, ast.AnnAssign)) or line.value is None:
+            continue
+        for target in line.targets if isinstance(line, ast.Assign) else [line.target]:
+            names, values = [target], [line.value]
+            if isinstance(target, ast.Tuple) and isinstance(line.value, ast.Tuple):
+                names, values = target.elts, line.value.elts
+            found |= {name.id: value for name, value in zip(names, values, strict=True) if isinstance(name, ast.Name)}
+    return found
+
+
+NORMS = _read_norms()
+
+PATCH_OPTIONS: dict[str, Option] = {
+    "norm": Option("adanorm", f"norm to swap in: {', '.join(NORMS)}", tuple(NORMS)),
+    **{name: Option(*setting) for norm in NORMS.values() for name, setting in norm.settings.items()},
+    "eps": Option(None, "added to the variance; by default what the replaced norm uses"),
+    "centered": Option(None, "whether the mean is subtracted; by default as the replaced norm does"),
+    "include": Option(None, "swap only norms with these name endings (a list) or matching this regular expression"),
+    "exclude": Option(None, "leave these norms as they are; written like include"),
+    "layers": Option(None, "swap only norms in these layers, counted from 0, negative from the end"),
+    "targets": Option("layernorm", "kind of norm to swap", ("layernorm", "rmsnorm", "all")),
+    "affine": Option("drop", "what becomes of trained gains and biases", ("drop", "fold", "fade")),
+    "on_unfoldable": Option(
+        "keep",
+        "with affine fold: what to do with a norm that something else reads too",
+        ("keep", "fade", "approximate", "calibrate", "raise"),
+    ),
+    "fold_inputs": Option(None, "with affine fold: a batch for the model to run on"),
+    "ramp": Option(True, "with affine fold: let k and C come in step by step"),
+}
