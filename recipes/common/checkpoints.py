@@ -18,6 +18,7 @@ import platform
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -349,7 +350,7 @@ def _check_random_state(path: Path) -> None:
 class Interruption:
     """Notices SIGTERM and Ctrl-C, so that the loop can save and leave with `EXIT_RESUME`.
 
-    A context manager: the handlers it replaces come back at the end; Ctrl-C pressed twice ends the process at once.
+    A context manager: the handlers it replaces come back at the end; Ctrl-C pressed again ends the process at once.
     `requested()` is collective: true on every process as soon as one of them got the signal.
     """
 
@@ -369,9 +370,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signalled, self.name = True, self.NAMES[signal.Signals(number)]
-        if number == signal.SIGINT:
-            signal.signal(number, self.previous[signal.SIGINT])
+        now = time.monotonic()
+        if not self.signalled:
+            self.signalled, self.name, self.since = True, self.NAMES[signal.Signals(number)], now
+        elif number == signal.SIGINT and now - self.since > 1:  # sooner it is a launcher that hands on the first
+            raise KeyboardInterrupt
 
     def requested(self) -> bool:
         """Whether to stop."""

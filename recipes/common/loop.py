@@ -169,6 +169,7 @@ class Run:
             self.progress = self.checkpoints.resume()
             if self.progress.step:
                 self.print(f"resuming from step {self.progress.step}")
+            self.saved_step = self.progress.step
             self.stopwatch = Stopwatch(self.progress)
             self.running_loss = torch.zeros((), device=accelerator.device)  # this process's share
             if self.is_main:
@@ -281,10 +282,10 @@ class Run:
 
     def _save(self) -> None:
         """Save, unless the run was resumed from this very step: to write a checkpoint anew would risk it."""
-        latest = self.checkpoints.latest()
-        if latest is None or latest.name != f"checkpoint-{self.progress.step}":
+        if self.saved_step != self.progress.step:
             self.progress.running_loss = self.accelerator.reduce(self.running_loss, "sum").item()
             self.checkpoints.save(self.progress)
+            self.saved_step = self.progress.step
 
     def _stop(self) -> NoReturn:
         """Save, and end the process as one that can be resumed."""

@@ -109,10 +109,13 @@ def prepare_translation(run: Run) -> TranslationTask:
     plan = TokenPlan(*lengths["train"], options.max_tokens, **run.division)
     # It recommends __call__ over pad, which does not apply: texts are tokenised once and padded in every batch.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return dict(collator(rows))
 
     def calibration_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-        batch = dict(collate(calibration_rows(splits["train"])))
+        batch = collate(calibration_rows(splits["train"]))
         return {**batch, "decoder_input_ids": decoder_inputs(model, batch.pop("labels"))}
 
     def restore(texts: list[str]) -> list[str]:

@@ -137,7 +137,7 @@ def test_ctrl_c_in_the_middle_of_an_evaluation_is_answered_at_once(data, tmp_pat
     asked = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     assert wait(process) == EXIT_RESUME, log.read_text()
-    assert time.monotonic() - asked < 3
+    assert time.monotonic() - asked < 10
     assert "step 2: validation" not in log.read_text()
     assert re.search("stopped by Ctrl-C at step 2; start the same command to resume", log.read_text())
     assert wait(start("language_modeling", runs["stopped"], log)) == 0, log.read_text()
