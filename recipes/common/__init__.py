@@ -1,1 +1,9 @@
-"""What all recipes share: options, set-up, the loop's parts, checkpoints, evaluation, results, publishing."""
+"""What all recipes share: the loop, options, set-up, batches, steps, checkpoints, evaluation, results, publishing."""
+
+import importlib.util
+import sys
+
+NEEDED = ("accelerate", "datasets", "evaluate", "jsonargparse", "matplotlib", "PIL", "rich", "sacrebleu", "sacremoses")
+if missing := [name for name in (*NEEDED, "safetensors", "sklearn", "yaml") if importlib.util.find_spec(name) is None]:
+    print(f"error: not installed: {', '.join(missing)}. In the checkout: pip install -e '.[recipes]'", file=sys.stderr)
+    sys.exit(2)

@@ -151,3 +151,13 @@ def test_help_explains_every_option(capsys):
 def test_numbers_outside_their_range_are_named(change):
     with pytest.raises(OptionError, match=next(iter(change))):
         check_ranges(ClassificationOptions(**change))
+
+
+def test_what_is_not_installed_is_named_with_the_command():
+    hide = "import importlib.util as u, sys; find = u.find_spec; sys.path.insert(0, sys.argv[1]); "
+    hide += "u.find_spec = lambda name: None if name == 'sacrebleu' else find(name); import common.options"
+    done = subprocess.run([sys.executable, "-c", hide, RECIPES], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: not installed: sacrebleu. In the checkout: pip install -e '.[recipes]'\n",
+    )
