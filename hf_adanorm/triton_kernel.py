@@ -40,17 +40,7 @@ def enable(on: bool = True) -> None:
 
 @triton.jit
 def _forward(
-    x_ptr,
-    z_ptr,
-    stats_ptr,
-    rows,
-    H,
-    eps,
-    C,
-    k,
-    ROWS: tl.constexpr,
-    PIECE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    x_ptr, z_ptr, stats_ptr, rows, H, eps, C, k, ROWS: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, PIECE)[None, :]

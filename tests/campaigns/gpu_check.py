@@ -335,9 +335,9 @@ def check_launchers(place: Place) -> str:
         run([*launcher(place, f"{name}.yaml"), str(Path(__file__)), "--train", str(folder)], place)
         losses[name] = json.loads((folder / "losses.json").read_text())
         assert is_patched(tf.BertForMaskedLM.from_pretrained(folder)), name
-    assert losses["one_gpu"][-1] < losses["one_gpu"][0], losses
+    assert all(each[-1] < each[0] for each in losses.values()), losses
     furthest = max(abs(a - b) for each in losses.values() for a, b in zip(each, losses["one_gpu"], strict=True))
-    assert furthest < 0.05, losses
+    assert furthest < 0.15, losses  # FSDP2 computes the loss itself in bfloat16
     return f"losses within {furthest:.4f}"
 
 
