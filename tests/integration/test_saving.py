@@ -265,6 +265,9 @@ class GammaBert(BertModel):
 @pytest.mark.filterwarnings("ignore:the trained gains")
 def test_a_norm_with_tensors_of_other_names_is_refused_as_stock_too(tmp_path: Path) -> None:
     config = CASES["bert"].config()
+    GammaBert(config).save_pretrained(tmp_path)
+    if any(GammaBert.from_pretrained(tmp_path, output_loading_info=True)[1].values()):
+        pytest.skip(f"transformers {transformers.__version__} renames gamma as it loads, in stock models too")
     patch_model(GammaBert(config), include="norm|LayerNorm").save_pretrained(tmp_path)
     _, info = GammaBert.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
