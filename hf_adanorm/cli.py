@@ -1,4 +1,4 @@
-"""The command line: `hf-adanorm inspect | patch | unpatch | card | bench`.
+"""The command line: `hf-adanorm inspect | patch | unpatch | fold | card | bench`.
 
 An error is one line on stderr and exit code 2. `--json` prints one JSON object on stdout instead of text for people.
 Tokens come from `hf auth login` or HF_TOKEN, as everywhere in huggingface_hub; no option takes one.
@@ -46,6 +46,10 @@ IncludeRegex = Annotated[str | None, typer.Option(help="Only norms whose whole n
 ExcludeRegex = Annotated[str | None, typer.Option(help="Not the norms whose whole name matches.")]
 Layers = Annotated[list[int] | None, typer.Option(help="Only norms of this layer, negative from the end.")]
 Targets = Annotated[str, typer.Option(help='"layernorm", "rmsnorm" or "all".')]
+OnTied = Annotated[str, typer.Option(help=PATCH_OPTIONS["on_tied"].help)]
+GgufFile = Annotated[str | None, typer.Option(metavar="FILE", help="The GGUF file there that holds the model.")]
+PushToHub = Annotated[str | None, typer.Option(metavar="ID", help="Push the result to this repository.")]
+Private = Annotated[bool, typer.Option(help="Make that repository private if it is new.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -77,13 +81,14 @@ def inspect(
     exclude_regex: ExcludeRegex = None,
     layers: Layers = None,
     targets: Targets = "layernorm",
+    gguf_file: GgufFile = None,
     as_json: Json = False,
 ) -> None:
     """List every norm of a model and what would become of it, from its config alone: no weights are downloaded."""
     from . import inspect_model
 
     report = inspect_model(
-        _empty_model(_load_config(name, revision)),
+        _empty_model(_load_config(name, revision, gguf_file)),
         include=_patterns("include", include, include_regex),
         exclude=_patterns("exclude", exclude, exclude_regex),
         layers=layers or None,
@@ -118,8 +123,10 @@ def patch(
     on_unfoldable: Annotated[str, typer.Option(help=PATCH_OPTIONS["on_unfoldable"].help)] = PATCH_OPTIONS[
         "on_unfoldable"
     ].default,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Push the result to this repository.")] = None,
-    private: Annotated[bool, typer.Option(help="Make that repository private if it is new.")] = False,
+    on_tied: OnTied = "keep",
+    gguf_file: GgufFile = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Swap the norms of a model and save it, with its tokenizer or processor, in the dtype of its checkpoint."""
@@ -130,7 +137,7 @@ def patch(
             "--on-unfoldable calibrate fits to real data, which a command line does not take: call patch_model(model, "
             'affine="fold", on_unfoldable="calibrate", fold_inputs=batch) in Python, or give "approximate" here'
         )
-    config = _load_config(name, revision)
+    config = _load_config(name, revision, gguf_file)
     options: dict[str, Any] = {
         "C": C,
         "k": k,
@@ -144,17 +151,19 @@ def patch(
         "targets": targets,
         "affine": affine,
         "on_unfoldable": on_unfoldable,
+        "on_tied": on_tied,
     }
     with _new_folder(out) as folder:
         # A wrong option is found before the weights are downloaded. Folding runs the model: not on the meta device.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patch_model(_empty_model(config), norm, **{**options, "affine": "drop", "on_unfoldable": "keep"})
-        model = _model_class(config).from_pretrained(name, config=config, revision=revision, dtype="auto")
+            patch_model(
+                _empty_model(config), norm, **{**options, "affine": "drop", "on_unfoldable": "keep", "on_tied": "keep"}
+            )
+        model = _load_model(name, config, revision, gguf_file)
         patch_model(model, norm, **options)
         num_swapped = sum(getattr(type(module), "is_adanorm_module", False) for module in model.modules())
-        with_processor = _copy_processor(name, revision, folder)
-        model.save_pretrained(folder)
+        with_processor = _save(model, name, revision, gguf_file, folder)
     url = _push(out, push_to_hub, private) if push_to_hub else None
     if as_json:
         _print_json({"model": name, "out": str(out), "norm": norm, "swapped": num_swapped, "pushed": url})
@@ -178,14 +187,45 @@ def unpatch(name: Name, out: Out, revision: Revision = None, as_json: Json = Fal
     if not is_patched(_empty_model(config)):
         raise ValueError(f"{name} holds no swapped norm: there is nothing to take back")
     with _new_folder(out) as folder:
-        model = _model_class(config).from_pretrained(name, config=config, revision=revision, dtype="auto")
+        model = _load_model(name, config, revision, None)
         unpatch_model(model)
-        with_processor = _copy_processor(name, revision, folder)
-        model.save_pretrained(folder)
+        with_processor = _save(model, name, revision, None, folder)
     if as_json:
         _print_json({"model": name, "out": str(out)})
     else:
         print(f"{out}: {type(model).__name__} with its stock norms{'' if with_processor else ', no tokenizer'}")
+
+
+@app.command(short_help="Fold gains and biases into the layers that read them, and save.")
+def fold(
+    name: Name,
+    out: Out,
+    revision: Revision = None,
+    on_unfoldable: Annotated[str, typer.Option(help='"keep", "approximate" or "raise".')] = "keep",
+    on_tied: OnTied = "keep",
+    gguf_file: GgufFile = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    as_json: Json = False,
+) -> None:
+    """Fold the gains and biases of a model's norms into the layers that read them, and save it as its own class. Where
+    no bias had to be added, the result is a plain stock model for whatever loads its kind."""
+    from . import fold_affine
+
+    config = _load_config(name, revision, gguf_file)
+    with _new_folder(out) as folder:
+        model = _load_model(name, config, revision, gguf_file)
+        report = fold_affine(model, on_unfoldable=on_unfoldable, on_tied=on_tied)  # type: ignore[arg-type]
+        _save(model, name, revision, gguf_file, folder)
+    url = _push(out, push_to_hub, private) if push_to_hub else None
+    if as_json:
+        counts = {action: len(report.names(action)) for action in ("folded", "approximated", "kept")}
+        more = {"untied": report.untied, "difference": report.difference, "stock": report.is_stock}
+        _print_json({"model": name, "out": str(out), **counts, **more, "pushed": url})
+        return
+    print(report)
+    if url:
+        print(f"pushed: {url}")
 
 
 @app.command(short_help="Write or refresh the model card of a patched model.")
@@ -274,7 +314,9 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _in_our_words(message: str) -> str:
     """A message of the library with the options of this command line in the place of Python's arguments."""
-    names = "C|k|norm|eps|centered|affine|on_unfoldable|include|exclude|layers|targets|detach_mean|detach_variance"
+    names = (
+        "C|k|norm|eps|centered|affine|on_unfoldable|on_tied|include|exclude|layers|targets|detach_mean|detach_variance"
+    )
     value = r"""(?:"([\w.-]+)"|'([\w.-]+)'|([\w.-]+\w))"""
 
     def option(match: re.Match[str]) -> str:
@@ -285,10 +327,11 @@ def _in_our_words(message: str) -> str:
     return re.sub(rf"(?<![\w-])({names})(?= (?:must|are both|holds?)\b)", option, message)
 
 
-def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
+def _load_config(name: str, revision: str | None, gguf_file: str | None = None) -> PreTrainedConfig:
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -296,9 +339,49 @@ def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         disable_progress_bars()
+    if gguf_file:
+        config = AutoConfig.from_pretrained(name, revision=revision, gguf_file=gguf_file)
+        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        config.architectures = config.architectures or ([names] if isinstance(names, str) else None)
+        return config  # type: ignore[no-any-return]
     if (Path(name).is_dir() or name.startswith((".", "/", "~"))) and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"{name} is no folder with a config.json")
+        found = sorted(file.name for file in Path(name).glob("*.gguf"))
+        hint = f"; it holds {', '.join(found)}: give --gguf-file {found[0]}" if found else ""
+        raise FileNotFoundError(f"{name} is no folder with a config.json{hint}")
     return AutoConfig.from_pretrained(name, revision=revision)  # type: ignore[no-any-return]
+
+
+def _load_model(name: str, config: PreTrainedConfig, revision: str | None, gguf_file: str | None) -> PreTrainedModel:
+    """With its weights, in the dtype of its checkpoint; those of a GGUF file are unpacked, to float32."""
+    import torch
+    import transformers
+
+    if not gguf_file:
+        return _model_class(config).from_pretrained(  # type: ignore[no-any-return]
+            name, config=config, revision=revision, dtype="auto"
+        )
+    how = getattr(transformers, "GgufConfig", None)  # of newer releases, which could leave the weights packed
+    model = _model_class(config).from_pretrained(
+        name,
+        revision=revision,
+        gguf_file=gguf_file,
+        dtype=torch.float32,
+        **({"quantization_config": how(dequantize=True)} if how is not None else {}),
+    )
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)  # or transformers would refuse to save it
+    return model  # type: ignore[no-any-return]
+
+
+def _save(model: PreTrainedModel, name: str, revision: str | None, gguf_file: str | None, folder: Path) -> bool:
+    """Save the model with its tokenizer or processor. Whether there was one."""
+    if gguf_file:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(name, revision=revision, gguf_file=gguf_file).save_pretrained(folder)
+    found = bool(gguf_file) or _copy_processor(name, revision, folder)
+    model.save_pretrained(folder)
+    return found
 
 
 def _model_class(config: PreTrainedConfig) -> Any:

@@ -79,6 +79,11 @@ PATCH_OPTIONS: dict[str, Option] = {
         "with affine fold: what to do with a norm that something else reads too",
         ("keep", "fade", "approximate", "calibrate", "raise"),
     ),
+    "on_tied": Option(
+        "keep",
+        "with affine fold: what to do with a norm whose head shares its weight with an embedding",
+        ("keep", "untie"),
+    ),
     "fold_inputs": Option(None, "with affine fold: a batch for the model to run on"),
     "ramp": Option(True, "with affine fold: let k and C come in step by step"),
 }

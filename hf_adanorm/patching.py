@@ -131,7 +131,7 @@ def patch_model(
         raise ValueError(
             f'affine={affine!r} does not go with norm="{norm}", which normalises nothing: use affine="drop"'
         )
-    check_choice("on_tied", on_tied, ("keep", "untie"))
+    check_choice("on_tied", on_tied, PATCH_OPTIONS["on_tied"].choices)
     if affine != "fold" and (on_unfoldable != "keep" or on_tied != "keep" or fold_inputs is not None):
         name = "fold_inputs" if on_tied == "keep" else f"on_tied={on_tied!r}"
         name = name if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"

@@ -143,6 +143,13 @@ def _in_second_place(folder: Path) -> Iterator[None]:
 
 
 def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
+    how = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if getattr(how, "quant_method", "") == "gguf" and has_spec(model.config):
+        raise ValueError(
+            "transformers saves no model that it takes for GGUF. Where its weights are unpacked (loaded with "
+            "GgufConfig(dequantize=True)), call model.hf_quantizer.remove_quantization_config(model) first; the "
+            "command line does all of it: hf-adanorm patch NAME OUT --gguf-file FILE"
+        )
     folder, saving = Path(bound.arguments["save_directory"]), _Saving(model.config)
     token = _SAVING.set(saving)
     try:

@@ -103,6 +103,7 @@ class PatchOptions:
     targets: Literal[PATCH_OPTIONS["targets"].choices] = option(*PATCH_OPTIONS["targets"][:2])
     affine: Literal[PATCH_OPTIONS["affine"].choices] = option(*PATCH_OPTIONS["affine"][:2])
     on_unfoldable: Literal[PATCH_OPTIONS["on_unfoldable"].choices] = option(*PATCH_OPTIONS["on_unfoldable"][:2])
+    on_tied: Literal[PATCH_OPTIONS["on_tied"].choices] = option(*PATCH_OPTIONS["on_tied"][:2])
     calibrate_k: bool = option(
         False, "AdaNorm: a k for each norm, at most --k, that its outliers allow on a batch of training data"
     )

@@ -120,6 +120,7 @@ def apply_patch(
             targets=options.targets,
             affine=options.affine,
             on_unfoldable=options.on_unfoldable,
+            on_tied=options.on_tied,
             fold_inputs=batch if options.affine == "fold" else None,
         )
     except (ValueError, TypeError, RuntimeError) as error:  # the last: a fold that would have moved the outputs

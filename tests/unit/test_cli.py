@@ -17,13 +17,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 import hf_adanorm
 from hf_adanorm import is_patched
 from hf_adanorm.cli import _in_our_words, main
 from hf_adanorm.modeling_adanorm import NOTICE
 from tests.integration.hub_server import HubServer
+from tests.zoo.fold_models import tied_llama
 from tests.zoo.tiny_text import make_tokenizer
 
 TOKEN = "hf_token_of_the_loopback_hub"
@@ -333,3 +339,28 @@ def test_without_arguments_the_help_is_printed(run: Run) -> None:
     code, _, err = run()
     assert code == 2
     assert all(command in err for command in ("inspect", "patch", "card"))
+
+
+def test_fold_writes_a_plain_stock_model_and_says_so(run: Run, tmp_path: Path) -> None:
+    model = tied_llama()
+    model.save_pretrained(tmp_path / "source")
+    code, out, _ = run("fold", tmp_path / "source", tmp_path / "out", "--on-tied", "untie", "--json")
+    report = json.loads(out)
+    assert (code, report["folded"], report["stock"], report["untied"]) == (0, 5, True, {"lm_head": 3200})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "source").iterdir()
+    }
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    code, out, _ = run("fold", tmp_path / "source", tmp_path / "kept")
+    assert code == 0
+    assert "the weight of lm_head is tied to model.embed_tokens" in out
+
+
+def test_a_folder_of_gguf_names_the_option_that_reads_it(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.Q4_1.gguf").touch()
+    code, _, err = run("inspect", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "give --gguf-file model.Q4_1.gguf" in err

@@ -281,6 +281,17 @@ def build(name: str, *, constant: bool = False, seed: int = 0) -> nn.Module:
     return model
 
 
+def tied_llama() -> nn.Module:
+    """LLaMA as SmolLM2 is: its head is the embedding."""
+    config = transformers.LlamaConfig(**SIZES, **SPECIAL, **VOCAB, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
 def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         output = model(**inputs)

@@ -13,17 +13,9 @@ from torch import nn
 
 from hf_adanorm import fold_affine, patch_model
 from hf_adanorm.running import dummy_inputs
-from tests.zoo.fold_models import SIZES, SPECIAL, build, logits
+from tests.zoo.fold_models import build, logits, tied_llama
 
 transformers.logging.set_verbosity_error()
-
-
-def tied_llama() -> nn.Module:
-    config = transformers.LlamaConfig(**SIZES, **SPECIAL, vocab_size=100, tie_word_embeddings=True)
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.model.norm.weight.uniform_(0.5, 1.5)
-    return model
 
 
 # name -> (the norm before the head, whether the config can say that it is untied)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, BertModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, BertModel, GPT2Config, GPT2Model, PreTrainedConfig, PreTrainedModel
 
 from hf_adanorm import is_patched, patch_model, unpatch_model
 from hf_adanorm.saving import card, install
@@ -226,3 +226,14 @@ def test_import_is_cheap_and_brings_no_optional_library() -> None:
     assert not found["peft"]
     assert not {"peft", "accelerate", "rich", "typer", "matplotlib", "datasets", "sklearn"} & set(found["new"])
     assert found["seconds"] < 1  # some 30 ms; the machine may be busy
+
+
+def test_the_error_for_a_model_from_gguf_names_the_way_to_save_it(tmp_path: Path) -> None:
+    quantizer_gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    model = patch_model(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)))
+    model.hf_quantizer = quantizer_gguf.GgufHfQuantizer(quantizer_gguf.GgufConfig(dequantize=True))
+    with pytest.raises(ValueError, match="remove_quantization_config"):
+        model.save_pretrained(tmp_path)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
