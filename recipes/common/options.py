@@ -130,6 +130,7 @@ class OptimizationOptions:
     adam_beta1: float = option(0.9, "Adam beta 1", within="[0, 1)")
     adam_beta2: float = option(0.999, "Adam beta 2", within="[0, 1)")
     adam_epsilon: float = option(1e-8, "Adam epsilon", within="[0, inf)")
+    fused_adam: bool | None = option(None, "AdamW's update as one kernel, on a GPU; by default torch decides")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 clips nothing", within="[0, inf)")
     gradient_accumulation_steps: int = option(1, "micro-batches in one optimiser step", within="(0, inf)")
     num_epochs: int = option(3, "passes over the training data", within="(0, inf)")

@@ -156,6 +156,7 @@ def make_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opti
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
+        fused=options.fused_adam,
     )
 
 

@@ -313,8 +313,9 @@ def run(command: list[str], place: Place) -> None:
         command, capture_output=True, text=True, timeout=place.patience, cwd=ROOT, env=environment, check=False
     )
     said = done.stdout + done.stderr
-    if "ModuleNotFoundError: No module named" in said:
-        raise LeftOutError(said[said.rindex("No module named") :].splitlines()[0])
+    for missing in ("No module named ", "error: not installed: "):
+        if done.returncode and missing in said:
+            raise LeftOutError(said[said.rindex(missing) :].splitlines()[0])
     assert done.returncode == 0, f"{' '.join(command)}: code {done.returncode}\n{said[-2000:]}"
 
 
@@ -363,14 +364,14 @@ def train(folder: Path) -> None:
 
 
 def check_recipes(place: Place) -> str:
-    """100 steps of the recipes with embedded data, in bfloat16, compiled and not."""
+    """100 steps of the recipes with embedded data, in bfloat16, AdamW fused, the model compiled and not."""
     steps = "100" if place.on_gpu else "3"
     said = []
     for recipe, config in (("classification", "demo"), ("translation", "demo_en_de")):
         for compiled in ("false", "true") if place.on_gpu else ("false",):
             folder = place.folder / f"{recipe}-{compiled}"
             options = [f"recipes/{recipe}.py", "--config", f"recipes/configs/{config}.yaml", "--max_steps", steps]
-            options += ["--mixed_precision", "bf16", "--compile", compiled, "--progress_bar", "false"]
+            options += ["--mixed_precision", "bf16", "--compile", compiled, "--fused_adam", "true"]
             began = time.monotonic()
             run([*launcher(place, "one_gpu.yaml"), *options, "--output_dir", str(folder)], place)
             assert (folder / "results.json").is_file()
