@@ -52,7 +52,7 @@ gpu-check:  ## what a GPU alone can tell: exactness, launchers, recipes, speed (
 quality: $(QUALITY)  ## ruff, mypy and import-linter; installs torch, transformers and these three, not the recipes' needs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 docs: $(DOCS)  ## build the documentation into docs/_build (installs torch, transformers and Sphinx) and check its links
