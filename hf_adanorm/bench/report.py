@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from hf_adanorm.diagnostics.plots import COLORS
+from hf_adanorm.modeling_adanorm import NORM_CLASSES
 from hf_adanorm.saving.files import write_file
 
 from .timing import Measurement, clock_name
@@ -133,24 +135,12 @@ def _time(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-# One colour for each contender, whatever else is in the picture.
-_COLORS = {
-    "layernorm": "#555555",
-    "adanorm": "#0072B2",
-    "adanorm-torch": "#56B4E9",
-    "layernorm-simple": "#009E73",
-    "detachnorm": "#CC79A7",
-    "adanorm-lancopku": "#D55E00",
-    "adanorm-written": "#E69F00",
-    "dyt": "#8C6D31",
-    "rmsnorm": "#999999",
-}
 _TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
 
 
 def draw(results: Sequence[Measurement], where: dict[str, Any]) -> Any:
     """Ratios to nn.LayerNorm, at most four panels: a line a norm, from the least to the most over the cases (shapes or
-    models), with a mark at the median. The quartiles within a case are in the table."""
+    models), with a mark at the median, in the norm's color of every picture. Quartiles of a case are in the table."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
@@ -174,13 +164,13 @@ def draw(results: Sequence[Measurement], where: dict[str, Any]) -> Any:
                 if not ratios:
                     continue
                 y = number + (index - (len(variants) - 1) / 2) * 0.7 / len(variants)
-                color = _COLORS.get(name, "#000000")
+                color = COLORS[NORM_CLASSES[name].color] if name in NORM_CLASSES else "#777777"
                 axis.plot([ratios[0], ratios[-1]], [y, y], color=color, linewidth=3, alpha=0.5, solid_capstyle="round")
                 axis.plot(
                     statistics.median(ratios), y, "osD^"[index % 4], color=color, markersize=5,
                     markerfacecolor=color if variant[0] == "eager" else "white",
                 )  # fmt: skip
-        axis.axvline(1.0, color=_COLORS["layernorm"], linewidth=1)
+        axis.axvline(1.0, color="#333333", linewidth=1)
         axis.set_xscale("log")
         low, high = axis.get_xlim()
         ticks = _TICKS if high > 2 * low else [n / 20 for n in range(1, 60)]

@@ -412,7 +412,7 @@ def write_support(path: Path, rows: dict[str, dict[str, Any]]) -> None:
             elif not norms:
                 norms, result = "neither", "nothing to swap"
             elif row["changed"] == "no" and row["exercised"] in ("", "0"):
-                result = "verified, but the inputs reached no norm"
+                result = "verified (no norm reached)"
             else:
                 result = "verified"
             writer.writerow([name, norms, result, row["reason"][:200]])
