@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections import Counter
 from pathlib import Path
@@ -57,6 +58,15 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return simple[hint]
 
 
+def fits(recipe: str, name: str, value: Any) -> bool:
+    """Whether a value is within the range of its option."""
+    try:
+        check_ranges(OPTIONS[recipe](**{name: value}))
+    except OptionError:
+        return False
+    return True
+
+
 def wrong(hint: Any) -> Any:
     """A value of another type."""
     parts = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else [hint]
@@ -74,8 +84,9 @@ def configs(draw: st.DrawFn) -> tuple[str, dict[str, Any], str | None]:
     """(recipe, YAML mapping, the key that was spoilt)."""
     recipe = draw(st.sampled_from(sorted(OPTIONS)))
     hints = typing.get_type_hints(OPTIONS[recipe])
+    hints = {item.name: hints[item.name] for item in dataclasses.fields(OPTIONS[recipe])}
     keys = draw(st.lists(st.sampled_from(sorted(hints)), min_size=1, max_size=5, unique=True))
-    config = {key: draw(values(hints[key])) for key in keys}
+    config = {key: draw(values(hints[key]).filter(functools.partial(fits, recipe, key))) for key in keys}
     how = draw(st.sampled_from([None, None, "typo", "type"]))
     if how is None:
         return recipe, config, None
