@@ -49,8 +49,11 @@ class Fate:
 
     def share(self) -> None:
         """From here on, where one process ends by `end` or by an exception that nobody catches, all do."""
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        with suppress(KeyError, RuntimeError):  # processes that met elsewhere than in a store end on their own
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        if self.store is None:
+            return
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
 
