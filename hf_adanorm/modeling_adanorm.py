@@ -873,7 +873,50 @@ class NoNorm(SwappedNorm):
         return x.clone()
 
 
-NORM_CLASSES: dict[str, type[SwappedNorm]] = {cls.norm: cls for cls in (LayerNormSimple, AdaNorm, NoNorm, DetachNorm)}
+class DyT(SwappedNorm):
+    """Dynamic Tanh: z = gain * tanh(alpha * x) + bias with learned gain, bias and alpha, in place of a norm.
+
+    Zhu et al., "Transformers without Normalization", CVPR 2025, arXiv:2503.10622.
+
+    `patch_model` copies gain and bias of the norm that it replaces; alpha, one number, starts from 0.5. There is no
+    mean and no variance: eps, centered and reference have no effect. The parameters are called `dyt_gain`, `dyt_bias`
+    (each of normalized_shape) and `dyt_alpha`, which no loader takes for those of a LayerNorm.
+
+    Args:
+        normalized_shape: the trailing dimensions of gain and bias, an integer or several.
+        eps: kept for the norm that it replaced; >= 0.
+        channels_first: gain and bias belong to axis 1 of (N, C, ...) instead of the last axis.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or out of range.
+
+    Example:
+        >>> DyT(2)(torch.tensor([[0.0, 1e9]])).tolist()
+        [[0.0, 1.0]]
+    """
+
+    norm, title, color = "dyt", "DyT", 4
+    summary = "gain * tanh(alpha * x) + bias"
+    normalizes, keeps_affine = False, True
+    initial: ClassVar = {**SwappedNorm.initial, "dyt_bias": 0.0, "dyt_alpha": 0.5}
+
+    def __init__(self, normalized_shape: int | Iterable[int], eps: float = 1e-5, **layout: Any) -> None:
+        super().__init__(normalized_shape, eps, **layout)
+        for name, shape in (("gain", self.normalized_shape), ("bias", self.normalized_shape), ("alpha", (1,))):
+            self.register_parameter(f"dyt_{name}", nn.Parameter(self.weight.new_empty(shape)))
+        self.reset_parameters()
+
+    def affine(self) -> dict[str, Tensor]:
+        return {key: self.get_parameter(f"dyt_{key}") for key in _FADE_KEYS}
+
+    def _forward(self, x: Tensor) -> Tensor:
+        gain, bias, alpha = (_upcast(self.get_parameter(f"dyt_{name}")) for name in ("gain", "bias", "alpha"))
+        return (gain * torch.tanh(alpha * _upcast(x)) + bias).to(_output_dtype(x))
+
+
+NORM_CLASSES: dict[str, type[SwappedNorm]] = {
+    cls.norm: cls for cls in (LayerNormSimple, AdaNorm, NoNorm, DetachNorm, DyT)
+}
 
 # -------------------------------------------------------------------------------------------------- the spec
 

@@ -1,0 +1,179 @@
+"""DyT, a norm that the travelling file alone knows: all else finds it there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForMaskedLM
+
+from hf_adanorm import inspect_model, patch_model, unpatch_model, watch_norms
+from hf_adanorm.bench.contenders import OWN, contenders
+from hf_adanorm.cli import main
+from hf_adanorm.modeling_adanorm import DyT
+from tests.zoo.round_trip import CASES, build, inputs
+
+ROOT = Path(__file__).parents[2]
+
+
+def patched(case: str = "bert") -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # gain and bias are not dropped
+        return patch_model(build(case), "dyt")
+
+
+def trained(model: Any) -> Any:
+    """After a step, so that alpha, gain and bias are no longer those of the start."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**inputs("bert")).logits.square().mean().backward()
+    optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_value_and_gradients_are_the_papers(dtype: torch.dtype) -> None:
+    norm = DyT(6, dtype=torch.float64)
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter)
+    x, dz = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.randn(4, 6, dtype=torch.float64)
+    expected = norm.dyt_gain * torch.tanh(norm.dyt_alpha * x) + norm.dyt_bias
+    exact = torch.autograd.grad(expected, [x, *norm.parameters()], dz)
+    low, rough = norm.to(dtype), x.detach().to(dtype).requires_grad_()
+    z = low(rough)
+    found = torch.autograd.grad(z, [rough, *low.parameters()], dz.to(dtype))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert z.dtype == dtype
+    for a, b in zip([z, *found], [expected, *exact], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+def test_it_starts_from_gain_and_bias_of_the_norm_that_it_replaces_and_gives_them_back() -> None:
+    stock, model = build("bert"), patched()
+    source, norm = (m.bert.encoder.layer[1].output.LayerNorm for m in (stock, model))
+    assert torch.equal(norm.dyt_gain, source.weight)
+    assert torch.equal(norm.dyt_bias, source.bias)
+    assert norm.dyt_alpha.tolist() == [0.5]
+    assert {name for name, _ in norm.named_parameters()} == {"dyt_gain", "dyt_bias", "dyt_alpha"}
+    trained(model)
+    unpatch_model(model)
+    assert torch.equal(model.bert.encoder.layer[1].output.LayerNorm.weight, source.weight)
+
+
+def test_an_rmsnorm_without_bias_and_channels_first() -> None:
+    model = patch_model(nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4)), "dyt", targets="rmsnorm")
+    assert model[1].dyt_bias.tolist() == [0.0] * 4
+    x = torch.randn(2, 4, 3)
+    torch.testing.assert_close(DyT(4, channels_first=True)(x), torch.tanh(0.5 * x))
+
+
+def test_a_second_call_keeps_what_was_learned() -> None:
+    model = trained(patched())
+    before = model.state_dict()
+    patch_model(model, "dyt", eps=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_it_saves_and_reloads_and_then_unpatches_to_what_it_learned(tmp_path: Path) -> None:
+    model = trained(patched())
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(again(**inputs("bert")).logits, model(**inputs("bert")).logits)
+    assert "DyT (gain * tanh(alpha * x) + bias)" in (tmp_path / "README.md").read_text()
+    assert again.config.adanorm["groups"][0]["norm"] == "dyt"
+    learned = again.bert.encoder.layer[0].output.LayerNorm.dyt_gain.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is lost
+        unpatch_model(again)
+    assert torch.equal(again.bert.encoder.layer[0].output.LayerNorm.weight, learned)
+
+
+WITHOUT = """
+import json, sys
+sys.modules["hf_adanorm"] = None
+import torch
+from transformers import AutoModelForMaskedLM
+folder, ids = sys.argv[1], torch.arange(8)[None]
+try:
+    AutoModelForMaskedLM.from_pretrained(folder)
+    error = None
+except RuntimeError as raised:
+    error = str(raised)
+model, info = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+deeper = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, num_hidden_layers=3)
+print(json.dumps({
+    "error": error, "info": {key: list(value) for key, value in info.items()},
+    "sum": model.eval()(ids).logits.double().sum().item(),
+    "new": [deeper.bert.encoder.layer[2].output.LayerNorm.get_parameter("dyt_" + key).unique().tolist()
+            for key in ("gain", "bias", "alpha")],
+}))
+"""
+
+
+def test_without_the_package_it_loads_by_trust_and_raises_otherwise(tmp_path: Path) -> None:
+    model = trained(patched())
+    model.save_pretrained(tmp_path)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(tmp_path)], env=env, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "mismatch" in found["error"]
+    assert not any(found["info"].values())
+    assert found["sum"] == pytest.approx(model(torch.arange(8)[None]).logits.double().sum().item(), rel=1e-6)
+    assert found["new"] == [[1.0], [0.0], [0.5]]
+
+
+@pytest.mark.parametrize("affine", ["fold", "fade"])
+def test_it_neither_folds_nor_fades(affine: Any) -> None:
+    with pytest.raises(ValueError, match=f"affine='{affine}' does not go with norm=\"dyt\""):
+        patch_model(build("bert"), "dyt", affine=affine)
+
+
+def test_reports_watching_and_the_benchmark_know_it() -> None:
+    model = patched()
+    report = inspect_model(model)
+    assert report.num_removed_parameters == 0
+    assert "DyT((32,)" in str(report)
+    with watch_norms(model) as log:
+        model.train()(**inputs("bert")).logits.sum().backward()
+    assert {record.norm for record in log.records} == {"dyt"}
+    assert "dyt" in OWN
+    assert isinstance(contenders(8, torch.bfloat16)["dyt"].dyt_gain, nn.Parameter)
+
+
+def test_the_command_line_patches_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("bert").save_pretrained(tmp_path / "stock")
+    with pytest.raises(SystemExit) as ended:
+        main(["patch", str(tmp_path / "stock"), str(tmp_path / "out"), "--norm", "dyt"])
+    assert not ended.value.code, capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["adanorm"]["groups"][0]["norm"] == "dyt"
+
+
+def test_recipes_and_comparisons_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from common.options import PatchOptions, parse_options
+    from comparison.paper import COLUMNS, TITLES, paper_score
+    from comparison.report import STYLE
+
+    assert parse_options(PatchOptions, ["--norm", "dyt"]).norm == "dyt"
+    assert (TITLES["dyt"], STYLE["dyt"]) == ("DyT", DyT.color)
+    assert {paper_score(column, "dyt") for column in COLUMNS} == {"-"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_trains_in_every_architecture(case: str) -> None:
+    model = patched(case).train()
+    outputs = model(**inputs(case))
+    next(t for t in outputs.values() if torch.is_tensor(t) and t.requires_grad).square().mean().backward()
+    assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "dyt_alpha" in name)
