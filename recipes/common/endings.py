@@ -40,7 +40,7 @@ class Fate:
 
     KEY = "hf_adanorm/end"
     POLL_SECONDS = 0.3
-    MOST_SECONDS = 5.0  # for the others to have seen it, before the launcher kills them
+    MOST_SECONDS = 10.0  # for the others to have seen it, before the launcher kills them
 
     def __init__(self) -> None:
         self.store: TCPStore | None = None

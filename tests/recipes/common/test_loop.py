@@ -17,7 +17,10 @@ from tests.recipes.tiny_configs import TINY_PARSER, TINY_TRANSFORMER_XL
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+    """Once the server that processes are forked from has imported the recipes."""
+    folder = tmp_path_factory.mktemp("data")
+    assert wait(start("classification", ["--help"], folder / "log")) == 0
+    return write_data(folder)
 
 
 def two_processes(argvs, folder, recipe="classification", **faults):
