@@ -20,6 +20,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,7 @@ class Place:
     @property
     def patience(self) -> int:
         """Seconds that a process which is launched may take."""
-        return 120 if self.on_gpu else 600
+        return 180 if self.on_gpu else 600
 
 
 def need_gpu(place: Place) -> None:
@@ -309,14 +310,21 @@ def run(command: list[str], place: Place) -> None:
     """Raises LeftOutError for a package that is missing, AssertionError with the end of the output for a failure."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # nothing is installed
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=place.patience, cwd=ROOT, env=environment, check=False
-    )
-    said = done.stdout + done.stderr
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(place.patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it launched, too
+            code = process.wait()
+        log.seek(0)
+        said = log.read()
     for missing in ("No module named ", "error: not installed: "):
-        if done.returncode and missing in said:
+        if code and missing in said:
             raise LeftOutError(said[said.rindex(missing) :].splitlines()[0])
-    assert done.returncode == 0, f"{' '.join(command)}: code {done.returncode}\n{said[-2000:]}"
+    assert code == 0, f"{' '.join(command)}: code {code}\n{said[-2000:]}"
 
 
 def launcher(place: Place, file: str) -> list[str]:
