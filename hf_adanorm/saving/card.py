@@ -293,10 +293,18 @@ def without_section(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the section
 
 
+_AFFINE = {
+    frozenset([False]): "The swapped layers have no gain and no bias.",
+    frozenset([True]): "Their gains and biases are in the checkpoint.",
+    frozenset([False, True]): "Of the swapped layers some have gains and biases, which are in the checkpoint.",
+}
+
+
 def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec], **more: Any) -> str:
     groups = [(group, where) for where, spec in specs.items() for group in spec.groups]
     names = ", ".join(dict.fromkeys(group.kind.title for group, _ in groups))
     fading = [group.fade for group, _ in groups if group.fade is not None]
+    affine = frozenset(group.kind.keeps_affine for group, _ in groups)
     architecture = _architecture(config)
     targets = {
         auto: reference.rpartition(".")[2]
@@ -310,7 +318,7 @@ def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec],
     source = (Path(__file__).with_name("card.md.jinja")).read_text(encoding="utf-8")
     section = jinja2.Template(source, trim_blocks=True, lstrip_blocks=True).render(
         heading=f"Swapped norms: {names}" if groups else "Folded norms",
-        about=_FADING[any(fading)] if fading else "The swapped layers have no gain and no bias.",
+        about=_FADING[any(fading)] if fading else _AFFINE.get(affine),
         rows=[_row(group, where) for group, where in groups],
         auto=next(matching, "AutoModel"),
         trusted=bool(targets),

@@ -409,7 +409,7 @@ def test_the_card_names_the_norm_and_its_settings(tmp_path: Path, norm: str) -> 
 def test_the_card_of_a_model_in_the_middle_of_a_fade_says_so(tmp_path: Path) -> None:
     patch_model(build(None), affine="fade").save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "in the middle of a fade" in text
+    assert "before the end of a fade" in text
     assert "have no gain and no bias" not in text
 
 
