@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ._tables import html_table, text_table
 from .detection import check_module, iter_norms
 from .modeling_adanorm import check_number
-from .running import evaluating, hooked, real_rows
+from .running import SLOW_BAR, evaluating, hooked, real_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def calibrate_k(
     )
     count = 0
     with hooked(hooks), evaluating(model):
-        for batch in batches:
+        for batch in tqdm(batches, desc="calibrating", unit="batch", **SLOW_BAR):
             if not isinstance(batch, Mapping):
                 raise TypeError(f"a batch must be {{argument name: tensor, ...}}, got {type(batch).__name__}")
             current = batch

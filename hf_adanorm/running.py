@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 _LENGTH = 12
+# A progress bar for a terminal, and only for what takes more than some seconds.
+SLOW_BAR: dict[str, Any] = {"delay": 4.0, "disable": None, "leave": False}
 
 # ------------------------------------------------------------------------------------------------------------ the run
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from hf_adanorm.running import hooked, real_rows, run
+from hf_adanorm.running import SLOW_BAR, hooked, real_rows, run
 from hf_adanorm.swapping import Change
 
 from .plan import Fold, FoldPlan
@@ -46,6 +47,7 @@ def fold_by_fit(
         _fit(plan, name, torch.cat(seen).double(), torch.cat(targets.pop(name)).double())
         waiting.pop(0)
         plan.absorb(name, change)
+        bar.update()
 
     def replace(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -63,7 +65,8 @@ def fold_by_fit(
 
     with hooked(watch(name) for name in plan.folds):
         run(plan.model, inputs)
-    with hooked(replace(name) for name in plan.folds):
+    bar = tqdm(total=len(waiting), desc="fitting", unit="norm", **SLOW_BAR)
+    with bar, hooked(replace(name) for name in plan.folds):
         while waiting:
             first = waiting[0]
             seen.clear()

@@ -32,13 +32,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
 from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number
 from hf_adanorm.options import PATCH_OPTIONS
-from hf_adanorm.running import dummy_inputs, hooked, run
+from hf_adanorm.running import SLOW_BAR, dummy_inputs, hooked, run
 from hf_adanorm.saving.spec import configs_of, resolved_spec, write_specs
 from hf_adanorm.swapping import (
     Change,
@@ -222,7 +223,7 @@ def fold_norms(
     if calibrate:
         fold_by_fit(plan, inputs, replacements, change)
     else:
-        for name in plan.order:
+        for name in tqdm(plan.order, desc="folding", unit="norm", **SLOW_BAR):
             plan.absorb(name, change)
     plan.neutralize(change)
     with hooked(_replaced(plan, replacements if calibrate else {})):
