@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +60,11 @@ class Change:
             (
                 module,
                 dict(module.__dict__),
-                {key: copy.copy(module.__dict__[key]) or () for key in _TABLES if key in module.__dict__},
+                {
+                    key: table.copy() if (table := module.__dict__[key]) else ()
+                    for key in _TABLES
+                    if key in module.__dict__
+                },
             )
             for module in modules.values()
         ]
