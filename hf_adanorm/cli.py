@@ -24,8 +24,10 @@ try:
 except ImportError:  # the library itself needs torch and transformers only
     sys.exit("error: the command line needs typer and rich: pip install typer rich")
 
-from .options import PATCH_OPTIONS
+from .options import patch_options
 from .saving.files import TEMPORARY, leads_outside
+
+PATCH_OPTIONS = patch_options()
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

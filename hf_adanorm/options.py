@@ -1,14 +1,15 @@
 """The options of a patch, each stated once: its default, its choices and what it is in a line.
 
-The command line and the recipes take them from PATCH_OPTIONS, the explicit signature of `patch_model` is held against
-it by a test. What is particular to a norm is said by its class in modeling_adanorm.py. It is read off the source text,
-so that this file needs neither torch nor the rest of the package: the recipes show help and find mistakes before they
-import either.
+The command line and the recipes take them from `patch_options`; the explicit signature of `patch_model` is held
+against it by a test. What is particular to a norm is said by its class in modeling_adanorm.py. It is read off the
+source text, so that this file needs neither torch nor the rest of the package: the recipes show help and find mistakes
+before they import either.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +31,21 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
-def _read_norms() -> dict[str, Norm]:
+CHOICES = {
+    "targets": ("layernorm", "rmsnorm", "all"),
+    "affine": ("drop", "fold", "fade"),
+    "on_unfoldable": ("keep", "fade", "approximate", "calibrate", "raise"),
+    "on_tied": ("keep", "untie"),
+}
+
+
+@functools.cache
+def norms() -> dict[str, Norm]:
+    """Every norm that `patch_model` knows, by name."""
     tree = ast.parse(Path(__file__).with_name("modeling_adanorm.py").read_text(encoding="utf-8"))
     said = {node.name: _attributes(node) for node in tree.body if isinstance(node, ast.ClassDef)}
     shared = said["SwappedNorm"]
-    norms = [{**shared, **attributes} for attributes in said.values() if "norm" in attributes]
+    kinds = [{**shared, **attributes} for attributes in said.values() if "norm" in attributes]
     return {
         ast.literal_eval(norm["norm"]): Norm(
             ast.literal_eval(norm["title"]),
@@ -44,7 +55,7 @@ def _read_norms() -> dict[str, Norm]:
                 for key, call in zip(norm["SETTINGS"].keys, norm["SETTINGS"].values, strict=True)
             },
         )
-        for norm in norms
+        for norm in kinds
     }
 
 
@@ -62,28 +73,31 @@ def _attributes(node: ast.ClassDef) -> dict[str, Any]:
     return found
 
 
-NORMS = _read_norms()
-
-PATCH_OPTIONS: dict[str, Option] = {
-    "norm": Option("adanorm", f"norm to swap in: {', '.join(NORMS)}", tuple(NORMS)),
-    **{name: Option(*setting) for norm in NORMS.values() for name, setting in norm.settings.items()},
-    "eps": Option(None, "added to the variance; by default what the replaced norm uses"),
-    "centered": Option(None, "whether the mean is subtracted; by default as the replaced norm does"),
-    "include": Option(None, "swap only norms with these name endings (a list) or matching this regular expression"),
-    "exclude": Option(None, "leave these norms as they are; written like include"),
-    "layers": Option(None, "swap only norms in these layers, counted from 0, negative from the end"),
-    "targets": Option("layernorm", "kind of norm to swap", ("layernorm", "rmsnorm", "all")),
-    "affine": Option("drop", "what becomes of trained gains and biases", ("drop", "fold", "fade")),
-    "on_unfoldable": Option(
-        "keep",
-        "with affine fold: what to do with a norm that something else reads too",
-        ("keep", "fade", "approximate", "calibrate", "raise"),
-    ),
-    "on_tied": Option(
-        "keep",
-        "with affine fold: what to do with a norm whose head shares its weight with an embedding",
-        ("keep", "untie"),
-    ),
-    "fold_inputs": Option(None, "with affine fold: a batch for the model to run on"),
-    "ramp": Option(True, "with affine fold: let k and C come in step by step"),
-}
+@functools.cache
+def patch_options() -> dict[str, Option]:
+    """The options of `patch_model`, by name."""
+    return {
+        "norm": Option("adanorm", f"norm to swap in: {', '.join(norms())}", tuple(norms())),
+        **{name: Option(*setting) for norm in norms().values() for name, setting in norm.settings.items()},
+        "eps": Option(None, "added to the variance; by default what the replaced norm uses"),
+        "centered": Option(None, "whether the mean is subtracted; by default as the replaced norm does"),
+        "include": Option(
+            None, "swap only norms with these name endings (a list) or matching this regular expression"
+        ),
+        "exclude": Option(None, "leave these norms as they are; written like include"),
+        "layers": Option(None, "swap only norms in these layers, counted from 0, negative from the end"),
+        "targets": Option("layernorm", "kind of norm to swap", CHOICES["targets"]),
+        "affine": Option("drop", "what becomes of trained gains and biases", CHOICES["affine"]),
+        "on_unfoldable": Option(
+            "keep",
+            "with affine fold: what to do with a norm that something else reads too",
+            CHOICES["on_unfoldable"],
+        ),
+        "on_tied": Option(
+            "keep",
+            "with affine fold: what to do with a norm whose head shares its weight with an embedding",
+            CHOICES["on_tied"],
+        ),
+        "fold_inputs": Option(None, "with affine fold: a batch for the model to run on"),
+        "ramp": Option(True, "with affine fold: let k and C come in step by step"),
+    }

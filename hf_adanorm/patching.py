@@ -23,7 +23,7 @@ from ._tables import counted
 from .affine import fade, fold, warn_of_dropped
 from .detection import check_module
 from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
-from .options import PATCH_OPTIONS
+from .options import CHOICES
 from .report import Report
 from .saving.spec import left_by_folds, plain_modules, swapped_norms, write_specs
 from .selection import Patterns, check_layers
@@ -125,13 +125,13 @@ def patch_model(
         layers=check_layers(layers),
         targets=targets,
     )
-    check_choice("affine", affine, PATCH_OPTIONS["affine"].choices)
-    check_choice("on_unfoldable", on_unfoldable, PATCH_OPTIONS["on_unfoldable"].choices)
+    check_choice("affine", affine, CHOICES["affine"])
+    check_choice("on_unfoldable", on_unfoldable, CHOICES["on_unfoldable"])
     if affine != "drop" and not NORM_CLASSES[norm].normalizes:
         raise ValueError(
             f'affine={affine!r} does not go with norm="{norm}", which normalises nothing: use affine="drop"'
         )
-    check_choice("on_tied", on_tied, PATCH_OPTIONS["on_tied"].choices)
+    check_choice("on_tied", on_tied, CHOICES["on_tied"])
     if affine != "fold" and (on_unfoldable != "keep" or on_tied != "keep" or fold_inputs is not None):
         name = "fold_inputs" if on_tied == "keep" else f"on_tied={on_tied!r}"
         name = name if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"

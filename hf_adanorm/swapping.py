@@ -33,7 +33,7 @@ from .modeling_adanorm import (
     short_repr,
     source_settings,
 )
-from .options import PATCH_OPTIONS
+from .options import CHOICES
 from .report import NormRow
 from .saving.spec import write_specs
 from .selection import Patterns, check_patterns, match_layers, match_names
@@ -192,7 +192,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, list(NORM_CLASSES))
-        check_choice("targets", self.targets, PATCH_OPTIONS["targets"].choices)
+        check_choice("targets", self.targets, CHOICES["targets"])
         # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
         for kind in NORM_CLASSES.values():
             values = {key: getattr(self, key) for key in kind.SETTINGS}

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
 from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number
-from hf_adanorm.options import PATCH_OPTIONS
+from hf_adanorm.options import CHOICES
 from hf_adanorm.running import SLOW_BAR, dummy_inputs, hooked, run
 from hf_adanorm.saving.spec import configs_of, resolved_spec, write_specs
 from hf_adanorm.swapping import (
@@ -157,7 +157,7 @@ def fold_affine(
     """
     if on_unfoldable not in ("keep", "approximate", "calibrate", "raise"):
         raise ValueError(f'on_unfoldable must be "keep", "approximate", "calibrate" or "raise", got {on_unfoldable!r}')
-    check_choice("on_tied", on_tied, PATCH_OPTIONS["on_tied"].choices)
+    check_choice("on_tied", on_tied, CHOICES["on_tied"])
     refuse_wrapped(model)
     names = [name for name, _, info in iter_norms(model) if info.kind != "other"]
     with all_or_nothing(model) as change:

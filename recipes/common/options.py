@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 # The package's options without the package, which would import torch.
 _STATED = runpy.run_path(str(Path(importlib.util.find_spec("hf_adanorm").origin).with_name("options.py")))
-NORMS, PATCH_OPTIONS = _STATED["NORMS"], _STATED["PATCH_OPTIONS"]
+NORMS, PATCH_OPTIONS = _STATED["norms"](), _STATED["patch_options"]()
 
 
 def leave(code: int) -> NoReturn:

@@ -7,8 +7,10 @@ import inspect
 from hf_adanorm import patch_model
 from hf_adanorm.cli import patch
 from hf_adanorm.modeling_adanorm import NORM_CLASSES
-from hf_adanorm.options import NORMS, PATCH_OPTIONS
+from hf_adanorm.options import norms, patch_options
 from hf_adanorm.swapping import Options
+
+PATCH_OPTIONS = patch_options()
 
 
 def defaults(function: object) -> dict[str, object]:
@@ -17,8 +19,8 @@ def defaults(function: object) -> dict[str, object]:
 
 
 def test_what_is_read_off_the_source_is_what_the_classes_say() -> None:
-    assert NORMS.keys() == NORM_CLASSES.keys()
-    for norm, found in NORMS.items():
+    assert norms().keys() == NORM_CLASSES.keys()
+    for norm, found in norms().items():
         kind = NORM_CLASSES[norm]
         settings = {name: (setting.default, setting.help) for name, setting in kind.SETTINGS.items()}
         assert (found.title, found.color, found.settings) == (kind.title, kind.color, settings)
