@@ -1,75 +1,30 @@
-"""Folding gains and biases into the layers that read the norm: exact where done, refused with a reason elsewhere."""
+"""Folding gains and biases into the layers that read the norm: what folds is exact, all or nothing, and saved."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hf_adanorm import fold_affine, is_patched, patch_model, set_fade, unpatch_model
-from hf_adanorm.folding.consumers import num_inputs, watch_consumers
+from hf_adanorm import fold_affine, is_patched, patch_model, set_fade
 from hf_adanorm.folding.fold import fold_norms
-from hf_adanorm.running import dummy_inputs, real_rows
+from hf_adanorm.running import dummy_inputs
 from hf_adanorm.saving import install
 from hf_adanorm.swapping import all_or_nothing
-from tests.zoo.fold_models import POST_NORM, build, logits
-
-transformers.logging.set_verbosity_error()
-WIDTH = 8
-
-
-def difference(new: Tensor, old: Tensor) -> float:
-    return float((new - old).abs().max() / old.abs().max())
-
-
-def quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*args, **kwargs)
-
-
-def norm(width: int = WIDTH, bias: bool = True) -> nn.LayerNorm:
-    """A LayerNorm with a gain and a bias that show."""
-    module = nn.LayerNorm(width)
-    with torch.no_grad():
-        module.weight.copy_(torch.linspace(0.5, 1.5, width))
-        module.bias.copy_(torch.linspace(-0.5, 0.5, width) if bias else torch.zeros(width))
-    return module
-
-
-class Block(nn.Module):
-    """`compute(self, norm(x))` with a norm, a linear layer and whatever else is given as `self.NAME`."""
-
-    def __init__(self, compute: Any, *, bias: bool = True, **modules: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm(bias=bias)
-        if "linear" in compute.__code__.co_names:  # one that does not run might read the norm on other inputs
-            self.linear = nn.Linear(WIDTH, 3)
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.compute = compute
-
-    def forward(self, x: Tensor) -> Any:
-        return self.compute(self, self.norm(x))
-
-
-def fold_block(block: nn.Module, **options: Any) -> Any:
-    options = {"fold_inputs": {"x": torch.randn(2, 5, WIDTH)}, **options}
-    return fold_affine(block.eval(), **options).norms[0]
-
+from tests.zoo.fold_blocks import WIDTH, Block, difference, fold_block, norm, quietly, state, unchanged
+from tests.zoo.fold_models import build, logits
 
 # --- what folds, exactly ---------------------------------------------------------------------------------------------
+
 
 # name -> (norms, folded); the rest stay, each with a reason
 EXACT = {
@@ -227,118 +182,7 @@ def test_whatever_is_folded_is_the_same_function(moves: list[str], bias: bool) -
     assert folded or spoiled
 
 
-# --- what is refused, and why ----------------------------------------------------------------------------------------
-
-
-def test_residual_and_functional_uses_are_refused() -> None:
-    assert "added to the residual stream" in fold_block(Block(lambda self, y: y + self.linear(y).sum())).reason
-    assert "sigmoid" in fold_block(Block(lambda self, y: self.linear(y.sigmoid()))).reason
-    assert "mm" in fold_block(Block(lambda self, y: y @ self.linear.weight.T)).reason
-    assert "another norm" in fold_block(Block(lambda self, y: self.linear(self.second(y)), second=norm())).reason
-
-
-def test_a_view_that_torch_does_not_report_is_refused() -> None:
-    block = Block(lambda self, y: self.linear(y) + torch.from_numpy(y.numpy()).sum())
-    with torch.no_grad():
-        assert "through an alias" in fold_block(block).reason
-
-
-def test_a_tied_weight_is_refused() -> None:
-    block = Block(lambda self, y: self.head(y), head=nn.Linear(WIDTH, 4), embedding=nn.Embedding(4, WIDTH))
-    block.head.weight = block.embedding.weight
-    assert fold_block(block).reason == "the weight of head is tied to embedding"
-
-
-def test_a_weight_that_is_read_elsewhere_is_refused() -> None:
-    block = Block(lambda self, y: self.linear(y) + self.linear.weight.sum())
-    assert "the weight of linear is also read by sum" in fold_block(block).reason
-
-
-def test_a_layer_shared_by_two_norms_is_refused() -> None:
-    block = Block(lambda self, y: self.linear(y) + self.linear(self.second(self.x)), second=norm())
-    block.x = torch.randn(2, 5, WIDTH)
-    assert fold_block(block).reason == "linear also reads the norm second"
-
-
-def test_a_layer_that_reads_something_else_too_is_refused() -> None:
-    block = Block(lambda self, y: self.linear(y) + self.linear(torch.ones(2, 5, WIDTH)))
-    assert fold_block(block).reason == "linear also reads something that is not this norm's output"
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_padded_convolution_is_refused_when_the_bias_is_not_zero(bias: bool) -> None:
-    conv = nn.Conv1d(WIDTH, 3, 3, padding=1)
-    block = Block(lambda self, y: self.conv(y.transpose(1, 2)), bias=bias, conv=conv)
-    assert fold_block(block).action == ("kept" if bias else "folded")
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_dropout_before_the_layer_is_refused_when_the_bias_is_not_zero(bias: bool) -> None:
-    block = Block(lambda self, y: self.linear(self.dropout(y)), bias=bias, dropout=nn.Dropout(0.1))
-    result = fold_block(block)
-    assert result.action == ("kept" if bias else "folded")
-    assert not bias or "dropout in training" in result.reason
-
-
-def test_a_parametrized_layer_is_refused() -> None:
-    block = Block(lambda self, y: self.linear(y))
-    nn.utils.parametrizations.weight_norm(block.linear)
-    assert "parametrized" in fold_block(block).reason
-
-
-def test_a_layer_with_an_adapter_is_refused() -> None:
-    peft = pytest.importorskip("peft")
-    block = Block(lambda self, y: self.linear(y))
-    wrapped = peft.get_peft_model(block, peft.LoraConfig(target_modules=["linear"], r=2))
-    report = fold_affine(wrapped.eval(), fold_inputs={"x": torch.randn(2, 5, WIDTH)})
-    assert "adapter" in report.norms[0].reason
-
-
-def test_a_quantised_layer_is_refused() -> None:
-    block = Block(lambda self, y: self.linear(y))
-    block.linear = torch.ao.nn.quantized.dynamic.Linear(WIDTH, 3)
-    assert fold_block(block).action == "kept"
-
-
-def test_a_final_norm_without_a_head_is_refused() -> None:
-    assert fold_block(Block(lambda self, y: y)).reason == "it is the model's output (output)"
-    report = fold_affine(
-        transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64))
-    )
-    assert report.names("kept") == []  # gain 1, bias 0: nothing to do
-    model = build("gpt2-lm").transformer
-    report = fold_affine(model)
-    assert {n.name: n.reason for n in report.norms}["ln_f"] == "it is the model's output (last_hidden_state)"
-
-
-def test_layers_that_did_not_run_may_read_it_too() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(WIDTH, 3) for _ in range(2))
-
-        def forward(self, y: Tensor) -> Tensor:
-            return self.experts[0](y)
-
-    assert "experts.1 did not run" in fold_block(Block(lambda self, y: self.moe(y), moe=Experts())).reason
-
-
-def test_a_norm_that_does_not_run_is_kept() -> None:
-    block = Block(lambda self, y: self.linear(y), second=norm())
-    report = fold_affine(block.eval(), fold_inputs={"x": torch.randn(2, 5, WIDTH)})
-    assert {n.name: n.action for n in report.norms} == {"norm": "folded", "second": "kept"}
-
-
 # --- all or nothing --------------------------------------------------------------------------------------------------
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    after = model.state_dict()
-    return after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_folding_twice_changes_nothing() -> None:
@@ -430,94 +274,55 @@ def test_training_flags_hooks_and_random_state_are_left_alone() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-# --- post-norm: approximate and calibrate ----------------------------------------------------------------------------
+@pytest.mark.parametrize("affine", ["fold", "fade"])
+@pytest.mark.parametrize("changed", [{"eps": 0.5}, {"centered": True}])
+def test_another_function_to_start_from_is_refused(affine: str, changed: dict[str, Any]) -> None:
+    model = build("llama")
+    before = state(model)
+    with pytest.raises(ValueError, match=f"does not go with affine='{affine}'"):
+        patch_model(model, "layernorm-simple", affine=affine, targets="rmsnorm", **changed)
+    assert unchanged(model, before)
 
 
-@pytest.mark.parametrize("name", POST_NORM)
-def test_post_norm_is_exact_when_every_gain_is_one_number(name: str) -> None:
-    model = build(name, constant=True)
+def test_k_comes_in_slowly_after_an_earlier_fold_to_layernorm_simple() -> None:
+    model = build("gpt2-lm untied")
     inputs = dummy_inputs(model)
     before = logits(model, inputs)
-    quietly(patch_model, model, "layernorm-simple", affine="fold", on_unfoldable="approximate")
-    assert difference(logits(model, inputs), before) <= 1e-5
-
-
-@pytest.mark.parametrize("name", POST_NORM)
-def test_post_norm_moves_less_than_by_dropping(name: str) -> None:
-    model, dropped = build(name), build(name)
-    inputs = dummy_inputs(model)
-    before = logits(model, inputs)
-    report = fold_affine(model, on_unfoldable="approximate")
-    quietly(patch_model, dropped, "layernorm-simple")
-    assert len(report.names("approximated")) == POST_NORM[name]
-    assert all(n.deviation is not None for n in report.norms if n.action == "approximated")
-    moved, lost = (float((logits(m, inputs) - before).norm() / before.norm()) for m in (model, dropped))
-    assert moved < lost
-
-
-@pytest.mark.parametrize("k", [0.0, 0.05])
-def test_calibration_moves_less_than_approximation(k: float) -> None:
-    batch = dummy_inputs(build("bert-mlm"))
-    batch["input_ids"] = torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    before = logits(build("bert-mlm"), batch)
-    moved = {}
-    for way in ("approximate", "calibrate"):
-        model = build("bert-mlm")
-        quietly(patch_model, model, "adanorm", k=k, affine="fold", on_unfoldable=way, fold_inputs=batch, ramp=False)
-        moved[way] = float((logits(model, batch) - before).norm() / before.norm())
-    assert moved["calibrate"] < 0.8 * moved["approximate"]
-
-
-def test_calibration_warns_of_a_k_that_loses_most() -> None:
-    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
-    options = {"affine": "fold", "on_unfoldable": "calibrate", "fold_inputs": batch}
-    with pytest.warns(UserWarning, match="choose a smaller k"):
-        patch_model(build("bert-cls"), "adanorm", k=0.9, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        patch_model(build("bert-cls"), "adanorm", k=0.01, **options)
-
-
-def test_calibration_is_exact_where_folding_is() -> None:
-    model = build("vit").double()
-    inputs = {"pixel_values": torch.randn(8, 3, 32, 32).double()}
-    before = logits(model, inputs)
-    fold_affine(model, on_unfoldable="calibrate", fold_inputs=inputs)
-    assert difference(logits(model, inputs), before) <= 1e-9
-
-
-def test_what_cannot_be_folded_is_kept_or_faded() -> None:
-    kept, faded = build("gpt2-lm"), build("gpt2-lm")
-    inputs = dummy_inputs(kept)
-    before = logits(kept, inputs)
-    with pytest.warns(UserWarning, match="1 of 5 norms cannot be folded and stay as they are"):
-        patch_model(kept, "adanorm", affine="fold")
-    quietly(patch_model, faded, "adanorm", affine="fold", on_unfoldable="fade")
-    assert type(kept.transformer.ln_f) is nn.LayerNorm
-    assert [m.fade for m in faded.modules() if hasattr(m, "fade")] == [(), (), (), (), ("gain", "bias")]
-    for model in (kept, faded):
-        assert difference(logits(model, inputs), before) <= 1e-5
-
-
-def test_no_ramp_warns() -> None:
-    with pytest.warns(UserWarning, match="ramp=False"):
-        patch_model(build("vit"), "adanorm", affine="fold", ramp=False)
-
-
-def test_unpatching_keeps_the_fold() -> None:
-    model = build("whisper")
-    inputs = dummy_inputs(model)
     quietly(patch_model, model, "layernorm-simple", affine="fold")
-    before = logits(model, inputs)
-    with pytest.warns(UserWarning, match="6 linear layers keep the bias"):
-        unpatch_model(model)
-    assert not is_patched(model)
-    assert difference(logits(model, inputs), before) <= 1e-6
-    assert model.config.adanorm["biases"]  # loading still has to make them
+    quietly(patch_model, model, "adanorm", k=0.1, affine="fold")
+    assert difference(logits(model, inputs), before) <= 1e-5
+    set_fade(model, 1.0)
+    assert difference(logits(model, inputs), before) > 1e-3
+
+
+def test_hidden_states_that_change_are_listed_though_they_are_returned_on_request_only() -> None:
+    assert "hidden_states.2" in fold_affine(build("gpt2-lm untied")).changed
+
+
+def test_the_tolerance_is_that_of_the_weights_that_change() -> None:
+    block = Block(lambda self, y: self.linear(y))
+    block.unrelated = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    block.linear.register_forward_pre_hook(lambda module, args: (args[0] * 1.1,))
+    with pytest.raises(RuntimeError, match="above the tolerance 1e-04"):
+        fold_block(block)
+
+
+def test_a_norm_in_half_precision_before_a_head_in_full_folds() -> None:
+    block = Block(lambda self, y: self.linear(y.float()))
+    block.norm.bfloat16()
+    assert fold_block(block, fold_inputs={"x": torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)}).action == "folded"
+
+
+def test_inputs_whose_outputs_are_not_finite_check_nothing_and_are_refused() -> None:
+    block = Block(lambda self, y: self.linear(y))
+    before = state(block)
+    with pytest.raises(ValueError, match="hold no finite number"):
+        fold_block(block, fold_inputs={"x": torch.full((2, 5, WIDTH), float("nan"))})
+    assert unchanged(block, before)
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
+
 
 _RELOAD = """
     import sys, torch, transformers, hf_adanorm
@@ -671,14 +476,6 @@ def test_the_report_says_what_became_of_each_norm() -> None:
     assert page.count("<tr>") == 12
 
 
-def test_watching_reports_columns_in_the_order_of_the_input() -> None:
-    block = Block(lambda self, y: self.linear(y.flip(-1))).eval()
-    watched = watch_consumers(block, {"norm": ((WIDTH,), False)}, {"x": torch.randn(2, 5, WIDTH)})
-    (use,) = watched.uses["norm"]
-    assert use.columns == tuple(reversed(range(WIDTH)))  # type: ignore[union-attr]
-    assert num_inputs(block.linear) == WIDTH
-
-
 def test_only_the_named_norms_are_folded() -> None:
     model = build("vit")
     with all_or_nothing(model) as change:
@@ -686,142 +483,3 @@ def test_only_the_named_norms_are_folded() -> None:
     assert report.names("folded") == ["vit.layernorm"]
     assert bool((model.vit.layernorm.weight == 1).all())
     assert not bool((first_layer(model).layernorm_before.weight == 1).all())
-
-
-# --- what other inputs would show ------------------------------------------------------------------------------------
-
-
-def test_padding_by_nothing_and_a_mask_that_masks_nothing_are_not_trusted() -> None:
-    pads = Block(lambda self, y: self.linear(F.pad(y, (0, 0, 0, -y.shape[1] % 5))))
-    assert "masked or padded" in fold_block(pads).reason
-    fills = Block(lambda self, y: self.linear(y.masked_fill(~self.mask[..., None], 0.0)))
-    fills.mask = torch.ones(2, 5, dtype=torch.bool)
-    assert "masked or padded" in fold_block(fills).reason
-    assert fold_block(Block(pads.compute, bias=False)).action == "folded"  # nothing arrives there that could be lost
-
-
-@pytest.mark.parametrize("start", [0, 20])
-def test_padding_of_sound_stays_out_of_the_convolutions_of_a_conformer(start: int) -> None:
-    model = build("w2v-bert")
-    inputs = {"input_features": torch.randn(2, 40, 16), "attention_mask": torch.ones(2, 40, dtype=torch.int64)}
-    inputs["attention_mask"][0, start : start + 20] = 0
-    real = inputs["attention_mask"].bool()
-    with torch.no_grad():
-        before = model(**inputs)[0][real]
-        reasons = {norm.name: norm.reason for norm in fold_affine(model).norms}
-        assert difference(model(**inputs)[0][real], before) <= 1e-5
-    assert "padded, masked" in reasons["encoder.layers.0.conv_module.layer_norm"]
-
-
-class Masked(nn.Module):
-    """Fills with zeros what `attention_mask` says, before a layer that reads the norm."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__()
-        self.norm, self.linear, self.least = norm(), nn.Linear(WIDTH, 3), least
-
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        y = self.norm(inputs_embeds)
-        if attention_mask is not None:
-            if len(attention_mask) < self.least:
-                raise ValueError("too few rows")
-            y = y.masked_fill(attention_mask[..., None] == 0, 0.0)
-        return self.linear(y)
-
-
-@pytest.mark.parametrize(("least", "reason"), [(1, "padded, masked or scaled"), (9, "what attention_mask would mask")])
-def test_a_mask_that_the_inputs_lack_is_tried_and_not_trusted_where_it_does_not_run(least: int, reason: str) -> None:
-    assert reason in fold_block(Masked(least), fold_inputs={"inputs_embeds": torch.randn(2, 6, WIDTH)}).reason
-
-
-def test_what_reads_a_norm_in_training_only_keeps_it() -> None:
-    class Auxiliary(Block):
-        def forward(self, x: Tensor) -> Any:
-            y = self.norm(self.batch(x))
-            return (self.linear(y), y.square().mean()) if self.training else (self.linear(y),)
-
-    block = Auxiliary(lambda self, y: self.linear(y), batch=nn.BatchNorm1d(5))
-    before = state(block)
-    assert "in training mode also read by pow" in fold_block(block).reason
-    assert unchanged(block, before)  # the statistics of the batch norm, too
-
-
-@pytest.mark.parametrize("name", ["videomae", "vilt"])
-def test_video_and_image_masks_are_among_the_dummy_inputs(name: str) -> None:
-    inputs = dummy_inputs(build(name))
-    assert inputs["pixel_values"].ndim == 5 or not bool(inputs["pixel_mask"].all())
-
-
-def test_a_head_that_did_not_run_keeps_the_norm_as_it_is() -> None:
-    heads = Block(lambda self, y: self.linear(y) if self.first else self.other(y), other=nn.Linear(WIDTH, 2))
-    heads.linear, heads.first = nn.Linear(WIDTH, 2), True
-    assert "other did not run" in fold_block(heads).reason
-
-
-def test_inputs_whose_outputs_are_not_finite_check_nothing_and_are_refused() -> None:
-    block = Block(lambda self, y: self.linear(y))
-    before = state(block)
-    with pytest.raises(ValueError, match="hold no finite number"):
-        fold_block(block, fold_inputs={"x": torch.full((2, 5, WIDTH), float("nan"))})
-    assert unchanged(block, before)
-
-
-def test_alpha_dropout_is_no_linear_operation() -> None:
-    block = Block(lambda self, y: self.linear(self.drop(y)), drop=nn.AlphaDropout(0.5))
-    assert "alpha_dropout" in fold_block(block).reason
-
-
-@pytest.mark.parametrize("affine", ["fold", "fade"])
-@pytest.mark.parametrize("changed", [{"eps": 0.5}, {"centered": True}])
-def test_another_function_to_start_from_is_refused(affine: str, changed: dict[str, Any]) -> None:
-    model = build("llama")
-    before = state(model)
-    with pytest.raises(ValueError, match=f"does not go with affine='{affine}'"):
-        patch_model(model, "layernorm-simple", affine=affine, targets="rmsnorm", **changed)
-    assert unchanged(model, before)
-
-
-def test_k_comes_in_slowly_after_an_earlier_fold_to_layernorm_simple() -> None:
-    model = build("gpt2-lm untied")
-    inputs = dummy_inputs(model)
-    before = logits(model, inputs)
-    quietly(patch_model, model, "layernorm-simple", affine="fold")
-    quietly(patch_model, model, "adanorm", k=0.1, affine="fold")
-    assert difference(logits(model, inputs), before) <= 1e-5
-    set_fade(model, 1.0)
-    assert difference(logits(model, inputs), before) > 1e-3
-
-
-def test_hidden_states_that_change_are_listed_though_they_are_returned_on_request_only() -> None:
-    assert "hidden_states.2" in fold_affine(build("gpt2-lm untied")).changed
-
-
-def test_what_an_approximate_fold_drops_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"4 norms folded but for the deviation .*at bert\."):
-        patch_model(build("bert-cls"), "layernorm-simple", affine="fold", on_unfoldable="approximate")
-
-
-def test_the_tolerance_is_that_of_the_weights_that_change() -> None:
-    block = Block(lambda self, y: self.linear(y))
-    block.unrelated = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    block.linear.register_forward_pre_hook(lambda module, args: (args[0] * 1.1,))
-    with pytest.raises(RuntimeError, match="above the tolerance 1e-04"):
-        fold_block(block)
-
-
-def test_padding_of_the_decoder_is_told_by_its_own_mask() -> None:
-    model = build("bart")
-    ids, mask = torch.randint(4, 20, (2, 8)), torch.ones(2, 8, dtype=torch.int64)
-    mask[0, 5:] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
-    assert real_rows(model, "model.encoder.layernorm_embedding", inputs, (2, 8)).sum() == 13
-    assert real_rows(model, "model.decoder.layernorm_embedding", inputs, (2, 8)) is None
-    inputs["decoder_attention_mask"] = torch.flip(mask, [0])
-    assert real_rows(model, "model.decoder.layernorm_embedding", inputs, (2, 8))[0].all()
-    assert real_rows(model, "model.decoder.layernorm_embedding", inputs, (2, 7)) is None
-
-
-def test_a_norm_in_half_precision_before_a_head_in_full_folds() -> None:
-    block = Block(lambda self, y: self.linear(y.float()))
-    block.norm.bfloat16()
-    assert fold_block(block, fold_inputs={"x": torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)}).action == "folded"

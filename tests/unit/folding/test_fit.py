@@ -1,0 +1,103 @@
+"""Folds of post-norm models: approximate, and fitted to real activations."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from hf_adanorm import fold_affine, is_patched, patch_model, unpatch_model
+from hf_adanorm.running import dummy_inputs
+from tests.zoo.fold_blocks import difference, quietly
+from tests.zoo.fold_models import POST_NORM, build, logits
+
+
+@pytest.mark.parametrize("name", POST_NORM)
+def test_post_norm_is_exact_when_every_gain_is_one_number(name: str) -> None:
+    model = build(name, constant=True)
+    inputs = dummy_inputs(model)
+    before = logits(model, inputs)
+    quietly(patch_model, model, "layernorm-simple", affine="fold", on_unfoldable="approximate")
+    assert difference(logits(model, inputs), before) <= 1e-5
+
+
+@pytest.mark.parametrize("name", POST_NORM)
+def test_post_norm_moves_less_than_by_dropping(name: str) -> None:
+    model, dropped = build(name), build(name)
+    inputs = dummy_inputs(model)
+    before = logits(model, inputs)
+    report = fold_affine(model, on_unfoldable="approximate")
+    quietly(patch_model, dropped, "layernorm-simple")
+    assert len(report.names("approximated")) == POST_NORM[name]
+    assert all(n.deviation is not None for n in report.norms if n.action == "approximated")
+    moved, lost = (float((logits(m, inputs) - before).norm() / before.norm()) for m in (model, dropped))
+    assert moved < lost
+
+
+@pytest.mark.parametrize("k", [0.0, 0.05])
+def test_calibration_moves_less_than_approximation(k: float) -> None:
+    batch = dummy_inputs(build("bert-mlm"))
+    batch["input_ids"] = torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    before = logits(build("bert-mlm"), batch)
+    moved = {}
+    for way in ("approximate", "calibrate"):
+        model = build("bert-mlm")
+        quietly(patch_model, model, "adanorm", k=k, affine="fold", on_unfoldable=way, fold_inputs=batch, ramp=False)
+        moved[way] = float((logits(model, batch) - before).norm() / before.norm())
+    assert moved["calibrate"] < 0.8 * moved["approximate"]
+
+
+def test_calibration_warns_of_a_k_that_loses_most() -> None:
+    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
+    options = {"affine": "fold", "on_unfoldable": "calibrate", "fold_inputs": batch}
+    with pytest.warns(UserWarning, match="choose a smaller k"):
+        patch_model(build("bert-cls"), "adanorm", k=0.9, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_model(build("bert-cls"), "adanorm", k=0.01, **options)
+
+
+def test_calibration_is_exact_where_folding_is() -> None:
+    model = build("vit").double()
+    inputs = {"pixel_values": torch.randn(8, 3, 32, 32).double()}
+    before = logits(model, inputs)
+    fold_affine(model, on_unfoldable="calibrate", fold_inputs=inputs)
+    assert difference(logits(model, inputs), before) <= 1e-9
+
+
+def test_what_cannot_be_folded_is_kept_or_faded() -> None:
+    kept, faded = build("gpt2-lm"), build("gpt2-lm")
+    inputs = dummy_inputs(kept)
+    before = logits(kept, inputs)
+    with pytest.warns(UserWarning, match="1 of 5 norms cannot be folded and stay as they are"):
+        patch_model(kept, "adanorm", affine="fold")
+    quietly(patch_model, faded, "adanorm", affine="fold", on_unfoldable="fade")
+    assert type(kept.transformer.ln_f) is nn.LayerNorm
+    assert [m.fade for m in faded.modules() if hasattr(m, "fade")] == [(), (), (), (), ("gain", "bias")]
+    for model in (kept, faded):
+        assert difference(logits(model, inputs), before) <= 1e-5
+
+
+def test_no_ramp_warns() -> None:
+    with pytest.warns(UserWarning, match="ramp=False"):
+        patch_model(build("vit"), "adanorm", affine="fold", ramp=False)
+
+
+def test_unpatching_keeps_the_fold() -> None:
+    model = build("whisper")
+    inputs = dummy_inputs(model)
+    quietly(patch_model, model, "layernorm-simple", affine="fold")
+    before = logits(model, inputs)
+    with pytest.warns(UserWarning, match="6 linear layers keep the bias"):
+        unpatch_model(model)
+    assert not is_patched(model)
+    assert difference(logits(model, inputs), before) <= 1e-6
+    assert model.config.adanorm["biases"]  # loading still has to make them
+
+
+def test_what_an_approximate_fold_drops_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"4 norms folded but for the deviation .*at bert\."):
+        patch_model(build("bert-cls"), "layernorm-simple", affine="fold", on_unfoldable="approximate")

@@ -1,0 +1,185 @@
+"""Which norms are not folded, each with a reason, and what other inputs than the probe's would show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from hf_adanorm import fold_affine
+from tests.zoo.fold_blocks import WIDTH, Block, difference, fold_block, norm, state, unchanged
+from tests.zoo.fold_models import build
+
+# --- what is refused, and why ----------------------------------------------------------------------------------------
+
+
+def test_residual_and_functional_uses_are_refused() -> None:
+    assert "added to the residual stream" in fold_block(Block(lambda self, y: y + self.linear(y).sum())).reason
+    assert "sigmoid" in fold_block(Block(lambda self, y: self.linear(y.sigmoid()))).reason
+    assert "mm" in fold_block(Block(lambda self, y: y @ self.linear.weight.T)).reason
+    assert "another norm" in fold_block(Block(lambda self, y: self.linear(self.second(y)), second=norm())).reason
+
+
+def test_a_view_that_torch_does_not_report_is_refused() -> None:
+    block = Block(lambda self, y: self.linear(y) + torch.from_numpy(y.numpy()).sum())
+    with torch.no_grad():
+        assert "through an alias" in fold_block(block).reason
+
+
+def test_a_tied_weight_is_refused() -> None:
+    block = Block(lambda self, y: self.head(y), head=nn.Linear(WIDTH, 4), embedding=nn.Embedding(4, WIDTH))
+    block.head.weight = block.embedding.weight
+    assert fold_block(block).reason == "the weight of head is tied to embedding"
+
+
+def test_a_weight_that_is_read_elsewhere_is_refused() -> None:
+    block = Block(lambda self, y: self.linear(y) + self.linear.weight.sum())
+    assert "the weight of linear is also read by sum" in fold_block(block).reason
+
+
+def test_a_layer_shared_by_two_norms_is_refused() -> None:
+    block = Block(lambda self, y: self.linear(y) + self.linear(self.second(self.x)), second=norm())
+    block.x = torch.randn(2, 5, WIDTH)
+    assert fold_block(block).reason == "linear also reads the norm second"
+
+
+def test_a_layer_that_reads_something_else_too_is_refused() -> None:
+    block = Block(lambda self, y: self.linear(y) + self.linear(torch.ones(2, 5, WIDTH)))
+    assert fold_block(block).reason == "linear also reads something that is not this norm's output"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_padded_convolution_is_refused_when_the_bias_is_not_zero(bias: bool) -> None:
+    conv = nn.Conv1d(WIDTH, 3, 3, padding=1)
+    block = Block(lambda self, y: self.conv(y.transpose(1, 2)), bias=bias, conv=conv)
+    assert fold_block(block).action == ("kept" if bias else "folded")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dropout_before_the_layer_is_refused_when_the_bias_is_not_zero(bias: bool) -> None:
+    block = Block(lambda self, y: self.linear(self.dropout(y)), bias=bias, dropout=nn.Dropout(0.1))
+    result = fold_block(block)
+    assert result.action == ("kept" if bias else "folded")
+    assert not bias or "dropout in training" in result.reason
+
+
+def test_a_parametrized_layer_is_refused() -> None:
+    block = Block(lambda self, y: self.linear(y))
+    nn.utils.parametrizations.weight_norm(block.linear)
+    assert "parametrized" in fold_block(block).reason
+
+
+def test_a_layer_with_an_adapter_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    block = Block(lambda self, y: self.linear(y))
+    wrapped = peft.get_peft_model(block, peft.LoraConfig(target_modules=["linear"], r=2))
+    report = fold_affine(wrapped.eval(), fold_inputs={"x": torch.randn(2, 5, WIDTH)})
+    assert "adapter" in report.norms[0].reason
+
+
+def test_a_quantised_layer_is_refused() -> None:
+    block = Block(lambda self, y: self.linear(y))
+    block.linear = torch.ao.nn.quantized.dynamic.Linear(WIDTH, 3)
+    assert fold_block(block).action == "kept"
+
+
+def test_a_final_norm_without_a_head_is_refused() -> None:
+    assert fold_block(Block(lambda self, y: y)).reason == "it is the model's output (output)"
+    report = fold_affine(
+        transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    )
+    assert report.names("kept") == []  # gain 1, bias 0: nothing to do
+    model = build("gpt2-lm").transformer
+    report = fold_affine(model)
+    assert {n.name: n.reason for n in report.norms}["ln_f"] == "it is the model's output (last_hidden_state)"
+
+
+def test_layers_that_did_not_run_may_read_it_too() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(WIDTH, 3) for _ in range(2))
+
+        def forward(self, y: Tensor) -> Tensor:
+            return self.experts[0](y)
+
+    assert "experts.1 did not run" in fold_block(Block(lambda self, y: self.moe(y), moe=Experts())).reason
+
+
+def test_a_norm_that_does_not_run_is_kept() -> None:
+    block = Block(lambda self, y: self.linear(y), second=norm())
+    report = fold_affine(block.eval(), fold_inputs={"x": torch.randn(2, 5, WIDTH)})
+    assert {n.name: n.action for n in report.norms} == {"norm": "folded", "second": "kept"}
+
+
+# --- what other inputs would show ------------------------------------------------------------------------------------
+
+
+def test_padding_by_nothing_and_a_mask_that_masks_nothing_are_not_trusted() -> None:
+    pads = Block(lambda self, y: self.linear(F.pad(y, (0, 0, 0, -y.shape[1] % 5))))
+    assert "masked or padded" in fold_block(pads).reason
+    fills = Block(lambda self, y: self.linear(y.masked_fill(~self.mask[..., None], 0.0)))
+    fills.mask = torch.ones(2, 5, dtype=torch.bool)
+    assert "masked or padded" in fold_block(fills).reason
+    assert fold_block(Block(pads.compute, bias=False)).action == "folded"  # nothing arrives there that could be lost
+
+
+@pytest.mark.parametrize("start", [0, 20])
+def test_padding_of_sound_stays_out_of_the_convolutions_of_a_conformer(start: int) -> None:
+    model = build("w2v-bert")
+    inputs = {"input_features": torch.randn(2, 40, 16), "attention_mask": torch.ones(2, 40, dtype=torch.int64)}
+    inputs["attention_mask"][0, start : start + 20] = 0
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        before = model(**inputs)[0][real]
+        reasons = {norm.name: norm.reason for norm in fold_affine(model).norms}
+        assert difference(model(**inputs)[0][real], before) <= 1e-5
+    assert "padded, masked" in reasons["encoder.layers.0.conv_module.layer_norm"]
+
+
+class Masked(nn.Module):
+    """Fills with zeros what `attention_mask` says, before a layer that reads the norm."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.norm, self.linear, self.least = norm(), nn.Linear(WIDTH, 3), least
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        y = self.norm(inputs_embeds)
+        if attention_mask is not None:
+            if len(attention_mask) < self.least:
+                raise ValueError("too few rows")
+            y = y.masked_fill(attention_mask[..., None] == 0, 0.0)
+        return self.linear(y)
+
+
+@pytest.mark.parametrize(("least", "reason"), [(1, "padded, masked or scaled"), (9, "what attention_mask would mask")])
+def test_a_mask_that_the_inputs_lack_is_tried_and_not_trusted_where_it_does_not_run(least: int, reason: str) -> None:
+    assert reason in fold_block(Masked(least), fold_inputs={"inputs_embeds": torch.randn(2, 6, WIDTH)}).reason
+
+
+def test_what_reads_a_norm_in_training_only_keeps_it() -> None:
+    class Auxiliary(Block):
+        def forward(self, x: Tensor) -> Any:
+            y = self.norm(self.batch(x))
+            return (self.linear(y), y.square().mean()) if self.training else (self.linear(y),)
+
+    block = Auxiliary(lambda self, y: self.linear(y), batch=nn.BatchNorm1d(5))
+    before = state(block)
+    assert "in training mode also read by pow" in fold_block(block).reason
+    assert unchanged(block, before)  # the statistics of the batch norm, too
+
+
+def test_a_head_that_did_not_run_keeps_the_norm_as_it_is() -> None:
+    heads = Block(lambda self, y: self.linear(y) if self.first else self.other(y), other=nn.Linear(WIDTH, 2))
+    heads.linear, heads.first = nn.Linear(WIDTH, 2), True
+    assert "other did not run" in fold_block(heads).reason
+
+
+def test_alpha_dropout_is_no_linear_operation() -> None:
+    block = Block(lambda self, y: self.linear(self.drop(y)), drop=nn.AlphaDropout(0.5))
+    assert "alpha_dropout" in fold_block(block).reason
