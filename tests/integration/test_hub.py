@@ -401,7 +401,7 @@ def test_the_card_names_the_norm_and_its_settings(tmp_path: Path, norm: str) -> 
         "adanorm": "| AdaNorm | C = 1.0, k = 0.1 |",
         "layernorm-simple": "| LayerNorm-simple (no gain, no bias) | as the replaced norm |",
         "detachnorm": "| detach_mean = True, detach_variance = True |",
-        "none": "| no normalisation | as the replaced norm |",
+        "none": "| w/o Norm (no normalisation) | as the replaced norm |",
     }
     assert shown[norm] in text
 
