@@ -40,6 +40,7 @@ class Fate:
 
     KEY = "hf_adanorm/end"
     POLL_SECONDS = 0.3
+    ECHO_SECONDS = 2.0  # in which an exception may turn out to come of another process's end
     MOST_SECONDS = 10.0  # for the others to have seen it, before the launcher kills them
 
     def __init__(self) -> None:
@@ -62,6 +63,8 @@ class Fate:
             thread.join()
 
         def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            if issubclass(kind, Exception):
+                self._follow()
             sys.__excepthook__(kind, error, trace)
             if issubclass(kind, Exception):
                 with suppress(RuntimeError):  # the store ended with its process
@@ -87,6 +90,18 @@ class Fate:
         except RuntimeError:  # the store ended with its process
             return
         self._leave(None)
+
+    def _follow(self) -> None:
+        """Leave as another process does, if one has ended the run: what went wrong here may come of that, a connection
+        that closed or a folder that is gone, and be there before the watching thread has looked."""
+        until = time.monotonic() + self.ECHO_SECONDS
+        with suppress(RuntimeError):  # the store ended with its process
+            while time.monotonic() < until:
+                if self.ending.locked():  # by the watching thread, which ends this process
+                    time.sleep(self.MOST_SECONDS)
+                if self.store.check([self.KEY]):
+                    self._leave(None)
+                time.sleep(self.POLL_SECONDS / 3)
 
     def _leave(self, own: str | None) -> NoReturn:
         self.ending.acquire()  # for ever: one thread speaks

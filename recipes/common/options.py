@@ -312,7 +312,7 @@ def _as_meant(name: str, value: Any, hint: Any) -> Any:
         return value
     if not isinstance(value, str):
         return [value]
-    if value.startswith("[") or value == "null":
+    if value.startswith(("[", "- ")) or value == "null":  # a list in YAML, either way
         return value
     return json.dumps([value]) if typing.get_args(lists[0]) == (str,) else f"[{value}]"
 

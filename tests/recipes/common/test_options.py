@@ -91,6 +91,7 @@ def test_a_plain_value_is_a_list_of_one(given, tmp_path):
         options = parse_options(ClassificationOptions, argv)
         assert (options.report_to, options.layers) == (["tensorboard"], [3])
     assert parse_options(ClassificationOptions, ["--layers", "-1"]).layers == [-1]
+    assert parse_options(ClassificationOptions, ["--layers", "- 1"]).layers == [1]  # a list of YAML's
     assert parse_options(ClassificationOptions, ["--layers", "null", "--include", "a.*"]).include == "a.*"
 
 
