@@ -2,15 +2,20 @@
 
     python recipes/compare.py --config recipes/configs/rt.yaml \\
         --norms layernorm layernorm-simple detachnorm adanorm none --seeds 5 --output_dir outputs/rt
+    python recipes/compare.py --config recipes/configs/rt.yaml --seeds 5 \\
+        --norms layernorm adanorm adanorm:C=2 adanorm:C=1,k=0.05 detachnorm detachnorm:detach_variance=false
     python recipes/compare.py --config recipes/configs/rt.yaml --seeds 3 --grid learning_rate=2e-4,5e-4 C=0.8,1.0
     python recipes/compare.py --config recipes/configs/iwslt14_de_en.yaml --estimate
     python recipes/compare.py --config recipes/configs/iwslt14_de_en.yaml --launcher "accelerate launch --multi_gpu"
 
 Runs the recipe once for every norm and seed, with the same options and so the same budget; any option of the recipe
-that follows is passed on. With `--grid`, every norm first tries every point of the same grid with the first seed and
-without a test split; the point with the best validation score is taken for all its runs, and the test split is read
-once at the end of each. A run whose loss is not finite is recorded as diverged, with its step, and the comparison goes
-on. Started again, the same command keeps what is finished or diverged and continues what was interrupted.
+that follows is passed on. A norm may be named with settings of its own, as often as you like; they win over the
+recipe's options. With `--grid`, every norm first tries every point of the same grid, as far as its options say
+anything to it, with the first seed (or the first `--grid_seeds`) and without a test split; the point with the best
+validation score, on average, is taken for all its runs, and the test split is read once at the end of each. So choose
+between settings by `--grid`; contestants named in `--norms` are all shown with their test scores. A run whose loss is
+not finite is recorded as diverged, with its step, and the comparison goes on. Started again, the same command keeps
+what is finished or diverged and continues what was interrupted.
 
 In `output_dir`: `report.html`, `table.md`, `table.tex`, `curves.png` and `.svg`, `runs.csv`, `curves.csv`,
 `comparison.json`; the runs in `runs/`, those of the grid in `search/`, each with its `log.txt`.
@@ -25,11 +30,9 @@ import contextlib
 import dataclasses
 import importlib
 import io
-import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -39,22 +42,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import tasks.options
-from common.options import NORMS, OptionError, options_that_change, parse_options, read_config
-from comparison.paper import COLUMNS, CONFIGS, ROWS, TITLES
+from common.options import NORMS, OptionError, options_that_change, parse_options
+from comparison.choices import OWN, choose_recipe, grid_points, parse_grid, recipe_options
+from comparison.contestants import canonical, folder_name, kind, parse_norm
+from comparison.paper import BASELINE, COLUMNS, CONFIGS, ROWS
 
-OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
 ESTIMATE_STEPS = 25
 MOST_SEEDS = 1000
-
-
-def recipe_options() -> dict[str, str]:
-    """The scripts beside this one that say what runs are measured by, and the names of their options' classes."""
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
-    found = {name: re.search(r"^OPTIONS, TASK = (\w+),", text, re.MULTILINE) for name, text in texts.items()}
-    return {name: match[1] for name, match in found.items() if match}
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,10 +62,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add = parser.add_argument
     add("--config", help="YAML file of the recipe's options, for instance recipes/configs/rt.yaml")
     add("--recipe", choices=list(recipe_options()), help="by default the one that knows the options in --config")
-    add("--norms", nargs="+", choices=list(TITLES), default=ROWS, metavar="NORM", help="default: the paper's five")
+    add("--norms", nargs="+", default=ROWS, metavar="NORM", help="NORM or NORM:SETTING=VALUE,...; by default the five")
     add("--seeds", nargs="+", type=int, default=[3], help="one number: that many, from 1; several: these seeds")
     add("--output_dir", default=None, help="default: outputs/compare-NAME, after the config")
     add("--grid", nargs="+", default=[], metavar="OPTION=A,B", help="values to try for each norm on validation")
+    add("--grid_seeds", type=int, default=1, help="try them with so many of the seeds, and choose by the mean")
     add("--launcher", help='starts a script, for instance "accelerate launch --multi_gpu"')
     add("--paper", choices=[*COLUMNS, "none"], help="column of the paper to show beside; by default after the config")
     add("--resamples", type=int, default=2000, help="resamples of the bootstraps")
@@ -79,7 +77,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     own, rest = parser.parse_known_args(argv)
     if own.config:
         rest = ["--config", own.config, *rest]
-    own.norms = list(dict.fromkeys(own.norms))
     if len(own.seeds) == 1 and own.seeds[0] <= MOST_SEEDS:
         own.seeds = list(range(1, own.seeds[0] + 1))
     own.seeds = list(dict.fromkeys(own.seeds))
@@ -90,25 +87,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     return own, rest
 
 
-def choose_recipe(name: str | None, config: str | None) -> tuple[str, type]:
-    """The recipe, given by name or as the only one that knows all options of the config, and its options' class.
-
-    Raises OptionError when neither tells.
-    """
-    known = recipe_options()
-    if name is None and config is None:
-        raise OptionError("give --config, or --recipe " + "|".join(known))
-    keys = set() if config is None or name is not None else {str(key) for key in read_config(config)}
-    fitting = []
-    for candidate in known if name is None else [name]:
-        options_class = getattr(tasks.options, known[candidate], None) or importlib.import_module(candidate).OPTIONS
-        if keys <= {item.name for item in dataclasses.fields(options_class)}:
-            fitting.append((candidate, options_class))
-    if len(fitting) != 1:
-        raise OptionError(f"--config {config} fits {len(fitting)} recipes: name one with --recipe {'|'.join(known)}")
-    return fitting[0]
-
-
 def _refuse(error: Exception) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
@@ -117,6 +95,8 @@ def _refuse(error: Exception) -> int:
 if __name__ == "__main__":  # help, and mistakes in the options, before torch is imported
     own_options, recipe_arguments = parse_arguments(sys.argv[1:])
     try:
+        for named in own_options.norms:
+            parse_norm(named)
         parse_options(choose_recipe(own_options.recipe, own_options.config)[1], recipe_arguments)
     except OptionError as mistake:
         sys.exit(_refuse(mistake))
@@ -124,34 +104,13 @@ if __name__ == "__main__":  # help, and mistakes in the options, before torch is
 from common.checkpoints import EXIT_RESUME, changed_content, lock_folder, write_json
 from common.results import align
 from comparison.report import write_report
-from comparison.runs import BASELINE, RecordError, Run, outcome, summarize
+from comparison.runs import RecordError, Run, outcome, summarize
 from hf_adanorm.modeling_adanorm import NORM_CLASSES
 from tasks.data import DATA_OPTIONS, data_content
 
 
 class RunInterrupted(Exception):  # noqa: N818  (no error: the comparison was asked to stop)
     """SIGTERM or Ctrl-C; the run in progress has saved a checkpoint."""
-
-
-def parse_grid(items: Sequence[str], names: set[str]) -> dict[str, list[str]]:
-    """`["learning_rate=1e-4,5e-4"]` as a mapping. Raises OptionError for an unknown option or an empty list."""
-    grid = {}
-    for item in items:
-        name, _, values = item.partition("=")
-        if name not in names or name in OWN:
-            raise OptionError(f"--grid {item}: {name!r} is no option of the recipe that a grid can vary")
-        grid[name] = [value for value in values.split(",") if value]
-        if not grid[name]:
-            raise OptionError(f"--grid {item}: expected {name}=VALUE,VALUE")
-    return grid
-
-
-def grid_points(grid: dict[str, list[str]], norm: str) -> list[dict[str, str]]:
-    """The points of the grid, without the options that say nothing to `norm`."""
-    others = {name for other, facts in NORMS.items() if other != norm for name in facts.settings}
-    others -= NORMS[norm].settings.keys() if norm in NORMS else set()
-    used = {name: values for name, values in grid.items() if name not in others}
-    return [dict(zip(used, values, strict=True)) for values in itertools.product(*used.values())]
 
 
 class Comparison:
@@ -180,7 +139,13 @@ class Comparison:
             raise OptionError(f"--launcher {own.launcher!r}: there is no such command")
         if own.resamples < 100:
             raise OptionError(f"--resamples must be at least 100, got {own.resamples}")
+        if not 1 <= own.grid_seeds <= len(own.seeds):
+            raise OptionError(
+                f"--grid_seeds must be in [1, {len(own.seeds)}], the number of seeds; got {own.grid_seeds}"
+            )
         self.grid = parse_grid(own.grid, self.names)
+        base = self.options(rest)
+        own.norms = list(dict.fromkeys(canonical(text, base, self.grid) for text in own.norms))
         self.search: list[Run] = []
         self.runs: list[Run] = []
         self.failed: list[Run] = []
@@ -207,15 +172,17 @@ class Comparison:
                 options = self.options(self.arguments(Run(norm, self.own.seeds[0], self.own.output_dir, point)))
                 try:
                     if norm != BASELINE:
-                        NORM_CLASSES[norm](1, **{name: getattr(options, name) for name in NORMS[norm].settings})
+                        settings = NORMS[kind(norm)].settings
+                        NORM_CLASSES[kind(norm)](1, **{name: getattr(options, name) for name in settings})
                 except (ValueError, TypeError) as error:
                     raise OptionError(f"--norms {norm}: {error}") from error
 
     def arguments(self, run: Run, *, test: bool = True) -> list[str]:
         """The recipe's command line for a run; without a test split for one of the search."""
-        arguments = [*self.rest, "--norm", run.norm, "--seed", str(run.seed), "--output_dir", str(run.folder)]
-        for name, value in run.choice.items():
-            arguments += [f"--{name}", value]
+        norm, settings = parse_norm(run.norm)
+        arguments = [*self.rest, "--norm", norm, "--seed", str(run.seed), "--output_dir", str(run.folder)]
+        for name, value in {**settings, **run.choice}.items():
+            arguments += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
         if not test:
             arguments += [text for name, value in self.task.without_test.items() for text in (f"--{name}", value)]
         return arguments
@@ -320,20 +287,26 @@ class Comparison:
             self.child.terminate()
 
     def plan_search(self) -> None:
-        """Every norm's points of the grid, where it has more than one, with the first seed."""
+        """Every contestant's points of the grid, where it has more than one, with the first seeds."""
         for norm in self.own.norms:
             points = grid_points(self.grid, norm)
             for point in points if len(points) > 1 else []:
-                slug = ",".join(f"{name}={value}" for name, value in point.items()).replace("/", "_")
-                folder = self.own.output_dir / "search" / f"{norm},{slug}"
-                self.search.append(Run(norm, self.own.seeds[0], folder, point))
+                slug = ",".join([folder_name(norm), *(f"{name}={value}" for name, value in point.items())])
+                folder = self.own.output_dir / "search" / slug.replace("/", "_")
+                for number, seed in enumerate(self.own.seeds[: self.own.grid_seeds]):
+                    self.search.append(
+                        Run(norm, seed, folder.with_name(f"{folder.name}-seed{seed}") if number else folder, point)
+                    )
 
     def choose(self) -> dict[str, dict[str, str]]:
-        """For every norm the point of the grid with the best validation score."""
+        """For every contestant the point of the grid with the best validation score, on average over the seeds tried;
+        first come the points of which most runs finished."""
         chosen = {}
         for norm in self.own.norms:
-            tried = [run for run in self.search if run.norm == norm]
-            chosen[norm] = max(tried, key=self.rank).choice if tried else grid_points(self.grid, norm)[0]
+            points = grid_points(self.grid, norm)
+            ranks = [[self.rank(run) for run in self.search if (run.norm, run.choice) == (norm, p)] for p in points]
+            means = [tuple(map(fmean, zip(*found, strict=True))) for found in ranks]
+            chosen[norm] = points[means.index(max(means))]
         return chosen
 
     def rank(self, run: Run) -> tuple[int, float]:
@@ -351,7 +324,7 @@ class Comparison:
         """Seed by seed, so that a comparison that is stopped early has compared like with like."""
         folder = self.own.output_dir / "runs"
         self.runs = [
-            Run(norm, seed, folder / f"{norm}-seed{seed}", chosen[norm])
+            Run(norm, seed, folder / f"{folder_name(norm)}-seed{seed}", chosen[norm])
             for seed in self.own.seeds
             for norm in self.own.norms
         ]
@@ -379,7 +352,7 @@ class Comparison:
         total = 0.0
         with tempfile.TemporaryDirectory() as folder:
             for norm in self.own.norms:
-                run = Run(norm, self.own.seeds[0], Path(folder) / norm, grid_points(self.grid, norm)[0])
+                run = Run(norm, self.own.seeds[0], Path(folder) / folder_name(norm), grid_points(self.grid, norm)[0])
                 short = {
                     "max_steps": str(ESTIMATE_STEPS),
                     "eval_steps": "null",
@@ -398,7 +371,7 @@ class Comparison:
                 record, options = run.record, self.options(self.rest)
                 steps = options.max_steps or options.num_epochs * record["steps_per_epoch"]
                 points = len(grid_points(self.grid, norm))
-                num_runs = len(self.own.seeds) + (points if points > 1 else 0)
+                num_runs = len(self.own.seeds) + (points * self.own.grid_seeds if points > 1 else 0)
                 hours = num_runs * steps * record["seconds_per_step"] / 3600
                 total += hours
                 rows.append(

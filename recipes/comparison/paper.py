@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from common.options import NORMS
 
-ROWS = ["none", "layernorm", "layernorm-simple", "detachnorm", "adanorm"]  # in the paper's order
+BASELINE = "layernorm"
+ROWS = ["none", BASELINE, "layernorm-simple", "detachnorm", "adanorm"]  # in the paper's order
 # Every norm's name for people, those of the paper first.
-TITLES = {"layernorm": "LayerNorm", **{norm: facts.title for norm, facts in NORMS.items()}}
+TITLES = {BASELINE: "LayerNorm", **{norm: facts.title for norm, facts in NORMS.items()}}
 TITLES = {norm: TITLES[norm] for norm in dict.fromkeys([*ROWS, *TITLES])}
 
 # Column: its metric, then the rows in the order above; None where training diverged.
@@ -25,6 +26,8 @@ COLUMNS: dict[str, tuple[str, tuple[float | None, ...]]] = {
 CONFIGS = {
     "wmt14_en_de": "En-De",
     "iwslt14_de_en": "De-En",
+    "multi30k_de_en": "De-En",
+    "multi30k_prenorm": "De-En",
     "iwslt15_en_vi": "En-Vi",
     "enwik8": "Enwiki8",
     "enwik_sample": "Enwiki8",

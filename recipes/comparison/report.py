@@ -14,6 +14,7 @@ import csv
 import html
 import io
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes, whe
 import numpy as np
 
 from common.options import NORMS
-from comparison.paper import COLUMNS, TITLES, paper_score
-from comparison.runs import BASELINE, Run, outcome
+from comparison.contestants import in_order, kind, title_of
+from comparison.paper import BASELINE, COLUMNS, paper_score
+from comparison.runs import Run, outcome, overfit_gap
 from hf_adanorm.saving.files import write_file
 
 # Every norm keeps its colour and line in all pictures; the indices are those of hf_adanorm.plots.
@@ -54,16 +56,30 @@ def our_score(row: Mapping[str, Any], decimals: int) -> str:
 
 def difference_cells(row: Mapping[str, Any], decimals: int) -> tuple[str, str, str]:
     """Difference from LayerNorm with its interval over test examples, Holm's p, the interval over seeds."""
-    examples, seeds = row["over_examples"], row["over_seeds"]
-
-    def interval(found: Mapping[str, Any]) -> str:
-        return f"[{found['low']:+.{decimals}f}, {found['high']:+.{decimals}f}]"
-
+    examples = row["over_examples"]
     return (
-        f"{examples['mean']:+.{decimals}f} {interval(examples)}" if examples else "-",
+        f"{examples['mean']:+.{decimals}f} {_interval(examples, decimals)}" if examples else "-",
         _p(examples["p_holm"]) if examples else "-",
-        f"{interval(seeds)}, p {_p(seeds['p'])}" if seeds else "-",
+        over_seeds(row["over_seeds"], decimals),
     )
+
+
+def gap_cells(row: Mapping[str, Any]) -> tuple[str, str]:
+    """By how much the validation loss is above that of training, and its difference from LayerNorm's over seeds."""
+    mean, sd, found = row["gap"]["mean"], row["gap"]["sd"], row["gap_over_seeds"]
+    if mean is None or math.isnan(mean):
+        return "-", "-"
+    spread = f" ± {sd:.3f}" if sd is not None else ""
+    return f"{mean:.3f}{spread}", f"{found['mean']:+.3f} {over_seeds(found, 3)}" if found else "-"
+
+
+def over_seeds(found: Mapping[str, Any] | None, decimals: int) -> str:
+    """The interval and p of a difference over seeds."""
+    return f"{_interval(found, decimals)}, p {_p(found['p'])}" if found else "-"
+
+
+def _interval(found: Mapping[str, Any], decimals: int) -> str:
+    return f"[{found['low']:+.{decimals}f}, {found['high']:+.{decimals}f}]"
 
 
 def _p(value: float) -> str:
@@ -78,8 +94,8 @@ def conclusion(summary: Mapping[str, Any]) -> str:
         if row["norm"] == BASELINE or not found:
             continue
         gain = found["mean"] if summary["higher_is_better"] else -found["mean"]
-        (level if found["p_holm"] >= 0.05 else better if gain > 0 else worse).append(TITLES[row["norm"]])
-    diverged = [TITLES[row["norm"]] for row in summary["rows"] if row["diverged"] and not row["scores"]]
+        (level if found["p_holm"] >= 0.05 else better if gain > 0 else worse).append(title_of(row["norm"]))
+    diverged = [title_of(row["norm"]) for row in summary["rows"] if row["diverged"] and not row["scores"]]
     parts = [
         f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} {verb}"
         for names, verb in (
@@ -110,11 +126,8 @@ def paper_table(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             head.append(f"{summary['column']} {COLUMNS[summary['column']][0]}, paper")
         head.append(f"{summary['title']} {summary['label']}, ours, {summary['split']} ({arrow} is better)")
     table = [head]
-    present = {row["norm"] for summary in summaries for row in summary["rows"]}
-    for norm, name in TITLES.items():
-        if norm not in present:
-            continue
-        cells = [name]
+    for norm in in_order(row["norm"] for summary in summaries for row in summary["rows"]):
+        cells = [title_of(norm)]
         for summary in summaries:
             if summary["column"]:
                 cells.append(paper_score(summary["column"], norm))
@@ -126,13 +139,15 @@ def paper_table(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def difference_table(summary: Mapping[str, Any]) -> list[list[str]]:
     """Every norm's difference from LayerNorm."""
-    table = [["model", "difference from LayerNorm [95 %]", "p (Holm)", "[95 %] over seeds", "parameters"]]
-    for norm, name in TITLES.items():
-        for row in summary["rows"]:
-            if row["norm"] == norm:
-                cells = ("", "", "") if norm == BASELINE else difference_cells(row, summary["decimals"])
-                parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
-                table.append([name, *cells, parameters])
+    table = [["model", "difference from LayerNorm [95 %]", "p (Holm)", "[95 %] over seeds"]]
+    table[0] += ["loss gap", "gap less LayerNorm's [95 %] over seeds", "parameters"]
+    rows = {row["norm"]: row for row in summary["rows"]}
+    for norm in in_order(rows):
+        row = rows[norm]
+        cells = ("", "", "") if norm == BASELINE else difference_cells(row, summary["decimals"])
+        gap, gap_difference = gap_cells(row)
+        parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
+        table.append([title_of(norm), *cells, gap, "" if norm == BASELINE else gap_difference, parameters])
     return table
 
 
@@ -162,17 +177,24 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     if summary["num_test_examples"]:
         lines.append(
             f"Differences: paired bootstrap over {summary['num_test_examples']:,} test examples, "
-            f"{summary['num_resamples']:,} resamples, seeds paired; over seeds too where there are five."
+            f"{summary['num_resamples']:,} resamples, seeds paired."
         )
-    tried = {TITLES[row["norm"]]: row["tried"] for row in summary["rows"]}
-    if max(tried.values()) > 1:
+    lines.append(
+        "Over seeds: paired t-test. Loss gap: validation loss at the last evaluation less the mean training loss "
+        "since the one before, in nats; dropout and label smoothing are in the training loss alone, so only "
+        "differences between norms say something: a larger gap is more over-fitting."
+    )
+    if any(row["tried"] > 1 for row in summary["rows"]):
         chosen = [
-            f"{TITLES[row['norm']]} {', '.join(f'{k} {v}' for k, v in row['choice'].items())} (of {row['tried']})"
+            f"{title_of(row['norm'])} {', '.join(f'{k} {v}' for k, v in row['choice'].items()) or 'as it is'} "
+            f"(of {row['tried']} tried)"
             for row in summary["rows"]
         ]
-        lines.append(f"Chosen on validation with the first seed: {'; '.join(chosen)}.")
+        seeds = max(row["tried_seeds"] for row in summary["rows"])
+        by = "with the first seed" if seeds == 1 else f"by the mean over {seeds} seeds"
+        lines.append(f"Chosen on validation {by}: {'; '.join(chosen)}. All else was the same for all norms.")
     else:
-        lines.append("All norms had the same hyper-parameters; none was tuned here.")
+        lines.append("All norms had the same hyper-parameters but those in their names; none was tuned here.")
     if summary["column"]:
         lines.append(
             f"The paper's column is {summary['column']}; its models, budgets and data preparation are not ours in all "
@@ -195,18 +217,20 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.7), layout="constrained")
     norms = [row["norm"] for row in summary["rows"]]
-    for norm in norms:
-        style = STYLE[norm]
-        line = {"color": COLORS[style], "linestyle": LINES[style], "linewidth": 1.6, "label": TITLES[norm]}
+    for position, norm in enumerate(norms):
+        style = STYLE[kind(norm)]
+        # Contestants of one norm share its colour, and differ in lines and markers.
+        other = (style + sum(kind(norm) == kind(earlier) for earlier in norms[:position])) % len(LINES)
+        line = {"color": COLORS[style], "linestyle": LINES[other], "linewidth": 1.6, "label": title_of(norm)}
         ours = [run for run in runs if run.norm == norm]
         finished = [run for run in ours if run.status == "finished"]
         histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
         _curve(left, [_series(history, "train_history", "loss") for history in histories], line)
         curves = [_series(history, "history", summary["score"], summary["scale"]) for history in histories]
-        _curve(middle, curves, {**line, "marker": MARKERS[style], "markersize": 4})
+        _curve(middle, curves, {**line, "marker": MARKERS[other], "markersize": 4})
     tested = False
     for position, row in enumerate(reversed(summary["rows"])):
-        color = COLORS[STYLE[row["norm"]]]
+        color = COLORS[STYLE[kind(row["norm"])]]
         values = list(row["scores"].values())
         if row["over_examples"]:  # around the mean of this norm, as wide as the interval of the difference
             low, high = (
@@ -219,7 +243,7 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
             right.plot(row["mean"], position, "|", color=color, markersize=22, markeredgewidth=2.5)
         elif row["diverged"]:
             right.text(0.5, position, "diverged", transform=right.get_yaxis_transform(), ha="center", color=color)
-    right.set_yticks(range(len(norms)), [TITLES[norm] for norm in reversed(norms)])
+    right.set_yticks(range(len(norms)), [title_of(norm) for norm in reversed(norms)])
     right.set_ylim(-1.1, len(norms) - 0.4)
     arrow = "→ better" if summary["higher_is_better"] else "← better"
     left.set(xlabel="optimiser step", ylabel="training loss (nats)", title="Training")
@@ -288,6 +312,7 @@ def run_rows(runs: Sequence[Run], search: Sequence[Run]) -> list[dict[str, Any]]
             row = {"stage": stage, "norm": run.norm, "seed": run.seed, "outcome": outcome(run), **run.choice}
             for split in ("validation", "test"):
                 row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
+            row["loss_gap"] = overfit_gap(record) if run.status == "finished" else None
             costs = ("best_step", "steps", "skipped_steps", "parameters", "num_processes", "seconds_per_step")
             costs += ("train_samples_per_second", "peak_memory_mb", "command")
             rows.append(row | {name: record.get(name) for name in costs})

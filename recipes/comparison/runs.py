@@ -18,10 +18,8 @@ import torch
 
 from common.results import versions
 from common.task import Task
+from comparison.paper import BASELINE
 from comparison.significance import Difference, bootstrap_scores, difference_over_seeds, holm, paired_difference
-
-BASELINE = "layernorm"
-MIN_SEEDS = 5  # from so many seeds on, the bootstrap over seeds is reported
 
 
 class RecordError(ValueError):
@@ -75,6 +73,35 @@ def outcome(run: Run) -> str:
     return f"diverged at step {run.record['step']}" if run.status == "diverged" else run.status
 
 
+def overfit_gap(record: Mapping[str, Any]) -> float:
+    """How much higher the loss is on validation data than in training, at the end of a run, in nats: the validation
+    loss of the last evaluation less the mean training loss of the steps since the evaluation before it.
+
+    Dropout and label smoothing are in the training loss alone, and the model of that mean is on average half an
+    interval younger, so that the level says little: it may be negative. What differs between norms trained alike says
+    which over-fits more. NaN where a loss is not finite or none was written down.
+    """
+    evaluations = [{"step": 0}, *record["history"]]
+    start, end = (entry["step"] for entry in evaluations[-2:])
+    total = num_steps = before = 0
+    for entry in record["train_history"]:  # the mean loss of the steps (before, step]
+        steps = min(entry["step"], end) - max(before, start)
+        before = entry["step"]
+        if steps > 0:
+            total += steps * (math.nan if entry["loss"] is None else entry["loss"])
+            num_steps += steps
+    validation = evaluations[-1].get("loss")
+    return math.nan if validation is None or not num_steps else validation - total / num_steps
+
+
+def _spread(values: Mapping[int, float]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds."""
+    return {
+        "mean": statistics.fmean(values.values()) if values else None,
+        "sd": statistics.stdev(values.values()) if len(values) > 1 else None,
+    }
+
+
 def summarize(
     runs: Sequence[Run],
     search: Sequence[Run],
@@ -94,26 +121,29 @@ def summarize(
     for run in finished:
         score = records[id(run)][split][task.score]  # null: not finite
         scores.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score * task.scale
-    differences = _differences(finished, scores, task, split, num_resamples)
-    rows = []
-    for norm in dict.fromkeys(run.norm for run in runs):
-        values = list(scores.get(norm, {}).values())
-        rows.append(
-            {
-                "norm": norm,
-                "scores": scores.get(norm, {}),
-                "mean": statistics.fmean(values) if values else None,
-                "sd": statistics.stdev(values) if len(values) > 1 else None,
-                "diverged": {run.seed: run.record["step"] for run in runs if run.norm == norm and _diverged(run)},
-                "unfinished": [run.seed for run in runs if run.norm == norm and run.status == "unfinished"],
-                "parameters": next(
-                    (run.record["parameters"] for run in runs if run.norm == norm and run.record), None
-                ),
-                "choice": next((run.choice for run in runs if run.norm == norm), {}),
-                "tried": max(1, sum(run.norm == norm for run in search)),
-                **differences.get(norm, {"over_examples": None, "over_seeds": None}),
-            }
-        )
+    over_examples = _over_examples(finished, scores, task, num_resamples) if split == "test" else {}
+    gaps: dict[str, dict[int, float]] = {norm: {} for norm in scores}
+    for run in finished:
+        gaps[run.norm][run.seed] = overfit_gap(records[id(run)])
+    rows = [
+        {
+            "norm": norm,
+            "scores": scores.get(norm, {}),
+            **_spread(scores.get(norm, {})),
+            "gaps": gaps.get(norm, {}),
+            "gap": _spread(gaps.get(norm, {})),
+            "diverged": {run.seed: run.record["step"] for run in runs if run.norm == norm and _diverged(run)},
+            "unfinished": [run.seed for run in runs if run.norm == norm and run.status == "unfinished"],
+            "parameters": next((run.record["parameters"] for run in runs if run.norm == norm and run.record), None),
+            "choice": next((run.choice for run in runs if run.norm == norm), {}),
+            "tried": max(1, len({tuple(run.choice.items()) for run in search if run.norm == norm})),
+            "tried_seeds": len({run.seed for run in search if run.norm == norm}),
+            "over_examples": over_examples.get(norm),
+            "over_seeds": _over_seeds(scores, norm),
+            "gap_over_seeds": _over_seeds(gaps, norm),
+        }
+        for norm in dict.fromkeys(run.norm for run in runs)
+    ]
     return {
         "title": title,
         "column": column,
@@ -145,36 +175,27 @@ def _num_examples(finished: Sequence[Run], task: type[Task], split: str) -> int 
     return len(task.per_example(finished[0].folder, finished[0].record)[0]) if finished and split == "test" else None
 
 
-def _differences(
-    finished: Sequence[Run],
-    scores: Mapping[str, Mapping[int, float]],
-    task: type[Task],
-    split: str,
-    num_resamples: int,
+def _over_seeds(values: Mapping[str, Mapping[int, float]], norm: str) -> dict[str, Any] | None:
+    """A norm's difference from LayerNorm over the seeds that both finished."""
+    if norm == BASELINE or norm not in values or BASELINE not in values:
+        return None
+    found = difference_over_seeds(values[norm], values[BASELINE])
+    return found and dataclasses.asdict(found)
+
+
+def _over_examples(
+    finished: Sequence[Run], scores: Mapping[str, Mapping[int, float]], task: type[Task], num_resamples: int
 ) -> dict[str, dict[str, Any]]:
-    """Per norm its difference from LayerNorm, over the seeds that both finished."""
-    resampled: dict[tuple[str, int], np.ndarray] = {}
-    if split == "test" and finished:
-        found = [task.per_example(run.folder, run.record) for run in finished]
-        table = bootstrap_scores([rows for rows, _ in found], found[0][1], num_resamples=num_resamples)
-        resampled = {(run.norm, run.seed): row for run, row in zip(finished, table, strict=True)}
-    differences: dict[str, dict[str, Any]] = {}
-    over_examples: dict[str, Difference] = {}
+    """Per norm its difference from LayerNorm over the test examples, with the seeds that both finished."""
+    if not finished:
+        return {}
+    found = [task.per_example(run.folder, run.record) for run in finished]
+    table = bootstrap_scores([rows for rows, _ in found], found[0][1], num_resamples=num_resamples)
+    resampled = {(run.norm, run.seed): row for run, row in zip(finished, table, strict=True)}
+    differences: dict[str, Difference] = {}
     for norm in scores.keys() - {BASELINE}:
-        seeds = sorted(scores[norm].keys() & scores.get(BASELINE, {}).keys())
-        if not seeds:
-            continue
-        entry: dict[str, Any] = {"over_examples": None, "over_seeds": None}
-        if resampled:
-            over_examples[norm] = paired_difference(
-                np.stack([resampled[norm, seed] for seed in seeds]),
-                np.stack([resampled[BASELINE, seed] for seed in seeds]),
-            )
-            entry["over_examples"] = dataclasses.asdict(over_examples[norm])
-        if len(seeds) >= MIN_SEEDS:
-            pairs = [[scores[name][seed] for seed in seeds] for name in (norm, BASELINE)]
-            entry["over_seeds"] = dataclasses.asdict(difference_over_seeds(*pairs, num_resamples=num_resamples))
-        differences[norm] = entry
-    for norm, p in holm({norm: difference.p for norm, difference in over_examples.items()}).items():
-        differences[norm]["over_examples"]["p_holm"] = p
-    return differences
+        if seeds := sorted(scores[norm].keys() & scores.get(BASELINE, {}).keys()):
+            ours, theirs = (np.stack([resampled[name, seed] for seed in seeds]) for name in (norm, BASELINE))
+            differences[norm] = paired_difference(ours, theirs)
+    adjusted = holm({norm: difference.p for norm, difference in differences.items()})
+    return {norm: {**dataclasses.asdict(one), "p_holm": adjusted[norm]} for norm, one in differences.items()}

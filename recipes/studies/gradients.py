@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, MarianC
 
 from common.checkpoints import write_json
 from common.options import option, parse_options
-from comparison.paper import TITLES
+from comparison.contestants import parse_norm, title_of
 from hf_adanorm import patch_model, plots, watch_norms
 from tasks.data import load_file, resolve_labels
 from tasks.tokenization import train_encoder_tokenizer
@@ -42,7 +42,10 @@ class StudyOptions:
     text_column: str = option("text", "column of the text")
     label_column: str = option("label", "column of the label, for a classifier")
     target_column: str | None = option(None, "column of the second text, for an encoder-decoder")
-    norms: list[str] = option(["adanorm", "layernorm", "layernorm-simple", "detachnorm"], "norms to compare")
+    norms: list[str] = option(
+        ["adanorm", "layernorm", "layernorm-simple", "detachnorm"],
+        "norms to compare, also with settings, as in compare.py",
+    )
     num_layers: int = option(12, "layers (of the encoder, and of the decoder)")
     width: int = option(64, "hidden size")
     initializer_range: float | None = option(
@@ -128,14 +131,15 @@ def main() -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     build, batches = prepare(options)
     logs, losses = {}, {}
-    for norm in options.norms:
+    for name in options.norms:
+        norm, settings = parse_norm(name)
         torch.manual_seed(options.seed)
         model = build().train()
         if norm != "layernorm":
-            patch_model(model, norm)
+            patch_model(model, norm, **settings)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98))
         stream = batches()
-        label = TITLES[norm]
+        label = title_of(name)
         losses[label] = []
         with watch_norms(model, every=options.every, histogram=True) as logs[label]:
             for step in range(options.num_steps):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import stats
 
 import classification
 import compare
@@ -31,6 +33,7 @@ from tasks.bleu import translation_scores
 from tasks.translation import TranslationTask
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
+PARTIAL = "detachnorm:detach_variance=false"
 CONFIGS = Path(compare.__file__).with_name("configs")
 
 
@@ -108,11 +111,18 @@ def test_other_test_examples_are_refused():
         bootstrap_scores(rows, accuracy, num_resamples=10)
 
 
-def test_seeds_that_all_agree_give_an_interval_without_zero():
-    found = difference_over_seeds([1.0, 1.2, 0.9, 1.1, 1.3], [0.5] * 5, num_resamples=2000)
-    assert found.mean == pytest.approx(0.6)
-    assert 0.4 <= found.low <= found.mean <= found.high <= 0.8
-    assert found.num_pairs == 5
+def test_the_test_over_seeds_is_the_paired_t_test():
+    scores, baseline = {1: 1.0, 2: 1.2, 3: 0.9, 4: 1.3}, {3: 0.7, 2: 0.5, 1: 0.4, 9: 0.1}
+    found = difference_over_seeds(scores, baseline)  # seeds 1, 2 and 3
+    expected = stats.ttest_rel([1.0, 1.2, 0.9], [0.4, 0.5, 0.7])
+    low, high = expected.confidence_interval(0.95)
+    assert (found.mean, found.low, found.high, found.p) == pytest.approx((0.5, low, high, expected.pvalue))
+    assert found.num_pairs == 3
+
+
+@pytest.mark.parametrize("scores", [{1: 1.0}, {1: 1.0, 2: math.nan}, {1: 1.0, 2: 1.1}])
+def test_without_variation_between_seeds_nothing_is_tested(scores):
+    assert difference_over_seeds(scores, {1: 0.7, 2: 0.8}) is None
 
 
 def test_holm_multiplies_and_never_falls():
@@ -156,6 +166,7 @@ def test_options_that_say_nothing_to_a_norm_are_not_tried_for_it():
     assert len(compare.grid_points(grid, "adanorm")) == 6
     assert compare.grid_points(grid, "none") == [{"learning_rate": "1e-3"}, {"learning_rate": "1e-4"}]
     assert compare.grid_points({}, "none") == [{}]
+    assert len(compare.grid_points(grid, "adanorm:C=2")) == 2  # its C is fixed
 
 
 @pytest.mark.parametrize(
@@ -171,6 +182,10 @@ def test_options_that_say_nothing_to_a_norm_are_not_tried_for_it():
         (["--launcher", "no-such-launcher"], "--launcher 'no-such-launcher': there is no such command"),
         (["--launcher", "'open"], "--launcher 'open: No closing quotation"),
         (["--C", "0"], "--norms adanorm: C must be a finite number > 0"),
+        (["--norms", "adanorm:k=-1"], "--norms adanorm:k=-1: k must be a finite number >= 0"),
+        (["--norms", "detachnorm:detach_mean=false,detach_variance=false"], "detaches nothing"),
+        (["--norms", "adnorm"], "norm 'adnorm': expected none, layernorm"),
+        (["--grid_seeds", "4"], "--grid_seeds must be in [1, 3]"),
         (["--eval_batch_size", "0"], "--eval_batch_size must be positive"),
     ],
 )
@@ -207,18 +222,49 @@ def test_a_score_that_is_not_finite_never_wins_a_grid(texts, tmp_path):
     assert ranks[1] > ranks[0]
 
 
+def test_a_grid_is_chosen_by_the_mean_over_seeds_and_by_who_finished(texts, tmp_path):
+    arguments = arguments_for(texts, tmp_path, "--norms", "adanorm", "--seeds", "2", "--grid_seeds", "2")
+    comparison = compare.Comparison(*compare.parse_arguments([*arguments, "--grid", "C=1,2,3"]))
+    comparison.plan_search()
+    scores = {("1", 1): 0.9, ("1", 2): 0.1, ("2", 1): 0.6, ("2", 2): 0.7, ("3", 1): 0.99}
+    assert [(run.choice["C"], run.seed) for run in comparison.search] == [*scores, ("3", 2)]
+    for run in comparison.search:
+        run.folder.mkdir(parents=True)
+        score = scores.get((run.choice["C"], run.seed))
+        name, record = ("diverged", {"step": 7}) if score is None else ("results", {"validation": {"accuracy": score}})
+        (run.folder / f"{name}.json").write_text(json.dumps({"options": {}, **record}))
+    assert comparison.choose() == {"adanorm": {"C": "2"}}
+
+
+def test_default_settings_spelled_out_are_the_bare_name(texts, tmp_path):
+    def folders(norms, *changes):
+        own, rest = compare.parse_arguments(
+            arguments_for(texts, tmp_path, "--norms", *norms, "--seeds", "1", *changes)
+        )
+        comparison = compare.Comparison(own, rest)
+        comparison.plan_runs(comparison.choose())
+        return [run.folder.name for run in comparison.runs]
+
+    norms = ["adanorm", "adanorm:C=1,k=0.1", "adanorm:k=0.10,C=2.0", "adanorm:C=2", "detachnorm:detach_mean=True"]
+    assert folders(norms) == ["adanorm-seed1", "adanorm,C=2-seed1", "detachnorm-seed1"]
+    assert folders(norms, "--C", "2") == ["adanorm-seed1", "adanorm,C=1-seed1", "detachnorm-seed1"]
+    # Where the grid tries values of C, a C in the name is fixed.
+    assert folders(["adanorm", "adanorm:C=1"], "--grid", "C=1,2")[1] == "adanorm,C=1-seed1"
+
+
 # A small comparison with real runs
 
 
 @pytest.fixture(scope="module")
 def compared(texts, tmp_path_factory):
-    """LayerNorm and AdaNorm, one seed, a learning rate each that was chosen among a good one and a hopeless one.
+    """LayerNorm, AdaNorm and half a DetachNorm, one seed, a learning rate each, of a good one and a hopeless one.
 
     What the comparison would start as processes of its own is run here beforehand, by the same command lines, to spare
     the time of starting them; it is left the last run.
     """
     folder = tmp_path_factory.mktemp("compared") / "out"
-    changes = ["--norms", "layernorm", "adanorm", "--seeds", "1", "--grid", "learning_rate=1e36,0.01", "--paper", "RT"]
+    changes = ["--norms", "layernorm", PARTIAL, "adanorm", "--seeds", "1"]
+    changes += ["--grid", "learning_rate=1e36,0.01", "--paper", "RT"]
     arguments = arguments_for(texts, folder, *changes)
     comparison = compare.Comparison(*compare.parse_arguments(arguments))
     comparison.plan_search()
@@ -226,11 +272,18 @@ def compared(texts, tmp_path_factory):
         with contextlib.suppress(SystemExit):  # of a run that diverges
             classification.main(comparison.arguments(run, test=False))
     comparison.plan_runs(comparison.choose())
-    classification.main(comparison.arguments(comparison.runs[0]))
-    assert comparison.runs[1].status == "unfinished"
+    for run in comparison.runs[:-1]:
+        classification.main(comparison.arguments(run))
+    assert comparison.runs[-1].status == "unfinished"
     compare.main(arguments)
-    assert comparison.runs[1].status == "finished"
+    assert comparison.runs[-1].status == "finished"
     return folder, arguments
+
+
+def test_a_contestant_with_settings_is_trained_with_them(compared):
+    folder, _ = compared
+    options = read(folder / "runs" / "detachnorm,detach_variance=false-seed1", "results.json")["options"]
+    assert (options["norm"], options["detach_mean"], options["detach_variance"]) == ("detachnorm", True, False)
 
 
 def test_hyper_parameters_are_chosen_on_validation_and_the_test_set_is_not_read(compared):
@@ -251,8 +304,8 @@ def test_the_summary_compares_the_runs_with_each_other(compared):
     summary = read(folder, "comparison.json")
     rows = {row["norm"]: row for row in summary["rows"]}
     scores = {}
-    for norm in ("layernorm", "adanorm"):
-        answers = read(folder / "runs" / f"{norm}-seed1", "test_predictions.json")
+    for norm in ("layernorm", "adanorm", PARTIAL):
+        answers = read(folder / "runs" / f"{norm.replace(':', ',')}-seed1", "test_predictions.json")
         scores[norm] = 100 * np.mean(np.equal(answers["predictions"], answers["labels"]))
         assert rows[norm]["mean"] == pytest.approx(scores[norm])
         assert rows[norm]["tried"] == 2
@@ -260,6 +313,9 @@ def test_the_summary_compares_the_runs_with_each_other(compared):
     assert found["mean"] == pytest.approx(scores["adanorm"] - scores["layernorm"])
     assert found["low"] <= found["mean"] <= found["high"]
     assert rows["adanorm"]["over_seeds"] is None
+    run = read(folder / "runs" / "adanorm-seed1", "results.json")
+    losses = [entry["loss"] for entry in run["train_history"] if entry["step"] > 20]  # evaluated at 10, 20 and 30
+    assert rows["adanorm"]["gap"]["mean"] == pytest.approx(run["history"][-1]["loss"] - np.mean(losses))
     assert summary["num_test_examples"] == 23
 
 
@@ -269,8 +325,10 @@ def test_all_files_of_the_report_are_there(compared):
     assert re.search(r"\| AdaNorm \| 77\.50 \| \d+\.\d\d \(n=1\) \|", table)
     assert re.search(r"LayerNorm & 77\.21 & \d+\.\d\d", (folder / "table.tex").read_text(encoding="utf-8"))
     runs = list(csv.DictReader((folder / "runs.csv").read_text(encoding="utf-8").splitlines()))
-    assert len(runs) == 6
-    assert sum(row["outcome"].startswith("diverged at step") for row in runs) == 2
+    assert len(runs) == 9
+    assert sum(row["outcome"].startswith("diverged at step") for row in runs) == 3
+    assert "| DetachNorm (mean only) | - | " in table
+    assert "AdaNorm learning_rate 0.01 (of 2 tried). All else was the same for all norms." in table
     curves = list(csv.DictReader((folder / "curves.csv").read_text(encoding="utf-8").splitlines()))
     assert {row["split"] for row in curves} == {"train", "validation"}
     assert "<svg" in (folder / "curves.svg").read_text(encoding="utf-8")[:2000]
@@ -300,9 +358,9 @@ def test_a_finished_comparison_is_only_reported_again(compared, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
     started = time.perf_counter()
     compare.main(arguments)
-    assert "run 2/2: adanorm, seed 1" in capsys.readouterr().out
+    assert "run 3/3: adanorm, seed 1" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")} == before
-    assert len(before) == 4
+    assert len(before) == 6
     assert time.perf_counter() - started < 60
 
 
