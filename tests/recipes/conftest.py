@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from tests.recipes.fault_runs import write_data
+from tests.recipes.recipe_process import start, wait
+
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
@@ -33,3 +36,11 @@ def texts(tmp_path_factory) -> dict[str, Path]:
         files[split] = folder / f"{split}.jsonl"
         files[split].write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return files
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Data of all recipes, once the server that processes are forked from has imported the recipes."""
+    folder = tmp_path_factory.mktemp("data")
+    assert wait(start("classification", ["--help"], folder / "log")) == 0
+    return write_data(folder)

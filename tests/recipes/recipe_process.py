@@ -15,7 +15,9 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -153,3 +155,25 @@ def wait(process: BaseProcess, seconds: float = 120) -> int:
     assert not hangs, f"still running after {seconds} s"
     assert process.exitcode is not None
     return process.exitcode
+
+
+def two_processes(
+    recipe: str, argvs: Sequence[Sequence[object]], folder: Path, *, kill_when: Path | None = None, **faults: Any
+) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of two processes of one run, each with its own arguments and `faults` of `start`; the
+    second is killed as soon as `kill_when` exists."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    logs = [folder / f"log{rank}" for rank in range(2)]
+    processes = []
+    for rank in range(2):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        its_faults = {name: values[rank] for name, values in faults.items()}
+        processes.append(start(recipe, argvs[rank], logs[rank], environment=environment, **its_faults))
+    while kill_when and not kill_when.exists() and processes[1].is_alive():
+        time.sleep(0.001)
+    if kill_when:
+        processes[1].kill()
+    return [wait(process) for process in processes], [log.read_text() for log in logs]

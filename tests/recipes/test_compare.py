@@ -4,7 +4,6 @@ import contextlib
 import csv
 import importlib
 import json
-import math
 import os
 import re
 import signal
@@ -16,21 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from scipy import stats
 
 import classification
 import compare
 from common.checkpoints import EXIT_RESUME
 from common.options import OptionError
-from comparison.paper import COLUMNS, ROWS, paper_score
-from comparison.report import conclusion, our_score, to_latex, to_markdown
-from comparison.runs import RecordError, Run
-from comparison.significance import bootstrap_scores, difference_over_seeds, holm, paired_difference
-from tasks.bleu import translation_scores
-from tasks.translation import TranslationTask
+from comparison.runs import Run
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 PARTIAL = "detachnorm:detach_variance=false"
@@ -61,89 +52,6 @@ def read(folder, name):
 
 
 # Statistics
-
-
-def correct_and_counted(correct):
-    correct = np.asarray(correct, dtype=float)
-    return np.stack([correct, np.ones_like(correct)], axis=1)
-
-
-def accuracy(sums):
-    return 100 * sums[:, 0] / sums[:, 1]
-
-
-def test_the_interval_of_a_difference_is_that_of_the_normal_approximation():
-    draw = np.random.default_rng(0)
-    left, right = draw.random(2000) < 0.8, draw.random(2000) < 0.7
-    scores = bootstrap_scores([correct_and_counted(left), correct_and_counted(right)], accuracy, num_resamples=4000)
-    found = paired_difference(scores[:1], scores[1:])
-    pairs = 100 * (left.astype(float) - right)
-    error = pairs.std() / np.sqrt(2000)
-    assert found.mean == pytest.approx(pairs.mean())
-    assert (found.low, found.high) == pytest.approx(
-        (pairs.mean() - 1.96 * error, pairs.mean() + 1.96 * error), abs=0.2
-    )
-    assert 0 < found.p < 0.002
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=30))
-def test_a_run_does_not_differ_from_itself(correct):
-    rows = correct_and_counted(correct)
-    scores = bootstrap_scores([rows, rows], accuracy, num_resamples=100)
-    found = paired_difference(scores[:1], scores[1:])
-    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
-
-
-def test_pairing_sees_a_small_difference_that_single_scores_hide():
-    draw = np.random.default_rng(1)
-    right = draw.random(1000) < 0.5
-    left = right.copy()
-    left[np.flatnonzero(~right)[:15]] = True  # right wherever the other is, and 15 times more
-    scores = bootstrap_scores([correct_and_counted(left), correct_and_counted(right)], accuracy, num_resamples=2000)
-    found = paired_difference(scores[:1], scores[1:])
-    assert found.low > 0
-    assert np.ptp(np.quantile(scores[0], [0.025, 0.975])) > 4 * (found.high - found.low) / 2
-
-
-def test_other_test_examples_are_refused():
-    rows = [correct_and_counted([True] * 3), correct_and_counted([True] * 4)]
-    with pytest.raises(ValueError, match=r"the same test examples.*\[3, 4\]"):
-        bootstrap_scores(rows, accuracy, num_resamples=10)
-
-
-def test_the_test_over_seeds_is_the_paired_t_test():
-    scores, baseline = {1: 1.0, 2: 1.2, 3: 0.9, 4: 1.3}, {3: 0.7, 2: 0.5, 1: 0.4, 9: 0.1}
-    found = difference_over_seeds(scores, baseline)  # seeds 1, 2 and 3
-    expected = stats.ttest_rel([1.0, 1.2, 0.9], [0.4, 0.5, 0.7])
-    low, high = expected.confidence_interval(0.95)
-    assert (found.mean, found.low, found.high, found.p) == pytest.approx((0.5, low, high, expected.pvalue))
-    assert found.num_pairs == 3
-
-
-@pytest.mark.parametrize("scores", [{1: 1.0}, {1: 1.0, 2: math.nan}, {1: 1.0, 2: 1.1}])
-def test_without_variation_between_seeds_nothing_is_tested(scores):
-    assert difference_over_seeds(scores, {1: 0.7, 2: 0.8}) is None
-
-
-def test_holm_multiplies_and_never_falls():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9}) == pytest.approx(
-        {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9}
-    )
-
-
-def test_bleu_is_computed_from_sums_as_sacrebleu_does(tmp_path):
-    pairs = [
-        ("The black cat sat on the mat today.", "A black cat sat on the mat."),
-        ("He went home & slept.", "He went home and slept well."),
-        ("It rains in the hills of the north.", "It rains in the hills of the north."),
-    ]
-    rows = [{"source": "", "reference": reference, "translation": hypothesis} for hypothesis, reference in pairs]
-    (tmp_path / "test_translations.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (tmp_path / "results.json").write_text(json.dumps({"options": {"target_lang": "en"}}))
-    rows, score = TranslationTask.per_example(tmp_path, Run("adanorm", 1, tmp_path).record)
-    expected, _ = translation_scores(*map(list, zip(*pairs, strict=True)), "en")
-    assert score(rows.sum(0, keepdims=True))[0] == pytest.approx(expected["bleu_tokenized_lowercase"])
-    assert score(2 * rows[2:])[0] == pytest.approx(100)
 
 
 # What is run
@@ -200,13 +108,6 @@ def test_bad_input_ends_before_any_run(changes, said, texts, tmp_path, capsys):
 def test_without_config_or_recipe_there_is_nothing_to_run():
     with pytest.raises(OptionError, match="give --config, or --recipe"):
         compare.choose_recipe(None, None)
-
-
-@pytest.mark.parametrize(("text", "said"), [('{"half', "cannot be read"), ("{}", "was not written by a recipe")])
-def test_a_broken_record_of_a_run_is_named(text, said, tmp_path):
-    (tmp_path / "results.json").write_text(text)
-    with pytest.raises(RecordError, match=rf"results\.json {said}"):
-        _ = Run("adanorm", 1, tmp_path).record
 
 
 def test_a_score_that_is_not_finite_never_wins_a_grid(texts, tmp_path):
@@ -416,45 +317,3 @@ def test_an_estimate_measures_and_trains_nothing(texts, tmp_path, capsys):
 
 
 # Words and tables
-
-
-def row(**changes):
-    blank = {"norm": "adanorm", "scores": {}, "mean": None, "sd": None, "diverged": {}, "unfinished": []}
-    return {**blank, "over_examples": None, "over_seeds": None, **changes}
-
-
-def test_scores_are_told_with_what_is_missing():
-    assert our_score(row(scores={1: 77.0, 2: 78.0}, mean=77.5, sd=0.7071), 2) == "77.50 ± 0.71 (n=2)"
-    assert our_score(row(diverged={1: 12, 2: 30}), 2) == "diverged at step 12, 30"
-    partly = row(scores={1: 77.0}, mean=77.0, diverged={2: 30})
-    assert our_score(partly, 2) == "77.00 (n=1); 1 diverged at step 30"
-
-
-def test_the_conclusion_counts_a_lower_score_as_better_where_it_is():
-    difference = {"mean": -0.1, "low": -0.2, "high": -0.05, "p_holm": 0.01}
-    rows = [
-        row(norm="layernorm", scores={1: 1.0}),
-        row(scores={1: 0.9}, over_examples=difference),
-        row(norm="detachnorm", scores={1: 1.0}, over_examples={**difference, "p_holm": 0.4}),
-        row(norm="none", diverged={1: 5}),
-    ]
-    said = conclusion({"rows": rows, "higher_is_better": False})
-    assert said.startswith(
-        "AdaNorm scored better than LayerNorm; DetachNorm cannot be told apart from LayerNorm; w/o Norm diverged"
-    )
-    assert conclusion({"rows": rows, "higher_is_better": True}).startswith("DetachNorm") is False
-    assert "AdaNorm scored worse" in conclusion({"rows": rows, "higher_is_better": True})
-
-
-def test_tables_escape_what_their_language_reserves():
-    table = [["model", "a_b (%)"], ["x & y", "1 ± 2"]]
-    assert r"x \& y & 1 $\pm$ 2" in to_latex(table)
-    assert r"a\_b (\%)" in to_latex(table)
-    assert to_markdown(table).splitlines()[1] == "|---|---:|"
-
-
-def test_the_papers_figures_have_a_row_for_every_norm():
-    assert all(len(values) == len(ROWS) for _, values in COLUMNS.values())
-    assert paper_score("En-De", "none") == "diverges"
-    assert paper_score("RT", "adanorm") == "77.50"
-    assert paper_score("De-En", "adanorm") == "35.6"

@@ -10,23 +10,17 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from common.checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME
-from tests.recipes.fault_runs import EVERY, STEPS, arguments, write_data
-from tests.recipes.recipe_process import RECIPES, check_whole, resumed_from, same_weights, start, wait
+from tests.recipes.fault_runs import EVERY, STEPS, arguments
+from tests.recipes.recipe_process import RECIPES, check_whole, resumed_from, same_weights, start, two_processes, wait
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 LAST = f"checkpoint-{STEPS}"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -125,32 +119,17 @@ def test_sigterm_saves_and_asks_to_be_resumed(recipe: str, data: Path, undisturb
     assert_ends_like(undisturbed, recipe, data, run, log, newest)
 
 
-def launch_two(recipe: str, argv: list[str], folder: Path, kill_when: Path | None = None) -> list[int]:
-    """Exit codes of two processes of one run; the second is killed as soon as `kill_when` exists."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        start(recipe, argv, folder / f"log{rank}", environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    while kill_when and not kill_when.exists() and processes[1].is_alive():
-        time.sleep(0.001)
-    if kill_when:
-        processes[1].kill()
-    return [wait(process) for process in processes]
-
-
 def test_one_of_two_processes_dies(recipe: str, data: Path, tmp_path: Path) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert launch_two(recipe, arguments(recipe, data, whole), tmp_path) == [0, 0], (tmp_path / "log0").read_text()
-    assert json.loads((whole / "results.json").read_text())["num_processes"] == 2
-    killed = launch_two(recipe, arguments(recipe, data, run), tmp_path, kill_when=run / ".tmp-checkpoint-8")
-    assert killed[1] == -signal.SIGKILL, (tmp_path / "log1").read_text()
-    assert killed[0] != 0  # the other does not wait for it for ever
-    newest = check_whole(run)
+    whole, run = (arguments(recipe, data, tmp_path / name) for name in ("whole", "run"))
+    codes, said = two_processes(recipe, [whole, whole], tmp_path)
+    assert codes == [0, 0], said
+    assert json.loads((tmp_path / "whole" / "results.json").read_text())["num_processes"] == 2
+    codes, said = two_processes(recipe, [run, run], tmp_path, kill_when=tmp_path / "run" / ".tmp-checkpoint-8")
+    assert codes[1] == -signal.SIGKILL, said
+    assert codes[0] != 0  # the other does not wait for it for ever
+    newest = check_whole(tmp_path / "run")
     assert newest in (EVERY, 2 * EVERY)
-    assert launch_two(recipe, arguments(recipe, data, run), tmp_path) == [0, 0], (tmp_path / "log0").read_text()
+    codes, said = two_processes(recipe, [run, run], tmp_path)
+    assert codes == [0, 0], said
     assert resumed_from(tmp_path / "log0") == newest
-    assert same_weights(run / LAST, whole / LAST)
+    assert same_weights(tmp_path / "run" / LAST, tmp_path / "whole" / LAST)

@@ -1,7 +1,5 @@
 """The language modelling recipe: bytes, windows, bits per character, runs of a tiny decoder."""
 
-import bz2
-import gzip
 import json
 import math
 import os
@@ -9,22 +7,17 @@ import random
 import signal
 import threading
 import time
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from score_bytes import collate_windows, window_bits
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 import language_modeling
 from common.checkpoints import EXIT_RESUME
 from common.endings import EXIT_DIVERGED
-from tasks.bytes import ByteDataOptions, Segments, Windows, byte_tokenizer, load_byte_splits, read_bytes
-from tasks.data import DataError
-from tasks.models import fresh_config
+from tasks.bytes import ByteDataOptions, Windows, load_byte_splits
 from tests.recipes.tiny_configs import TINY_DECODER, TINY_TRANSFORMER_XL
 
 
@@ -63,42 +56,6 @@ def trained(text, tmp_path_factory):
     return folder, run(text, folder, k=0.07)
 
 
-@given(size=st.integers(6, 60), length=st.integers(1, 5), stride=st.integers(1, 5))
-def test_windows_score_every_byte_but_the_first_once_with_enough_context(size, length, stride):
-    stride = min(stride, length)
-    windows = Windows(np.arange(size, dtype=np.uint8), length, stride)
-    scored = []
-    for index in range(len(windows)):
-        data, count = windows[index]
-        assert len(data) == length + 1
-        assert 1 <= count <= length
-        if index:
-            assert length + 1 - count >= 1 + length - stride
-        scored += data[-count:].tolist()
-    assert scored == list(range(1, size))
-
-
-def test_segments_predict_consecutive_bytes():
-    segments = Segments(np.arange(11, dtype=np.uint8), 5)
-    assert [segment.tolist() for segment in (segments[0], segments[1])] == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 10]]
-    assert len(segments) == 2
-    assert len(Segments(np.arange(10, dtype=np.uint8), 5)) == 1
-
-
-def test_the_bits_of_a_uniform_model_are_eight():
-    model = AutoModelForCausalLM.from_config(fresh_config(Fresh(), vocab_size=256))
-    torch.nn.init.zeros_(model.lm_head.weight)
-    windows = Windows(np.arange(40, dtype=np.uint8), 16, 8)
-    batch = collate_windows([windows[0], windows[1], windows[len(windows) - 1]])
-    scored = batch["scored"].sum(1)
-    assert scored.tolist() == [16, 8, 7]
-    assert window_bits(model, batch).tolist() == pytest.approx((8 * scored).tolist())
-
-
-class Fresh:
-    model_config = TINY_DECODER
-
-
 def test_validation_and_test_are_the_end_of_the_file(text):
     data = np.frombuffer(text.read_bytes(), dtype=np.uint8)
     options = ByteDataOptions(
@@ -112,28 +69,6 @@ def test_validation_and_test_are_the_end_of_the_file(text):
     assert (splits["test"] == data[-700:]).all()
     assert (splits["validation"] == data[-1200:-700]).all()
     assert (splits["train"] == data[:1000]).all()
-
-
-def test_compressed_files_hold_the_same_bytes(tmp_path):
-    content = bytes(range(256)) * 3
-    (tmp_path / "a.bz2").write_bytes(bz2.compress(content))
-    (tmp_path / "a.gz").write_bytes(gzip.compress(content))
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("a", content)
-    for name in ("a.bz2", "a.gz", "a.zip"):
-        assert read_bytes(tmp_path / name, "train_file").tobytes() == content
-    (tmp_path / "b.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match=r"b\.gz: cannot be read"):
-        read_bytes(tmp_path / "b.gz", "train_file")
-
-
-def test_token_ids_are_the_bytes_and_come_back(tmp_path):
-    tokenizer = byte_tokenizer(64)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    for sample in ["a  b\n\tc", "größe ß 北京", "".join(map(chr, range(256)))]:
-        assert loaded(sample)["input_ids"] == list(sample.encode())
-        assert loaded.decode(list(sample.encode())) == sample
 
 
 def test_the_model_learns_and_scores_the_same_in_a_fresh_process(trained, text, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.evaluation import run_fresh_process
+from common.evaluation import is_better, run_fresh_process
 
 SCRIPT = """
 import os, sys
@@ -33,3 +33,13 @@ def test_a_fresh_process_starts_in_a_folder_of_its_own(tmp_path: Path, monkeypat
     assert where == "here"
     assert Path(folder).parent == shared
     assert paths.split(os.pathsep) == [str(here), str(here / "lib")]
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_what_is_not_finite_is_never_better(higher):
+    nan = float("nan")
+    for name in ("loss", "score"):
+        assert not is_better({"loss": 1.0, "score": 1.0, name: nan}, None, "score", higher=higher)
+    assert is_better({"loss": 1.0, "score": 0.0}, {}, "score", higher=higher)
+    assert is_better({"loss": 1.0, "score": 2.0}, {"score": 1.0}, "score", higher=higher) == higher
+    assert not is_better({"loss": 1.0, "score": 1.0}, {"score": 1.0}, "score", higher=higher)

@@ -4,43 +4,14 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 
 import pytest
 
-from common.checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME
+from common.checkpoints import EXIT_RESUME
 from tests.recipes.fault_runs import arguments, write_data
-from tests.recipes.recipe_process import resumed_from, start, wait
+from tests.recipes.recipe_process import resumed_from, start, two_processes, wait
 from tests.recipes.tiny_configs import TINY_PARSER, TINY_TRANSFORMER_XL
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Once the server that processes are forked from has imported the recipes."""
-    folder = tmp_path_factory.mktemp("data")
-    assert wait(start("classification", ["--help"], folder / "log")) == 0
-    return write_data(folder)
-
-
-def two_processes(argvs, folder, recipe="classification", **faults):
-    """Exit codes and outputs of two processes of one run, each with its own arguments and `faults`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    logs = [folder / f"log{rank}" for rank in range(2)]
-    processes = [
-        start(
-            recipe,
-            argvs[rank],
-            logs[rank],
-            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            **{name: values[rank] for name, values in faults.items()},
-        )
-        for rank in range(2)
-    ]
-    return [wait(process) for process in processes], [log.read_text() for log in logs]
 
 
 @pytest.mark.parametrize(
@@ -54,40 +25,12 @@ def test_two_processes_do_what_one_does(recipe, changes, data, tmp_path):
     one = arguments(recipe, data, tmp_path / "one", **{**changes, "batch_size": 4, "eval_batch_size": 4})
     assert wait(start(recipe, one, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
     two = arguments(recipe, data, tmp_path / "two", **{**changes, "batch_size": 2, "eval_batch_size": 2})
-    codes, said = two_processes([two, two], tmp_path, recipe)
+    codes, said = two_processes(recipe, [two, two], tmp_path)
     assert codes == [0, 0], said
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
     assert results[1]["num_processes"] == 2
     for left, right in zip(results[0]["history"], results[1]["history"], strict=True):
         assert right == pytest.approx(left, rel=1e-4)
-
-
-@pytest.mark.parametrize("alone", [0, 1])
-def test_what_one_process_alone_cannot_read_ends_both_with_its_message(alone, data, tmp_path):
-    argvs = [arguments("classification", data, tmp_path / "run") for _ in range(2)]
-    argvs[alone][argvs[alone].index("--validation_file") + 1] = str(data / "absent.jsonl")
-    started = time.monotonic()
-    codes, said = two_processes(argvs, tmp_path)
-    assert codes == [2, 2], said
-    assert time.monotonic() - started < 30
-    assert re.search(r"error: (process 1: )?--validation_file .*absent.jsonl: no such file", said[0]), said
-    assert "Traceback" not in said[0] + said[1]
-
-
-def test_an_exception_that_nobody_expects_in_one_process_ends_both(data, tmp_path):
-    argv = arguments("classification", data, tmp_path / "run")
-    codes, said = two_processes([argv, argv], tmp_path, raise_at=[("open", r"\.tmp-checkpoint-4/"), None])
-    assert codes == [1, 1], said
-    assert "error: RuntimeError: the tokens have run out" in said[0]
-    assert "Traceback" not in said[1]  # it was told, and not left with a connection that broke
-
-
-def test_a_disk_that_is_full_for_the_main_process_ends_both_with_its_code(data, tmp_path):
-    argv = arguments("classification", data, tmp_path / "run")
-    codes, said = two_processes([argv, argv], tmp_path, file_size=[20_000, None])
-    assert codes == [EXIT_CANNOT_SAVE] * 2, said
-    assert "checkpoint-4 cannot be written" in said[0]
-    assert "Traceback" not in said[0] + said[1]
 
 
 def test_a_second_run_in_the_folder_is_refused_in_one_line_and_the_first_goes_on(data, tmp_path):

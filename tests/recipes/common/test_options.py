@@ -12,33 +12,13 @@ import hf_adanorm
 from common.options import (
     OptionError,
     PatchOptions,
-    RunOptions,
     check_ranges,
-    options_that_change,
     parse_options,
     read_config,
 )
 from tasks.options import ClassificationOptions
 
 RECIPES = Path(classification.__file__).parent
-# What another value changes nothing of what was or will be trained or scored, or only from then on.
-NOTHING = {
-    *("output_dir", "overwrite_output_dir", "save_total_limit", "logging_steps", "report_to", "watch_norms"),
-    *("progress_bar", "dataloader_workers", "preprocessing_workers", "cache_dir"),
-    *("push_to_hub", "hub_model_id", "hub_private"),
-}
-ONWARD = {"checkpointing_steps", "on_nonfinite", "on_spike", "spike_sigmas"}
-
-
-@pytest.mark.parametrize("options_class", RunOptions.__subclasses__())
-def test_every_option_is_classed_by_what_it_changes(options_class):
-    names = {item.name for item in dataclasses.fields(options_class)}
-    assert options_that_change(options_class, "nothing") == NOTHING & names
-    assert options_that_change(options_class, "onward") == ONWARD
-    assert options_that_change(options_class, "results") == names - NOTHING - ONWARD
-    assert {"min_frequency", "max_length", "vocab_size", "seed", "C"} & names <= options_that_change(
-        options_class, "results"
-    )
 
 
 def test_config_file_sets_options_and_the_command_line_wins(tmp_path):
@@ -104,14 +84,6 @@ def test_help_and_mistakes_come_before_torch(script, argument):
     assert not re.search(r"\| +(torch|transformers|hf_adanorm)$", done.stderr, re.MULTILINE)
     if argument is None and script != "compare":
         assert "try --config recipes/configs/" in done.stderr
-
-
-def test_a_launcher_that_turns_every_code_into_1_is_made_to_keep_it():
-    keep = [sys.executable, RECIPES / "launch" / "keep_code.py", "sh", "-c"]
-    for arguments, code in (("--nrom x", 2), ("--help", 0)):
-        launcher = f"{sys.executable} {RECIPES / 'classification.py'} {arguments} || exit 1"
-        assert subprocess.run([*keep, launcher], capture_output=True).returncode == code
-    assert subprocess.run([*keep, "exit 7"]).returncode == 7
 
 
 def test_the_patch_options_are_those_of_patch_model():

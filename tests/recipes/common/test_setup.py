@@ -1,13 +1,9 @@
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
-from common.checkpoints import Progress
 from common.options import OptimizationOptions, OptionError, PatchOptions
-from common.progress import UNTIMED_STEPS, Stopwatch
 from common.setup import apply_patch, learning_rate_at, make_optimizer
 
 
@@ -80,18 +76,3 @@ def test_the_control_refuses_a_patched_model():
     apply_patch(model, PatchOptions(norm="adanorm"))
     with pytest.raises(OptionError, match="already patched"):
         apply_patch(model, PatchOptions(norm="layernorm"))
-
-
-def test_speed_leaves_out_the_first_steps_and_pauses():
-    progress = Progress()
-    watch = Stopwatch(progress)
-    for _ in range(UNTIMED_STEPS):
-        watch.step(8)
-    assert watch.samples_per_second is None
-    watch.pause()
-    time.sleep(0.2)
-    watch.resume()
-    time.sleep(0.01)
-    watch.step(8)
-    assert (progress.samples, progress.timed_samples) == (8 * (UNTIMED_STEPS + 1), 8)
-    assert 0.01 <= progress.timed_seconds < 0.2

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.checkpoints import Progress
-from common.evaluation import is_better
 from common.options import OptimizationOptions
 from common.setup import make_optimizer
 from common.steps import SPIKE_WINDOW, DivergedError, check_trained, optimizer_step
@@ -137,16 +136,6 @@ def test_a_run_that_trained_nothing_or_was_never_evaluated_has_diverged():
     with pytest.raises(DivergedError, match="no evaluation up to step 4"):
         check_trained(Progress(step=4, skipped_steps=3))
     check_trained(Progress(step=4, skipped_steps=3, best_step=2))
-
-
-@pytest.mark.parametrize("higher", [True, False])
-def test_what_is_not_finite_is_never_better(higher):
-    nan = float("nan")
-    for name in ("loss", "score"):
-        assert not is_better({"loss": 1.0, "score": 1.0, name: nan}, None, "score", higher=higher)
-    assert is_better({"loss": 1.0, "score": 0.0}, {}, "score", higher=higher)
-    assert is_better({"loss": 1.0, "score": 2.0}, {"score": 1.0}, "score", higher=higher) == higher
-    assert not is_better({"loss": 1.0, "score": 1.0}, {"score": 1.0}, "score", higher=higher)
 
 
 def test_an_overflow_in_fp16_is_reported_left_out_and_answered_by_a_lower_scale(capsys):

@@ -1,83 +1,33 @@
-"""Transformer-XL: contiguous streams, and a memory that is carried from segment to segment."""
+"""Bytes of text: windows, segments, contiguous streams, and a memory that is carried from segment to segment."""
+
+import bz2
+import gzip
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from score_bytes import stream_bits
-from transformers import AutoConfig, AutoModelForCausalLM
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoTokenizer
 
-from hf_adanorm import patch_model
-from tasks.bytes import Memory, Segments, StreamPlan
-from tests.recipes.tiny_configs import TINY_TRANSFORMER_XL
-
-SIZES = {"n_layer": 2, "mem_len": 128, "vocab_size": 256}
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**TINY_TRANSFORMER_XL, **SIZES}))
-    patch_model(model, "adanorm")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+from tasks.bytes import (
+    Memory,
+    Segments,
+    StreamPlan,
+    Windows,
+    byte_tokenizer,
+    read_bytes,
+)
+from tasks.data import DataError
+from tests.recipes.tiny_configs import transformer_xl
 
 
-def some_bytes(length):
-    return np.random.default_rng(0).integers(256, size=length).astype(np.uint8)
-
-
-@torch.no_grad()
-def whole_bits(model, data):
-    """The bits of every byte but the first, read at once."""
-    ids = torch.from_numpy(data.astype(np.int64))[None]
-    logits = model(input_ids=ids[:, :-1]).logits
-    return F.cross_entropy(logits[0], ids[0, 1:], reduction="none") / np.log(2)
-
-
-@torch.no_grad()
-def test_with_memory_a_stream_costs_what_it_costs_at_once(model):
-    data = some_bytes(90)
-    indices, outputs = stream_bits(model, data, length=16, num_streams=1)
-    expected = [part.sum().item() for part in whole_bits(model, data).split(16)]
-    assert indices == list(range(6))
-    assert [characters for _, characters in outputs] == [16] * 5 + [9]
-    assert [bits for bits, _ in outputs] == pytest.approx(expected, rel=1e-5)
-
-
-@torch.no_grad()
-def test_beyond_its_length_the_memory_forgets(model):
-    model.config.mem_len = model.transformer.mem_len = 16
-    data = some_bytes(81)
-    _, outputs = stream_bits(model, data, length=16, num_streams=1)
-    expected = [part.sum().item() for part in whole_bits(model, data).split(16)]
-    assert [bits for bits, _ in outputs][:2] == pytest.approx(expected[:2], rel=1e-5)
-    assert outputs[3][0] != pytest.approx(expected[3], rel=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
-def test_every_byte_is_scored_once_by_whichever_process(model, num_processes):
-    data = some_bytes(150)  # 10 segments, the last of 5 bytes, in 4 streams of 3, 3, 2 and 2
-    found = {}
-    for rank in range(num_processes):
-        share = stream_bits(model, data, length=16, num_streams=4, rank=rank, num_processes=num_processes)
-        found |= dict(zip(*share, strict=True))
-    assert sorted(found) == list(range(10))
-    assert [found[segment][1] for segment in range(10)] == [16] * 9 + [5]
-    starts, ends = [0, 48, 96, 128], [49, 97, 129, 150]
-    expected = [whole_bits(model, data[start:end]).sum().item() for start, end in zip(starts, ends, strict=True)]
-    sums = [sum(found[s][0] for s in segments) for segments in ([0, 1, 2], [3, 4, 5], [6, 7], [8, 9])]
-    assert sums == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_memory_of_every_micro_batch_comes_back_with_a_checkpoint(model, tmp_path):
-    accelerator = Accelerator()
+def test_the_memory_of_every_micro_batch_comes_back_with_a_checkpoint(tmp_path):
+    accelerator, model = Accelerator(), transformer_xl()
     memory = Memory(accelerator, model.config)
-    text = torch.from_numpy(some_bytes(64).astype(np.int64)).view(2, 2, 16)
+    text = torch.randint(256, (2, 2, 16))
     for number, batch in enumerate(text):
         memory.keep(number, model(input_ids=batch, **memory.inputs(number)))
     outputs = [model(input_ids=batch, **memory.inputs(number)).logits for number, batch in enumerate(text)]
@@ -109,3 +59,47 @@ def test_every_row_of_a_step_goes_on_where_it_stopped():
     assert plan.num_examples(step) == 8
     with pytest.raises(ValueError, match="7 training segments cannot fill 2 processes x 2 micro-batches of 2 streams"):
         StreamPlan(7, 2, num_processes=2, accumulation=2)
+
+
+@given(size=st.integers(6, 60), length=st.integers(1, 5), stride=st.integers(1, 5))
+def test_windows_score_every_byte_but_the_first_once_with_enough_context(size, length, stride):
+    stride = min(stride, length)
+    windows = Windows(np.arange(size, dtype=np.uint8), length, stride)
+    scored = []
+    for index in range(len(windows)):
+        data, count = windows[index]
+        assert len(data) == length + 1
+        assert 1 <= count <= length
+        if index:
+            assert length + 1 - count >= 1 + length - stride
+        scored += data[-count:].tolist()
+    assert scored == list(range(1, size))
+
+
+def test_segments_predict_consecutive_bytes():
+    segments = Segments(np.arange(11, dtype=np.uint8), 5)
+    assert [segment.tolist() for segment in (segments[0], segments[1])] == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 10]]
+    assert len(segments) == 2
+    assert len(Segments(np.arange(10, dtype=np.uint8), 5)) == 1
+
+
+def test_compressed_files_hold_the_same_bytes(tmp_path):
+    content = bytes(range(256)) * 3
+    (tmp_path / "a.bz2").write_bytes(bz2.compress(content))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(content))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a", content)
+    for name in ("a.bz2", "a.gz", "a.zip"):
+        assert read_bytes(tmp_path / name, "train_file").tobytes() == content
+    (tmp_path / "b.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"b\.gz: cannot be read"):
+        read_bytes(tmp_path / "b.gz", "train_file")
+
+
+def test_token_ids_are_the_bytes_and_come_back(tmp_path):
+    tokenizer = byte_tokenizer(64)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for sample in ["a  b\n\tc", "größe ß 北京", "".join(map(chr, range(256)))]:
+        assert loaded(sample)["input_ids"] == list(sample.encode())
+        assert loaded.decode(list(sample.encode())) == sample

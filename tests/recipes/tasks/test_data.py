@@ -4,7 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 
 from tasks.data import DataError, DataOptions, check_text_column, data_content, load_file, load_splits, resolve_labels
 from tasks.options import TextOptions
@@ -257,3 +257,16 @@ def test_class_names_of_the_data_set_are_used():
     features = Features({"label": ClassLabel(names=["neg", "pos"]), "text": Value("string")})
     data = Dataset.from_dict({"label": [1, 0], "text": ["a", "b"]}, features=features)
     assert resolve_labels({"train": data}, "label") == (["neg", "pos"], {"train": [1, 0]})
+
+
+def test_part_of_a_split_is_a_split_of_a_data_set(tmp_path):
+    Dataset.from_dict({"text": list("abcdefgh"), "label": [0, 1] * 4}).to_parquet(tmp_path / "train.parquet")
+    assert len(load_dataset(str(tmp_path))["train"]) == 8
+    options = DataOptions(
+        dataset_name=str(tmp_path), train_split="train[:-3]", validation_split="train[-3:]", test_split=None
+    )
+    splits = load_splits(options)
+    assert splits["train"]["text"][:] == list("abcde")
+    assert splits["validation"]["text"][:] == list("fgh")
+    with pytest.raises(DataError, match="--validation_split is missing"):
+        load_splits(DataOptions(dataset_name=str(tmp_path), validation_split=None, test_split=None))

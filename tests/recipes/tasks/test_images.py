@@ -3,22 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 import classification
-from common.options import read_config
-from hf_adanorm import inspect_model, patch_model
-from tasks.data import DataError, DataOptions, load_splits
-from tasks.idx_images import load_idx_images, read_idx, write_idx
-from tasks.image_cnn import LayerNormCnnConfig, LayerNormCnnForImageClassification
+from tasks.idx_images import load_idx_images, write_idx
 from tasks.images import augmented, open_image
 from tasks.options import ImageOptions
 
@@ -106,62 +100,6 @@ def test_the_best_model_works_in_a_stock_pipeline(trained):
     assert classify(Image.fromarray(right))[0]["label"] == "1"
 
 
-def test_the_cnn_has_a_norm_a_layer_that_patching_finds():
-    model = LayerNormCnnForImageClassification(LayerNormCnnConfig(image_size=8, hidden_sizes=[4, 4, 4]))
-    patch_model(model, "none")
-    pixels = torch.randn(2, 3, 8, 8)
-    output = model(pixels, labels=torch.tensor([0, 1]))
-    assert output.logits.shape == (2, 2)
-    assert output.loss.item() == pytest.approx(
-        torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 1])).item()
-    )
-    assert "3 norms, 3 swapped" in str(inspect_model(model))
-
-
-def test_a_cnn_saved_before_it_had_linear_layers_gives_the_same_numbers():
-    model = AutoModelForImageClassification.from_pretrained(Path(__file__).with_name("old_cnn"))
-    logits = model(torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)).logits
-    assert logits.double().tolist() == [[-0.5432322025299072, 1.1699341535568237, -1.3900117874145508]]
-
-
-@pytest.mark.parametrize(
-    ("norm_before", "names"),
-    [
-        ("linear", ["linear_layers.0.layernorm"]),
-        ("all", ["layers.0.layernorm", "layers.1.layernorm", "linear_layers.0.layernorm"]),
-    ],
-)
-def test_the_papers_cnn_in_both_readings(norm_before, names):
-    sizes = read_config("recipes/configs/mnist.yaml")["model_config"]
-    config = LayerNormCnnConfig(**{**sizes, "norm_before": norm_before, "num_labels": 10})
-    model = LayerNormCnnForImageClassification(config)
-    weights = {name: tuple(value.shape) for name, value in model.named_parameters() if value.ndim > 1}
-    assert weights == {
-        "layers.0.convolution.weight": (20, 1, 5, 5),
-        "layers.1.convolution.weight": (50, 20, 5, 5),
-        "linear_layers.0.linear.weight": (500, 50 * 4 * 4),
-        "classifier.weight": (10, 500),
-    }
-    assert [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)] == names
-    pixels = torch.randn(2, 3, 28, 28)
-    gray = pixels.mean(1, keepdim=True).expand_as(pixels)
-    torch.testing.assert_close(model(pixels).logits, model(gray).logits)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "said"),
-    [
-        ({"image_size": 4}, "image_size 4 cannot be halved 3 times: give at least 8"),
-        ({"image_size": 21, "padding": "valid"}, "image_size 21 cannot be halved 3 times: give at least 22"),
-        ({"norm_before": "relu"}, "norm_before must be one of convolution, linear, all, got 'relu'"),
-        ({"padding": 2}, "padding must be same or valid, got 2"),
-    ],
-)
-def test_sizes_the_cnn_cannot_have_are_refused(sizes, said):
-    with pytest.raises(ValueError, match=said):
-        LayerNormCnnForImageClassification(LayerNormCnnConfig(**sizes))
-
-
 def test_a_fresh_and_then_pretrained_vit_from_paths_in_a_table(digits, tmp_path):
     data = load_idx_images(digits["train"])
     rows = []
@@ -210,34 +148,6 @@ def test_every_augmentation_does_what_it_says(option, check):
 
 
 OFFSETS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-
-
-def test_idx_files_are_read_back_and_broken_ones_named(digits, tmp_path):
-    images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
-    path = tmp_path / "few-images-idx3-ubyte.gz"
-    write_idx(path, images)
-    assert (read_idx(path) == images).all()
-    with pytest.raises(FileNotFoundError, match="few-labels-idx1-ubyte"):
-        load_idx_images(path)
-    write_idx(tmp_path / "few-labels-idx1-ubyte.gz", np.zeros(3, dtype=np.uint8))
-    with pytest.raises(DataError, match=r"images of shape \(2, 3, 4\), but labels of shape \(3,\)"):
-        load_splits(DataOptions(train_file=str(path), validation_file=str(path)))
-    (tmp_path / "cut").write_bytes(b"\x00\x00\x08\x01\x00\x00\x00\x09abc")
-    with pytest.raises(ValueError, match="cut: not an IDX file"):
-        read_idx(tmp_path / "cut")
-
-
-def test_part_of_a_split_is_a_split_of_a_data_set(tmp_path):
-    Dataset.from_dict({"text": list("abcdefgh"), "label": [0, 1] * 4}).to_parquet(tmp_path / "train.parquet")
-    assert len(load_dataset(str(tmp_path))["train"]) == 8
-    options = DataOptions(
-        dataset_name=str(tmp_path), train_split="train[:-3]", validation_split="train[-3:]", test_split=None
-    )
-    splits = load_splits(options)
-    assert splits["train"]["text"][:] == list("abcde")
-    assert splits["validation"]["text"][:] == list("fgh")
-    with pytest.raises(DataError, match="--validation_split is missing"):
-        load_splits(DataOptions(dataset_name=str(tmp_path), validation_split=None, test_split=None))
 
 
 GRAY_VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1}

@@ -4,12 +4,8 @@ import gzip
 import json
 
 import pytest
-import sacrebleu
-from transformers import AutoTokenizer
 
-from tasks.bleu import moses_detokenize, moses_tokenize, translation_scores
 from tasks.data import DataError
-from tasks.joint_bpe import train_joint_bpe
 from tasks.parallel_text import ParallelOptions, load_pairs
 
 
@@ -115,54 +111,6 @@ def test_the_usual_preparation_of_iwslt14(tmp_path):
     assert splits["train"]["target"][1] == "It 's talk 0 , isn 't it ?"
     names = ("dev2010", "tst2010")
     assert splits["test"]["reference"][:] == [f"{name} en {n} & more" for name in names for n in (1, 2)]
-
-
-def test_scores_are_sacrebleus_and_the_tokenised_one_is_of_moses_tokens():
-    hypotheses = ["The cat doesn't sit, on the Mat.", "A dog & a bird run away today"]
-    references = ["the cat doesn't sit on the mat.", "A dog and a bird ran away today"]
-    scores, signatures = translation_scores(hypotheses, references, "en")
-    assert scores["sacrebleu"] == sacrebleu.corpus_bleu(hypotheses, [references]).score
-    assert scores["chrf"] == sacrebleu.corpus_chrf(hypotheses, [references]).score
-    assert scores["sacrebleu_lowercase"] == sacrebleu.corpus_bleu(hypotheses, [references], lowercase=True).score
-    tokens = ["the cat doesn 't sit , on the mat .", "a dog & a bird run away today"]
-    reference_tokens = ["the cat doesn 't sit on the mat .", "a dog and a bird ran away today"]
-    by_hand = sacrebleu.corpus_bleu(tokens, [reference_tokens], tokenize="none", force=True)
-    assert scores["bleu_tokenized_lowercase"] == by_hand.score
-    assert "case:mixed" in signatures["sacrebleu"]
-    assert "tok:13a" in signatures["sacrebleu"]
-    assert "case:lc|eff:no|tok:none" in signatures["bleu_tokenized_lowercase"]
-    assert signatures["bleu_tokenized_lowercase"].endswith("moses:en")
-    with pytest.raises(ValueError, match="1 translations for 2 references"):
-        translation_scores(hypotheses[:1], references, "en")
-
-
-def test_text_in_tokens_already_keeps_them():
-    texts = ["It 's talk , isn 't it ?"] * 3
-    tokenizer = train_joint_bpe(texts, vocab_size=60, lowercase=True, max_length=50, split_punctuation=False)
-    assert tokenizer.tokenize(texts[0]) == ["▁it", "▁'s", "▁talk", "▁,", "▁isn", "▁'t", "▁it", "▁?"]
-    assert tokenizer.decode(tokenizer(texts[0])["input_ids"], skip_special_tokens=True) == texts[0].lower()
-
-
-def test_mosess_tokens_become_plain_text_again():
-    texts = ['He said: "It\'s 3.5 % (at most)."', "Well, don't!"]
-    assert moses_detokenize(moses_tokenize(texts, "en"), "en") == ['He said: "It\'s 3.5% (at most)."', "Well, don't!"]
-
-
-@pytest.mark.parametrize("lowercase", [False, True])
-def test_the_joint_tokeniser_gives_the_text_back_after_a_reload(tmp_path, lowercase):
-    texts = ["Ein kleiner Hund, der bellt.", "A small dog that barks (loudly)!", "Một con chó nhỏ."] * 3
-    tokenizer = train_joint_bpe(texts, vocab_size=150, lowercase=lowercase, max_length=50)
-    tokenizer.save_pretrained(tmp_path)
-    reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    for text in texts:
-        ids = reloaded(text)["input_ids"]
-        assert ids == tokenizer(text)["input_ids"]
-        assert ids[-1] == reloaded.eos_token_id
-        assert reloaded.decode(ids, skip_special_tokens=True) == (text.lower() if lowercase else text)
-    assert (reloaded.bos_token_id, reloaded.pad_token_id, reloaded.eos_token_id) == (0, 1, 2)
-    assert (
-        train_joint_bpe(texts, vocab_size=150, lowercase=lowercase, max_length=50).get_vocab() == reloaded.get_vocab()
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""The two studies of ways from LayerNorm to AdaNorm, at toy size: they run, resume and report."""
+"""The study of ways from a pretrained model to AdaNorm, at toy size: it runs, resumes and reports."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 from pathlib import Path
@@ -12,15 +11,14 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from common.options import OptionError
-from studies import prenorm as prenorm_study
-from studies import pretrained as pretrained_study
+from studies import pretrained
 
 WORDS = ["good", "bad", "film", "plot", "a", "the", "very", "not"]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, main: object, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, arguments)])
-    main()  # type: ignore[operator]
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", *map(str, arguments)])
+    pretrained.main()
 
 
 @pytest.fixture
@@ -69,27 +67,27 @@ def test_every_way_from_a_pretrained_model_runs_and_resumes(
     out = tmp_path / "out"
     arguments = ["--model", encoder, "--data", sentences, "--output_dir", out, "--steps", 3, "--seeds", 1]
     arguments += ["--learning_rates", 1e-3, 1e-4]
-    run(monkeypatch, pretrained_study.main, *arguments)
+    run(monkeypatch, *arguments)
     runs = {path.name: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
-    assert len(runs) == 2 * len(pretrained_study.WAYS)
+    assert len(runs) == 2 * len(pretrained.WAYS)
     starts = {result["way"]: result["start"]["cosine"] for result in runs.values()}
     assert starts["layernorm"] == pytest.approx(1.0)
     assert starts["simple-calibrated"] > starts["simple-drop"]
     assert starts["adanorm-fade"] == pytest.approx(1.0, abs=1e-5)
     times = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
     capsys.readouterr()
-    run(monkeypatch, pretrained_study.main, *arguments)  # everything is there: only the table is made
+    run(monkeypatch, *arguments)  # everything is there: only the table is made
     assert {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == times
     table = capsys.readouterr().out
-    assert all(f"| {way} |" in table for way in pretrained_study.WAYS)
+    assert all(f"| {way} |" in table for way in pretrained.WAYS)
     assert (out / "loss.png").stat().st_size > 10_000
     spoilt = json.loads(next(iter((out / "runs").glob("simple-drop-*"))).read_text())
     spoilt["losses"][-1] = None  # a loss that was not finite
     next(iter((out / "runs").glob("simple-drop-*"))).write_text(json.dumps(spoilt))
-    run(monkeypatch, pretrained_study.main, *arguments, "--summary_only")
+    run(monkeypatch, *arguments, "--summary_only")
     assert "| simple-drop |" in capsys.readouterr().out
     with pytest.raises(OptionError, match=r"--margin 0\.25 then, 0\.5 now"):
-        run(monkeypatch, pretrained_study.main, *arguments, "--margin", 0.5)
+        run(monkeypatch, *arguments, "--margin", 0.5)
 
 
 def test_a_missing_split_is_named(
@@ -99,24 +97,5 @@ def test_a_missing_split_is_named(
     with pytest.raises(FileNotFoundError, match=r"test\.jsonl is missing"):
         run(
             monkeypatch,
-            pretrained_study.main,
             *("--model", encoder, "--data", sentences, "--output_dir", tmp_path / "out"),
         )
-
-
-def test_the_prenorm_study_folds_without_a_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "text.gz"
-    text.write_bytes(gzip.compress(b"the quick brown fox jumps over the lazy dog. " * 200))
-    sizes = ["--steps", 10, "--seeds", 1, "--width", 16, "--layers", 1, "--length", 16]
-    sizes += ["--batch_size", 4, "--lr", 0.02]
-    run(monkeypatch, prenorm_study.main, "--text", text, "--output_dir", tmp_path / "out", *sizes)
-    results = json.loads(next((tmp_path / "out").glob("results-*.json")).read_text())
-    source = results["layernorm"]["after"]
-    for way in ("fold layernorm-simple", "fold adanorm"):
-        assert results[way]["after"] == pytest.approx(source, abs=1e-5)
-    assert abs(results["drop adanorm"]["after"] - source) > 1e-4
-    assert "| fold adanorm |" in capsys.readouterr().out
-    assert (tmp_path / "out" / "loss.png").stat().st_size > 10_000
-    assert not list((tmp_path / "out").glob(".tmp-*"))

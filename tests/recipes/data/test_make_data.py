@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).resolve().parents[2] / "recipes" / "data"
+DATA = Path(__file__).resolve().parents[3] / "recipes" / "data"
 SPLITS = ("train", "validation", "test")
 
 

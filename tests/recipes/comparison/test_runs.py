@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from comparison.runs import overfit_gap
+from comparison.runs import RecordError, Run, overfit_gap
 
 
 def record(train, evaluations):
@@ -32,3 +32,10 @@ def test_the_gap_is_the_last_validation_loss_less_the_training_loss_since_the_ev
     train, evaluations, gap
 ):
     assert overfit_gap(record(train, evaluations)) == pytest.approx(gap, nan_ok=True)
+
+
+@pytest.mark.parametrize(("text", "said"), [('{"half', "cannot be read"), ("{}", "was not written by a recipe")])
+def test_a_broken_record_of_a_run_is_named(text, said, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(RecordError, match=rf"results\.json {said}"):
+        _ = Run("adanorm", 1, tmp_path).record

@@ -1,0 +1,79 @@
+"""The bits that bytes cost, with a memory and in windows."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from score_bytes import collate_windows, stream_bits, window_bits
+from transformers import AutoModelForCausalLM
+
+from tasks.bytes import Windows
+from tasks.models import fresh_config
+from tests.recipes.tiny_configs import TINY_DECODER, transformer_xl
+
+
+@pytest.fixture
+def model():
+    return transformer_xl()
+
+
+def some_bytes(length):
+    return np.random.default_rng(0).integers(256, size=length).astype(np.uint8)
+
+
+@torch.no_grad()
+def whole_bits(model, data):
+    """The bits of every byte but the first, read at once."""
+    ids = torch.from_numpy(data.astype(np.int64))[None]
+    logits = model(input_ids=ids[:, :-1]).logits
+    return F.cross_entropy(logits[0], ids[0, 1:], reduction="none") / np.log(2)
+
+
+@torch.no_grad()
+def test_with_memory_a_stream_costs_what_it_costs_at_once(model):
+    data = some_bytes(90)
+    indices, outputs = stream_bits(model, data, length=16, num_streams=1)
+    expected = [part.sum().item() for part in whole_bits(model, data).split(16)]
+    assert indices == list(range(6))
+    assert [characters for _, characters in outputs] == [16] * 5 + [9]
+    assert [bits for bits, _ in outputs] == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_beyond_its_length_the_memory_forgets(model):
+    model.config.mem_len = model.transformer.mem_len = 16
+    data = some_bytes(81)
+    _, outputs = stream_bits(model, data, length=16, num_streams=1)
+    expected = [part.sum().item() for part in whole_bits(model, data).split(16)]
+    assert [bits for bits, _ in outputs][:2] == pytest.approx(expected[:2], rel=1e-5)
+    assert outputs[3][0] != pytest.approx(expected[3], rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_every_byte_is_scored_once_by_whichever_process(model, num_processes):
+    data = some_bytes(150)  # 10 segments, the last of 5 bytes, in 4 streams of 3, 3, 2 and 2
+    found = {}
+    for rank in range(num_processes):
+        share = stream_bits(model, data, length=16, num_streams=4, rank=rank, num_processes=num_processes)
+        found |= dict(zip(*share, strict=True))
+    assert sorted(found) == list(range(10))
+    assert [found[segment][1] for segment in range(10)] == [16] * 9 + [5]
+    starts, ends = [0, 48, 96, 128], [49, 97, 129, 150]
+    expected = [whole_bits(model, data[start:end]).sum().item() for start, end in zip(starts, ends, strict=True)]
+    sums = [sum(found[s][0] for s in segments) for segments in ([0, 1, 2], [3, 4, 5], [6, 7], [8, 9])]
+    assert sums == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_bits_of_a_uniform_model_are_eight():
+    model = AutoModelForCausalLM.from_config(fresh_config(Fresh(), vocab_size=256))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    windows = Windows(np.arange(40, dtype=np.uint8), 16, 8)
+    batch = collate_windows([windows[0], windows[1], windows[len(windows) - 1]])
+    scored = batch["scored"].sum(1)
+    assert scored.tolist() == [16, 8, 7]
+    assert window_bits(model, batch).tolist() == pytest.approx((8 * scored).tolist())
+
+
+class Fresh:
+    model_config = TINY_DECODER
