@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tomllib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from huggingface_hub import HfApi, ModelCard
 
-from hf_adanorm import patch_model, unpatch_model, write_model_card
-from hf_adanorm.saving.card import BEGIN, END, INSTALL, PROJECT, describes, without_section
-from tests.integration.hub_client import NORMS, REPOS, build
+from hf_adanorm.saving.card import BEGIN, END, INSTALL, describes
+from tests.integration.hub_client import REPOS
 from tests.integration.hub_server import HubServer
-from tests.zoo.tiny_text import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_token_of_the_loopback_hub"
@@ -252,189 +246,6 @@ def test_the_trainers_card_keeps_what_the_trainer_wrote(session: Session, traine
     assert "### Training hyperparameters" in text
     assert text.count(BEGIN) == text.count(END) == 1
     assert "generated_from_trainer" in ModelCard(text).data.tags
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    build("detachnorm").save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def test_saving_leaves_an_existing_card_alone_and_warns_when_it_tells_of_other_norms(saved: Path) -> None:
-    before = (saved / "README.md").read_bytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        build("detachnorm").save_pretrained(saved)
-    with pytest.warns(UserWarning, match="describes other norms"):
-        build("adanorm").save_pretrained(saved)
-    assert (saved / "README.md").read_bytes() == before
-
-
-def test_a_card_that_a_save_wrote_is_what_write_model_card_writes(saved: Path) -> None:
-    before = (saved / "README.md").read_text()
-    (saved / "README.md").unlink()
-    assert write_model_card(saved).read_text() == before
-
-
-def test_an_unpatched_save_takes_our_section_away(saved: Path) -> None:
-    (saved / "README.md").write_text((saved / "README.md").read_text() + "\nA remark.\n")
-    unpatch_model(build("detachnorm")).save_pretrained(saved)
-    text = (saved / "README.md").read_text()
-    assert BEGIN not in text
-    assert "A remark." in text
-    assert ModelCard(text).data.tags is None
-    assert without_section(text) == text
-
-
-def test_saving_a_config_alone_writes_no_card(tmp_path: Path) -> None:
-    build().config.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "modeling_adanorm.py"]
-
-
-def test_results_data_and_command_reach_front_matter_and_text(
-    saved: Path, session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_model_card(
-        saved,
-        model_id="me/model",
-        base_model="google-bert/bert-base-uncased",
-        datasets=["cornell-movie-review-data/rotten_tomatoes"],
-        dataset_split="test",
-        results={"accuracy": 0.772134, "loss": 0.5},
-        command="/home/me/env/bin/python recipes/classification.py --norm adanorm --train_file=/data/me/train.csv",
-        license="apache-2.0",
-        tags=["mine"],
-    )
-    card = ModelCard(path.read_text())
-    HfApi(session.hub.url)._validate_yaml(path.read_text())
-    assert card.data.base_model == "google-bert/bert-base-uncased"
-    assert card.data.datasets == ["cornell-movie-review-data/rotten_tomatoes"]
-    assert card.data.metrics == ["accuracy", "loss"]
-    assert [(r.metric_type, r.metric_value, r.dataset_split, r.task_type) for r in card.data.eval_results] == [
-        ("accuracy", 0.7721, "test", "text-classification"),
-        ("loss", 0.5, "test", "text-classification"),
-    ]
-    assert "| accuracy | 0.7721 |" in card.text
-    assert "\npython recipes/classification.py --norm adanorm --train_file=train.csv\n" in card.text
-    assert card.data.license == "apache-2.0"
-    assert card.text.startswith("\n# model\n")
-    (entry,) = yaml.safe_load((saved / ".eval_results" / "cornell-movie-review-data-rotten_tomatoes.yaml").read_text())
-    assert entry == {
-        "dataset": {"id": "cornell-movie-review-data/rotten_tomatoes", "task_id": "default"},
-        "value": 0.7721,
-        "notes": "accuracy on test",
-    }
-
-
-def test_the_license_is_that_of_the_base_model_where_its_card_is_at_hand(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
-    assert ModelCard(write_model_card(saved, base_model=str(tmp_path / "base")).read_text()).data.license == "mit"
-
-
-def test_the_projects_address_is_one() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["urls"]["Homepage"] == PROJECT
-
-
-def test_the_examples_of_a_card_run(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_tokenizer().save_pretrained(saved)
-    blocks = re.findall(r"```python\n(.*?)```", write_model_card(saved, model_id=str(saved)).read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(block, {})
-    assert re.fullmatch(r"\[{'label': 'LABEL_\d', 'score': 0\.\d+}\]\n", capsys.readouterr().out)
-
-
-def test_refreshing_replaces_our_section_only(saved: Path) -> None:
-    path = write_model_card(saved, datasets=["a/b"], results={"accuracy": 0.5})
-    text = (
-        path.read_text().replace("---\n", "---\nlicense: mit\n", 1).replace(BEGIN, f"Before.\n\n{BEGIN}")
-        + "\nAfter.\n"
-    )
-    path.write_text(text)
-    write_model_card(saved, datasets=["a/b"], results={"accuracy": 0.75})
-    text = path.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
-    assert text.index("Before.") < text.index(BEGIN) < text.index(END) < text.index("After.")
-    front = yaml.safe_load(text.split("---")[1])
-    assert front["license"] == "mit"
-    (result,) = front["model-index"][0]["results"]
-    assert [metric["value"] for metric in result["metrics"]] == [0.75]
-    assert "0.75 |" in text
-    assert "0.5 |" not in text
-
-
-def test_a_card_without_front_matter_gains_one(saved: Path) -> None:
-    (saved / "README.md").write_text("# By hand\n\nText.\n")
-    text = write_model_card(saved).read_text()
-    assert text.startswith("---\n")
-    assert "# By hand\n\nText.\n" in text
-    assert BEGIN in text
-
-
-def test_the_base_model_is_the_hub_id_that_was_loaded_never_a_path(tmp_path: Path) -> None:
-    model = build()
-    for name, expected in (("org/model", "org/model"), (str(tmp_path), None), ("../up/model", None), ("", None)):
-        model.config._name_or_path = name
-        model.save_pretrained(tmp_path / "out")
-        assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == expected
-        (tmp_path / "out" / "README.md").unlink()
-
-
-def test_long_lists_of_modules_are_cut_in_the_table_and_whole_in_the_spec(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(hidden_size=8, num_hidden_layers=12, num_attention_heads=1, intermediate_size=8, vocab_size=9)
-    model = patch_model(BertModel(config), layers=range(11))
-    model.save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "and 14 more |" in text
-    assert all(f"encoder.layer.{i}.output.LayerNorm" in text for i in range(11))
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_card_names_the_norm_and_its_settings(tmp_path: Path, norm: str) -> None:
-    build(norm).save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    shown = {
-        "adanorm": "| AdaNorm | C = 1.0, k = 0.1 |",
-        "layernorm-simple": "| LayerNorm-simple (no gain, no bias) | as the replaced norm |",
-        "detachnorm": "| detach_mean = True, detach_variance = True |",
-        "none": "| w/o Norm (no normalisation) | as the replaced norm |",
-    }
-    assert shown[norm] in text
-
-
-def test_the_card_of_a_model_in_the_middle_of_a_fade_says_so(tmp_path: Path) -> None:
-    patch_model(build(None), affine="fade").save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "before the end of a fade" in text
-    assert "have no gain and no bias" not in text
-
-
-def test_write_model_card_refuses_what_is_no_patched_model(tmp_path: Path, saved: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="save_pretrained"):
-        write_model_card(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no patched model"):
-        write_model_card(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
-        write_model_card(tmp_path)
-    with pytest.raises(ValueError, match="datasets or dataset_name"):
-        write_model_card(saved, results={"accuracy": 1.0})
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("---\na: [\n---\n", "front matter"), (f"{BEGIN}\n", "both markers"), (f"{END}\n{BEGIN}\n", "both markers")],
-)
-def test_write_model_card_refuses_a_card_it_cannot_keep(saved: Path, text: str, message: str) -> None:
-    (saved / "README.md").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        write_model_card(saved)
-    assert (saved / "README.md").read_text() == text
 
 
 def _close(left: Any, right: list[list[float]]) -> bool:

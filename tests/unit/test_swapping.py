@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,12 +16,23 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import DebertaConfig, DebertaModel
 
 import hf_adanorm
-from hf_adanorm import finish_fading, fold_affine, patch_model, set_fade, unpatch_model
+from hf_adanorm import (
+    finish_fading,
+    fold_affine,
+    inspect_model,
+    is_patched,
+    patch_model,
+    set_fade,
+    unpatch_model,
+)
 from hf_adanorm.running import dummy_inputs
 from hf_adanorm.swapping import Change
 from tests.zoo.fold_models import build
+from tests.zoo.round_trip import SWAPS, inputs, norms, tiny
 
 transformers.logging.set_verbosity_error()
 PACKAGE = str(Path(hf_adanorm.__file__).parent)
@@ -180,3 +193,282 @@ def test_what_is_kept_in_last_places_comes_back_bit_for_bit(dtype: torch.dtype, 
         layer.weight.copy_(new)
     change.undo()
     assert torch.equal(layer.weight, old)
+
+
+def snapshot(model: nn.Module) -> Any:
+    """Everything that a failed call must leave alone: modules, tensors, hooks, configs."""
+    return (
+        [
+            (name, id(module), type(module), module.training, id(module._forward_hooks))
+            for name, module in model.named_modules()
+        ],
+        {name: (id(t), t.clone()) for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.is_meta},
+        [(id(m.config), m.config.to_dict()) for m in model.modules() if hasattr(m, "config")],
+    )
+
+
+def assert_same(before: Any, after: Any) -> None:
+    assert before[0] == after[0]
+    assert before[2] == after[2]
+    assert before[1].keys() == after[1].keys()
+    for name, (key, tensor) in before[1].items():
+        assert key == after[1][name][0]
+        assert torch.equal(tensor, after[1][name][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_carries_over(dtype: torch.dtype) -> None:
+    model = patch_model(tiny().to(dtype))
+    assert {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()} == {dtype}
+
+
+def test_training_flag_carries_over() -> None:
+    model = tiny().train()
+    model.bert.embeddings.eval()
+    patch_model(model)
+    assert not model.bert.embeddings.LayerNorm.training
+    assert model.bert.encoder.layer[0].output.LayerNorm.training
+
+
+def test_hooks_carry_over_there_and_back_and_their_handles_work() -> None:
+    model = tiny()
+    seen: list[str] = []
+    name = "bert.encoder.layer.1.output.LayerNorm"
+    norm = model.get_submodule(name)
+    handles = [
+        norm.register_forward_hook(lambda m, args, out: seen.append(type(m).__name__)),
+        norm.register_forward_pre_hook(lambda m, args, kwargs: seen.append("pre"), with_kwargs=True),
+        norm.register_full_backward_hook(lambda m, gin, gout: seen.append("backward")),
+    ]
+    patch_model(model)
+    model(**inputs("bert")).logits.sum().backward()
+    assert sorted(seen) == ["AdaNorm", "backward", "pre"]
+    seen.clear()
+    handles[0].remove()
+    model(**inputs("bert"))
+    assert seen == ["pre"]
+    model.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append("late"))
+    unpatch_model(model)
+    seen.clear()
+    model(**inputs("bert"))
+    assert seen == ["pre", "late"]
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        model = tiny()
+    patch_model(model, C=1.3)
+    assert len(norms(model)) == 6
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()) if t.numel() == 1)
+    assert unpatch_model(model).bert.embeddings.LayerNorm.weight.is_meta
+
+
+def test_device_follows_the_model_for_norms_without_tensors() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.LayerNorm(4, elementwise_affine=False))
+    patch_model(model)
+    assert model[1].weight.dtype == torch.bfloat16
+
+
+def test_moving_a_patched_model_moves_its_norms() -> None:
+    model = patch_model(tiny()).to(torch.bfloat16)
+    assert model.bert.embeddings.LayerNorm.weight.dtype == torch.bfloat16
+    restored = unpatch_model(model).bert.embeddings.LayerNorm
+    assert restored.weight.dtype == torch.bfloat16
+
+
+def test_parameters_go_and_nothing_else() -> None:
+    model = tiny()
+    before = {name: id(p) for name, p in model.named_parameters()}
+    patch_model(model)
+    after = {name: id(p) for name, p in model.named_parameters()}
+    assert after == {name: key for name, key in before.items() if "LayerNorm" not in name}
+    buffers = {name: tuple(b.shape) for name, b in model.named_buffers() if "LayerNorm" in name}
+    assert len(buffers) == 6
+    assert set(buffers.values()) == {(1,)}
+    assert {name for name in model.state_dict() if "LayerNorm" in name} == set(buffers)
+
+
+@pytest.mark.parametrize("norm", SWAPS)
+def test_readers_of_a_norms_attributes_keep_working(norm: str) -> None:
+    with torch.no_grad():
+        model = patch_model(
+            DebertaModel(
+                DebertaConfig(
+                    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9
+                )
+            ),
+            norm,
+        )
+    found = model.embeddings.LayerNorm
+    assert found.weight.dtype == torch.float32
+    assert found.weight.device == torch.device("cpu")
+    assert found.bias is None
+    assert found.normalized_shape == (16,)
+    assert found.eps == found.variance_epsilon == 1e-7
+    assert found.elementwise_affine is False
+
+
+def test_ddp_is_told_not_to_broadcast_the_buffers() -> None:
+    model = tiny()
+    model._ddp_params_and_buffers_to_ignore = ["bert.theirs"]
+    patch_model(model)
+    assert set(model._ddp_params_and_buffers_to_ignore) == {
+        "bert.theirs",
+        *(f"{name}.weight" for name in norms(model)),
+    }
+    unpatch_model(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["bert.theirs"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_ddp_is_told_follows_what_is_there(duplicate: Callable[..., Any]) -> None:
+    original = patch_model(tiny())
+    model = duplicate(original)
+    unpatch_model(model.bert.encoder.layer[0])
+    model.bert.encoder.layer[1].output.LayerNorm = nn.LayerNorm(model.config.hidden_size)
+    swapped = {name for name, shown in norms(model).items() if shown.startswith("AdaNorm")}
+    assert len(swapped) == len(norms(original)) - 3
+    assert set(model._ddp_params_and_buffers_to_ignore) == {f"{name}.weight" for name in swapped}
+    assert set(original._ddp_params_and_buffers_to_ignore) == {f"{name}.weight" for name in norms(original)}
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class DeepSpeedEngine(Wrapper):
+    """Has the class name that DeepSpeed's engine has, and like it holds the model as `module`."""
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model)  # type: ignore[return-value]
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+def with_compiled_layer(model: Any) -> nn.Module:
+    model.bert.encoder.layer[0].compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "named"),
+    [
+        (nn.DataParallel, "DataParallel"),
+        (DeepSpeedEngine, "DeepSpeedEngine"),
+        (compiled, "OptimizedModule"),
+        (compiled_in_place, "torch.compile"),
+        (with_compiled_layer, "torch.compile"),
+    ],
+)
+@pytest.mark.parametrize("call", [patch_model, unpatch_model])
+def test_wrapped_models_are_refused(call: Callable[..., Any], wrap: Callable[..., nn.Module], named: str) -> None:
+    model = tiny() if call is patch_model else patch_model(tiny())
+    wrapped = wrap(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"{named}.*before"):
+        call(wrapped)
+    assert_same(before, snapshot(model))
+
+
+@pytest.fixture
+def one_process_group(tmp_path: Any) -> Any:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_ddp_and_fsdp2_models_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny()
+    with pytest.raises(ValueError, match=r"DistributedDataParallel.*before"):
+        patch_model(nn.parallel.DistributedDataParallel(model))
+    assert not is_patched(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    with pytest.raises(ValueError, match=r"FSDP.*before"):
+        patch_model(model)
+    assert not is_patched(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"C": 0.0}, ValueError, "C must be"),
+        ({"C": float("nan")}, ValueError, "C must be"),
+        ({"C": "1"}, TypeError, "C must be"),
+        ({"k": -0.1}, ValueError, "k must be"),
+        ({"eps": -1e-5}, ValueError, "eps must be"),
+        ({"norm": "rmsnorm"}, ValueError, "norm must be one of"),
+        ({"norm": 3}, TypeError, "norm must be one of"),
+        ({"norm": "detachnorm", "detach_mean": False, "detach_variance": False}, ValueError, "detach_mean=False"),
+        ({"detach_mean": 1}, TypeError, "detach_mean"),
+        ({"centered": "no"}, TypeError, "centered"),
+        ({"include": "nothing"}, ValueError, "include"),
+        ({"exclude": ["nothing"]}, ValueError, "exclude"),
+        ({"layers": [7]}, ValueError, "layers"),
+        ({"targets": "rmsnorm"}, ValueError, "no norm to swap"),
+    ],
+)
+@pytest.mark.parametrize("already", [False, True])
+def test_failing_call_leaves_the_model_as_it_was(
+    options: dict[str, Any], error: type[Exception], says: str, already: bool
+) -> None:
+    model = patch_model(tiny(), "adanorm", layers=[0]) if already else tiny()
+    before = snapshot(model)
+    with pytest.raises(error, match=says):
+        patch_model(model, **options)
+    assert_same(before, snapshot(model))
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 0.5
+
+
+def test_parametrized_norm_is_refused_before_anything_moved() -> None:
+    model = tiny()
+    parametrize.register_parametrization(model.bert.encoder.layer[1].output.LayerNorm, "weight", Half())
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"layer\.1\.output\.LayerNorm is under torch\.nn\.utils\.parametrize.*exclude"
+    ):
+        patch_model(model)
+    assert_same(before, snapshot(model))
+    patch_model(model, exclude=["layer.1.output.LayerNorm"])
+    assert len(norms(model)) == 5
+
+
+def test_weight_normed_norm_is_left_alone_with_a_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4))
+    parametrize.register_parametrization(model[2], "weight", Half())
+    parametrize.remove_parametrizations(model[2], "weight", leave_parametrized=True)
+    patch_model(model)
+    assert set(norms(model)) == {"1", "2"}
+
+
+def test_unpatch_gives_back_the_very_modules_and_tensors() -> None:
+    model = tiny()
+    before = snapshot(model)
+    patch_model(model)
+    unpatch_model(model)
+    after = snapshot(model)
+    assert before[0] == after[0]
+    assert {name: key for name, (key, _) in before[1].items()} == {name: key for name, (key, _) in after[1].items()}
+    assert [config for _, config in before[2]] == [config for _, config in after[2]]
+
+
+def test_inspecting_changes_nothing() -> None:
+    model = tiny()
+    before = snapshot(model)
+    inspect_model(model)
+    assert_same(before, snapshot(model))

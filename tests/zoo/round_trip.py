@@ -111,6 +111,12 @@ def randomise(model: Any) -> Any:
     return model.eval()
 
 
+def tiny() -> transformers.BertForMaskedLM:
+    """A fresh BERT, its gains 1 and its biases 0."""
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(_bert()).eval()
+
+
 def inputs(case: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 99, (2, 9), generator=generator)
