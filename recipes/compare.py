@@ -7,6 +7,7 @@
     python recipes/compare.py --config recipes/configs/rt.yaml --seeds 3 --grid learning_rate=2e-4,5e-4 C=0.8,1.0
     python recipes/compare.py --config recipes/configs/iwslt14_de_en.yaml --estimate
     python recipes/compare.py --config recipes/configs/iwslt14_de_en.yaml --launcher "accelerate launch --multi_gpu"
+    python recipes/compare.py --gather outputs/rt outputs/mnist outputs/ud_ewt --output_dir outputs/rows
 
 Runs the recipe once for every norm and seed, with the same options and so the same budget; any option of the recipe
 that follows is passed on. A norm may be named with settings of its own, as often as you like; they win over the
@@ -19,6 +20,10 @@ what is finished or diverged and continues what was interrupted.
 
 In `output_dir`: `report.html`, `table.md`, `table.tex`, `curves.png` and `.svg`, `runs.csv`, `curves.csv`,
 `comparison.json`; the runs in `runs/`, those of the grid in `search/`, each with its `log.txt`.
+
+With `--gather`, nothing is trained: the `comparison.json` of finished comparisons become the table of the paper's
+eight rows, with what the paper claims and whether it holds here (`rows.md`, `rows.tex`; the rules are in
+`comparison/claims.py`). One of an earlier version must be reported again first, by its command and `--report_only`.
 
 Exit codes: 0 finished, 1 a run failed (the others are done), 2 bad input, 75 stopped by SIGTERM: start it again.
 """
@@ -73,6 +78,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add(
         "--estimate", action="store_true", help="measure a few steps of every norm, say what the whole takes, and stop"
     )
+    add("--gather", nargs="*", type=Path, metavar="FOLDER", help="finished comparisons: the table of the paper's rows")
     add("--report_only", action="store_true", help="train nothing; report on the runs that are there")
     own, rest = parser.parse_known_args(argv)
     if own.config:
@@ -82,7 +88,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     own.seeds = list(dict.fromkeys(own.seeds))
     name = Path(own.config).stem if own.config else own.recipe
     own.title = name
-    own.output_dir = Path(own.output_dir or f"outputs/compare-{name}")
+    own.output_dir = Path(own.output_dir or ("outputs/rows" if own.gather is not None else f"outputs/compare-{name}"))
     own.paper = CONFIGS.get(name) if own.paper is None else None if own.paper == "none" else own.paper
     return own, rest
 
@@ -97,12 +103,14 @@ if __name__ == "__main__":  # help, and mistakes in the options, before torch is
     try:
         for named in own_options.norms:
             parse_norm(named)
-        parse_options(choose_recipe(own_options.recipe, own_options.config)[1], recipe_arguments)
+        if own_options.gather is None:
+            parse_options(choose_recipe(own_options.recipe, own_options.config)[1], recipe_arguments)
     except OptionError as mistake:
         sys.exit(_refuse(mistake))
 
 from common.checkpoints import EXIT_RESUME, changed_content, lock_folder, write_json
 from common.results import align
+from comparison.gather import gather
 from comparison.report import write_report
 from comparison.runs import RecordError, Run, outcome, summarize
 from hf_adanorm.modeling_adanorm import NORM_CLASSES
@@ -397,6 +405,11 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     own, rest = parse_arguments(argv)
     try:
+        if own.gather is not None:
+            if rest:
+                raise OptionError(f"--gather takes folders and --output_dir alone, got {shlex.join(rest)}")
+            print(gather(own.gather, own.output_dir))
+            return
         comparison = Comparison(own, rest)
         comparison.check_all()
         if not (own.estimate or own.report_only):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from common.options import NORMS
 
 BASELINE = "layernorm"
@@ -22,21 +24,59 @@ COLUMNS: dict[str, tuple[str, tuple[float | None, ...]]] = {
     "PTB": ("UAS", (88.31, 89.12, 89.19, 89.79, 89.23)),
 }
 
-# Which column a config of this folder is to be held against. A sample of the data is named as one in the report.
-CONFIGS = {
-    "wmt14_en_de": "En-De",
-    "iwslt14_de_en": "De-En",
-    "multi30k_de_en": "De-En",
-    "multi30k_prenorm": "De-En",
-    "iwslt15_en_vi": "En-Vi",
-    "enwik8": "Enwiki8",
-    "enwik_sample": "Enwiki8",
-    "rt": "RT",
-    "sst5": "SST5",
-    "mnist": "MNIST",
-    "ptb": "PTB",
-    "ud_ewt": "PTB",
+
+class Need(NamedTuple):
+    """What a row of the paper takes."""
+
+    config: str
+    data: str
+    license: str
+    machine: str
+    arguments: str = ""  # of `compare.py`, beside the config
+
+    @property
+    def command(self) -> str:
+        words = ["python recipes/compare.py", f"--config recipes/configs/{self.config}.yaml", self.arguments]
+        return " ".join([*filter(None, words), "--seeds 5", f"--output_dir outputs/{self.config}"])
+
+
+_TREES = "--train_file 02-21.conllx --validation_file 22.conllx --test_file 23.conllx"
+NEEDS = {
+    "En-De": Need(
+        "wmt14_en_de",
+        "WMT14 English-German, 4.5 million pairs, from the Hub",
+        "for research, by the terms of its parts",
+        "8 GPUs of 16 GB",
+        '--launcher "accelerate launch --config_file recipes/launch/ddp_8_gpus.yaml"',
+    ),
+    "De-En": Need("iwslt14_de_en", "IWSLT14 German-English, from the Hub", "CC BY-NC-ND", "a GPU of 12 GB"),
+    "En-Vi": Need("iwslt15_en_vi", "IWSLT15 English-Vietnamese, from the Hub", "CC BY-NC-ND", "a GPU of 16 GB"),
+    "Enwiki8": Need(
+        "enwik8", "enwik8, the file", "GFDL and CC BY-SA, as Wikipedia's", "a GPU", "--train_file enwik8.zip"
+    ),
+    "RT": Need("rt", "RT, from the Hub", "none stated", "a CPU"),
+    "SST5": Need("sst5", "SST-5, from the Hub", "none stated", "a CPU"),
+    "MNIST": Need("mnist", "MNIST, from the Hub", "CC BY-SA", "a CPU, half an hour of a core for each run"),
+    "PTB": Need(
+        "ptb",
+        "the Penn Treebank, converted to dependencies",
+        "of the Linguistic Data Consortium, to be bought",
+        "a CPU, two hours of a core for each run",
+        _TREES,
+    ),
 }
+
+# Configs that stand in for a row's own: which, and on what data.
+SUBSTITUTES = {
+    "enwik_sample": ("Enwiki8", "a sample of Wikipedia"),
+    "multi30k_de_en": ("De-En", "Multi30k"),
+    "multi30k_prenorm": ("De-En", "Multi30k"),
+    "ud_ewt": ("PTB", "UD English-EWT"),
+}
+
+# Which column a config of this folder is to be held against.
+CONFIGS = {need.config: column for column, need in NEEDS.items()}
+CONFIGS |= {config: column for config, (column, _) in SUBSTITUTES.items()}
 
 
 def paper_score(column: str, norm: str) -> str:

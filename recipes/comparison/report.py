@@ -1,26 +1,16 @@
-"""Tables, curves and the HTML page of a comparison of norms.
-
-    python recipes/comparison/report.py outputs/rt outputs/mnist --output_dir outputs/all
-
-`compare.py` calls this for its own folder. As a script it puts several finished comparisons side by side, in the
-layout of the paper's table, as `table.md` and `table.tex`.
-"""
+"""Tables, curves and the HTML page of a comparison of norms."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import html
 import io
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes, where this file runs as a script
 
 import numpy as np
 
@@ -117,23 +107,15 @@ def conclusion(summary: Mapping[str, Any]) -> str:
 # Markdown and LaTeX
 
 
-def paper_table(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The paper's layout: a row a norm; for every comparison the paper's column, where there is one, and ours."""
-    head = ["model"]
-    for summary in summaries:
-        arrow = "higher" if summary["higher_is_better"] else "lower"
-        if summary["column"]:
-            head.append(f"{summary['column']} {COLUMNS[summary['column']][0]}, paper")
-        head.append(f"{summary['title']} {summary['label']}, ours, {summary['split']} ({arrow} is better)")
-    table = [head]
-    for norm in in_order(row["norm"] for summary in summaries for row in summary["rows"]):
-        cells = [title_of(norm)]
-        for summary in summaries:
-            if summary["column"]:
-                cells.append(paper_score(summary["column"], norm))
-            found = [row for row in summary["rows"] if row["norm"] == norm]
-            cells.append(our_score(found[0], summary["decimals"]) if found else "-")
-        table.append(cells)
+def paper_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """A row a norm: the paper's column, where there is one, and ours."""
+    column, arrow = summary["column"], "higher" if summary["higher_is_better"] else "lower"
+    paper = [f"{column} {COLUMNS[column][0]}, paper"] if column else []
+    table = [["model", *paper, f"{summary['title']} {summary['label']}, ours, {summary['split']} ({arrow} is better)"]]
+    rows = {row["norm"]: row for row in summary["rows"]}
+    for norm in in_order(rows):
+        paper = [paper_score(column, norm)] if column else []
+        table.append([title_of(norm), *paper, our_score(rows[norm], summary["decimals"])])
     return table
 
 
@@ -338,7 +320,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], 
     """All files of a comparison but `comparison.json`."""
     import matplotlib.pyplot as plt
 
-    table, differences = paper_table([summary]), difference_table(summary)
+    table, differences = paper_table(summary), difference_table(summary)
     bullets = "\n".join(f"- {line}" for line in notes(summary))
     text = f"# {summary['title']}\n\n{conclusion(summary)}\n\n{to_markdown(table)}\n{to_markdown(differences)}\n"
     write_file(folder / "table.md", f"{text}{bullets}\n\n    {summary['command']}\n")
@@ -377,7 +359,7 @@ def page(summary: Mapping[str, Any], runs: Sequence[Run], picture: bytes) -> str
     options = next((run.record["options"] for run in runs if run.record), {})
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     bullets = "".join(f"<li>{escape(line)}</li>" for line in notes(summary))
-    both = zip(paper_table([summary]), difference_table(summary), strict=True)
+    both = zip(paper_table(summary), difference_table(summary), strict=True)
     table = [[*scores, *differences[1:]] for scores, differences in both]  # the same norms in the same order
     title = escape(f"Norms compared: {summary['title']}")
     return f"""<!doctype html>
@@ -410,23 +392,3 @@ def _html_table(table: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table[1:])
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of comparisons")
-    parser.add_argument("--output_dir", required=True, type=Path)
-    arguments = parser.parse_args()
-    missing = [folder for folder in arguments.folders if not (folder / "comparison.json").is_file()]
-    if missing:
-        sys.exit(f"error: {missing[0]} holds no comparison.json: run recipes/compare.py first")
-    summaries = [json.loads((folder / "comparison.json").read_text("utf-8")) for folder in arguments.folders]
-    table = paper_table(summaries)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    write_file(arguments.output_dir / "table.md", to_markdown(table))
-    write_file(arguments.output_dir / "table.tex", to_latex(table))
-    print(to_markdown(table))
-
-
-if __name__ == "__main__":
-    main()

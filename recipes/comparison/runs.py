@@ -144,6 +144,7 @@ def summarize(
         }
         for norm in dict.fromkeys(run.norm for run in runs)
     ]
+    plain = records[id(min(finished, key=lambda run: run.norm != BASELINE))] if finished else {}
     return {
         "title": title,
         "column": column,
@@ -154,6 +155,7 @@ def summarize(
         "decimals": task.decimals,
         "higher_is_better": task.higher_is_better,
         "rows": rows,
+        **{name: plain.get(name) for name in ("options", "steps", "train_samples")},
         "num_resamples": num_resamples,
         "num_test_examples": _num_examples(finished, task, split),
         "command": command,

@@ -1,0 +1,152 @@
+"""The paper's claims, each held against the rows that were measured.
+
+A row says how one norm does beside another, by the paired t-test over the seeds that both finished (95 %, not
+corrected for the number of rows):
+
+- better or worse: the interval of the difference lies on that side of zero. A norm whose every run diverged is worse
+  than one that finished.
+- level: it is not, and the interval lies within what counts in this row, the difference that the paper reports between
+  AdaNorm and LayerNorm in it (one last digit where it reports none).
+- open: anything else; also one seed, or both diverged.
+
+A claim names which of these speak for it and which against it, and how many rows it lets off. Supported: the rows that
+speak for it are all measured rows but those let off. Not supported: more rows than are let off speak against it.
+Otherwise it is undecided, as it is where fewer than four of the eight rows were measured. A claim on most rows lets
+off as many as leave more than half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from comparison.paper import BASELINE, COLUMNS, ROWS, TITLES
+from comparison.significance import Difference, difference_over_seeds
+
+MIN_ROWS = 4
+
+
+class Claim(NamedTuple):
+    """`norm` is held against `other`: by scores, or by the gap between validation and training loss, where lower is
+    better."""
+
+    text: str
+    norm: str
+    other: str
+    speaks_for: frozenset[str]
+    speaks_against: frozenset[str]
+    measure: str = "scores"
+    lets_off: int | None = None  # None: less than half
+
+
+CLAIMS = (
+    Claim(
+        "LayerNorm-simple is at least as good as LayerNorm on most rows",
+        "layernorm-simple",
+        BASELINE,
+        frozenset({"better", "level"}),
+        frozenset({"worse"}),
+    ),
+    Claim(
+        "DetachNorm is worse than no norm on most rows",
+        "detachnorm",
+        "none",
+        frozenset({"worse"}),
+        frozenset({"better", "level"}),
+    ),
+    Claim(
+        "AdaNorm is better than LayerNorm on all rows but one",
+        "adanorm",
+        BASELINE,
+        frozenset({"better"}),
+        frozenset({"worse", "level"}),
+        lets_off=1,
+    ),
+    Claim(
+        "Gain and bias over-fit: without them (LayerNorm-simple) the loss gap is smaller on most rows",
+        "layernorm-simple",
+        BASELINE,
+        frozenset({"better"}),
+        frozenset({"worse"}),
+        measure="gaps",
+    ),
+)
+
+
+def difference(summary: Mapping[str, Any], norm: str, other: str, measure: str = "scores") -> Difference | None:
+    """The difference of two norms of a comparison over their seeds; None where none can be tested."""
+    rows = {row["norm"]: row for row in summary["rows"]}
+    if norm not in rows or other not in rows:
+        return None
+    ours, theirs = (
+        {int(seed): math.nan if value is None else value for seed, value in rows[name][measure].items()}
+        for name in (norm, other)
+    )
+    return difference_over_seeds(ours, theirs)
+
+
+def relation(summary: Mapping[str, Any], claim: Claim) -> str | None:
+    """`better`, `worse`, `level` or `open`: see the module. None where the row does not have both norms."""
+    rows = {row["norm"]: row for row in summary["rows"]}
+    if claim.norm not in rows or claim.other not in rows:
+        return None
+    finished = [bool(rows[name]["scores"]) for name in (claim.norm, claim.other)]
+    diverged = [bool(rows[name]["diverged"]) and not done for name, done in zip(claim[1:3], finished, strict=True)]
+    if not all(finished):
+        if diverged[0] and finished[1]:
+            return "worse"
+        if diverged[1] and finished[0]:
+            return "better"
+        return "open" if any(finished) or any(diverged) else None
+    found = difference(summary, claim.norm, claim.other, claim.measure)
+    if found is None:
+        return "open"
+    low, high = found.low, found.high
+    if claim.measure == "gaps" or not summary["higher_is_better"]:
+        low, high = -high, -low
+    if low > 0:
+        return "better"
+    if high < 0:
+        return "worse"
+    counts = what_counts(summary["column"]) if claim.measure == "scores" else 0.0
+    return "level" if -counts < low and high < counts else "open"
+
+
+def what_counts(column: str) -> float:
+    """The difference that the paper reports between AdaNorm and LayerNorm in a row, at least one last digit."""
+    metric, scores = COLUMNS[column]
+    ours, theirs = (scores[ROWS.index(norm)] for norm in ("adanorm", BASELINE))
+    least = 0.1 if metric == "BLEU" else 0.01
+    return least if ours is None or theirs is None else max(abs(ours - theirs), least)
+
+
+def verdict(relations: Sequence[str], claim: Claim) -> str:
+    """`supported`, `not supported` or `undecided here`, from the relations of the rows that were measured."""
+    lets_off = (len(relations) - 1) // 2 if claim.lets_off is None else claim.lets_off
+    if (
+        len(relations) >= MIN_ROWS
+        and sum(found in claim.speaks_for for found in relations) >= len(relations) - lets_off
+    ):
+        return "supported"
+    if len(relations) >= MIN_ROWS and sum(found in claim.speaks_against for found in relations) > lets_off:
+        return "not supported"
+    return "undecided here"
+
+
+def judge(summaries: Sequence[Mapping[str, Any]], claim: Claim) -> str:
+    """The claim in a line: the verdict, how many rows say what, and each row's figure."""
+    told = []
+    relations = []
+    for summary in summaries:
+        if (found := relation(summary, claim)) is None:
+            continue
+        relations.append(found)
+        figure = difference(summary, claim.norm, claim.other, claim.measure)
+        decimals = summary["decimals"] if claim.measure == "scores" else 3
+        interval = figure and f" {figure.mean:+.{decimals}f} [{figure.low:+.{decimals}f}, {figure.high:+.{decimals}f}]"
+        told.append(f"{summary['column']}{interval or ''}, {found}")
+    counts = ", ".join(f"{relations.count(name)} {name}" for name in ("better", "level", "worse", "open"))
+    of = f"{TITLES[claim.norm]} beside {TITLES[claim.other]}" + (", loss gap" if claim.measure == "gaps" else "")
+    rows = f"{of}: {counts}, of {len(relations)} rows measured ({'; '.join(told)})" if told else "no row measured"
+    return f"{claim.text}: **{verdict(relations, claim)}**; {rows}."

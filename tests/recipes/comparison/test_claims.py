@@ -1,0 +1,86 @@
+"""What becomes of the paper's claims."""
+
+import pytest
+
+from comparison.claims import CLAIMS, judge, relation, verdict, what_counts
+from comparison.paper import COLUMNS
+
+SIMPLE, DETACH, ADANORM, OVER_FIT = CLAIMS
+
+
+def summary(differences, *, norm="adanorm", other="layernorm", column="RT", measure="scores", higher=True, lost=None):
+    """A comparison in which `norm` differs from `other` by these, one a seed; `lost` diverged with every seed."""
+    rows = []
+    for name, moves in ((norm, differences), (other, [0.0] * len(differences))):
+        values = {str(seed): 70.0 + move for seed, move in enumerate(moves)}
+        values = {} if name == lost else values
+        diverged = {"0": 5} if name == lost else {}
+        rows.append({"norm": name, "scores": values, "gaps": {}, "diverged": diverged, measure: values})
+    return {"rows": rows, "column": column, "higher_is_better": higher, "decimals": 2}
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([0.9, 1.0, 1.1], "better"),
+        ([-0.9, -1.0, -1.1], "worse"),
+        ([0.02, -0.02, 0.01], "level"),  # within 0.29, which the paper reports for RT
+        ([1.0, -1.0, 0.1], "open"),
+        ([1.0], "open"),
+    ],
+)
+def test_a_row_is_judged_by_the_interval_over_seeds(differences, expected):
+    assert relation(summary(differences), ADANORM) == expected
+
+
+def test_where_lower_is_better_so_it_is_judged():
+    assert relation(summary([0.9, 1.0, 1.1], column="Enwiki8", higher=False), ADANORM) == "worse"
+    gaps = summary([-0.9, -1.0, -1.1], norm="layernorm-simple", measure="gaps")
+    assert relation(gaps, OVER_FIT) == "better"
+
+
+def test_a_norm_that_diverged_is_worse_than_one_that_finished():
+    def found(lost):
+        return relation(summary([1.0, 1.1], norm="detachnorm", other="none", lost=lost), DETACH)
+
+    assert (found("detachnorm"), found("none")) == ("worse", "better")
+
+
+def test_a_row_without_one_of_the_norms_says_nothing():
+    assert relation(summary([1.0, 1.1]), DETACH) is None
+
+
+def test_what_counts_in_a_row_is_what_the_paper_reports_there():
+    assert what_counts("RT") == pytest.approx(0.29)
+    assert what_counts("Enwiki8") == 0.01  # it reports none
+    assert all(what_counts(column) > 0 for column in COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("claim", "relations", "expected"),
+    [
+        (SIMPLE, "better level better open", "supported"),
+        (SIMPLE, "better level open open", "undecided here"),
+        (SIMPLE, "worse worse better level", "not supported"),
+        (SIMPLE, "worse better level", "undecided here"),  # three of eight rows are too few
+        (DETACH, "worse worse worse better open", "supported"),
+        (DETACH, "better level better worse worse", "not supported"),
+        (ADANORM, "better better better open", "supported"),
+        (ADANORM, "better better open open", "undecided here"),
+        (ADANORM, "better better level worse", "not supported"),
+        (OVER_FIT, "open open open open", "undecided here"),
+        (OVER_FIT, "better better better worse", "supported"),
+    ],
+)
+def test_a_claim_is_judged_by_how_many_rows_say_what(claim, relations, expected):
+    assert verdict(relations.split(), claim) == expected
+
+
+def test_a_claim_is_told_with_each_rows_figure():
+    rows = [summary([0.9, 1.0, 1.1], column=column) for column in ("RT", "SST5", "MNIST")]
+    said = judge([*rows, summary([1.0, -1.0], column="PTB")], ADANORM)
+    assert said.startswith(
+        f"{ADANORM.text}: **supported**; AdaNorm beside LayerNorm: 3 better, 0 level, 0 worse, 1 open,"
+    )
+    assert "of 4 rows measured (RT +1.00 [+0.75, +1.25], better; " in said
+    assert judge(rows, DETACH).endswith("**undecided here**; no row measured.")
