@@ -42,10 +42,10 @@ app = typer.Typer(
 Name = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A model's id on the Hub, or its folder.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")]
-Include = Annotated[list[str] | None, typer.Option(help="Only norms whose name ends so; may be given several times.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Not the norms whose name ends so.")]
-IncludeRegex = Annotated[str | None, typer.Option(help="Only norms whose whole name matches.")]
-ExcludeRegex = Annotated[str | None, typer.Option(help="Not the norms whose whole name matches.")]
+Include = Annotated[list[str] | None, typer.Option(help=f"{PATCH_OPTIONS['include'].help}; may be given several times.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="leave these norms as they are; written like --include.")]
+IncludeRegex = Annotated[str | None, typer.Option(help="--include, a regular expression in any case.")]
+ExcludeRegex = Annotated[str | None, typer.Option(help="--exclude, a regular expression in any case.")]
 Layers = Annotated[list[int] | None, typer.Option(help="Only norms of this layer, negative from the end.")]
 Targets = Annotated[str, typer.Option(help='"layernorm", "rmsnorm" or "all".')]
 OnTied = Annotated[str, typer.Option(help=PATCH_OPTIONS["on_tied"].help)]
@@ -406,10 +406,10 @@ def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return build(config)  # type: ignore[no-any-return]
 
 
-def _patterns(option: str, endings: list[str] | None, regex: str | None) -> str | list[str] | None:
-    if endings and regex:
+def _patterns(option: str, patterns: list[str] | None, regex: str | None) -> str | list[str] | None:
+    if patterns and regex:
         raise ValueError(f"--{option} and --{option}-regex exclude each other: give one of them")
-    return regex or endings or None
+    return f"{regex}$" if regex else patterns or None
 
 
 # What a tokenizer or a processor is made of; copied as it is, code excepted.

@@ -82,7 +82,7 @@ def patch_options() -> dict[str, Option]:
         "eps": Option(None, "added to the variance; by default what the replaced norm uses"),
         "centered": Option(None, "whether the mean is subtracted; by default as the replaced norm does"),
         "include": Option(
-            None, "swap only norms with these name endings (a list) or matching this regular expression"
+            None, "swap only norms whose name ends so (* is any number) or as a whole matches a regular expression"
         ),
         "exclude": Option(None, "leave these norms as they are; written like include"),
         "layers": Option(None, "swap only norms in these layers, counted from 0, negative from the end"),

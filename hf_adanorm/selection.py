@@ -1,14 +1,16 @@
 """Which of a model's norms a call means: `include`, `exclude`, `layers`.
 
-Patterns follow PEFT's `target_modules`: a string is a regular expression that must match the whole module name, a
-list holds name endings, in which `*` stands for any number, as in the lines of a report. `layers` counts within every
-stack of layers. Whatever matches nothing raises.
+A pattern is read alike wherever it stands (`patch_model`, a command line, a config; alone or in a list): as the ending
+of names, in which `*` stands for any number, as in the lines of a report; where no norm has that ending, as a regular
+expression that must match the whole name. A `$` at its end says that it is one. `layers` counts within every stack of
+layers. Whatever matches nothing raises.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
@@ -21,42 +23,39 @@ Patterns = str | Sequence[str] | None
 
 
 def check_patterns(option: str, patterns: Patterns) -> None:
-    """Raise TypeError or ValueError unless `patterns` is a regular expression, a list of strings or None."""
-    if patterns is None:
-        return
-    if isinstance(patterns, str):
-        try:
-            re.compile(patterns)
-        except re.error as error:
-            raise ValueError(f"{option}={short_repr(patterns)} is not a regular expression: {error}") from None
+    """Raise TypeError or ValueError unless `patterns` is a string, a list of strings or None."""
+    if patterns is None or isinstance(patterns, str):
         return
     if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"{option} must be a regular expression or a list of name endings, got {short_repr(patterns)}")
+        raise TypeError(
+            f"{option} must be a name's ending, a regular expression or a list of them, got {short_repr(patterns)}"
+        )
     if not patterns or not all(patterns):
         raise ValueError(f"{option}={short_repr(patterns)} holds no name: leave it out to mean every norm")
 
 
 def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[str]:
     """The names that the patterns match; ValueError for a pattern that matches none, with the closest names."""
-    if patterns is None:
-        return set()
-    if isinstance(patterns, str):
-        matched = {name for name in names if re.fullmatch(patterns, name)}
-        if not matched:
-            raise ValueError(
-                f"{option}={short_repr(patterns)} matches no norm. As a string it is a regular expression for the "
-                f"whole name; for name endings pass a list. {_closest(patterns, names)}"
-            )
-        return matched
     found: set[str] = set()
-    for ending in patterns:
-        pattern = re.compile(r"(?:.*\.)?" + re.escape(ending).replace(r"\*", r"\d+"))
-        matched = {name for name in names if pattern.fullmatch(name)}
-        if not matched:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        ending = re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", r"\d+"))
+        ended = {name for name in names if ending.fullmatch(name)}
+        why = "as a regular expression for the whole name it matches none"
+        try:
+            matched = {name for name in names if re.fullmatch(pattern, name)}
+        except re.error as error:
+            matched, why = set(), f"it is not a regular expression: {error}"
+        if not ended and not matched:
             raise ValueError(
-                f"{option}: {short_repr(ending)} is the ending of no norm's name. {_closest(ending, names)}"
+                f"{option}: {short_repr(pattern)} is the ending of no norm's name, and {why}. {_closest(pattern, names)}"
             )
-        found |= matched
+        if isinstance(patterns, str) and ended and matched and ended != matched:  # in a list, it never was the other
+            warnings.warn(
+                f"{option}={short_repr(pattern)} is read as the ending of a name and means {len(ended)} norms; as a "
+                f"regular expression, {short_repr(pattern + '$')}, it would mean {len(matched)}",
+                stacklevel=5,
+            )
+        found |= ended or matched
     return found
 
 

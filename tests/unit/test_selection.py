@@ -79,6 +79,29 @@ def test_list_holds_name_endings() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("pattern", "means"),
+    [
+        ("output.LayerNorm", ALL - {"embeddings.LayerNorm"}),  # an ending
+        ("embeddings.LayerNorm", {"embeddings.LayerNorm"}),  # a whole name
+        ("*.output.LayerNorm", {f"encoder.layer.{i}.output.LayerNorm" for i in range(3)}),  # a line of a report
+        (r"encoder\.layer\.[02]\.output\.LayerNorm", {f"encoder.layer.{i}.output.LayerNorm" for i in (0, 2)}),
+        ("encoder.*", ALL - {"embeddings.LayerNorm"}),
+    ],
+)
+def test_a_pattern_means_the_same_alone_and_in_a_list(pattern: str, means: set[str]) -> None:
+    assert chosen(bert(), include=pattern) == means
+    assert chosen(bert(), include=[pattern]) == means
+    assert chosen(bert(), exclude=pattern) == ALL - means
+
+
+def test_a_line_of_a_report_that_would_also_do_as_a_regular_expression_is_said() -> None:
+    line = "encoder.layer.*.output.LayerNorm"
+    with pytest.warns(UserWarning, match=r"ending of a name and means 3 norms.*LayerNorm\$', it would mean 6"):
+        assert chosen(bert(), include=line) == {f"encoder.layer.{i}.output.LayerNorm" for i in range(3)}
+    assert chosen(bert(), include=line + "$") == ALL - {"embeddings.LayerNorm"}
+
+
 def test_ending_starts_at_a_dot() -> None:
     with pytest.raises(ValueError, match="'Norm' is the ending of no norm's name"):
         patch_model(bert(), include=["Norm"])
@@ -108,7 +131,7 @@ def test_closest_names_help_with_a_typing_error() -> None:
 
 @pytest.mark.parametrize(
     ("patterns", "error"),
-    [("(", ValueError), ([], ValueError), ([""], ValueError), (3, TypeError), ([1], TypeError)],
+    [("(", ValueError), (["("], ValueError), ([], ValueError), ([""], ValueError), (3, TypeError), ([1], TypeError)],
 )
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_bad_patterns_raise_and_name_the_option(option: str, patterns: Any, error: type[Exception]) -> None:
