@@ -144,7 +144,8 @@ class Run:
         self.bare = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if options.report_to:
             settings = {name: str(value) for name, value in asdict(options).items()}
-            accelerator.init_trackers(self.script.stem, config=settings)
+            run = {"name": self.output_dir.name, "resume": "allow" if self.resuming else "never"}
+            accelerator.init_trackers(self.script.stem, config=settings, init_kwargs={"trackio": run})
         self.total_steps = options.max_steps or options.num_epochs * task.plan.num_steps
         self.record |= {"norm_modules": num_norms, "parameters": num_parameters}
         metric = ("score", "label", "scale", "decimals", "higher_is_better")

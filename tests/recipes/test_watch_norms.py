@@ -35,6 +35,19 @@ def test_watching_reaches_the_tracker_and_leaves_the_training_alone(texts, tmp_p
     assert steps == [1, 6, 11]
 
 
+def test_trackio_has_one_run_for_a_folder_without_a_network(texts, tmp_path, monkeypatch):
+    """Needs `pip install trackio`, which no extra of ours brings."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    for name in ("a", "b", "b"):  # the second time, b is finished and stays as it is
+        results = run(texts, tmp_path / name, "--report_to", "trackio")
+    assert sorted(storage.get_runs("classification")) == ["a", "b"]
+    logs = storage.get_logs("classification", "b")
+    assert [entry["step"] for entry in logs if "train/loss" in entry] == [5, 10, 12]
+    (score,) = [entry["validation/accuracy"] for entry in logs if "validation/accuracy" in entry]
+    assert score == results["validation"]["accuracy"]
+
+
 def test_zero_is_refused(texts, tmp_path):
     with pytest.raises(SystemExit) as end:
         run(texts, tmp_path / "zero", "--watch_norms", "0")
