@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+from common.progress import with_time_left
 from tasks import image_cnn, transition_parser  # noqa: F401  (registers them with the Auto classes)
 from tasks.arc_standard import ParserVocabulary, parse_sentences
 from tasks.conllu import read_conllu, write_conllu
@@ -36,7 +37,7 @@ def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, 
     model = AutoModelForSequenceClassification.from_pretrained(model_dir).to(device).eval()
     order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
     predictions = [0] * len(rows)
-    for start in range(0, len(order), batch_size):
+    for start in with_time_left(range(0, len(order), batch_size), "prediction"):
         indices = order[start : start + batch_size]
         columns = [list(column) for column in zip(*(rows[index] for index in indices), strict=True)]
         inputs = tokenizer(*columns, truncation=True, padding=True, return_tensors="pt").to(device)
@@ -56,7 +57,7 @@ def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: 
     [column] = images.column_names
     images = images.cast_column(column, ImageFeature())
     predictions: list[int] = []
-    for start in range(0, len(images), batch_size):
+    for start in with_time_left(range(0, len(images), batch_size), "prediction"):
         batch = [image.convert("RGB") for image in images[start : start + batch_size][column]]
         inputs = processor(images=batch, return_tensors="pt").to(device)
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):

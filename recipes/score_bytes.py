@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+from common.progress import with_time_left
 from tasks.bytes import Windows, has_memory
 
 
@@ -65,7 +66,7 @@ def stream_bits(
     streams = np.array_split(np.arange(num_segments), min(num_streams, num_segments))
     own = streams[rank::num_processes]
     indices, outputs, memory = [], [], None
-    for position in range(len(streams[0])):
+    for position in with_time_left(range(len(streams[0])), "scoring", shown=rank == 0):
         before_each()
         segments = [int(stream[position]) for stream in own if position < len(stream)]  # the longest streams are first
         rows = [data[segment * length : (segment + 1) * length + 1] for segment in segments or [0]]
@@ -98,7 +99,7 @@ def score_file(arguments: argparse.Namespace) -> dict[str, list[Any]]:
         return {"bits": [output[0] for output in outputs], "characters": [output[1] for output in outputs]}
     windows = Windows(data, arguments.sequence_length, arguments.stride)
     bits: list[float] = []
-    for start in range(0, len(windows), arguments.batch_size):
+    for start in with_time_left(range(0, len(windows), arguments.batch_size), "scoring"):
         rows = [windows[index] for index in range(start, min(start + arguments.batch_size, len(windows)))]
         batch = {name: tensor.to(device) for name, tensor in collate_windows(rows).items()}
         with autocast:

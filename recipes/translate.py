@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+from common.progress import with_time_left
 
 
 @torch.inference_mode()
@@ -31,7 +32,7 @@ def translate_texts(
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     translations = [""] * len(texts)
-    for start in range(0, len(order), batch_size):
+    for start in with_time_left(range(0, len(order), batch_size), "translation"):
         indices = order[start : start + batch_size]
         batch = tokenizer([texts[index] for index in indices], truncation=True, padding=True, return_tensors="pt")
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from common.progress import with_time_left
+
 # Examples are sorted by length within a pool of so many optimiser steps: long enough that the lengths in a batch are
 # close, short enough that the batches of an epoch stay mixed.
 POOL_STEPS = 50
@@ -133,7 +135,8 @@ def eval_batches(
     order = np.concatenate([order, np.resize(order[::-1], -len(order) % num_processes)])
     share = order[rank::num_processes]
     batches = [share[start : start + batch_size].tolist() for start in range(0, len(share), batch_size)]
-    yield from zip(batches, _loader(dataset, batches, collate, workers), strict=True)
+    loader = _loader(dataset, batches, collate, workers)
+    yield from zip(with_time_left(batches, "evaluation", shown=rank == 0), loader, strict=True)
 
 
 def _loader(dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any], workers: int) -> DataLoader:

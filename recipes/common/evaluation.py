@@ -71,7 +71,7 @@ def run_fresh_process(script: Path, arguments: Sequence[str], stop: Callable[[],
     """Run a Python script that shares nothing with this process, not even its launcher's variables. It is ended, and
     False returned, as soon as `stop` says so.
 
-    Raises RuntimeError with what it printed when it fails.
+    What it prints is shown; what it says on stderr is in the RuntimeError that is raised when it fails.
     """
     launcher = ("ACCELERATE_", "TORCHELASTIC_", "OMPI_", "PMI_", "FSDP_")
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
@@ -84,9 +84,7 @@ def run_fresh_process(script: Path, arguments: Sequence[str], stop: Callable[[],
     command = [sys.executable, str(script), *arguments]
     # In a folder of our own: in a shared one anybody may lay out modules.
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(
-            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
-        )
+        child = subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stderr=said)
         try:
             while child.poll() is None:
                 if stop():

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from common.checkpoints import Progress
+if TYPE_CHECKING:
+    from common.checkpoints import Progress
+
+T = TypeVar("T")
 
 # The first steps of a process pay for memory allocation and compilation: timing leaves them out.
 UNTIMED_STEPS = 5
+
+
+def time_left(seconds: float) -> str:
+    """Such as "3:20 left" or "2:03:20 left"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+
+
+def with_time_left(batches: Sequence[T], what: str, *, every: float = 30.0, shown: bool = True) -> Iterator[T]:
+    """The batches; a line every so many seconds says how many are done and, by the pace so far, the time left."""
+    started = said = time.monotonic()
+    for done, batch in enumerate(batches, start=1):
+        yield batch
+        now = time.monotonic()
+        if shown and now - said >= every and done < len(batches):
+            left = time_left((now - started) / done * (len(batches) - done))
+            print(f"{what}: {done:,} of {len(batches):,} batches, about {left}", flush=True)
+            said = now
 
 
 class Stopwatch:
@@ -97,4 +121,4 @@ class ProgressBar:
     def _left(self, step: int) -> str:
         done = step - self.first_step
         seconds = (time.perf_counter() - self.started) / max(done, 1) * (self.total - step)
-        return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if done > 0 and step < self.total else ""
+        return f", {time_left(seconds)}" if done > 0 and step < self.total else ""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers.utils import cached_file
 
+from common.progress import with_time_left
 from hf_adanorm.saving.files import write_file
 from tasks.conllu import Sentence
 
@@ -248,7 +249,7 @@ def parse(
     order = longest_first(sentences)
     heads: list[np.ndarray] = [np.zeros(0)] * len(order)
     relations = list(heads)
-    for start in range(0, len(order), batch_size):
+    for start in with_time_left(range(0, len(order), batch_size), "parsing"):
         batch = order[start : start + batch_size]
         states = States([sentences[index] for index in batch])
         while states.num_active:

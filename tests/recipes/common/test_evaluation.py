@@ -43,3 +43,13 @@ def test_what_is_not_finite_is_never_better(higher):
     assert is_better({"loss": 1.0, "score": 0.0}, {}, "score", higher=higher)
     assert is_better({"loss": 1.0, "score": 2.0}, {"score": 1.0}, "score", higher=higher) == higher
     assert not is_better({"loss": 1.0, "score": 1.0}, {"score": 1.0}, "score", higher=higher)
+
+
+def test_what_a_fresh_process_prints_is_shown_and_what_went_wrong_is_raised(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('1 of 2 batches', flush=True)\nsys.exit('no such model')")
+    with pytest.raises(RuntimeError, match="no such model"):
+        run_fresh_process(script, [])
+    assert capfd.readouterr().out == "1 of 2 batches\n"

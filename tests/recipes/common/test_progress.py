@@ -1,9 +1,12 @@
 """How fast a run goes, and how it is shown."""
 
+import re
 import time
 
+import pytest
+
 from common.checkpoints import Progress
-from common.progress import UNTIMED_STEPS, Stopwatch
+from common.progress import UNTIMED_STEPS, Stopwatch, time_left, with_time_left
 
 
 def test_speed_leaves_out_the_first_steps_and_pauses():
@@ -19,3 +22,20 @@ def test_speed_leaves_out_the_first_steps_and_pauses():
     watch.step(8)
     assert (progress.samples, progress.timed_samples) == (8 * (UNTIMED_STEPS + 1), 8)
     assert 0.01 <= progress.timed_seconds < 0.2
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0:00 left"), (200, "3:20 left"), (7400, "2:03:20 left")])
+def test_time_left_in_hours_where_there_are_any(seconds, said):
+    assert time_left(seconds) == said
+
+
+def test_a_long_pass_says_how_far_it_is(capsys):
+    assert list(with_time_left(range(0, 50, 10), "translation", every=0)) == [0, 10, 20, 30, 40]
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub("about .*", "", line) for line in lines] == [f"translation: {n} of 5 batches, " for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"every": 0, "shown": False}])
+def test_a_short_pass_and_other_processes_say_nothing(settings, capsys):
+    assert list(with_time_left("abc", "evaluation", **settings)) == ["a", "b", "c"]
+    assert capsys.readouterr().out == ""
