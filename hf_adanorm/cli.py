@@ -269,7 +269,7 @@ def bench(
     mode: Annotated[list[str] | None, typer.Option(help='"eager" or "compiled"; may be repeated.')] = None,
     device: Annotated[str | None, typer.Option(help='Such as "cpu" or "cuda:0"; a GPU if there is one.')] = None,
     threads: Annotated[int | None, typer.Option(help="Of torch on the CPU.")] = None,
-    quick: Annotated[bool, typer.Option(help="Whether it runs, not what it costs: the smallest sizes.")] = False,
+    quick: Annotated[bool, typer.Option(help="Whether it runs, not what it costs: the smallest sizes, in about a minute.")] = False,
 ) -> None:
     """Measure the norms against nn.LayerNorm: the operator, whole models, and patching, saving and loading."""
     from .bench.measure import LEVELS, MODES, run_bench
@@ -341,16 +341,26 @@ def _load_config(name: str, revision: str | None, gguf_file: str | None = None) 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         disable_progress_bars()
+    folder = Path(name)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if folder.is_dir() or is_path:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{name}: no such folder")
+        wanted = gguf_file or "config.json"
+        if not (folder / wanted).is_file():
+            found = sorted(file.name for file in folder.glob("*.gguf"))
+            hint = f"; it holds {', '.join(found)}: give --gguf-file {found[0]}" if found else ""
+            raise FileNotFoundError(f"{name} is no folder with a {wanted}{hint}")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, **({"gguf_file": gguf_file} if gguf_file else {}))
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise OSError(f"{name}: no such folder, and no such model could be had from the Hub: {error}") from None
     if gguf_file:
-        config = AutoConfig.from_pretrained(name, revision=revision, gguf_file=gguf_file)
         names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
         config.architectures = config.architectures or ([names] if isinstance(names, str) else None)
-        return config  # type: ignore[no-any-return]
-    if (Path(name).is_dir() or name.startswith((".", "/", "~"))) and not (Path(name) / "config.json").is_file():
-        found = sorted(file.name for file in Path(name).glob("*.gguf"))
-        hint = f"; it holds {', '.join(found)}: give --gguf-file {found[0]}" if found else ""
-        raise FileNotFoundError(f"{name} is no folder with a config.json{hint}")
-    return AutoConfig.from_pretrained(name, revision=revision)  # type: ignore[no-any-return]
+    return config  # type: ignore[no-any-return]
 
 
 def _load_model(name: str, config: PreTrainedConfig, revision: str | None, gguf_file: str | None) -> PreTrainedModel:

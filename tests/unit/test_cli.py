@@ -283,7 +283,10 @@ def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "./nowhere"], "./nowhere is no folder with a config.json"),
+        (["inspect", "./nowhere"], "./nowhere: no such folder"),
+        (["inspect", "outputs/no/where"], "outputs/no/where: no such folder"),
+        (["unpatch", "no_where", "{tmp}/out"], "no_where: no such folder, and no such model could be had from the Hub"),
+        (["inspect", "{tmp}"], "is no folder with a config.json"),
         (["inspect", "{stock}", "--targets", "both"], "targets must be one of"),
         (["inspect", "{stock}", "--include", "nope"], "is the ending of no norm's name"),
         (["inspect", "{stock}", "--include", "a", "--include-regex", "b"], "exclude each other"),
