@@ -42,7 +42,9 @@ app = typer.Typer(
 Name = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A model's id on the Hub, or its folder.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")]
-Include = Annotated[list[str] | None, typer.Option(help=f"{PATCH_OPTIONS['include'].help}; may be given several times.")]
+Include = Annotated[
+    list[str] | None, typer.Option(help=f"{PATCH_OPTIONS['include'].help}; may be given several times.")
+]
 Exclude = Annotated[list[str] | None, typer.Option(help="leave these norms as they are; written like --include.")]
 IncludeRegex = Annotated[str | None, typer.Option(help="--include, a regular expression in any case.")]
 ExcludeRegex = Annotated[str | None, typer.Option(help="--exclude, a regular expression in any case.")]
@@ -269,7 +271,9 @@ def bench(
     mode: Annotated[list[str] | None, typer.Option(help='"eager" or "compiled"; may be repeated.')] = None,
     device: Annotated[str | None, typer.Option(help='Such as "cpu" or "cuda:0"; a GPU if there is one.')] = None,
     threads: Annotated[int | None, typer.Option(help="Of torch on the CPU.")] = None,
-    quick: Annotated[bool, typer.Option(help="Whether it runs, not what it costs: the smallest sizes, in about a minute.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Whether it runs, not what it costs: the smallest sizes, in about a minute.")
+    ] = False,
 ) -> None:
     """Measure the norms against nn.LayerNorm: the operator, whole models, and patching, saving and loading."""
     from .bench.measure import LEVELS, MODES, run_bench

@@ -84,9 +84,8 @@ def patch_model(
         centered: None keeps what the replaced norm does (an RMSNorm does not subtract the mean). True is the paper's.
             A fold and a fade start from the function of the source, and so take neither another eps nor another
             centering.
-        include: only these norms. A pattern or a list of them: the ending of names, in which `*` stands for any number,
-            or, where no norm has it, a regular expression that must match the whole name; names are those of
-            `model.named_modules()`.
+        include: only these norms. A pattern or a list of them: the ending of names (of `model.named_modules()`), in
+            which `*` stands for any number, or, where no norm has it, a regular expression for the whole name.
         exclude: all but these, in the same way.
         layers: only norms inside these layers, counted from 0 within every stack of layers, negative from the end.
         targets: `"layernorm"`, `"rmsnorm"` or `"all"`.

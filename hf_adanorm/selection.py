@@ -47,7 +47,8 @@ def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[st
             matched, why = set(), f"it is not a regular expression: {error}"
         if not ended and not matched:
             raise ValueError(
-                f"{option}: {short_repr(pattern)} is the ending of no norm's name, and {why}. {_closest(pattern, names)}"
+                f"{option}: {short_repr(pattern)} is the ending of no norm's name, and {why}. "
+                f"{_closest(pattern, names)}"
             )
         if isinstance(patterns, str) and ended and matched and ended != matched:  # in a list, it never was the other
             warnings.warn(

@@ -285,7 +285,7 @@ def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path
     [
         (["inspect", "./nowhere"], "./nowhere: no such folder"),
         (["inspect", "outputs/no/where"], "outputs/no/where: no such folder"),
-        (["unpatch", "no_where", "{tmp}/out"], "no_where: no such folder, and no such model could be had from the Hub"),
+        (["unpatch", "no_where", "{tmp}/out"], "no_where: no such folder, and no such model could be had"),
         (["inspect", "{tmp}"], "is no folder with a config.json"),
         (["inspect", "{stock}", "--targets", "both"], "targets must be one of"),
         (["inspect", "{stock}", "--include", "nope"], "is the ending of no norm's name"),
