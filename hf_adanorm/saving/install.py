@@ -28,30 +28,29 @@ def uninstall() -> None:
 
 
 def _wrap_configs(module: Any) -> None:
-    wrap_method(module.PreTrainedConfig, "to_json_file", _late("hooks", "to_json_file"), "json_file_path")
+    wrap_method(module, "PreTrainedConfig.to_json_file", _late("hooks", "to_json_file"), "json_file_path")
 
 
 def _wrap_models(module: Any) -> None:
-    model = module.PreTrainedModel
-    wrap_method(model, "post_init", _late("hooks", "post_init"))
-    wrap_method(model, "save_pretrained", _late("hooks", "save_pretrained"), "save_directory")
+    wrap_method(module, "PreTrainedModel.post_init", _late("hooks", "post_init"))
+    wrap_method(module, "PreTrainedModel.save_pretrained", _late("hooks", "save_pretrained"), "save_directory")
     upload = _late("hooks", "upload_modified_files")
-    wrap_method(model, "_upload_modified_files", upload, "working_dir", "repo_id")
+    wrap_method(module, "PreTrainedModel._upload_modified_files", upload, "working_dir", "repo_id")
 
 
 def _wrap_trainer(module: Any) -> None:
     load, push = _late("hooks", "load_from_checkpoint"), _late("hooks", "push_from_checkpoint")
-    wrap_method(module.Trainer, "_load_from_checkpoint", load, "resume_from_checkpoint")
-    wrap_method(module.Trainer, "create_model_card", _late("hooks", "create_model_card"))
-    wrap_method(module.Trainer, "_push_from_checkpoint", push, "checkpoint_folder")
+    wrap_method(module, "Trainer._load_from_checkpoint", load, "resume_from_checkpoint")
+    wrap_method(module, "Trainer.create_model_card", _late("hooks", "create_model_card"))
+    wrap_method(module, "Trainer._push_from_checkpoint", push, "checkpoint_folder")
 
 
 def _wrap_peft(peft: Any) -> None:
-    config, tuner = peft.config.PeftConfigMixin, peft.tuners.tuners_utils.BaseTuner
-    wrap_method(tuner, "inject_adapter", _late("adapters", "inject_adapter"), "model", "adapter_name")
-    wrap_method(peft.PeftModel, "add_adapter", _late("adapters", "add_adapter"), "peft_config")
-    wrap_method(config, "save_pretrained", _late("adapters", "save_config"), "kwargs")
-    wrap_method(config, "from_pretrained", _late("adapters", "load_config"))
+    inject = _late("adapters", "inject_adapter")
+    wrap_method(peft, "tuners.tuners_utils.BaseTuner.inject_adapter", inject, "model", "adapter_name")
+    wrap_method(peft, "PeftModel.add_adapter", _late("adapters", "add_adapter"), "peft_config")
+    wrap_method(peft, "config.PeftConfigMixin.save_pretrained", _late("adapters", "save_config"), "kwargs")
+    wrap_method(peft, "config.PeftConfigMixin.from_pretrained", _late("adapters", "load_config"))
 
 
 def _late(module: str, name: str) -> Around:

@@ -23,11 +23,14 @@ _ACTIVE: set[tuple[type, str]] = set()
 Around = Callable[[Callable[..., Any], Any, inspect.BoundArguments], Any]
 
 
-def wrap_method(owner: type, name: str, around: Around, *reads: str) -> None:
-    """Make `owner.name(...)` call `around`, which reads the arguments named in `reads`; nothing if it does already.
+def wrap_method(root: Any, path: str, around: Around, *reads: str) -> None:
+    """Make the method at `path` ("Class.method") in the module `root` call `around`, which reads the arguments named
+    in `reads`; nothing if it does already.
 
     A method that is not there, or does not take these arguments, is left alone with a warning: the others still work.
     """
+    *parents, name = path.split(".")
+    owner: Any = functools.reduce(lambda found, part: getattr(found, part, None), parents, root)
     if (owner, name) in _ACTIVE:
         return
     static = inspect.getattr_static(owner, name, None)
@@ -36,9 +39,9 @@ def wrap_method(owner: type, name: str, around: Around, *reads: str) -> None:
     if not signature.parameters or not set(reads) <= signature.parameters.keys():
         found = f"takes {signature}" if callable(method) else "is not there"
         warnings.warn(
-            f"{owner.__module__}.{owner.__qualname__}.{name} {found}: hf_adanorm expects it to take "
+            f"{root.__name__}.{path} {found}: hf_adanorm expects it to take "
             f"({', '.join(('self', *reads))}, ...) and does without it. Saving or loading patched models may lack "
-            f"something: use a version of {owner.__module__.partition('.')[0]} that hf_adanorm supports",
+            f"something: use a version of {root.__name__.partition('.')[0]} that hf_adanorm supports",
             stacklevel=2,
         )
         return

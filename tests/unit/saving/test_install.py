@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModel, BertModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, BertModel, PreTrainedConfig, PreTrainedModel, trainer
 
 from hf_adanorm import is_patched, patch_model
 from hf_adanorm.saving import install
@@ -38,6 +38,20 @@ def test_uninstall_and_install_again(tmp_path: Path) -> None:
     finally:
         install.install()
     assert is_patched(AutoModel.from_pretrained(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:transformers.trainer.Trainer")
+def test_a_class_that_is_gone_is_said_and_the_rest_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install.uninstall()
+    monkeypatch.delattr(trainer, "Trainer")
+    try:
+        with pytest.warns(UserWarning, match=r"transformers\.trainer\.Trainer\.create_model_card is not there"):
+            install.install()
+        patch_model(tiny()).save_pretrained(tmp_path)
+        assert is_patched(AutoModel.from_pretrained(tmp_path))
+    finally:
+        monkeypatch.undo()
+        install.install()
 
 
 def test_other_wrappers_on_top_go_on_working(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ def test_every_kind_of_argument_arrives_as_it_was_given(monkeypatch: pytest.Monk
     ("name", "reads", "message"),
     [
         ("gone", (), r"Owner\.gone is not there"),
+        ("Gone.method", (), r"Owner\.Gone\.method is not there"),
         ("method", ("path",), r"Owner\.method takes \(self, a\).*\(self, path"),
     ],
 )
