@@ -29,16 +29,16 @@ CELLS = [(0, 0, 0), (0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 1, 1), (1, 2, 0), (2, 0
 SUITES = (
     "unit/saving unit/folding unit/detection unit/test_autograd_modes.py unit/test_calibration.py unit/test_cli.py "
     "unit/test_cpu_kernel.py unit/test_fading.py unit/test_modeling_adanorm.py unit/test_patching.py "
-    "unit/test_swapping.py integration/test_gpu.py integration/test_hub.py integration/test_old_checkpoints.py "
-    "integration/test_saving.py integration/test_security.py integration/test_trainer.py "
+    "unit/test_swapping.py integration/test_gpu.py integration/test_old_checkpoints.py integration/test_saving.py "
+    "integration/test_security.py integration/test_trainer.py "
 )
-RECIPES = (
-    "recipes/common recipes/tasks recipes/test_classification.py recipes/test_language_modeling.py "
-    "recipes/test_parsing.py recipes/test_translation.py"
+AT_THE_BOUNDS = (
+    "integration/test_hub.py recipes/common recipes/tasks recipes/test_classification.py "
+    "recipes/test_language_modeling.py recipes/test_parsing.py recipes/test_translation.py"
 )
 SLOW = (
-    "compile or two_processes or more_memory or (whatever_is_imported_first and not (PEFT or Trainer)) "
-    "or who_pulls or trainer_pushes or broken_upload or stopped or killed or ctrl_c or bad_input or every_config"
+    "compile or two_processes or more_memory or (whatever_is_imported_first and not Trainer) or imported_later "
+    "or unpickle or pushes or broken_upload or stopped or killed or ctrl_c or bad_input or every_config"
 )
 RESULTS = Path("outputs/versions.jsonl")
 EXTRAS = ("cli", "plots", "recipes", "test")
@@ -93,11 +93,11 @@ def versions(session: nox.Session, transformers: str, torch: str) -> None:
 
 @nox.session(python=PYTHON[0])
 def lowest(session: nox.Session) -> None:
-    """The same and the recipes' suites, with every dependency at the lower bound that pyproject.toml gives."""
+    """The same, the recipes and the Hub, with every dependency at the lower bound that pyproject.toml gives."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs = [*project["dependencies"], *(need for extra in EXTRAS for need in project["optional-dependencies"][extra])]
     session.install(*(need.replace(">=", "==") for need in needs), "-e", ".")
-    run_suites(session, SUITES + RECIPES)
+    run_suites(session, SUITES + AT_THE_BOUNDS)
 
 
 @nox.session(python=PYTHON[0])

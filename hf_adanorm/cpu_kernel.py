@@ -62,6 +62,7 @@ void forward_##NAME(const T *restrict X, T *restrict Z, float *restrict MEAN, fl
       for (int64_t j = 0; j < H; j += 64 / sizeof(T)) __builtin_prefetch(x + H + j);                              \
     SIMD(omp simd reduction(+:var))                                                                               \
     for (int64_t j = 0; j < H; j++) { float d = LOAD(x[j]) - mean; var += d * d; }                                \
+    for (int64_t j = 0; j < H; j += 64 / sizeof(T)) __builtin_prefetch(z + j, 1); /* its lines, to be written */  \
     float rstd = 1.0f / sqrtf(var / H + eps);                                                                     \
     if (MEAN) MEAN[i] = mean;                                                                                     \
     RSTD[i] = rstd;                                                                                               \
@@ -83,6 +84,7 @@ void backward_##NAME(const T *restrict X, const T *restrict DZ, T *restrict DX, 
       float y = (LOAD(x[j]) - mean) * rstd, dy = (C - C * k * y) * LOAD(dz[j]);                                   \
       mean_dy += dy; mean_dyy += dy * y;                                                                          \
     }                                                                                                             \
+    for (int64_t j = 0; j < H; j += 64 / sizeof(T)) __builtin_prefetch(dx + j, 1);                                \
     mean_dy *= through_mean / H; mean_dyy *= through_std / H;                                                     \
     SIMD(omp simd)                                                                                                \
     for (int64_t j = 0; j < H; j++) {                                                                             \
