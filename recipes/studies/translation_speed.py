@@ -66,7 +66,7 @@ class SentencePlan:
 def endless(task: TranslationTask, plan: Any) -> Iterator[dict[str, torch.Tensor]]:
     """The batches of all epochs."""
     for epoch in itertools.count():
-        for _, micro_batches in train_batches(task.splits["train"], plan, epoch, collate=task.collate):
+        for _, micro_batches in train_batches(task.splits["train"], plan, epoch, collate=task.collate, count=len):
             yield micro_batches[0]
 
 

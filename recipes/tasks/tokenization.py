@@ -26,25 +26,32 @@ def train_encoder_tokenizer(
     vocabulary.
     """
     special = [PAD, UNK, CLS, SEP]
+    settings = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": False}
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
+    splitter = pre_tokenizers.BertPreTokenizer()
+
+    def trained(model: models.Model, trainer: trainers.Trainer) -> Tokenizer:
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer
+
     if kind == "word":
-        tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
-        trainer = trainers.WordLevelTrainer(
-            vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
-        )
-    elif kind == "wordpiece":
-        tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
-        )
+        trainer = trainers.WordLevelTrainer(special_tokens=special, **settings)
+        tokenizer = trained(models.WordLevel(unk_token=UNK), trainer)
+    elif kind == "bpe":
+        tokenizer = trained(models.BPE(unk_token=UNK), trainers.BpeTrainer(special_tokens=special, **settings))
     else:
-        tokenizer = Tokenizer(models.BPE(unk_token=UNK))
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
-        )
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(texts, trainer)
+        # Its trainer numbers the letters within words in the order of a hash map, other in every process, and cuts
+        # ties between merges by these numbers: given as special tokens, they have their numbers already.
+        texts = list(texts)
+        words = (word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+        within = sorted({f"##{letter}" for word in words for letter in word[1:]})
+        trainer = trainers.WordPieceTrainer(special_tokens=[*special, *within], **settings)
+        vocabulary = trained(models.WordPiece(unk_token=UNK), trainer).get_vocab()
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNK))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+        tokenizer.decoder = decoders.WordPiece()
     ids = {name: tokenizer.token_to_id(name) for name in (CLS, SEP)}
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS} $A {SEP}", pair=f"{CLS} $A {SEP} $B:1 {SEP}:1", special_tokens=list(ids.items())

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import sys
 import threading
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +18,10 @@ from PIL import Image
 import classification
 import compare
 from common.checkpoints import EXIT_RESUME
-from common.options import OptionError
 from comparison.runs import Run
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 PARTIAL = "detachnorm:detach_variance=false"
-CONFIGS = Path(compare.__file__).with_name("configs")
 
 
 def arguments_for(texts, folder, *changes, test=True):
@@ -57,26 +53,6 @@ def read(folder, name):
 # What is run
 
 
-@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_every_config_names_its_recipe(config):
-    recipe, options_class = compare.choose_recipe(None, str(CONFIGS / f"{config}.yaml"))
-    expected = {"mnist": "classification", "demo": "classification", "rt": "classification", "sst5": "classification"}
-    expected |= {"enwik8": "language_modeling", "enwik_sample": "language_modeling"}
-    expected |= {"ptb": "parsing", "ud_ewt": "parsing"}
-    assert recipe == expected.get(config, "translation")
-    module = importlib.import_module(recipe)
-    assert module.OPTIONS is options_class
-    assert module.TASK.score
-
-
-def test_options_that_say_nothing_to_a_norm_are_not_tried_for_it():
-    grid = compare.parse_grid(["learning_rate=1e-3,1e-4", "C=0.8,1,2"], {"learning_rate", "C"})
-    assert len(compare.grid_points(grid, "adanorm")) == 6
-    assert compare.grid_points(grid, "none") == [{"learning_rate": "1e-3"}, {"learning_rate": "1e-4"}]
-    assert compare.grid_points({}, "none") == [{}]
-    assert len(compare.grid_points(grid, "adanorm:C=2")) == 2  # its C is fixed
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -103,11 +79,6 @@ def test_bad_input_ends_before_any_run(changes, said, texts, tmp_path, capsys):
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_without_config_or_recipe_there_is_nothing_to_run():
-    with pytest.raises(OptionError, match="give --config, or --recipe"):
-        compare.choose_recipe(None, None)
 
 
 def test_a_score_that_is_not_finite_never_wins_a_grid(texts, tmp_path):

@@ -30,6 +30,8 @@ def test_fields_that_become_others_are_taken():
         ({"model_type": "m2m_100", "d_modle": 8}, "no field 'd_modle'; did you mean 'd_model'"),
         ({"model_type": "bret"}, "no model_type 'bret'; did you mean"),
         ({"hidden_size": 8}, "needs a model_type"),
+        ({"model_type": "bert", "num_hidden_layers": -1}, "num_hidden_layers must not be negative"),
+        ({"model_type": "bert", "hidden_size": 1.5}, "Field 'hidden_size' expected int, got float"),
         ({"model_type": "bert", "vocab_size": 3}, "vocab_size 3 is less than the tokeniser's 20"),
     ],
 )

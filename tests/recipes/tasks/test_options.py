@@ -5,8 +5,8 @@ import importlib
 
 import pytest
 
-import compare
 from common.options import options_that_change
+from comparison.choices import recipe_options
 
 # What another value changes nothing of what was or will be trained or scored, or only from then on.
 NOTHING = {
@@ -17,7 +17,7 @@ NOTHING = {
 ONWARD = {"checkpointing_steps", "on_nonfinite", "on_spike", "spike_sigmas"}
 
 
-@pytest.mark.parametrize("recipe", compare.recipe_options())
+@pytest.mark.parametrize("recipe", recipe_options())
 def test_every_option_is_classed_by_what_it_changes(recipe):
     options_class = importlib.import_module(recipe).OPTIONS
     names = {item.name for item in dataclasses.fields(options_class)}

@@ -1,0 +1,68 @@
+"""Texts with classes: from files to batches and a model."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from accelerate import Accelerator
+
+from common.options import OptionError
+from common.token_batches import TokenPlan
+from tasks.data import DataError
+from tasks.options import ClassificationOptions
+from tasks.text import ClassificationTask, prepare_text
+from tests.recipes.tiny_configs import TINY_CLASSIFIER
+
+
+@pytest.fixture
+def prepare(texts, tmp_path):
+    def prepared(**changes):
+        files = {f"{split}_file": str(texts[split]) for split in ("train", "validation")}
+        sizes = {"model_config": TINY_CLASSIFIER, "min_frequency": 1, "max_length": 32}
+        options = ClassificationOptions(**{**files, **sizes, **changes})
+        run = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True), division={"seed": 1})
+        run.is_main, run.resuming, run.output_dir = True, False, tmp_path
+        return prepare_text(run)
+
+    return prepared
+
+
+def test_batches_are_padded_and_hold_their_labels(prepare):
+    task = prepare()
+    rows = [task.splits["train"][index] for index in (0, 1)]
+    labels, lengths = [row["labels"] for row in rows], [len(row["input_ids"]) for row in rows]
+    batch = task.collate(rows)
+    assert batch["labels"].tolist() == labels
+    assert batch["attention_mask"].sum(1).tolist() == lengths == task.lengths["train"][:2]
+    assert task.build_model().config.vocab_size == len(task.processor)
+
+
+def test_with_a_token_budget_batches_are_planned_by_tokens(prepare):
+    assert isinstance(prepare(max_tokens=64).plan, TokenPlan)
+
+
+def test_positions_that_begin_after_padding_are_counted(prepare):
+    model = {**TINY_CLASSIFIER, "model_type": "roberta-prelayernorm"}
+    with pytest.raises(OptionError, match="--max_length 32 is beyond the model's 31 positions"):
+        prepare(model_config=model).build_model()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"text_column": "txt"}, DataError, "--text_column 'txt': the train split has no such column"),
+        ({"text_pair_column": "txt"}, DataError, "--text_pair_column 'txt': the train split has no such column"),
+        ({"label_names": ["only"]}, DataError, "label 1 is outside the range 0 to 0"),
+        ({"model_config": {}}, OptionError, "give either --model_name_or_path or model_config"),
+        ({"model_name_or_path": "no/such", "model_config": {}}, OptionError, "--model_name_or_path no/such: "),
+    ],
+)
+def test_what_would_stop_the_training_is_refused(changes, error, said, prepare):
+    with pytest.raises(error, match=said):
+        prepare(**changes)
+
+
+def test_what_a_score_is_made_of_adds_up_to_it(tmp_path):
+    (tmp_path / "test_predictions.json").write_text(json.dumps({"predictions": [0, 1, 1], "labels": [0, 1, 0]}))
+    statistics, score = ClassificationTask.per_example(tmp_path, {})
+    assert score(statistics.sum(0, keepdims=True)).tolist() == [pytest.approx(200 / 3)]

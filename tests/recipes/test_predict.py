@@ -1,0 +1,41 @@
+"""Predicting a file with a saved model, by the stock API."""
+
+import json
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+import predict
+from hf_adanorm import patch_model
+from tasks.tokenization import train_encoder_tokenizer
+
+ROWS = [("a b c a b", "c"), ("b", "a"), ("c c", "a b c c b a"), ("a", "b")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    texts = [text for row in ROWS for text in row]
+    options = {"vocab_size": 30, "min_frequency": 1, "lowercase": True, "max_length": 16}
+    tokenizer = train_encoder_tokenizer(texts, kind="word", **options)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=9, initializer_range=1.0, **sizes)
+    patch_model(AutoModelForSequenceClassification.from_config(config), "adanorm").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("columns", [["first"], ["first", "second"]])
+def test_every_row_has_its_class_in_the_order_of_the_file_whatever_the_batch(model, columns, tmp_path, monkeypatch):
+    data = Dataset.from_list([dict(zip(("first", "second"), row, strict=True)) for row in ROWS])
+    data.to_parquet(tmp_path / "data.parquet")
+    argv = ["predict.py", "--model", model, "--data", tmp_path / "data.parquet", "--output", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--batch_size", 3, "--columns", *columns])))
+    predict.main()
+    alone = [predict.predict_texts(str(model), [row[: len(columns)]], 1, "no")[0] for row in ROWS]
+    assert json.loads((tmp_path / "out.json").read_text()) == alone
+    assert len(set(alone)) > 1

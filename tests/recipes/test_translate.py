@@ -1,0 +1,47 @@
+"""Translating a file with a saved model, by the stock API."""
+
+import gzip
+import sys
+
+import pytest
+import torch
+import translate
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from hf_adanorm import patch_model
+from tasks.joint_bpe import train_joint_bpe
+from tests.recipes.tiny_configs import TINY_TRANSLATOR
+
+TEXTS = ["a b c", "b", "", "c c a b b a c"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_joint_bpe(TEXTS * 3, vocab_size=30, lowercase=False, max_length=20)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**TINY_TRANSLATOR, vocab_size=len(tokenizer), decoder_start_token_id=2)
+    model = patch_model(AutoModelForSeq2SeqLM.from_config(config), "adanorm")
+    model.generation_config.max_length = 6
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["translate.py", *map(str, arguments)])
+    translate.main()
+
+
+def test_every_line_has_its_translation_whatever_the_batch(model, tmp_path, monkeypatch):
+    with gzip.open(tmp_path / "in.gz", "wt", encoding="utf-8-sig", newline="") as file:
+        file.write("\r\n".join(TEXTS) + "\r\n")
+    run(monkeypatch, "--model", model, "--input", tmp_path / "in.gz", "--output", tmp_path / "out", "--batch_size", 2)
+    found = (tmp_path / "out").read_text().removesuffix("\n").split("\n")
+    assert found == [translate.translate_texts(model, [text], 1, "no")[0] for text in TEXTS]
+
+
+def test_an_empty_file_is_refused(model, tmp_path, monkeypatch):
+    (tmp_path / "in").write_text("\n\n")
+    with pytest.raises(SystemExit, match="in is empty"):
+        run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
