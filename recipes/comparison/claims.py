@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from comparison.paper import BASELINE, COLUMNS, ROWS, TITLES
-from comparison.significance import Difference, difference_over_seeds
+from comparison.significance import difference_over_seeds
 
 MIN_ROWS = 4
 
@@ -74,16 +75,14 @@ CLAIMS = (
 )
 
 
-def difference(summary: Mapping[str, Any], norm: str, other: str, measure: str = "scores") -> Difference | None:
-    """The difference of two norms of a comparison over their seeds; None where none can be tested."""
-    rows = {row["norm"]: row for row in summary["rows"]}
-    if norm not in rows or other not in rows:
-        return None
+def measured(summary: Mapping[str, Any], claim: Claim) -> tuple[dict[int, float], dict[int, float]]:
+    """What the claim measures of its two norms, by seed."""
+    rows = {row["norm"]: row[claim.measure] for row in summary["rows"]}
     ours, theirs = (
-        {int(seed): math.nan if value is None else value for seed, value in rows[name][measure].items()}
-        for name in (norm, other)
+        {int(seed): math.nan if value is None else value for seed, value in rows[name].items()}
+        for name in (claim.norm, claim.other)
     )
-    return difference_over_seeds(ours, theirs)
+    return ours, theirs
 
 
 def relation(summary: Mapping[str, Any], claim: Claim) -> str | None:
@@ -99,7 +98,7 @@ def relation(summary: Mapping[str, Any], claim: Claim) -> str | None:
         if diverged[1] and finished[0]:
             return "better"
         return "open" if any(finished) or any(diverged) else None
-    found = difference(summary, claim.norm, claim.other, claim.measure)
+    found = difference_over_seeds(*measured(summary, claim))
     if found is None:
         return "open"
     low, high = found.low, found.high
@@ -136,17 +135,20 @@ def verdict(relations: Sequence[str], claim: Claim) -> str:
 
 def judge(summaries: Sequence[Mapping[str, Any]], claim: Claim) -> str:
     """The claim in a line: the verdict, how many rows say what, and each row's figure."""
-    told = []
-    relations = []
-    for summary in summaries:
-        if (found := relation(summary, claim)) is None:
-            continue
-        relations.append(found)
-        figure = difference(summary, claim.norm, claim.other, claim.measure)
-        decimals = summary["decimals"] if claim.measure == "scores" else 3
-        interval = figure and f" {figure.mean:+.{decimals}f} [{figure.low:+.{decimals}f}, {figure.high:+.{decimals}f}]"
-        told.append(f"{summary['column']}{interval or ''}, {found}")
+    judged = [(summary, found) for summary in summaries if (found := relation(summary, claim))]
+    relations = [found for _, found in judged]
+    told = "; ".join(f"{summary['column']} {figure(summary, claim)}, {found}" for summary, found in judged)
     counts = ", ".join(f"{relations.count(name)} {name}" for name in ("better", "level", "worse", "open"))
     of = f"{TITLES[claim.norm]} beside {TITLES[claim.other]}" + (", loss gap" if claim.measure == "gaps" else "")
-    rows = f"{of}: {counts}, of {len(relations)} rows measured ({'; '.join(told)})" if told else "no row measured"
+    rows = f"{of}: {counts}, of {len(judged)} rows measured ({told})" if judged else "no row measured"
     return f"{claim.text}: **{verdict(relations, claim)}**; {rows}."
+
+
+def figure(summary: Mapping[str, Any], claim: Claim) -> str:
+    """The difference of a row with its interval, or where there is none with the number of seeds."""
+    ours, theirs = measured(summary, claim)
+    decimals = summary["decimals"] if claim.measure == "scores" else 3
+    if found := difference_over_seeds(ours, theirs):
+        return f"{found.mean:+.{decimals}f} [{found.low:+.{decimals}f}, {found.high:+.{decimals}f}]"
+    pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    return f"{fmean(pairs):+.{decimals}f} (n={len(pairs)})" if pairs else "diverged"

@@ -57,7 +57,9 @@ def gather(folders: Sequence[Path], output_dir: Path) -> str:
     parts.append("What the paper claims, and what these rows say:\n")
     parts.append("".join(f"- {judge(measured, claim)}\n" for claim in CLAIMS))
     if measured:
-        parts.append("Where the runs depart from the settings of the paper's row, as far as these are known:\n")
+        parts.append(
+            "Where the runs depart from the settings of the paper's row (in brackets), as far as these are known:\n"
+        )
         parts.append("".join(f"- {departures(summary)}\n" for summary in measured))
         commands = "\n".join(shown_command(summary) for summary in measured)
         parts.append(f"The commands:\n\n```bash\n{commands}\n```\n")
@@ -133,22 +135,20 @@ def departures(summary: Mapping[str, Any]) -> str:
     options_class = choose_recipe(None, str(path))[1]
     meant = json.loads(json.dumps(dataclasses.asdict(parse_options(options_class, ["--config", str(path)]))))
     tried = {name for row in summary["rows"] for name in row["choice"]}
-    names = options_that_change(options_class, "results", "onward") - {*OWN, *tried, "model_config"}
+    names = options_that_change(options_class, "results") - {*OWN, *tried, "model_config"}
     names = {name for name in names if name in had and not name.endswith(_OTHER_DATA)}
     pairs = {name: (had[name], meant[name]) for name in sorted(names)}
     ours, theirs = had.get("model_config") or {}, meant.get("model_config") or {}
     pairs |= {f"model {name}": (ours.get(name), theirs.get(name)) for name in [*ours, *(theirs.keys() - ours.keys())]}
     said = [f"{name} {_said(one)} ({_said(other)})" for name, (one, other) in pairs.items() if one != other]
-    budget = f"{summary['steps']:,} updates a run, {summary['train_samples']:,} training examples"
     data = "" if is_own(summary) else f"{SUBSTITUTES[summary['title']][1]} in place of the row's data; "
-    return f"{column}: {data}{budget}; {', '.join(said) or 'nothing else'}" + (
-        " (in brackets, the row's)." if said else "."
-    )
+    budget = f"{summary['steps']:,} updates a run, {summary['train_samples']:,} training examples"
+    return f"{column}: {data}{budget}; {', '.join(said) if said else 'no other departure'}."
 
 
 def _said(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "none" if value is None else str(value)
+        return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 

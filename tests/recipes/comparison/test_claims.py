@@ -83,4 +83,5 @@ def test_a_claim_is_told_with_each_rows_figure():
         f"{ADANORM.text}: **supported**; AdaNorm beside LayerNorm: 3 better, 0 level, 0 worse, 1 open,"
     )
     assert "of 4 rows measured (RT +1.00 [+0.75, +1.25], better; " in said
+    assert "PTB +1.00 (n=1), open" in judge([summary([1.0], column="PTB")], ADANORM)
     assert judge(rows, DETACH).endswith("**undecided here**; no row measured.")

@@ -95,7 +95,7 @@ def test_gaps_and_their_differences_are_shown(rt, tmp_path):
 
 def test_departures_come_from_the_runs(rt, tmp_path):
     text = gather([rt], tmp_path)
-    assert "- RT: 20 updates a run, 8,608 training examples; num_epochs 2 (5) (in brackets, the row's)" in text
+    assert "- RT: 20 updates a run, 8,608 training examples; num_epochs 2 (5).\n" in text
 
 
 def test_commands_name_no_folder_of_this_machine(rt, tmp_path):

@@ -1,0 +1,319 @@
+"""The runs of a comparison: which there are, which command each takes, running and collecting them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common.checkpoints import changed_content, write_json
+from common.options import NORMS, OptionError, options_that_change, parse_options
+from common.results import align
+from comparison.choices import MOST_SEEDS, OWN, choose_recipe, grid_points, parse_grid
+from comparison.contestants import canonical, folder_name, kind, parse_norm
+from comparison.paper import BASELINE
+from comparison.report import write_report
+from comparison.runs import Run, outcome, summarize
+from hf_adanorm.modeling_adanorm import NORM_CLASSES
+from tasks.data import DATA_OPTIONS, data_content
+
+ESTIMATE_STEPS = 25
+
+
+class RunInterrupted(Exception):  # noqa: N818  (no error: the comparison was asked to stop)
+    """SIGTERM or Ctrl-C; the run in progress has saved a checkpoint."""
+
+
+class Comparison:
+    """The runs of one comparison; `own` are its options, `rest` those of the recipe, as `compare.py` reads them."""
+
+    def __init__(self, own: argparse.Namespace, rest: list[str]):
+        self.own, self.rest = own, rest
+        name, self.options_class = choose_recipe(own.recipe, own.config)
+        recipe = importlib.import_module(name)
+        self.script, self.task = Path(recipe.__file__), recipe.TASK
+        self.names = {item.name for item in dataclasses.fields(self.options_class)}
+        for name in OWN:
+            if any(argument.split("=", 1)[0] == f"--{name}" for argument in rest):
+                raise OptionError(
+                    f"--{name} is set by the comparison for each run; use --norms, --seeds, --output_dir"
+                )
+        if min(own.seeds, default=0) < 0 or not own.seeds:
+            raise OptionError(f"--seeds: expected a positive number of seeds, got {own.seeds}")
+        if len(own.seeds) == 1 and own.seeds[0] > MOST_SEEDS:
+            raise OptionError(f"--seeds {own.seeds[0]}: one number is how many, at most {MOST_SEEDS}")
+        try:
+            self.launcher = shlex.split(own.launcher) if own.launcher else [sys.executable]
+        except ValueError as error:
+            raise OptionError(f"--launcher {own.launcher}: {error}") from error
+        if not self.launcher or shutil.which(self.launcher[0]) is None:
+            raise OptionError(f"--launcher {own.launcher!r}: there is no such command")
+        if own.resamples < 100:
+            raise OptionError(f"--resamples must be at least 100, got {own.resamples}")
+        if not 1 <= own.grid_seeds <= len(own.seeds):
+            raise OptionError(
+                f"--grid_seeds must be in [1, {len(own.seeds)}], the number of seeds; got {own.grid_seeds}"
+            )
+        self.grid = parse_grid(own.grid, self.names)
+        base = self.options(rest)
+        own.norms = list(dict.fromkeys(canonical(text, base, self.grid) for text in own.norms))
+        self.search: list[Run] = []
+        self.runs: list[Run] = []
+        self.failed: list[Run] = []
+        self.contents: dict[Any, dict[str, str]] = {}
+        self.stopping = ""
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def options(self, arguments: list[str]) -> Any:
+        """The recipe's options as these arguments set them. Raises OptionError for what the recipe refuses."""
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                return parse_options(self.options_class, arguments)
+        except SystemExit as error:
+            text = " ".join(said.getvalue().rpartition("error:")[2].split())  # without the lines on usage before it
+            raise OptionError(f"{self.script.name}: {text}") from error
+
+    def check_all(self) -> None:
+        """Raise OptionError for what a norm could not be trained with, before another has been."""
+        if self.own.output_dir.exists() and not self.own.output_dir.is_dir():
+            raise OptionError(f"--output_dir {self.own.output_dir}: a file, not a folder")
+        for norm in self.own.norms:
+            for point in grid_points(self.grid, norm):
+                options = self.options(self.arguments(Run(norm, self.own.seeds[0], self.own.output_dir, point)))
+                try:
+                    if norm != BASELINE:
+                        settings = NORMS[kind(norm)].settings
+                        NORM_CLASSES[kind(norm)](1, **{name: getattr(options, name) for name in settings})
+                except (ValueError, TypeError) as error:
+                    raise OptionError(f"--norms {norm}: {error}") from error
+
+    def arguments(self, run: Run, *, test: bool = True) -> list[str]:
+        """The recipe's command line for a run; without a test split for one of the search."""
+        norm, settings = parse_norm(run.norm)
+        arguments = [*self.rest, "--norm", norm, "--seed", str(run.seed), "--output_dir", str(run.folder)]
+        for name, value in {**settings, **run.choice}.items():
+            arguments += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        if not test:
+            arguments += [text for name, value in self.task.without_test.items() for text in (f"--{name}", value)]
+        return arguments
+
+    def execute(self, runs: Sequence[Run], *, test: bool = True) -> None:
+        """Run what is not finished, one after the other."""
+        for run in runs:
+            self.check_same_options(run, test=test)
+        for position, run in enumerate(runs, start=1):
+            if run.status == "unfinished" and not self.own.report_only:
+                started = time.perf_counter()
+                self.run_one(run, self.arguments(run, test=test))
+                took = f", {time.perf_counter() - started:,.0f} s"
+            else:
+                took = ", kept" if run.status != "unfinished" else ""
+            choice = "".join(f", {name} {value}" for name, value in run.choice.items())
+            stage = "run" if test else "search"
+            print(
+                f"{stage} {position}/{len(runs)}: {run.norm}, seed {run.seed}{choice}: {self.told(run)}{took}",
+                flush=True,
+            )
+
+    def told(self, run: Run) -> str:
+        """How a run ended, with its score."""
+        if run.status != "finished":
+            return outcome(run)
+        record = run.record
+        split = "test" if record["test"] else "validation"
+        value = record[split][self.task.score]
+        score = math.nan if value is None else value * self.task.scale  # null: not finite
+        return f"{split} {self.task.label} {score:.{self.task.decimals}f}"
+
+    def check_same_options(self, run: Run, *, test: bool = True) -> None:
+        """Raise OptionError when a run that ended had other options than it would be given now."""
+        saved = run.record.get("options")
+        if saved is None:
+            return
+        options = self.options(self.arguments(run, test=test))
+        now = json.loads(json.dumps(dataclasses.asdict(options)))
+        differing = [
+            f"{name}: {saved[name]!r} then, {now[name]!r} now"
+            for name in sorted(options_that_change(self.options_class, "results", "onward"))
+            if name in saved and saved[name] != now[name]
+        ]
+        if changed := changed_content(run.record.get("content"), self.content(options)):
+            raise OptionError(
+                f"{run.folder} holds a run on other data: {changed}; give that data, or another --output_dir"
+            )
+        if differing:
+            raise OptionError(
+                f"{run.folder} holds a run with other options ({'; '.join(differing)}); "
+                "give the same options, or another --output_dir"
+            )
+
+    def content(self, options: Any) -> dict[str, str]:
+        """What tells the content of the data from others; the files are the same for all runs, and read once."""
+        files = tuple(sorted((name, str(value)) for name, value in vars(options).items() if name in DATA_OPTIONS))
+        if files not in self.contents:
+            self.contents[files] = data_content(options)
+        return self.contents[files]
+
+    def run_one(self, run: Run, arguments: list[str]) -> None:
+        """Start the recipe and wait for it.
+
+        Raises RunInterrupted when this process was asked to stop, OptionError when the recipe refused its input.
+        """
+        run.folder.mkdir(parents=True, exist_ok=True)
+        log = run.folder / "log.txt"
+        command = [*self.launcher, str(self.script), *arguments]
+        with open(log, "ab") as file:
+            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.flush()
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            self.child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+            try:
+                if self.stopping:  # the signal came while the process was being started
+                    self.child.terminate()
+                code = self.child.wait()
+            except BaseException:
+                self.child.terminate()
+                self.child.wait()
+                raise
+            finally:
+                self.child = None
+        if self.stopping:
+            raise RunInterrupted
+        if run.status != "unfinished":
+            return
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if code == 2:
+            raise OptionError(f"{self.script.name}: {lines[-1].removeprefix('error: ')}")
+        self.failed.append(run)
+        print(f"{run.folder} failed with exit code {code}; the end of {log}:", file=sys.stderr)
+        print("\n".join(f"    {line}" for line in lines[-5:]), file=sys.stderr, flush=True)
+
+    def stop(self, number: int, *_: object) -> None:
+        """On SIGTERM or Ctrl-C: hand it to the run, which saves a checkpoint."""
+        self.stopping = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if self.child is not None:
+            self.child.terminate()
+
+    def plan_search(self) -> None:
+        """Every contestant's points of the grid, where it has more than one, with the first seeds."""
+        for norm in self.own.norms:
+            points = grid_points(self.grid, norm)
+            for point in points if len(points) > 1 else []:
+                slug = ",".join([folder_name(norm), *(f"{name}={value}" for name, value in point.items())])
+                folder = self.own.output_dir / "search" / slug.replace("/", "_")
+                for number, seed in enumerate(self.own.seeds[: self.own.grid_seeds]):
+                    self.search.append(
+                        Run(norm, seed, folder.with_name(f"{folder.name}-seed{seed}") if number else folder, point)
+                    )
+
+    def choose(self) -> dict[str, dict[str, str]]:
+        """For every contestant the point of the grid with the best validation score, on average over the seeds tried;
+        first come the points of which most runs finished."""
+        chosen = {}
+        for norm in self.own.norms:
+            points = grid_points(self.grid, norm)
+            ranks = [[self.rank(run) for run in self.search if (run.norm, run.choice) == (norm, p)] for p in points]
+            means = [tuple(map(fmean, zip(*found, strict=True))) for found in ranks]
+            chosen[norm] = points[means.index(max(means))]
+        return chosen
+
+    def rank(self, run: Run) -> tuple[int, float]:
+        """Orders the runs of a search; one that diverged late before one that diverged early, after all others."""
+        if run.status != "finished":
+            return (0, run.record.get("step", -1))
+        record = run.record
+        name, higher = self.task.selection(self.options(self.rest))
+        value = record["validation"][name]
+        if value is None or not math.isfinite(value):
+            return (0, -1)
+        return (1, record["validation"][name] if higher else -record["validation"][name])
+
+    def plan_runs(self, chosen: dict[str, dict[str, str]]) -> None:
+        """Seed by seed, so that a comparison that is stopped early has compared like with like."""
+        folder = self.own.output_dir / "runs"
+        self.runs = [
+            Run(norm, seed, folder / f"{folder_name(norm)}-seed{seed}", chosen[norm])
+            for seed in self.own.seeds
+            for norm in self.own.norms
+        ]
+
+    def report(self, command: str) -> dict[str, Any]:
+        """Write all tables and figures of what there is."""
+        folder = self.own.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = summarize(
+            self.runs,
+            self.search,
+            self.task,
+            title=self.own.title,
+            column=self.own.paper,
+            command=command,
+            num_resamples=self.own.resamples,
+        )
+        write_json(folder / "comparison.json", summary)
+        write_report(folder, summary, self.runs, self.search)
+        return summary
+
+    def estimate(self) -> str:
+        """Steps, tokens, parameters and measured time of the whole comparison, from a few steps of every norm."""
+        rows = [("norm", "parameters", "samples", "tokens", "steps", "s a step", "runs", "hours in all")]
+        total = 0.0
+        with tempfile.TemporaryDirectory() as folder:
+            for norm in self.own.norms:
+                run = Run(norm, self.own.seeds[0], Path(folder) / folder_name(norm), grid_points(self.grid, norm)[0])
+                short = {
+                    "max_steps": str(ESTIMATE_STEPS),
+                    "eval_steps": "null",
+                    "max_validation_samples": "32",
+                    "average_checkpoints": "0",
+                    "report_to": "[]",
+                    "push_to_hub": "false",
+                }
+                changes = [
+                    text for name, value in short.items() if name in self.names for text in (f"--{name}", value)
+                ]
+                self.run_one(run, [*self.arguments(run, test=False), *changes])
+                if run.status != "finished":
+                    rows.append((norm, *(["-"] * 6), outcome(run)))
+                    continue
+                record, options = run.record, self.options(self.rest)
+                steps = options.max_steps or options.num_epochs * record["steps_per_epoch"]
+                points = len(grid_points(self.grid, norm))
+                num_runs = len(self.own.seeds) + (points * self.own.grid_seeds if points > 1 else 0)
+                hours = num_runs * steps * record["seconds_per_step"] / 3600
+                total += hours
+                rows.append(
+                    (
+                        norm,
+                        f"{record['parameters']:,}",
+                        f"{record['train_samples']:,}",
+                        f"{record['train_tokens']:,}",
+                        f"{steps:,}",
+                        f"{record['seconds_per_step']:.3f}",
+                        str(num_runs),
+                        f"{hours:.2f}",
+                    )
+                )
+        return (
+            f"{align(rows)}\n\nIn all about {total:.1f} hours of training on this machine as it is now "
+            f"({ESTIMATE_STEPS} steps of every norm measured); evaluation, saving and start-up come on top."
+        )
