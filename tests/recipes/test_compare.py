@@ -18,7 +18,6 @@ from PIL import Image
 import classification
 import compare
 from common.checkpoints import EXIT_RESUME
-from comparison.runs import Run
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 PARTIAL = "detachnorm:detach_variance=false"
@@ -79,49 +78,6 @@ def test_bad_input_ends_before_any_run(changes, said, texts, tmp_path, capsys):
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_score_that_is_not_finite_never_wins_a_grid(texts, tmp_path):
-    own, rest = compare.parse_arguments(arguments_for(texts, tmp_path / "out"))
-    comparison = compare.Comparison(own, rest)
-    ranks = []
-    for number, accuracy in enumerate((None, 0.2)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        record = {"options": {}, "validation": {"accuracy": accuracy, "loss": accuracy}}
-        (folder / "results.json").write_text(json.dumps(record))
-        ranks.append(comparison.rank(Run("adanorm", 1, folder)))
-    assert ranks[1] > ranks[0]
-
-
-def test_a_grid_is_chosen_by_the_mean_over_seeds_and_by_who_finished(texts, tmp_path):
-    arguments = arguments_for(texts, tmp_path, "--norms", "adanorm", "--seeds", "2", "--grid_seeds", "2")
-    comparison = compare.Comparison(*compare.parse_arguments([*arguments, "--grid", "C=1,2,3"]))
-    comparison.plan_search()
-    scores = {("1", 1): 0.9, ("1", 2): 0.1, ("2", 1): 0.6, ("2", 2): 0.7, ("3", 1): 0.99}
-    assert [(run.choice["C"], run.seed) for run in comparison.search] == [*scores, ("3", 2)]
-    for run in comparison.search:
-        run.folder.mkdir(parents=True)
-        score = scores.get((run.choice["C"], run.seed))
-        name, record = ("diverged", {"step": 7}) if score is None else ("results", {"validation": {"accuracy": score}})
-        (run.folder / f"{name}.json").write_text(json.dumps({"options": {}, **record}))
-    assert comparison.choose() == {"adanorm": {"C": "2"}}
-
-
-def test_default_settings_spelled_out_are_the_bare_name(texts, tmp_path):
-    def folders(norms, *changes):
-        own, rest = compare.parse_arguments(
-            arguments_for(texts, tmp_path, "--norms", *norms, "--seeds", "1", *changes)
-        )
-        comparison = compare.Comparison(own, rest)
-        comparison.plan_runs(comparison.choose())
-        return [run.folder.name for run in comparison.runs]
-
-    norms = ["adanorm", "adanorm:C=1,k=0.1", "adanorm:k=0.10,C=2.0", "adanorm:C=2", "detachnorm:detach_mean=True"]
-    assert folders(norms) == ["adanorm-seed1", "adanorm,C=2-seed1", "detachnorm-seed1"]
-    assert folders(norms, "--C", "2") == ["adanorm-seed1", "adanorm,C=1-seed1", "detachnorm-seed1"]
-    # Where the grid tries values of C, a C in the name is fixed.
-    assert folders(["adanorm", "adanorm:C=1"], "--grid", "C=1,2")[1] == "adanorm,C=1-seed1"
 
 
 # A small comparison with real runs

@@ -1,0 +1,50 @@
+"""Which runs a comparison has, and which of a grid it takes; that they run is in test_compare.py."""
+
+import json
+
+from compare import parse_arguments
+from comparison.running import Comparison
+from comparison.runs import Run
+
+
+def planned(folder, *arguments):
+    return Comparison(*parse_arguments(["--recipe", "classification", "--output_dir", str(folder), *arguments]))
+
+
+def test_a_score_that_is_not_finite_never_wins_a_grid(tmp_path):
+    comparison = planned(tmp_path / "out")
+    ranks = []
+    for number, accuracy in enumerate((None, 0.2)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        record = {"options": {}, "validation": {"accuracy": accuracy, "loss": accuracy}}
+        (folder / "results.json").write_text(json.dumps(record))
+        ranks.append(comparison.rank(Run("adanorm", 1, folder)))
+    assert ranks[1] > ranks[0]
+
+
+def test_a_grid_is_chosen_by_the_mean_over_seeds_and_by_who_finished(tmp_path):
+    grid = ["--grid", "C=1,2,3", "--grid_seeds", "2"]
+    comparison = planned(tmp_path, "--norms", "adanorm", "--seeds", "2", *grid)
+    comparison.plan_search()
+    scores = {("1", 1): 0.9, ("1", 2): 0.1, ("2", 1): 0.6, ("2", 2): 0.7, ("3", 1): 0.99}
+    assert [(run.choice["C"], run.seed) for run in comparison.search] == [*scores, ("3", 2)]
+    for run in comparison.search:
+        run.folder.mkdir(parents=True)
+        score = scores.get((run.choice["C"], run.seed))
+        name, record = ("diverged", {"step": 7}) if score is None else ("results", {"validation": {"accuracy": score}})
+        (run.folder / f"{name}.json").write_text(json.dumps({"options": {}, **record}))
+    assert comparison.choose() == {"adanorm": {"C": "2"}}
+
+
+def test_default_settings_spelled_out_are_the_bare_name(tmp_path):
+    def folders(norms, *changes):
+        comparison = planned(tmp_path, "--norms", *norms, "--seeds", "1", *changes)
+        comparison.plan_runs(comparison.choose())
+        return [run.folder.name for run in comparison.runs]
+
+    norms = ["adanorm", "adanorm:C=1,k=0.1", "adanorm:k=0.10,C=2.0", "adanorm:C=2", "detachnorm:detach_mean=True"]
+    assert folders(norms) == ["adanorm-seed1", "adanorm,C=2-seed1", "detachnorm-seed1"]
+    assert folders(norms, "--C", "2") == ["adanorm-seed1", "adanorm,C=1-seed1", "detachnorm-seed1"]
+    # Where the grid tries values of C, a C in the name is fixed.
+    assert folders(["adanorm", "adanorm:C=1"], "--grid", "C=1,2")[1] == "adanorm,C=1-seed1"
