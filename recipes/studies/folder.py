@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from common.checkpoints import lock_folder, write_json
 from common.options import OptionError
@@ -35,3 +37,16 @@ def claim(folder: Path, args: argparse.Namespace, *, free: Collection[str]) -> N
             )
         return
     write_json(path, options)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` put there; a number that was not finite is NaN."""
+
+    def with_nan(entry: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: [math.nan if v is None else v for v in value] if isinstance(value, list) else value
+            for key, value in ((key, math.nan if value is None else value) for key, value in entry.items())
+        }
+
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), object_hook=with_nan)
+    return found

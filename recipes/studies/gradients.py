@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes, where this file runs as a script
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, MarianConfig, MarianMTModel
 
 from common.checkpoints import write_json
@@ -53,6 +54,7 @@ class StudyOptions:
     )
     num_steps: int = option(150, "optimiser steps for each norm")
     every: int = option(5, "record every so many steps")
+    dropout: float = option(0.1, "dropout", within="[0, 1)")
     batch_size: int = option(32, "texts a step", within="(0, inf)")
     max_length: int = option(40, "longest text in tokens", within="[3, inf)")
     learning_rate: float = option(5e-4, "Adam's learning rate, after 20 steps of warm-up", within="(0, inf)")
@@ -61,12 +63,16 @@ class StudyOptions:
     output_dir: str = option("outputs/gradients", "where the numbers and the pictures go")
 
 
-def prepare(options: StudyOptions) -> tuple[Callable[[], torch.nn.Module], Callable[[], Iterator[dict[str, Any]]]]:
-    """(what builds the model, what starts the stream of batches)."""
+Build = Callable[[], torch.nn.Module]
+Encode = Callable[[Dataset, Sequence[int]], dict[str, Any]]
+
+
+def prepare(options: StudyOptions) -> tuple[Build, Callable[[], Iterator[dict[str, Any]]], Encode]:
+    """(what builds the model, what starts the stream of batches, what makes one of rows of any split)."""
     data = load_file(options.train_file)
-    texts = [data[column][:] for column in (options.text_column, options.target_column) if column is not None]
+    columns = [column for column in (options.text_column, options.target_column) if column is not None]
     tokenizer = train_encoder_tokenizer(
-        (text for column in texts for text in column),
+        (text for column in columns for text in data[column]),
         kind="word",
         vocab_size=8000,
         min_frequency=2,
@@ -77,8 +83,7 @@ def prepare(options: StudyOptions) -> tuple[Callable[[], torch.nn.Module], Calla
     # What a layer adds to the residual stream grows with range * sqrt(width).
     initial = options.initializer_range or 0.02 * (768 / options.width) ** 0.5
     if options.target_column is None:
-        names, numbers = resolve_labels({"train": data}, options.label_column, None)
-        labels = torch.tensor(numbers["train"])
+        names, _ = resolve_labels({"train": data}, options.label_column, None)
         config: Any = BertConfig(
             **sizes,
             hidden_size=options.width,
@@ -88,8 +93,10 @@ def prepare(options: StudyOptions) -> tuple[Callable[[], torch.nn.Module], Calla
             max_position_embeddings=options.max_length,
             num_labels=len(names),
             initializer_range=initial,
+            hidden_dropout_prob=options.dropout,
+            attention_probs_dropout_prob=options.dropout,
         )
-        build: Callable[[], torch.nn.Module] = lambda: AutoModelForSequenceClassification.from_config(config)  # noqa: E731
+        build: Build = lambda: AutoModelForSequenceClassification.from_config(config)  # noqa: E731
     else:
         size = {"layers": options.num_layers, "attention_heads": 4, "ffn_dim": 4 * options.width}
         both = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in size.items()}
@@ -98,29 +105,29 @@ def prepare(options: StudyOptions) -> tuple[Callable[[], torch.nn.Module], Calla
             **both,
             d_model=options.width,
             init_std=initial,
-            attention_dropout=0.1,
-            dropout=0.1,
+            attention_dropout=options.dropout,
+            dropout=options.dropout,
             max_position_embeddings=options.max_length,
             decoder_start_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.sep_token_id,
         )
         build = lambda: MarianMTModel(config)  # noqa: E731
 
+    def encode(split: Dataset, rows: Sequence[int]) -> dict[str, Any]:
+        chosen = split[list(rows)]
+        encoded = [tokenizer(chosen[column], truncation=True, padding=True, return_tensors="pt") for column in columns]
+        if options.target_column is None:
+            labels = [names.index(str(label)) for label in chosen[options.label_column]]
+            return {**encoded[0], "labels": torch.tensor(labels)}
+        targets = encoded[1]["input_ids"].masked_fill(encoded[1]["attention_mask"] == 0, -100)
+        return {**encoded[0], "labels": targets}
+
     def batches() -> Iterator[dict[str, Any]]:
         order = random.Random(options.seed)
         while True:
-            chosen = order.sample(range(len(data)), options.batch_size)
-            encoded = [
-                tokenizer([column[i] for i in chosen], truncation=True, padding=True, return_tensors="pt")
-                for column in texts
-            ]
-            if options.target_column is None:
-                yield {**encoded[0], "labels": labels[chosen]}
-            else:
-                targets = encoded[1]["input_ids"].masked_fill(encoded[1]["attention_mask"] == 0, -100)
-                yield {**encoded[0], "labels": targets}
+            yield encode(data, order.sample(range(len(data)), options.batch_size))
 
-    return build, batches
+    return build, batches, encode
 
 
 def main() -> None:
@@ -129,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(options.num_threads)
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    build, batches = prepare(options)
+    build, batches, _ = prepare(options)
     logs, losses = {}, {}
     for name in options.norms:
         norm, settings = parse_norm(name)

@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
-import json
-import math
 import os
 import sys
 import time
@@ -42,7 +40,7 @@ from common.checkpoints import write_json
 from comparison.report import save_figure
 from hf_adanorm import patch_model, set_fade
 from hf_adanorm.fading import fade_at
-from studies.folder import claim
+from studies.folder import claim, read_json
 
 WAYS = ("layernorm", "drop layernorm-simple", "drop adanorm", "fold layernorm-simple", "fold adanorm")
 
@@ -134,18 +132,10 @@ def trained_source(seed: int, training: Tensor, held_out: Tensor, args: argparse
     return model
 
 
-def _with_nan(entry: dict[str, Any]) -> dict[str, Any]:
-    def number(value: Any) -> Any:
-        return math.nan if value is None else value
-
-    return {k: [number(v) for v in value] if isinstance(value, list) else number(value) for k, value in entry.items()}
-
-
 def study(seed: int, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """The results of every way with one seed; those that a killed study left behind are kept."""
     path = args.output_dir / f"results-steps{args.steps}-seed{seed}.json"
-    # A loss that was not finite is null there.
-    results = json.loads(path.read_text(), object_hook=_with_nan) if path.is_file() else {}
+    results = read_json(path) if path.is_file() else {}
     source = trained_source(seed, training, held_out, args)
     gains = torch.cat([m.weight.detach() for m in source.modules() if isinstance(m, nn.LayerNorm)])
     spread = f"{gains.mean():.2f} +- {gains.std():.2f}"
