@@ -33,7 +33,7 @@ from common.options import option, parse_options
 from comparison.report import save_figure, to_markdown
 from hf_adanorm import AdaNorm, patch_model, watch_norms
 from studies.folder import claim, read_json
-from studies.gradients import Encode, StudyOptions, prepare
+from studies.gradients import DATA, Encode, StudyOptions, prepare
 from tasks.data import load_file
 
 
@@ -41,8 +41,8 @@ from tasks.data import load_file
 class DepthOptions:
     """Options of the study."""
 
-    train_file: str = option(None, "texts with labels")
-    validation_file: str = option(None, "the same, held out")
+    train_file: str = option(str(DATA / "programs" / "train.jsonl.gz"), "texts with labels")
+    validation_file: str = option(str(DATA / "programs" / "validation.jsonl.gz"), "the same, held out")
     measured_layers: list[int] = option([6, 12, 24, 48], "depths at which the gradient is measured at initialization")
     trained_layers: list[int] = option([12, 24], "depths that are trained as well")
     width: int = option(64, "hidden size")

@@ -117,7 +117,9 @@ def prepare(options: StudyOptions) -> tuple[Build, Callable[[], Iterator[dict[st
         chosen = split[list(rows)]
         encoded = [tokenizer(chosen[column], truncation=True, padding=True, return_tensors="pt") for column in columns]
         if options.target_column is None:
-            labels = [names.index(str(label)) for label in chosen[options.label_column]]
+            labels = [
+                label if isinstance(label, int) else names.index(label) for label in chosen[options.label_column]
+            ]
             return {**encoded[0], "labels": torch.tensor(labels)}
         targets = encoded[1]["input_ids"].masked_fill(encoded[1]["attention_mask"] == 0, -100)
         return {**encoded[0], "labels": targets}
