@@ -74,7 +74,7 @@ def gather(folders: Sequence[Path], output_dir: Path) -> str:
     text = "\n".join(parts)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_file(output_dir / "rows.md", text)
-    write_file(output_dir / "rows.tex", to_latex(table))
+    write_file(output_dir / "rows.tex", to_latex([[cell.replace("*", "") for cell in row] for row in table]))
     return text
 
 

@@ -162,9 +162,9 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
             f"{summary['num_resamples']:,} resamples, seeds paired."
         )
     lines.append(
-        "Over seeds: paired t-test. Loss gap: validation loss at the last evaluation less the mean training loss "
-        "since the one before, in nats; dropout and label smoothing are in the training loss alone, so only "
-        "differences between norms say something: a larger gap is more over-fitting."
+        "Over seeds: paired t-test, not corrected for the number of norms. Loss gap: validation loss at the last "
+        "evaluation less the mean training loss since the one before, in nats; dropout and label smoothing are in the "
+        "training loss alone, so only differences between norms say something: a larger gap is more over-fitting."
     )
     if any(row["tried"] > 1 for row in summary["rows"]):
         chosen = [

@@ -13,6 +13,7 @@ phi with the activations that it met.
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -135,20 +136,19 @@ def prepare(options: StudyOptions) -> tuple[Build, Callable[[], Iterator[dict[st
 def main() -> None:
     """Train with each norm, then write the numbers and draw the pictures."""
     options = parse_options(StudyOptions, description=__doc__)
+    norms = {title_of(name): parse_norm(name) for name in options.norms}
     torch.set_num_threads(options.num_threads)
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     build, batches, _ = prepare(options)
     logs, losses = {}, {}
-    for name in options.norms:
-        norm, settings = parse_norm(name)
+    for label, (norm, settings) in norms.items():
         torch.manual_seed(options.seed)
         model = build().train()
         if norm != "layernorm":
             patch_model(model, norm, **settings)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98))
         stream = batches()
-        label = title_of(name)
         losses[label] = []
         with watch_norms(model, every=options.every, histogram=True) as logs[label]:
             for step in range(options.num_steps):
@@ -176,7 +176,7 @@ def draw(logs: dict[str, Any], losses: dict[str, list[float]], output_dir: Path)
         "losses": plots.plot_losses(losses, smooth=9),
     }
     for label, log in logs.items():
-        name = label.lower().replace("/", "").replace(" ", "-")
+        name = re.sub(r"[^\w.]+", "-", label.lower().replace("/", "")).strip("-")
         pictures[f"theorem-{name}"] = plots.plot_theorem(log)[0]
         pictures[f"steps-{name}"] = plots.plot_heatmap(log)
         pictures[f"phi-{name}"] = plots.plot_phi(log)

@@ -83,7 +83,7 @@ def test_scores_stand_beside_the_papers_and_are_marked(rt, tmp_path):
     assert "| *paper's RT, accuracy* | *76.85* | *77.21* | *76.66* | *76.40* | *77.50* |" in text
     assert "| *SST5, accuracy* | *38.55* |" in text
     assert (tmp_path / "rows.md").read_text(encoding="utf-8") == text
-    assert r"\toprule" in (tmp_path / "rows.tex").read_text(encoding="utf-8")
+    assert r"RT, accuracy (\%) & - & 77.00 $\pm$ 0.30" in (tmp_path / "rows.tex").read_text(encoding="utf-8")
 
 
 def test_gaps_and_their_differences_are_shown(rt, tmp_path):

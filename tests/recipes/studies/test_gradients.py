@@ -12,7 +12,8 @@ SIZES = ["--num_layers", "1", "--width", "8", "--num_steps", "3", "--every", "1"
 
 
 @pytest.mark.parametrize(
-    ("norms", "more"), [("[layernorm,detachnorm]", []), ("[detachnorm]", ["--target_column", "de"])]
+    ("norms", "more"),
+    [("[layernorm,detachnorm]", []), ("[detachnorm:detach_mean=false,detachnorm]", ["--target_column", "de"])],
 )
 def test_every_norm_starts_alike_and_is_drawn(norms, more, tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
@@ -25,3 +26,4 @@ def test_every_norm_starts_alike_and_is_drawn(norms, more, tmp_path, monkeypatch
     assert {row["step"] for row in found["records"]["DetachNorm"]} == {1, 2, 3}
     pictures = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert pictures >= {"gradients", "losses", "theorem-detachnorm", "steps-detachnorm", "phi-detachnorm"}
+    assert ("theorem-detachnorm-variance-only" in pictures) == ("detach_mean" in norms)
