@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from comparison.paper import BASELINE, COLUMNS, ROWS, TITLES
+from comparison.paper import BASELINE, COLUMNS, ROWS, TITLES, row_name
 from comparison.significance import difference_over_seeds
 
 MIN_ROWS = 4
@@ -137,7 +137,10 @@ def judge(summaries: Sequence[Mapping[str, Any]], claim: Claim) -> str:
     """The claim in a line: the verdict, how many rows say what, and each row's figure."""
     judged = [(summary, found) for summary in summaries if (found := relation(summary, claim))]
     relations = [found for _, found in judged]
-    told = "; ".join(f"{summary['column']} {figure(summary, claim)}, {found}" for summary, found in judged)
+    told = "; ".join(
+        f"{row_name(summary['column'], summary['title'])} {figure(summary, claim)}, {found}"
+        for summary, found in judged
+    )
     counts = ", ".join(f"{relations.count(name)} {name}" for name in ("better", "level", "worse", "open"))
     of = f"{TITLES[claim.norm]} beside {TITLES[claim.other]}" + (", loss gap" if claim.measure == "gaps" else "")
     rows = f"{of}: {counts}, of {len(judged)} rows measured ({told})" if judged else "no row measured"

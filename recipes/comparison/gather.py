@@ -16,7 +16,7 @@ from common.options import OptionError, options_that_change, parse_options
 from comparison.choices import OWN, choose_recipe
 from comparison.claims import CLAIMS, judge
 from comparison.contestants import in_order, title_of
-from comparison.paper import COLUMNS, NEEDS, ROWS, SUBSTITUTES, paper_score
+from comparison.paper import COLUMNS, NEEDS, ROWS, SUBSTITUTES, paper_score, row_name
 from comparison.report import gap_cells, our_score, to_latex, to_markdown
 from hf_adanorm.saving.files import write_file
 
@@ -79,7 +79,7 @@ def gather(folders: Sequence[Path], output_dir: Path) -> str:
 
 
 _LEGEND = """Mean ± standard deviation over n seeds, on the test set where nothing else is said, by the checkpoint that
-validation chose; in italics the paper's figures, each of one seed. Beside LayerNorm, at 5 %: † differs by a paired
+validation chose; in italics the paper's figures. Beside LayerNorm, at 5 %: † differs by a paired
 t-test over the seeds, ‡ by a paired bootstrap over the test examples, corrected for the number of norms.
 """
 
@@ -97,10 +97,9 @@ def scores_table(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         summary = summaries.get(column)
         if summary is not None:
             rows = {row["norm"]: row for row in summary["rows"]}
-            on = f" on {SUBSTITUTES[summary['title']][1]}" if not is_own(summary) else ""
             cells = [marked_score(rows[name], summary["decimals"]) if name in rows else "-" for name in names]
             split = "" if summary["split"] == "test" else f", {summary['split']}"
-            table.append([f"**{column}**{on}, {summary['label']}{split}", *cells])
+            table.append([f"**{row_name(column, summary['title'])}**, {summary['label']}{split}", *cells])
         said = [paper_score(column, name) for name in names]
         own = "" if summary is None else "paper's "
         table.append([f"*{own}{column}, {metric}*", *(f"*{score}*" if score != "-" else "" for score in said)])
@@ -124,7 +123,7 @@ def gaps_table(measured: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         for name in names:
             gap, beside = gap_cells(rows[name]) if name in rows else ("-", "-")
             cells.append(gap if beside == "-" else f"{gap} ({beside})")
-        table.append([summary["column"], *cells])
+        table.append([row_name(summary["column"], summary["title"]), *cells])
     return table
 
 

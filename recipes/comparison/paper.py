@@ -79,6 +79,11 @@ CONFIGS = {need.config: column for column, need in NEEDS.items()}
 CONFIGS |= {config: column for config, (column, _) in SUBSTITUTES.items()}
 
 
+def row_name(column: str, config: str | None) -> str:
+    """A row as it was measured by a config: with the data that stands in for the row's own."""
+    return f"{column} ({SUBSTITUTES[config][1]})" if config in SUBSTITUTES else column
+
+
 def paper_score(column: str, norm: str) -> str:
     """The paper's figure as printed there, "diverges" where it has none, "-" for a norm that is not in the paper."""
     if norm not in ROWS:

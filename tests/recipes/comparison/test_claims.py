@@ -16,7 +16,7 @@ def summary(differences, *, norm="adanorm", other="layernorm", column="RT", meas
         values = {} if name == lost else values
         diverged = {"0": 5} if name == lost else {}
         rows.append({"norm": name, "scores": values, "gaps": {}, "diverged": diverged, measure: values})
-    return {"rows": rows, "column": column, "higher_is_better": higher, "decimals": 2}
+    return {"rows": rows, "column": column, "title": column.lower(), "higher_is_better": higher, "decimals": 2}
 
 
 @pytest.mark.parametrize(

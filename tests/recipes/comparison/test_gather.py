@@ -112,7 +112,7 @@ def test_a_substitute_is_named_and_the_row_itself_stays_to_be_run(rt, tmp_path):
     runs = [finish(folder, "layernorm", 1, num_correct=500)]
     compared(folder, runs, title="ud_ewt", column="PTB")
     text = gather([rt, folder], tmp_path)
-    assert "**PTB** on UD English-EWT, " in text
+    assert "**PTB (UD English-EWT)**, " in text
     assert "- PTB: UD English-EWT in place of the row's data; 20 updates" in text
     assert "- PTB: the Penn Treebank" in text
     assert "- RT: RT, from the Hub" not in text
