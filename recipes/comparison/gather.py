@@ -36,6 +36,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if "options" not in summary:
         again = f"python {summary['command']} --report_only" if "command" in summary else "its command, --report_only"
         raise OptionError(f"--gather {path} is of an earlier version; report again: {again}")
+    if not summary["options"]:
+        raise OptionError(f"--gather {folder}: no run of this comparison has finished")
     if summary["column"] is None:
         raise OptionError(f"--gather {path} is of no row of the paper; report again with --paper {'|'.join(COLUMNS)}")
     return summary

@@ -29,13 +29,12 @@ STYLE = {BASELINE: 6, **{norm: facts.color for norm, facts in NORMS.items()}}
 
 def our_score(row: Mapping[str, Any], decimals: int) -> str:
     """Mean and standard deviation over seeds, and what became of seeds that did not finish."""
-    scores = row["scores"]
+    scores, mean, sd = row["scores"], row["mean"], row["sd"]
     parts = []
     if scores:
-        mean = f"{row['mean']:.{decimals}f}"
-        parts.append(
-            f"{mean} ± {row['sd']:.{decimals}f} (n={len(scores)})" if row["sd"] is not None else f"{mean} (n=1)"
-        )
+        finite = mean is not None and math.isfinite(mean)
+        said = f"{mean:.{decimals}f}" if finite else "not finite"
+        parts.append(f"{said}{f' ± {sd:.{decimals}f}' if finite and sd is not None else ''} (n={len(scores)})")
     if row["diverged"]:
         steps = ", ".join(str(step) for step in row["diverged"].values())
         parts.append(f"diverged at step {steps}" if not scores else f"{len(row['diverged'])} diverged at step {steps}")

@@ -1,6 +1,7 @@
 """The paper's rows from finished comparisons."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_a_substitute_is_named_and_the_row_itself_stays_to_be_run(rt, tmp_path):
     assert "recipes/configs/ptb.yaml --train_file 02-21.conllx" in text
 
 
-@pytest.mark.parametrize("change", ["missing", "broken", "old", "of no row", "twice"])
+@pytest.mark.parametrize("change", ["missing", "broken", "old", "of no row", "unfinished", "twice"])
 def test_what_cannot_be_gathered_is_refused_before_anything_is_written(change, rt, tmp_path):
     folder, said = tmp_path / "in", "there is no comparison.json"
     folder.mkdir()
@@ -133,6 +134,8 @@ def test_what_cannot_be_gathered_is_refused_before_anything_is_written(change, r
         )
     elif change == "of no row":
         text, said = text.replace('"column": "RT"', '"column": null'), r"report again with --paper En-De\|De-En"
+    elif change == "unfinished":
+        text, said = json.dumps({**json.loads(text), "options": None}), "no run of this comparison has finished"
     elif change == "twice":
         said = "another folder has the row RT"
     if change != "missing":

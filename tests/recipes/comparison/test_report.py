@@ -10,6 +10,7 @@ def row(**changes):
 
 def test_scores_are_told_with_what_is_missing():
     assert our_score(row(scores={1: 77.0, 2: 78.0}, mean=77.5, sd=0.7071), 2) == "77.50 ± 0.71 (n=2)"
+    assert our_score(row(scores={1: None, 2: 78.0}), 2) == "not finite (n=2)"
     assert our_score(row(diverged={1: 12, 2: 30}), 2) == "diverged at step 12, 30"
     partly = row(scores={1: 77.0}, mean=77.0, diverged={2: 30})
     assert our_score(partly, 2) == "77.00 (n=1); 1 diverged at step 30"
