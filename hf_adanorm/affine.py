@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._tables import counted
 from .detection import NormInfo
-from .folding.fold import fold_norms
+from .folding import fold_norms
 from .modeling_adanorm import NormGroup, SwappedNorm, is_swapped
 from .swapping import Change, Plan
 

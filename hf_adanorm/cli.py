@@ -25,7 +25,7 @@ except ImportError:  # the library itself needs torch and transformers only
     sys.exit("error: the command line needs typer and rich: pip install typer rich")
 
 from .options import patch_options
-from .saving.files import TEMPORARY, leads_outside
+from .saving import TEMPORARY, leads_outside
 
 PATCH_OPTIONS = patch_options()
 
@@ -276,7 +276,7 @@ def bench(
     ] = False,
 ) -> None:
     """Measure the norms against nn.LayerNorm: the operator, whole models, and patching, saving and loading."""
-    from .bench.measure import LEVELS, MODES, run_bench
+    from .bench import LEVELS, MODES, run_bench
 
     def report(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -482,19 +482,19 @@ def _copy_processor(name: str, revision: str | None, folder: Path) -> bool:
 def _push(folder: Path, repo_id: str, private: bool) -> str:
     from huggingface_hub import HfApi
 
-    from .saving import card as model_card
+    from .saving import CARD_NAME, write_model_card
 
     api = HfApi(library_name="hf_adanorm")
     # No wish is not the same as "public": an organisation may make new repositories private.
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    has_card = api.file_exists(repo_id, model_card.CARD_NAME)
+    has_card = api.file_exists(repo_id, CARD_NAME)
     if not has_card:
-        model_card.write_model_card(folder, model_id=repo_id)
+        write_model_card(folder, model_id=repo_id)
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message="Upload patched model",
-        ignore_patterns=[model_card.CARD_NAME] if has_card else None,
+        ignore_patterns=[CARD_NAME] if has_card else None,
     )
     return f"{api.endpoint}/{repo_id}"
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .saving.files import write_file
+from .saving import write_file
 
 logger = logging.getLogger(__name__)
 

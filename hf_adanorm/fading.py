@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from ._tables import counted
 from .detection import check_module
 from .modeling_adanorm import SwappedNorm, check_number
-from .saving.spec import swapped_norms, write_specs
+from .saving import swapped_norms, write_specs
 from .swapping import all_or_nothing
 
 Schedule = Literal["linear", "cosine"]

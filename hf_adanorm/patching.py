@@ -25,7 +25,7 @@ from .detection import check_module
 from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
 from .options import CHOICES
 from .report import Report
-from .saving.spec import left_by_folds, plain_modules, swapped_norms, write_specs
+from .saving import left_by_folds, plain_modules, swapped_norms, write_specs
 from .selection import Patterns, check_layers
 from .swapping import (
     Change,

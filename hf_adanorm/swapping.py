@@ -35,7 +35,7 @@ from .modeling_adanorm import (
 )
 from .options import CHOICES
 from .report import NormRow
-from .saving.spec import write_specs
+from .saving import write_specs
 from .selection import Patterns, check_patterns, match_layers, match_names
 
 # --------------------------------------------------------------------------------------------------------- the change

@@ -1,1 +1,5 @@
 """What the norms cost, measured: contenders, measurements, report."""
+
+from .measure import LEVELS, MODES, run_bench
+
+__all__ = ["LEVELS", "MODES", "run_bench"]

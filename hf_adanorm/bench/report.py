@@ -17,7 +17,7 @@ import torch
 
 from hf_adanorm.diagnostics.plots import COLORS
 from hf_adanorm.modeling_adanorm import NORM_CLASSES
-from hf_adanorm.saving.files import write_file
+from hf_adanorm.saving import write_file
 
 from .timing import Measurement, clock_name
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adanorm.saving.spec import own_configs
+from hf_adanorm.saving import own_configs
 
 Heads = dict[str, dict[str, nn.Parameter]]
 

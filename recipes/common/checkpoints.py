@@ -31,7 +31,7 @@ from accelerate.utils import RNG_STATE_NAME, load
 from safetensors import SafetensorError
 
 from common.options import OptionError
-from hf_adanorm.saving.files import TEMPORARY, write_file
+from hf_adanorm.saving import TEMPORARY, write_file
 
 try:
     import fcntl

@@ -16,8 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from common.options import OptionError
 from hf_adanorm import write_model_card
-from hf_adanorm.saving.card import CARD_NAME, read_card, read_config
-from hf_adanorm.saving.files import write_file
+from hf_adanorm.saving import CARD_NAME, read_card, read_config, write_file
 
 _IS_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -18,7 +18,7 @@ from common.options import NORMS
 from comparison.contestants import in_order, kind, title_of
 from comparison.paper import BASELINE, COLUMNS, paper_score
 from comparison.runs import Run, outcome, overfit_gap
-from hf_adanorm.saving.files import write_file
+from hf_adanorm.saving import write_file
 
 # Every norm keeps its colour and line in all pictures; the indices are those of hf_adanorm.plots.
 STYLE = {BASELINE: 6, **{norm: facts.color for norm, facts in NORMS.items()}}

@@ -49,7 +49,7 @@ from common.checkpoints import write_json
 from comparison.report import save_figure
 from hf_adanorm import calibrate_k, patch_model, set_fade
 from hf_adanorm.fading import Order, fade_at
-from hf_adanorm.saving.files import write_file
+from hf_adanorm.saving import write_file
 from studies.folder import claim
 
 WAYS = (

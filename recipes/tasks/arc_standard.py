@@ -21,7 +21,7 @@ import torch
 from transformers.utils import cached_file
 
 from common.progress import with_time_left
-from hf_adanorm.saving.files import write_file
+from hf_adanorm.saving import write_file
 from tasks.conllu import Sentence
 
 NULL, ROOT, UNKNOWN = 0, 1, 2  # ids of words and of tags that no word has; NULL is also that of a missing relation
