@@ -53,6 +53,7 @@ quality: $(QUALITY)  ## ruff, mypy and import-linter; installs torch, transforme
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
+	cd recipes && $(abspath $(BIN))/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 docs: $(DOCS)  ## build the documentation into docs/_build (installs torch, transformers and Sphinx) and check its links

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from common.checkpoints import write_json
 from common.evaluation import load_metric, main_first, mean
 from common.loop import Run
+from tasks.data import data_content
 from tasks.images import prepare_image
 from tasks.text import ClassificationTask, prepare_text
 
@@ -71,7 +72,7 @@ def test_scores(run: Run, task: ClassificationTask, model: Path) -> dict[str, fl
 def main(argv: list[str] | None = None) -> None:
     """Set up, train, test the best model in a fresh process, write `results.json`."""
     options = parse_options(ClassificationOptions, argv, __doc__)
-    run = Run(options, argv, __file__)
+    run = Run(options, argv, __file__, data_content)
     if run.finished:
         return
     task = run.prepare(PREPARE[options.task])

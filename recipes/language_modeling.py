@@ -31,12 +31,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from score_bytes import collate_windows, stream_bits, window_bits
 
 from common.checkpoints import write_json
 from common.evaluation import gather_by_index
 from common.loop import Run
-from tasks.bytes import ByteTask, Memory, prepare_bytes
+from tasks.bytes import ByteTask, Memory, collate_windows, prepare_bytes, stream_bits, window_bits
+from tasks.data import data_content
 
 OPTIONS, TASK = LanguageModelingOptions, ByteTask
 
@@ -86,7 +86,7 @@ def test_scores(run: Run, task: ByteTask, model: Path) -> dict[str, float] | Non
 def main(argv: list[str] | None = None) -> None:
     """Set up, train, test the best model in a fresh process, write `results.json`."""
     options = parse_options(LanguageModelingOptions, argv, __doc__)
-    run = Run(options, argv, __file__)
+    run = Run(options, argv, __file__, data_content)
     if run.finished:
         return
     task = run.prepare(prepare_bytes)

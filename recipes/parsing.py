@@ -33,6 +33,7 @@ from common.evaluation import mean
 from common.loop import Run
 from tasks.arc_standard import parse_sentences
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
+from tasks.data import data_content
 from tasks.parsing import ParsingTask, collate_transitions, prepare_parsing
 
 OPTIONS, TASK = ParsingOptions, ParsingTask
@@ -80,7 +81,7 @@ def test_scores(run: Run, task: ParsingTask, best: Path) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Set up, train, test the best model in a fresh process, write `results.json`."""
     options = parse_options(ParsingOptions, argv, __doc__)
-    run = Run(options, argv, __file__)
+    run = Run(options, argv, __file__, data_content)
     if run.finished:
         return
     task = run.prepare(prepare_parsing)

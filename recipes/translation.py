@@ -35,8 +35,9 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from common.loop import Run
 from common.weight_average import load_average
-from hf_adanorm.saving.files import write_file
+from hf_adanorm.saving import write_file
 from tasks.bleu import translation_scores
+from tasks.data import data_content
 from tasks.parallel_text import SOURCE
 from tasks.translation import (
     IGNORED,
@@ -113,7 +114,7 @@ def test_scores(
 def main(argv: list[str] | None = None) -> None:
     """Set up, train, test the best model in a fresh process, write `results.json`."""
     options = parse_options(TranslationOptions, argv, __doc__)
-    run = Run(options, argv, __file__)
+    run = Run(options, argv, __file__, data_content)
     if run.finished:
         return
     task = run.prepare(prepare_translation)

@@ -20,9 +20,8 @@ from accelerate import Accelerator
 from torch.distributed import TCPStore
 
 from common.checkpoints import EXIT_CANNOT_SAVE, SaveError, write_json
-from common.options import leave
+from common.options import DataError, leave
 from common.steps import DivergedError
-from tasks.data import DataError
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3

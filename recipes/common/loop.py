@@ -1,7 +1,7 @@
 """The loop that all recipes share: everything around the few lines that are a recipe's own.
 
     options = parse_options(Options, argv, __doc__)
-    run = Run(options, argv)                     # launcher, lock, newest checkpoint
+    run = Run(options, argv, __file__, data_content)  # launcher, lock, newest checkpoint
     if run.finished:
         return
     task = run.prepare(prepare_task)             # data, model, patch, optimiser
@@ -56,7 +56,6 @@ from common.setup import (
 )
 from common.steps import check_trained, optimizer_step
 from common.task import Task
-from tasks.data import data_content
 
 T = TypeVar("T", bound=Task)
 
@@ -79,20 +78,25 @@ class Step:
 
 
 class Run:
-    """One run of a recipe; see the module. `finished`: its folder holds the results of a run with these options."""
+    """One run of a recipe; see the module. `finished`: its folder holds the results of a run with these options.
 
-    def __init__(self, options: Any, argv: Sequence[str] | None, script: str):
+    `content(options)` is what tells the content of its data from others, by option: `tasks.data.data_content`.
+    """
+
+    def __init__(
+        self, options: Any, argv: Sequence[str] | None, script: str, content: Callable[[Any], dict[str, str]]
+    ):
         self.options, self.output_dir = options, Path(options.output_dir)
         self.script = Path(script)
         with clear_errors():
             self.accelerator = make_accelerator(options, options)
             self.is_main = self.accelerator.is_main_process
-            content = main_first(self.accelerator, lambda: data_content(options) if self.is_main else {})
+            found = main_first(self.accelerator, lambda: content(options) if self.is_main else {})
             self.checkpoints = Checkpoints(
                 self.output_dir,
                 self.accelerator,
                 asdict(options),
-                content=content,
+                content=found,
                 free=options_that_change(type(options), "onward", "nothing"),
                 keep=max(options.save_total_limit, getattr(options, "average_checkpoints", 0)),
                 overwrite=options.overwrite_output_dir,
@@ -113,7 +117,7 @@ class Run:
             "command": shlex.join([f"recipes/{self.script.name}", *(sys.argv[1:] if argv is None else argv)]),
             "versions": versions(),
             "options": asdict(options),
-            "content": content,
+            "content": found,
         }
 
     def print(self, text: str) -> None:

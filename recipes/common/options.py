@@ -46,6 +46,10 @@ class OptionError(ValueError):
     """An option, or a combination of options, cannot be used. The message names it and the nearest fix."""
 
 
+class DataError(ValueError):
+    """The data cannot be used. The message names the file or split, what is wrong and the nearest fix."""
+
+
 Change = Literal["results", "onward", "nothing"]
 
 

@@ -37,8 +37,9 @@ from common.checkpoints import write_json
 from common.loop import Run
 from common.options import option, parse_options
 from common.results import versions
+from tasks.data import data_content
+from tasks.options import TranslationOptions
 from tasks.translation import IGNORED, TranslationTask, decoder_inputs, prepare_translation
-from translation import TranslationOptions
 
 
 @dataclass(kw_only=True)
@@ -102,7 +103,7 @@ def run_block(
 def main(argv: list[str] | None = None) -> None:
     """Time both in turns; print and write `speed.json` in `output_dir`."""
     options = parse_options(SpeedOptions, argv, __doc__)
-    run = Run(options, argv, __file__)
+    run = Run(options, argv, __file__, data_content)
     task = run.prepare(prepare_translation)
     model, optimizer, plan = run.model.train(), run.optimizer, task.plan
     steps = plan.steps(0)

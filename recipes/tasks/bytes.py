@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -26,6 +28,7 @@ from transformers import (
 from common.batches import Plan, StepPlan
 from common.loop import Run
 from common.options import OptionError
+from common.progress import with_time_left
 from common.setup import calibration_rows
 from common.task import Task
 from tasks.data import USE, DataError
@@ -192,6 +195,64 @@ class Windows:
         """`length + 1` bytes, and how many of them, the last, are scored."""
         begin, first, last = self.span(index)
         return self.data[begin:last], last - first
+
+
+def collate_windows(rows: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
+    """Inputs (batch, length), targets (batch, length), and which targets are scored (batch, length)."""
+    data = torch.from_numpy(np.stack([row[0] for row in rows]).astype(np.int64))  # (batch, length + 1)
+    scored = torch.zeros(len(rows), data.shape[1] - 1, dtype=torch.bool)
+    for row, (_, count) in zip(scored, rows, strict=True):
+        row[-count:] = True
+    return {"input_ids": data[:, :-1], "targets": data[:, 1:], "scored": scored}
+
+
+def window_bits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The bits that each window's scored bytes cost, (batch,)."""
+    # Without an attention mask: nothing is padded.
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()  # (batch, length, bytes)
+    nats = F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none")  # (batch, length)
+    return (nats * batch["scored"]).sum(1) / math.log(2)
+
+
+@torch.no_grad()
+def stream_bits(
+    model: torch.nn.Module,
+    data: np.ndarray,
+    length: int,
+    num_streams: int,
+    *,
+    rank: int = 0,
+    num_processes: int = 1,
+    before_each: Callable[[], None] = lambda: None,
+) -> tuple[list[int], list[tuple[float, int]]]:
+    """Segments by number, and for each the bits that it costs a model with a memory and how many bytes it has; every
+    byte but the first is scored once.
+
+    The text is cut into `num_streams` contiguous streams that are read segment by segment, all at a time; their memory
+    is empty at first and carried on. A process reads every `num_processes`-th stream, in as many steps as the others,
+    and calls `before_each` of them.
+    """
+    device = next(model.parameters()).device
+    num_segments = -(-(len(data) - 1) // length)
+    streams = np.array_split(np.arange(num_segments), min(num_streams, num_segments))
+    own = streams[rank::num_processes]
+    indices, outputs, memory = [], [], None
+    for position in with_time_left(range(len(streams[0])), "scoring", shown=rank == 0):
+        before_each()
+        segments = [int(stream[position]) for stream in own if position < len(stream)]  # the longest streams are first
+        rows = [data[segment * length : (segment + 1) * length + 1] for segment in segments or [0]]
+        padded = np.zeros((len(rows), length + 1), dtype=np.int64)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        batch = torch.from_numpy(padded).to(device)
+        memory = memory and [layer[:, : len(rows)] for layer in memory]
+        output = model(input_ids=batch[:, :-1], mems=memory, use_mems=True)
+        memory = list(output.mems)
+        nats = F.cross_entropy(output.logits.float().transpose(1, 2), batch[:, 1:], reduction="none")  # (rows, length)
+        for segment, row, its_nats in zip(segments, rows, nats, strict=False):
+            indices.append(segment)
+            outputs.append((its_nats[: len(row) - 1].sum().item() / math.log(2), len(row) - 1))
+    return indices, outputs
 
 
 @dataclass(kw_only=True)

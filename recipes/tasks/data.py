@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from common.options import DataError
 from tasks.idx_images import is_idx, labels_beside, load_idx_images
 from tasks.options import DataOptions
 
@@ -26,10 +27,6 @@ DATA_OPTIONS = ("train_file", "validation_file", "test_file", "dataset_name")
 TEXT_COLUMNS = ("text_column", "text_pair_column", "source_lang", "target_lang")
 # More classes than that must occur at least in part: an identifier is no class.
 MOST_CLASSES = 30_000
-
-
-class DataError(ValueError):
-    """The data cannot be used. The message names the file or split, what is wrong and the nearest fix."""
 
 
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
