@@ -40,7 +40,7 @@ from hf_adanorm.detection import iter_norms
 from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number
 from hf_adanorm.options import CHOICES
 from hf_adanorm.running import SLOW_BAR, dummy_inputs, hooked, run
-from hf_adanorm.saving.spec import configs_of, resolved_spec, write_specs
+from hf_adanorm.saving import configs_of, resolved_spec, write_specs
 from hf_adanorm.swapping import (
     Change,
     Options,
@@ -52,10 +52,10 @@ from hf_adanorm.swapping import (
     unchanged,
 )
 
-from .consumers import is_side_output, named_outputs
 from .fit import fold_by_fit
 from .heads import settle_heads, untie_heads
 from .plan import BLOCK, TOLERANCES, FoldedNorm, FoldPlan, eps_name
+from .uses import is_side_output, named_outputs
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
 

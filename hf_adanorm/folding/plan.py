@@ -10,24 +10,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from hf_adanorm.detection import NormInfo, iter_norms
 from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
 from hf_adanorm.running import with_masks
 from hf_adanorm.swapping import Change
 
-from .consumers import (
-    FOREIGN,
-    AddUse,
-    LinearUse,
-    OtherUse,
-    OutputUse,
-    Use,
-    Watched,
-    is_linear_map,
-    num_inputs,
-    watch_consumers,
-)
+from .consumers import watch_consumers
+from .linear import is_linear_map, num_inputs
+from .shadows import FOREIGN
+from .uses import AddUse, LinearUse, OtherUse, OutputUse, Use, Watched
 
 # The types of weights that can be folded into, and how far the outputs may move by rounding.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -343,7 +336,7 @@ class FoldPlan:
         """Give a linear layer what `step` makes of its weight and bias, a large one block by block of its rows."""
         module: Any = self.modules[name]
         weight, bias = module.weight.detach(), getattr(module, "bias", None)
-        outputs = weight.shape[1] if _is_conv1d(module) else weight.shape[0]
+        outputs = weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]
         zeros = torch.zeros(outputs, dtype=torch.float64, device=weight.device)
         old_bias = zeros if bias is None else bias.detach().double()
         self.pending[name] -= 1
@@ -386,16 +379,16 @@ class _Columns:
     """(W diag(g), W b + c) for a linear layer, Conv1D (its weight is transposed) or (grouped) convolution."""
 
     def __init__(self, module: nn.Module, gain: Tensor, shift: Tensor) -> None:
-        if not (_is_conv1d(module) or isinstance(module, nn.Linear)):
+        if not isinstance(module, (Conv1D, nn.Linear)):
             weight, groups = cast(Tensor, module.weight), int(module.groups)  # type: ignore[arg-type]
             # Output channels of group i read input channels i * width .. (i + 1) * width.
             gain, shift = (t.view(groups, -1).repeat_interleave(len(weight) // groups, 0) for t in (gain, shift))
             gain, shift = (t.view(*t.shape, *[1] * (weight.ndim - 2)) for t in (gain, shift))
-        self.factor = gain[:, None] if _is_conv1d(module) else gain
+        self.factor = gain[:, None] if isinstance(module, Conv1D) else gain
         self.module, self.shift = module, shift
 
     def __call__(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        if _is_conv1d(self.module):
+        if isinstance(self.module, Conv1D):
             moved = self.shift @ weight
         elif isinstance(self.module, nn.Linear):
             moved = weight @ self.shift
@@ -420,10 +413,6 @@ class _Branch:
 
     def inverse(self, weight: Tensor) -> Tensor:
         return weight * self.scale
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return is_linear_map(module) and not hasattr(module, "in_features") and not hasattr(module, "in_channels")
 
 
 def _as_tuple(value: Any) -> tuple[int, ...]:

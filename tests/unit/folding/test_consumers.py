@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_adanorm.folding.consumers import num_inputs, watch_consumers
+from hf_adanorm.folding.consumers import watch_consumers
+from hf_adanorm.folding.linear import num_inputs
 from tests.zoo.fold_blocks import WIDTH, Block
 
 
