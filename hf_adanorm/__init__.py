@@ -50,22 +50,14 @@ if TYPE_CHECKING:
 __getattr__ = lazily(
     __name__,
     {
-        "calibration": ["calibrate_k"],
-        "cpu_kernel": ["cpu_kernel"],
-        "diagnostics": ["WatchNormsCallback", "compare_outputs", "plots", "watch_norms"],
-        "fading": ["FadeCallback", "finish_fading", "set_fade"],
-        "folding": ["fold_affine"],
-        "modeling_adanorm": [
-            "AdaNorm",
-            "AdaNormSpec",
-            "DetachNorm",
-            "LayerNormSimple",
-            "NoNorm",
-            "__version__",
-            "modeling_adanorm",
-        ],
-        "patching": ["inspect_model", "is_patched", "patch_model", "unpatch_model"],
-        "saving": ["write_model_card"],
+        "calibration": "calibrate_k",
+        "cpu_kernel": "cpu_kernel",
+        "diagnostics": "WatchNormsCallback compare_outputs plots watch_norms",
+        "fading": "FadeCallback finish_fading set_fade",
+        "folding": "fold_affine",
+        "modeling_adanorm": "AdaNorm AdaNormSpec DetachNorm LayerNormSimple NoNorm __version__ modeling_adanorm",
+        "patching": "inspect_model is_patched patch_model unpatch_model",
+        "saving": "write_model_card",
     },
 )
 

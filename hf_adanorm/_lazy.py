@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 
-def lazily(package: str, names: dict[str, Iterable[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package, whose `names` are given by the module that has them; a module may be its own."""
-    homes = {name: module for module, its_names in names.items() for name in its_names}
+def lazily(package: str, names: dict[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package: for each of its modules the names that it takes from there, with spaces between
+    them; a module that is handed out itself stands among its names."""
+    homes = {name: module for module, its_names in names.items() for name in its_names.split()}
 
     def get(name: str) -> Any:
         if name not in homes:

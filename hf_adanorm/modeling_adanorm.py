@@ -237,11 +237,7 @@ def _statistics(x: Tensor, normalized_shape: tuple[int, ...], eps: float, center
 
 
 def _written_backward(
-    dy: Tensor,
-    y: Tensor | None,
-    rstd: Tensor,
-    normalized_shape: tuple[int, ...],
-    through_mean: bool,
+    dy: Tensor, y: Tensor | None, rstd: Tensor, normalized_shape: tuple[int, ...], through_mean: bool
 ) -> Tensor:
     """rstd * (dy - mean(dy) - y * mean(dy * y)), without the second term for a constant mean and without the third
     for a constant standard deviation (no y). Nothing in place: dy may stand for many gradients, or carry tangents."""
@@ -920,11 +916,8 @@ NORM_CLASSES: dict[str, type[SwappedNorm]] = {
 
 # -------------------------------------------------------------------------------------------------- the spec
 
-_MAX_GROUPS, _MAX_MODULES, _MAX_NAME = (
-    10_000,
-    100_000,
-    512,
-)  # far beyond any model: what is larger is no spec of ours
+# Far beyond any model: what is larger is no spec of ours.
+_MAX_GROUPS, _MAX_MODULES, _MAX_NAME = 10_000, 100_000, 512
 _OVERRIDE_KEYS = ("centered", "eps", "channels_first", "normalized_shape")
 _FADE_KEYS = ("gain", "bias")
 
@@ -1337,15 +1330,11 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
         # Where the norm calls its gain "gamma" or "scale", the tripwire stands under that name.
         new.register_buffer(names[0], torch.ones_like(new.weight))
         new._non_persistent_buffers_set.add("weight")
-    for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        new.__dict__[key] = source.__dict__[key]
     for key in (
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks_with_kwargs",
+        *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+        *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
     ):
         new.__dict__[key] = source.__dict__[key]
-    new._is_full_backward_hook = source._is_full_backward_hook
     return new
 
 
@@ -1447,9 +1436,7 @@ def noticed(model: nn.Module) -> Iterator[None]:
 
 def is_as(module: nn.Module, group: NormGroup) -> bool:
     """Whether `module` is already swapped with the settings of `group`, by the base model inside a model say."""
-    if not is_swapped(module) or module.norm != group.norm:
-        return False
-    if module.fade != group.fade:
+    if not is_swapped(module) or module.norm != group.norm or module.fade != group.fade:
         return False
     wanted = {key: getattr(group, key) for key in (*group.kind.SETTINGS, *_OVERRIDE_KEYS[1:])}
     same = all(value is None or getattr(module, key) == value for key, value in wanted.items())
@@ -1527,8 +1514,6 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _CLASSES:
-        import transformers
-
         stock = getattr(transformers, name, None)
         if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
             raise AttributeError(

@@ -50,6 +50,15 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
         yield
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of nested arguments or outputs, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
 # --------------------------------------------------------------------------------------------------------- the inputs
 
 

@@ -383,7 +383,7 @@ def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
     hook = getattr(source, "_hf_hook", None)
     if hook is None:
         return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # noqa: PLC0415, need not be there
 
     device = getattr(hook, "execution_device", None)
     same = getattr(hook, "io_same_device", False)

@@ -1,5 +1,3 @@
 """What the norms cost, measured: contenders, measurements, report."""
 
 from .measure import LEVELS, MODES, run_bench
-
-__all__ = ["LEVELS", "MODES", "run_bench"]

@@ -1,5 +1,4 @@
 """Which modules of a model are norms, and what they compute: found by running copies of them, never by their names."""
 
-from .walk import NormInfo, check_module, iter_norms, recognize
-
-__all__ = ["NormInfo", "check_module", "iter_norms", "recognize"]
+from .probe import NormInfo
+from .walk import check_module, iter_norms, recognize

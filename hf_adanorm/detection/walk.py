@@ -8,7 +8,7 @@ held against
     y = a * (x - mean) / sqrt(var + eps) + b        LayerNorm
     y = a * x / sqrt(mean(x^2) + eps) + b           RMSNorm
 
-over the trailing axes or over axis 1 (see `probing.py`). `nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep
+over the trailing axes or over axis 1 (see `probe.py`). `nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep
 their forward are read off without running anything, and big modules are never run. What is named like a norm and is
 not one of the two formulas is described by `kind="other"` and a reason.
 """
@@ -38,8 +38,6 @@ from .probe import (
     source_class,
     tensor_shapes,
 )
-
-__all__ = ["NormInfo", "iter_norms", "recognize"]
 
 
 def recognize(module: nn.Module, name: str = "") -> NormInfo | None:

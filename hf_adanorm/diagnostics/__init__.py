@@ -9,9 +9,7 @@ if TYPE_CHECKING:
     from .outputs import compare_outputs
     from .watch import WatchNormsCallback, watch_norms
 
-__all__ = ["WatchNormsCallback", "compare_outputs", "plots", "watch_norms"]
-
 # The pictures' colors need neither the Trainer's callbacks nor transformers.
 __getattr__ = lazily(
-    __name__, {"outputs": ["compare_outputs"], "plots": ["plots"], "watch": ["WatchNormsCallback", "watch_norms"]}
+    __name__, {"outputs": "compare_outputs", "plots": "plots", "watch": "WatchNormsCallback watch_norms"}
 )

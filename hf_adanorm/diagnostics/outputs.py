@@ -8,7 +8,7 @@ differs is the innermost one at which the models part.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import check_module
 from hf_adanorm.modeling_adanorm import check_number
-from hf_adanorm.running import evaluating, hooked
+from hf_adanorm.running import evaluating, hooked, tensors_in
 
 _HEADER = ("module", "class", "max |a - b|", "relative", "")
 
@@ -145,15 +145,9 @@ def compare_outputs(
     for (name, call), value in outputs_a.items():
         if (name, call) in outputs_b:
             max_abs, relative, note = _difference(value, outputs_b[name, call])
-            classes = [type(modules[name]).__name__ for modules in (modules_a, modules_b)]
+            class_a, class_b = (type(modules[name]).__name__ for modules in (modules_a, modules_b))
             row = OutputDifference(
-                name=name,
-                class_a=classes[0],
-                class_b=classes[1],
-                call=call,
-                max_abs=max_abs,
-                relative=relative,
-                note=note,
+                name=name, class_a=class_a, class_b=class_b, call=call, max_abs=max_abs, relative=relative, note=note
             )
             rows.append(row)
     return OutputComparison(
@@ -175,7 +169,7 @@ def _run(model: nn.Module, inputs: Any) -> dict[tuple[str, int], list[Tensor]]:
             while (name, call) in found:
                 call += 1
             # A copy: later modules may write into the same memory.
-            found[name, call] = [tensor.detach().cpu().clone() for tensor in _tensors(output)]
+            found[name, call] = [tensor.detach().cpu().clone() for tensor in tensors_in(output)]
 
         return hook
 
@@ -196,17 +190,6 @@ def _arguments(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict
     if isinstance(inputs, Sequence) and not isinstance(inputs, str):
         return tuple(move(value) for value in inputs), {}
     raise TypeError(f"inputs must be a mapping, a sequence or a tensor, got {type(inputs).__name__}")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _difference(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, str]:

@@ -106,7 +106,7 @@ def plot_depth(
 
     Args:
         logs: a log, or several by label, such as `{"AdaNorm": log_a, "LayerNorm": log_b}`.
-        field: one of `norm_log.FIELDS`.
+        field: one of `log.FIELDS`.
         steps: only recorded steps from the first to the second number, both included.
         ax: where to draw.
 
@@ -243,11 +243,8 @@ def plot_losses(
 
 def _smoothed(values: Sequence[float], window: int) -> list[float]:
     half = window // 2
-    out = []
-    for i in range(len(values)):
-        near = values[max(0, i - half) : i + half + 1]
-        out.append(sum(near) / len(near))
-    return out
+    near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in near]
 
 
 def plot_phi(

@@ -10,7 +10,7 @@
 4. Compiled graphs do not run hooks that come later: recorded steps run eagerly under `torch.compile`.
 
 Gradients are those of the loss as it was given to `backward`: fp16 loss scaling and the division by micro-batches are
-in them. What the statistics are is said in `norm_log.py`.
+in them. What the statistics are is said in `log.py`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,7 @@ from transformers import TrainerCallback
 from hf_adanorm.detection import NormInfo, check_module, iter_norms
 from hf_adanorm.modeling_adanorm import check_number, is_swapped
 
-from .log import (
-    FORWARD_FIELDS,
-    HISTOGRAM_BINS,
-    HISTOGRAM_RANGE,
-    INPUT_FIELDS,
-    OUTPUT_FIELDS,
-    NormLog,
-    NormRecord,
-)
+from .log import FORWARD_FIELDS, HISTOGRAM_BINS, HISTOGRAM_RANGE, INPUT_FIELDS, OUTPUT_FIELDS, NormLog, NormRecord
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -133,7 +125,7 @@ class WatchNormsCallback(TrainerCallback):
         records = self.log.records if self.log is not None else []
         if self.trainer is None or self.log is None or not records or records[-1].step != state.global_step:
             return
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # noqa: PLC0415, heavy
 
         trackers: tuple[Any, ...] = tuple(INTEGRATION_TO_CALLBACK.values())
         for callback in self.trainer.callback_handler.callbacks:
@@ -521,10 +513,8 @@ def _to_lists(vectors: list[Tensor]) -> list[list[float]]:
         by_device.setdefault(vector.device, []).append(i)
     out: list[list[float]] = [[] for _ in vectors]
     for indices in by_device.values():
-        flat = torch.cat([vectors[i].flatten() for i in indices]).tolist()
-        position = 0
-        for i in indices:
-            size = vectors[i].numel()
-            out[i] = flat[position : position + size]
-            position += size
+        parts = [vectors[i].flatten() for i in indices]
+        on_cpu = torch.split(torch.cat(parts).cpu(), [len(part) for part in parts])
+        for i, part in zip(indices, on_cpu, strict=True):
+            out[i] = part.tolist()
     return out

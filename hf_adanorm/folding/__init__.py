@@ -1,5 +1,3 @@
 """Gains and biases folded into the linear layers that read a norm: consumers, plan, fit, and what the user calls."""
 
 from .fold import fold_affine, fold_norms
-
-__all__ = ["fold_affine", "fold_norms"]

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_adanorm.running import evaluating, hooked
+from hf_adanorm.running import evaluating, hooked, tensors_in
 from hf_adanorm.swapping import unchanged
 
 from .linear import channel_dim, is_linear_map, num_inputs
-from .shadows import SHAPE_ONLY, Shadows, Source, Trace, aten, storage_of, tensors_in
+from .shadows import SHAPE_ONLY, Shadows, Source, Trace, aten, storage_of
 from .uses import (
     AddUse,
     LinearUse,

@@ -4,7 +4,7 @@
 
 so a LayerNorm whose every reader is a linear layer of its own can become LayerNorm-simple (and AdaNorm with k = 0,
 C = 1) without the model's output changing. One forward pass shows who reads what (`consumers.py`); the whole plan is
-made before the first weight moves (`fold_plan.py`); the outputs before and after are compared, and a difference above
+made before the first weight moves (`plan.py`); the outputs before and after are compared, and a difference above
 the tolerance undoes everything.
 
 After a fold the norms hold gain 1 and bias 0, so folding again changes nothing. Linear layers that lacked a bias and

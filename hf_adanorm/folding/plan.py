@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -20,7 +20,7 @@ from hf_adanorm.swapping import Change
 from .consumers import watch_consumers
 from .linear import is_linear_map, num_inputs
 from .shadows import FOREIGN
-from .uses import AddUse, LinearUse, OtherUse, OutputUse, Use, Watched
+from .uses import AddUse, LinearUse, OtherUse, OutputUse, Watched
 
 # The types of weights that can be folded into, and how far the outputs may move by rounding.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -58,13 +58,7 @@ class Fold:
 class FoldPlan:
     """Decides for every norm; then `absorb` carries it out, norm by norm, and `neutralize` ends it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        names: Collection[str],
-        inputs: Mapping[str, Any],
-        approximate: bool,
-    ):
+    def __init__(self, model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], approximate: bool):
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.infos: dict[str, NormInfo] = {n: i for n, _, i in iter_norms(model) if i.kind != "other"}
@@ -86,60 +80,48 @@ class FoldPlan:
     # -- decisions ---------------------------------------------------------------------------------------------------
 
     def _decide(self, name: str) -> FoldedNorm:
-        info, module = self.infos[name], self.modules[name]
-        gain, bias = self._affine(module, info)
+        gain, bias = self._affine(self.modules[name], self.infos[name])
         if not bool(gain.isfinite().all() and bias.isfinite().all()):
             raise ValueError(f"the gain or bias of {name} is not finite: there is nothing to fold it into")
-        if bool((gain == 1).all()) and not bool(bias.any()):
+        has_bias, scale = bool(bias.any()), float(gain.mean())
+        if bool((gain == 1).all()) and not has_bias:
             return FoldedNorm(name=name, action="nothing to fold", reason="gain is 1 and bias is 0")
-        if (refusal := self._refuse_norm(name, info, module)) is not None:
-            return FoldedNorm(name=name, action="kept", reason=refusal)
-        uses = self.watched.uses[name]
+        uses = self.watched.uses.get(name, [])
         linear = [use for use in uses if isinstance(use, LinearUse)]
         adds = [use for use in uses if isinstance(use, AddUse)]
-        rest = [use for use in uses if not isinstance(use, (LinearUse, AddUse))]
-        for other in rest:
-            if (refusal := _refuse_use(other)) is not None:
-                return FoldedNorm(name=name, action="kept", reason=refusal)
-        if adds and not self.approximate:
-            reason = f"added to the residual stream (to the output of {adds[0].branch})"
-            return FoldedNorm(name=name, action="kept", reason=reason)
-        for use in linear:
-            if (refusal := self._refuse_reader(name, use, bool(bias.any()))) is not None:
-                return FoldedNorm(name=name, action="kept", reason=refusal)
-        readers = {use.module: use.columns for use in linear}
-        if (unseen := self._unseen(info, readers)) is not None:
-            reason = f"{unseen} did not run on these inputs and may read it too: give fold_inputs that reach it"
-            return FoldedNorm(name=name, action="kept", reason=reason)
-        if (reader := self.watched.in_training.get(name)) is not None:
-            return FoldedNorm(name=name, action="kept", reason=f"in training mode also read by {reader}")
-        if not adds:
-            if not readers:
-                return FoldedNorm(name=name, action="kept", reason="nothing reads it")
-            self.folds[name] = Fold(gain, bias, readers, torch.zeros_like(bias))
-            if bool(bias.any()) and any(use.dropout for use in linear):
-                reason = "exact but for dropout, which in training no longer acts on the bias"
-                return FoldedNorm(
-                    name=name, action="approximated", consumers=tuple(readers), reason=reason, deviation=0.0
-                )
-            return FoldedNorm(name=name, action="folded", consumers=tuple(readers))
-        scale = float(gain.mean())
-        if (refusal := self._refuse_residual(name, adds, scale)) is not None:
+        if (refusal := next(filter(None, self._refusals(name, linear, adds, has_bias, scale)), None)) is not None:
             return FoldedNorm(name=name, action="kept", reason=refusal)
+        readers = {use.module: use.columns for use in linear}
+        if not adds:
+            self.folds[name] = Fold(gain, bias, readers, torch.zeros_like(bias))
+            if not (has_bias and any(use.dropout for use in linear)):
+                return FoldedNorm(name=name, action="folded", consumers=tuple(readers))
+            reason = "exact but for dropout, which in training no longer acts on the bias"
+            return FoldedNorm(name=name, action="approximated", consumers=tuple(readers), reason=reason, deviation=0.0)
         branches = tuple(dict.fromkeys(use.branch for use in adds))
         following = tuple(dict.fromkeys(n for use in adds for n in self.watched.sum_readers[use.total]))
         self.folds[name] = Fold(gain, bias, readers, bias, branches, following, scale)
         reason = "residual: mean of the gain and the bias into " + ", ".join(branches)
-        if bool(bias.any()) and any(use.dropout or use.branch_dropout for use in adds):
+        if has_bias and any(use.dropout or use.branch_dropout for use in adds):
             reason += "; in training dropout acts on the folded bias"
         deviation = float(gain.std(correction=0) / scale)
-        return FoldedNorm(
-            name=name,
-            action="approximated",
-            consumers=(*readers, *branches),
-            reason=reason,
-            deviation=deviation,
-        )
+        consumers = (*readers, *branches)
+        return FoldedNorm(name=name, action="approximated", consumers=consumers, reason=reason, deviation=deviation)
+
+    def _refusals(
+        self, name: str, linear: list[LinearUse], adds: list[AddUse], has_bias: bool, scale: float
+    ) -> Iterator[str | None]:
+        """Why a norm cannot be folded: the first reason that there is counts."""
+        yield self._refuse_norm(name)
+        yield from (_refuse_use(use) for use in self.watched.uses[name] if isinstance(use, (OtherUse, OutputUse)))
+        if adds and not self.approximate:
+            yield f"added to the residual stream (to the output of {adds[0].branch})"
+        yield from (self._refuse_reader(name, use, has_bias) for use in linear)
+        if (unseen := self._unseen(self.infos[name], [use.module for use in linear])) is not None:
+            yield f"{unseen} did not run on these inputs and may read it too: give fold_inputs that reach it"
+        if (reader := self.watched.in_training.get(name)) is not None:
+            yield f"in training mode also read by {reader}"
+        yield self._refuse_residual(adds, scale) if adds else None if linear else "nothing reads it"
 
     @staticmethod
     def _affine(module: nn.Module, info: NormInfo) -> tuple[Tensor, Tensor]:
@@ -155,7 +137,8 @@ class FoldPlan:
             bias = getattr(module, info.bias_name).detach().double().flatten()
         return gain, bias
 
-    def _refuse_norm(self, name: str, info: NormInfo, module: nn.Module) -> str | None:
+    def _refuse_norm(self, name: str) -> str | None:
+        info, module = self.infos[name], self.modules[name]
         if info.parametrized or parametrize.is_parametrized(module):
             return "its gain or bias is parametrized"
         if info.inside:
@@ -199,8 +182,8 @@ class FoldPlan:
             masks = ", ".join(self.unseen_masks)
             return f"its bias is not zero, and what {masks} would mask is not known: give fold_inputs with it"
         padding = getattr(module, "padding", 0)
-        zeros = getattr(module, "padding_mode", "zeros") == "zeros"
-        if zeros and (padding == "same" or (not isinstance(padding, str) and any(_as_tuple(padding)))):
+        sides = padding if isinstance(padding, tuple) else (padding,)
+        if any(side not in (0, "valid") for side in sides) and getattr(module, "padding_mode", "zeros") == "zeros":
             return f"{use.module} pads with zeros, and the norm's bias is not zero"
         if use.dropout and not self.approximate:
             return f"dropout in training between the norm and {use.module}, and its bias is not zero"
@@ -215,11 +198,7 @@ class FoldPlan:
         if hasattr(parent, "base_layer") or any(part.startswith("lora_") for part in name.split(".")):
             return f"{name} belongs to an adapter: merge it first"
         weight = module._parameters["weight"]
-        if (
-            not isinstance(weight, Tensor)
-            or weight.dtype not in TOLERANCES
-            or type(weight) not in (nn.Parameter, Tensor)
-        ):
+        if weight is None or type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in TOLERANCES:
             return f"{name} is quantised or keeps its weight in another form ({type(weight).__name__})"
         for key, tensor in module._parameters.items():
             if tensor is not None and (others := self._tied(tensor, name)):
@@ -228,7 +207,7 @@ class FoldPlan:
             return f"the weight of {name} is also read by {reader}"
         return None
 
-    def _refuse_residual(self, name: str, adds: list[AddUse], scale: float) -> str | None:
+    def _refuse_residual(self, adds: list[AddUse], scale: float) -> str | None:
         if scale <= 0:
             return f"the mean of its gain is {scale:.3g}, and dividing by it needs it positive"
         sums: set[int] = set()
@@ -254,11 +233,8 @@ class FoldPlan:
     def _unseen(self, info: NormInfo, readers: Iterable[str]) -> str | None:
         """A linear layer of this width that did not run, beside one that reads the norm (experts, cross-attention)."""
         for name, module in self.modules.items():
-            if (
-                name in self.watched.ran
-                or not is_linear_map(module)
-                or num_inputs(module) != info.normalized_shape[-1]
-            ):
+            reads = is_linear_map(module) and num_inputs(module) == info.normalized_shape[-1]
+            if name in self.watched.ran or not reads:
                 continue
             owner = name
             while owner and owner not in self.watched.ran:
@@ -415,10 +391,6 @@ class _Branch:
         return weight * self.scale
 
 
-def _as_tuple(value: Any) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
 def _is_numbered(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
 
@@ -430,10 +402,9 @@ def eps_name(module: nn.Module) -> str | None:
     return None
 
 
-def _refuse_use(use: Use) -> str | None:
+def _refuse_use(use: OtherUse | OutputUse) -> str | None:
     if isinstance(use, OutputUse):
         return None if use.side else f"it is the model's output ({use.path})"
-    assert isinstance(use, OtherUse)
     where = f" in {use.module}" if use.module else ""
     if use.operation in ("add", "add_"):
         return f"added to the residual stream{where}"

@@ -9,7 +9,7 @@ shadows as well.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,18 +75,6 @@ class Trace:
 
 
 Traces = dict[Source, Trace]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of nested arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -244,7 +232,7 @@ class Shadows:
 
     def _reduce(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[Source] | None:
         """A sum or mean over positions keeps the channels apart; one over channels does not."""
-        dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+        dims = list(args[1]) if isinstance(args[1], (list, tuple)) else [args[1]]
         keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
         made: Traces = {}
         for source, trace in self.of(args[0]).items():

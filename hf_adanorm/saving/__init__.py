@@ -10,39 +10,13 @@ if TYPE_CHECKING:
     from .spec import configs_of, left_by_folds, own_configs, plain_modules, resolved_spec, swapped_norms, write_specs
     from .wrapping import when_imported
 
-__all__ = [
-    "CARD_NAME",
-    "TEMPORARY",
-    "configs_of",
-    "leads_outside",
-    "left_by_folds",
-    "own_configs",
-    "plain_modules",
-    "read_card",
-    "read_config",
-    "resolved_spec",
-    "swapped_norms",
-    "when_imported",
-    "write_file",
-    "write_model_card",
-    "write_specs",
-]
-
 # `import hf_adanorm` comes through here and must stay cheap: the spec and the card need torch and transformers.
 __getattr__ = lazily(
     __name__,
     {
-        "card": ["CARD_NAME", "read_card", "read_config", "write_model_card"],
-        "files": ["TEMPORARY", "leads_outside", "write_file"],
-        "spec": [
-            "configs_of",
-            "left_by_folds",
-            "own_configs",
-            "plain_modules",
-            "resolved_spec",
-            "swapped_norms",
-            "write_specs",
-        ],
-        "wrapping": ["when_imported"],
+        "card": "CARD_NAME read_card read_config write_model_card",
+        "files": "TEMPORARY leads_outside write_file",
+        "spec": "configs_of left_by_folds own_configs plain_modules resolved_spec swapped_norms write_specs",
+        "wrapping": "when_imported",
     },
 )

@@ -371,7 +371,7 @@ def _license_of(base_model: str | None) -> str | None:
 def _write_eval_results(folder: Path, dataset: str, results: Mapping[str, float], split: str | None) -> None:
     """The first result in the form that the Hub's leaderboards read, where huggingface_hub knows it."""
     try:
-        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml  # noqa: PLC0415, of newer ones
     except ImportError:
         return
     metric, value = next(iter(results.items()))

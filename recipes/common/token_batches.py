@@ -17,7 +17,7 @@ Step = list[np.ndarray]  # the micro-batches of all processes, as indices of sen
 
 
 class TokenPlan:
-    """The steps of every epoch; a `batching.Plan`.
+    """The steps of every epoch; a `common.batches.Plan`.
 
     Args:
         source_lengths, target_lengths: tokens of every sentence pair, the end of the sentence included; for single

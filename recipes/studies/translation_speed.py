@@ -51,7 +51,7 @@ class SpeedOptions(TranslationOptions):
 
 
 class SentencePlan:
-    """Steps of a fixed number of sentences in random order; a `batching.Plan`."""
+    """Steps of a fixed number of sentences in random order; a `common.batches.Plan`."""
 
     def __init__(self, num_sentences: int, batch_size: int, seed: int):
         self.num_sentences, self.batch_size, self.seed = num_sentences, batch_size, seed

@@ -30,11 +30,28 @@ MOST_CLASSES = 30_000
 
 
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
-    """The train, validation and, when there is one that is to be scored, test split.
+    """The train, validation and, when there is one that is to be scored, test split, up to `max_*_samples` of each.
 
     Raises DataError for a missing or empty file, an unknown format, a file that cannot be parsed, a data set that
     cannot be fetched, a missing or an empty split, and `split_sizes` that the data cannot fill.
     """
+    return limited(read_splits(options), options)
+
+
+def limited(splits: dict[str, Dataset], options: DataOptions) -> dict[str, Dataset]:
+    """The first `max_*_samples` of every split. Raises DataError for an empty one."""
+    found = dict(splits)
+    for split, data in splits.items():
+        file, limit = getattr(options, f"{split}_file"), getattr(options, f"max_{split}_samples")
+        if len(data) == 0:
+            raise DataError(f"the {split} split is empty" + (f" ({file})" if file else ""))
+        if limit is not None:
+            found[split] = data.select(range(min(limit, len(data))))
+    return found
+
+
+def read_splits(options: DataOptions) -> dict[str, Dataset]:
+    """Whole splits; see `load_splits`."""
     files = {split: getattr(options, f"{split}_file") for split in SPLITS}
     sizes = getattr(options, "split_sizes", None)
     if any(files.values()):
@@ -51,14 +68,6 @@ def load_splits(options: DataOptions) -> dict[str, Dataset]:
         splits = divide(splits, sizes)
     if not getattr(options, "score_test", True):
         splits.pop("test", None)
-    for split, limit in ((split, getattr(options, f"max_{split}_samples")) for split in splits):
-        if limit is not None:
-            if limit < 1:
-                raise DataError(f"--max_{split}_samples must be positive, got {limit}")
-            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
-    for split, data in splits.items():
-        if len(data) == 0:
-            raise DataError(f"the {split} split is empty" + (f" ({files[split]})" if files[split] else ""))
     return splits
 
 

@@ -14,13 +14,13 @@ import html
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
 from tasks.bleu import moses_tokenize
-from tasks.data import DataError, check_text_column, load_splits
+from tasks.data import SPLITS, DataError, check_text_column, limited, read_splits
 from tasks.options import ParallelOptions
 
 # The columns that the recipe works with: `reference` is the target as it came, `target` as it was prepared.
@@ -32,8 +32,9 @@ def load_pairs(options: ParallelOptions) -> dict[str, Dataset]:
 
     Raises DataError for files that are missing or do not match, for missing columns and for empty splits.
     """
-    _check(options)
-    files = {split: getattr(options, f"{split}_file") for split in ("train", "validation", "test")}
+    if options.source_lang == options.target_lang:
+        raise DataError(f"--source_lang and --target_lang are both {options.source_lang!r}")
+    files = {split: getattr(options, f"{split}_file") for split in SPLITS}
     held_out = options.hold_out_every is not None
     if any(file is not None and "{lang}" in file for file in files.values()):
         splits = {}
@@ -44,9 +45,8 @@ def load_pairs(options: ParallelOptions) -> dict[str, Dataset]:
                 continue
             splits[split] = _read_text_pair(file, split, options)
     else:
-        if held_out and files["train"] is not None and files["validation"] is None:
-            files["validation"] = files["train"]  # replaced below
-        splits = load_splits(_without_limits(options, files["validation"]))
+        train = {"validation_file": files["validation"] or files["train"], "validation_split": options.train_split}
+        splits = read_splits(replace(options, **train) if held_out else options)  # that of validation is made below
         splits = {split: _columns(data, split, options) for split, data in splits.items()}
     splits = {split: _prepare(data, options) for split, data in splits.items()}
     if options.max_length_ratio is not None or options.max_words is not None:
@@ -56,35 +56,7 @@ def load_pairs(options: ParallelOptions) -> dict[str, Dataset]:
         last = [number - 1 for number in numbers if number % options.hold_out_every == 0]
         rest = [number - 1 for number in numbers if number % options.hold_out_every != 0]
         splits |= {"train": splits["train"].select(rest), "validation": splits["train"].select(last)}
-    for split in splits:
-        limit = getattr(options, f"max_{split}_samples")
-        if limit is not None:
-            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
-        if len(splits[split]) == 0:
-            raise DataError(f"the {split} split is empty")
-    return splits
-
-
-def _check(options: ParallelOptions) -> None:
-    if options.source_lang == options.target_lang:
-        raise DataError(f"--source_lang and --target_lang are both {options.source_lang!r}")
-    for name, least in (("hold_out_every", 2), ("max_length_ratio", 1), ("max_words", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise DataError(f"--{name} must be at least {least}, got {value}")
-    for split in ("train", "validation", "test"):
-        limit = getattr(options, f"max_{split}_samples")
-        if limit is not None and limit < 1:
-            raise DataError(f"--max_{split}_samples must be positive, got {limit}")
-
-
-def _without_limits(options: ParallelOptions, validation_file: str | None) -> Any:
-    """The same options for `load_splits`, without the limits on samples: these count after the cleaning."""
-    changed = {f"max_{split}_samples": None for split in ("train", "validation", "test")}
-    hub_split = options.train_split if options.hold_out_every is not None else options.validation_split
-    return type(options)(
-        **{**vars(options), **changed, "validation_file": validation_file, "validation_split": hub_split}
-    )
+    return limited(splits, options)
 
 
 def _columns(data: Dataset, split: str, options: ParallelOptions) -> Dataset:
@@ -95,13 +67,9 @@ def _columns(data: Dataset, split: str, options: ParallelOptions) -> Dataset:
                 f"--translation_column {column!r}: the {split} split has only "
                 f"{', '.join(map(repr, data.column_names))}"
             )
-        data = data.flatten().rename_columns(
-            {
-                f"{column}.{lang}": lang
-                for lang in (options.source_lang, options.target_lang)
-                if f"{column}.{lang}" in data.flatten().column_names
-            }
-        )
+        data = data.flatten()
+        langs = {f"{column}.{lang}": lang for lang in (options.source_lang, options.target_lang)}
+        data = data.rename_columns({name: lang for name, lang in langs.items() if name in data.column_names})
     for name in ("source_lang", "target_lang"):
         check_text_column({split: data}, getattr(options, name), name)
     data = data.select_columns([options.source_lang, options.target_lang])

@@ -131,6 +131,15 @@ def test_launchers_know_their_options(script):
             assert set(option_names(words[: words.index(script)])) <= known
 
 
+def test_the_map_names_what_exists():
+    named = re.findall(r"`([a-z_/]+\.py|[a-z_/]+/)`", TEXTS["docs/architecture.md"])
+    places = [ROOT, ROOT / "hf_adanorm", ROOT / "recipes"]
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_adanorm").rglob("*.py"))
+    functions = re.findall(r"`(_?[a-z_]+)`", TEXTS["docs/architecture.md"])
+    assert [name for name in functions if not re.search(rf"\b{name}\b", code)] == []
+
+
 def test_files_that_commands_name_exist():
     """Paths into the repository, in commands and in links."""
     for words in ALL_COMMANDS:

@@ -11,12 +11,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from score_bytes import collate_windows, window_bits
 from transformers import AutoModelForCausalLM, pipeline
 
 import language_modeling
 from common.checkpoints import EXIT_RESUME
 from common.endings import EXIT_DIVERGED
+from score_bytes import collate_windows, window_bits
 from tasks.bytes import ByteDataOptions, Windows, load_byte_splits
 from tests.recipes.tiny_configs import TINY_DECODER, TINY_TRANSFORMER_XL
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from score_bytes import collate_windows, stream_bits, window_bits
 from transformers import AutoModelForCausalLM
 
+from score_bytes import collate_windows, stream_bits, window_bits
 from tasks.bytes import Windows
 from tasks.models import fresh_config
 from tests.recipes.tiny_configs import TINY_DECODER, transformer_xl

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-import translate
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+import translate
 from hf_adanorm import patch_model
 from tasks.joint_bpe import train_joint_bpe
 from tests.recipes.tiny_configs import TINY_TRANSLATOR
