@@ -81,8 +81,8 @@ def fold(
     """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
     _refuse_other_functions(plan, "fold")
     fresh = [swap for swap in plan.swaps if not is_swapped(swap[1])]
+    at_once = on_unfoldable == "calibrate" or not ramp
     if not fresh:  # a second call: what was folded has no gain and bias any more
-        at_once = on_unfoldable == "calibrate" or not ramp
         plan.swaps = [
             (name, module, info, _ramping(module, group, ramp=not at_once))
             for name, module, info, group in plan.swaps
@@ -104,12 +104,11 @@ def fold(
             f"none of the {len(kept)} norms can be folded ({why.name}: {why.reason}); nothing was changed. "
             f'on_unfoldable="approximate", "calibrate" or "fade" may do'
         )
-    at_once = on_unfoldable == "calibrate" or not ramp
     swaps = []
     for name, module, info, group in plan.swaps:
-        if name in kept and on_unfoldable != "fade":
-            continue
         if name in kept:
+            if on_unfoldable != "fade":
+                continue
             group = _fading_group(module, info, group)
         elif is_swapped(module):
             group = _ramping(module, group, ramp=not at_once)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 from hf_adanorm.modeling_adanorm import NORM_CLASSES, AdaNorm
@@ -67,8 +68,6 @@ MODELS = ("bert", "gpt2", "marian", "vit")
 
 def build_model(kind: str, size: Size) -> tuple[nn.Module, dict[str, Tensor], int]:
     """A randomly initialised model of `kind` (one of MODELS), a batch with labels, and the tokens in that batch."""
-    import transformers as tf
-
     width, layers, heads, vocabulary = size.width, size.layers, size.heads, size.vocabulary
     tokens = torch.randint(5, vocabulary, (size.batch, size.length))
     batch = {"input_ids": tokens, "labels": tokens}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 from hf_adanorm import modeling_adanorm
@@ -268,8 +269,6 @@ def bench_patching(
 ) -> list[Measurement]:
     """Seconds of `patch_model` as the number of modules grows, and of save_pretrained and from_pretrained of a patched
     checkpoint against the stock one (110 M parameters when `full_size`)."""
-    import transformers as tf
-
     results = []
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
     per_norm: dict[str, list[float]] = {}

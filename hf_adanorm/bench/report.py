@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.util
 import io
 import math
 import os
@@ -26,12 +27,9 @@ _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 def check_installed() -> None:
     """Raise ImportError, naming the extra, before anything is measured."""
-    try:
-        import matplotlib
-        import rich
-    except ImportError as error:
-        raise ImportError(f"the benchmark needs {error.name}: pip install matplotlib rich") from error
-    del matplotlib, rich
+    for name in ("matplotlib", "rich"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"the benchmark needs {name}: pip install matplotlib rich")
 
 
 def write(results: Sequence[Measurement], folder: Path, device: torch.device) -> None:
@@ -122,9 +120,9 @@ def _memory_table(chosen: Sequence[Measurement]) -> Any:
 
 
 def _cell(result: Measurement) -> str:
-    text = f"{result.ratio:.2f} ({result.ratio_low:.2f}..{result.ratio_high:.2f}) {_time(result.seconds)}"
-    if result.level == "model":  # where a hundredth matters
-        text = f"{result.ratio:.3f} ({result.ratio_low:.3f}..{result.ratio_high:.3f}) {_time(result.seconds)}"
+    digits = 3 if result.level == "model" else 2  # where a hundredth matters
+    ratio, low, high = (f"{value:.{digits}f}" for value in (result.ratio, result.ratio_low, result.ratio_high))
+    text = f"{ratio} ({low}..{high}) {_time(result.seconds)}"
     return text if result.tokens_per_second is None else f"{text}, {result.tokens_per_second:,.0f} tok/s"
 
 
@@ -141,7 +139,6 @@ _TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
 def draw(results: Sequence[Measurement], where: dict[str, Any]) -> Any:
     """Ratios to nn.LayerNorm, at most four panels: a line a norm, from the least to the most over the cases (shapes or
     models), with a mark at the median, in the norm's color of every picture. Quartiles of a case are in the table."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
@@ -152,7 +149,6 @@ def draw(results: Sequence[Measurement], where: dict[str, Any]) -> Any:
     num_rows = math.ceil(len(panels) / 2)
     height = num_rows * (1.1 + 0.16 * len(names) * (1 + len(variants)))
     figure = Figure(figsize=(11, height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(num_rows, min(2, len(panels)), squeeze=False, sharey=True).flatten()
     for axis in axes[len(panels) :]:
         axis.remove()

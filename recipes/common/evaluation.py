@@ -19,6 +19,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 
 METRICS = Path(__file__).resolve().parents[1] / "metrics"
@@ -104,9 +109,7 @@ def peak_memory_mb() -> float | None:
     """Peak memory of this process in MiB: on the GPU when there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # not on Windows
+    if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

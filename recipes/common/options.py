@@ -13,7 +13,6 @@ import difflib
 import importlib.util
 import json
 import math
-import operator
 import os
 import re
 import runpy
@@ -80,11 +79,9 @@ def check_ranges(options: Any) -> None:
         if not within or value is None:
             continue
         low, high = (float(end) for end in within[1:-1].split(","))
-        left, right = (
-            (operator.lt if within[0] == "(" else operator.le),
-            (operator.lt if within[-1] == ")" else operator.le),
-        )
-        if not (left(low, value) and right(value, high)):
+        above = low < value if within[0] == "(" else low <= value
+        below = value < high if within[-1] == ")" else value <= high
+        if not (above and below):
             least = "positive" if within == "(0, inf)" else f"at least {low:g}"
             raise OptionError(f"--{item.name} must be {least if math.isinf(high) else f'in {within}'}, got {value}")
 
@@ -295,8 +292,8 @@ def did_you_mean(value: object, known: Iterable[str], prefix: str = "") -> str:
 
 def _scripts_by_option() -> dict[str, str]:
     """Which script each option of the recipes belongs to, as far as their options have been imported."""
-    found, classes = {}, RunOptions.__subclasses__()
-    for options_class in classes:
+    found = {}
+    for options_class in RunOptions.__subclasses__():
         script = re.sub("(?<=[a-z])(?=[A-Z])", "_", options_class.__name__.removesuffix("Options")).lower()
         found |= {item.name: f"{script}.py" for item in dataclasses.fields(options_class)}
     return found

@@ -25,7 +25,15 @@ from torch import nn
 
 import hf_adanorm
 from common.endings import fate
-from common.options import NORMS, OptimizationOptions, OptionError, PatchOptions, RunOptions, did_you_mean
+from common.options import (
+    NORMS,
+    PATCH_OPTIONS,
+    OptimizationOptions,
+    OptionError,
+    PatchOptions,
+    RunOptions,
+    did_you_mean,
+)
 
 # A fold by a fit and a k for each norm are taken from so many training examples.
 CALIBRATION_EXAMPLES = 32
@@ -58,10 +66,8 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
         log_with=list(run.report_to) or None,
         project_dir=run.output_dir,
     )
-    if launched not in (
-        1,
-        accelerator.num_processes,
-    ):  # each would take itself for the only one, and write to the same folder
+    # Each would take itself for the only one, and write to the same folder.
+    if launched not in (1, accelerator.num_processes):
         raise RuntimeError(
             f"the launcher started {launched} processes, but accelerate found {accelerator.num_processes}: see "
             "recipes/launch for files that fit this machine"
@@ -99,30 +105,14 @@ def apply_patch(
                 "--norm layernorm is the unpatched control, but this pretrained model is already patched; "
                 "give the norm it was patched with, or start from an unpatched model"
             )
-        return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
+        return count_norms(model, options.norm)
     try:
         calibrates = options.calibrate_k and "k" in NORMS[options.norm].settings
         batch = inputs() if inputs is not None and (calibrates or options.affine == "fold") else None
-        k: float | dict[str, float] = options.k
+        settings = {name: getattr(options, name) for name in PATCH_OPTIONS if hasattr(options, name)}
         if calibrates and batch is not None:
-            k = hf_adanorm.calibrate_k(model, [batch], k=options.k).k
-        hf_adanorm.patch_model(
-            model,
-            options.norm,
-            C=options.C,
-            k=k,
-            detach_mean=options.detach_mean,
-            detach_variance=options.detach_variance,
-            eps=options.eps,
-            include=options.include,
-            exclude=options.exclude,
-            layers=options.layers,
-            targets=options.targets,
-            affine=options.affine,
-            on_unfoldable=options.on_unfoldable,
-            on_tied=options.on_tied,
-            fold_inputs=batch if options.affine == "fold" else None,
-        )
+            settings["k"] = hf_adanorm.calibrate_k(model, [batch], k=options.k).k
+        hf_adanorm.patch_model(model, **settings, fold_inputs=batch if options.affine == "fold" else None)
     except (ValueError, TypeError, RuntimeError) as error:  # the last: a fold that would have moved the outputs
         raise OptionError(f"--norm {options.norm}: {error}") from error
     return count_norms(model, options.norm)

@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from common.batches import Plan, StepPlan
-from common.checkpoints import save_folder
 from common.evaluation import main_first
 from common.loop import Run
 from common.options import OptionError
@@ -141,19 +136,17 @@ def prepare_text(run: Run) -> ClassificationTask:
 
 
 def _trained_tokenizer(data: Dataset, columns: list[str], run: Run) -> Any:
-    options, folder = run.options, run.output_dir / "tokenizer"
-    if run.is_main and not (run.resuming and folder.exists()):
-        tokenizer = train_encoder_tokenizer(
+    options = run.options
+    return run.trained_tokenizer(
+        lambda: train_encoder_tokenizer(
             (text for column in columns for text in data[column]),
             kind=options.tokenizer,
             vocab_size=options.vocab_size,
             min_frequency=options.min_frequency,
             lowercase=options.lowercase,
             max_length=options.max_length,
-        )
-        save_folder(tokenizer.save_pretrained, folder)
-    run.accelerator.wait_for_everyone()
-    return AutoTokenizer.from_pretrained(folder)
+        ),
+    )
 
 
 def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedModel:

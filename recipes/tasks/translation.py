@@ -27,7 +27,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from common.checkpoints import save_folder
 from common.evaluation import main_first
 from common.loop import Run
 from common.options import OptionError
@@ -146,9 +145,9 @@ def prepare_translation(run: Run) -> TranslationTask:
 
 
 def _tokenizer(data: Dataset, run: Run) -> Any:
-    options, accelerator = run.options, run.accelerator
+    options = run.options
     if options.model_name_or_path:
-        tokenizer = main_first(accelerator, lambda: load_pretrained(AutoTokenizer, options.model_name_or_path))
+        tokenizer = main_first(run.accelerator, lambda: load_pretrained(AutoTokenizer, options.model_name_or_path))
         for attribute, name in (("src_lang", "source_lang_code"), ("tgt_lang", "target_lang_code")):
             code = getattr(options, name)
             if code is None:
@@ -158,18 +157,15 @@ def _tokenizer(data: Dataset, run: Run) -> Any:
             lang_token_id(tokenizer, code)
             setattr(tokenizer, attribute, code)
         return tokenizer
-    folder = run.output_dir / "tokenizer"
-    if run.is_main and not (run.resuming and folder.exists()):
-        tokenizer = train_joint_bpe(
+    return run.trained_tokenizer(
+        lambda: train_joint_bpe(
             itertools.chain(data[SOURCE], data[TARGET]),
             vocab_size=options.vocab_size,
             lowercase=options.lowercase,
             max_length=max(options.max_source_length, options.max_target_length),
             split_punctuation=options.text_preparation != "moses",
         )
-        save_folder(tokenizer.save_pretrained, folder)
-    accelerator.wait_for_everyone()
-    return AutoTokenizer.from_pretrained(folder)
+    )
 
 
 def lang_token_id(tokenizer: Any, code: str) -> int:
@@ -188,14 +184,10 @@ def _tokenize(data: Dataset, tokenizer: Any, options: Any) -> Dataset:
     """`input_ids`, `labels` and their lengths, kept on the disk: the same text is tokenised once for all runs."""
 
     def tokenize(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        source = tokenizer(
-            [options.source_prefix + text for text in rows[SOURCE]],
-            truncation=True,
-            max_length=options.max_source_length,
-        )["input_ids"]
-        target = tokenizer(text_target=rows[TARGET], truncation=True, max_length=options.max_target_length)[
-            "input_ids"
-        ]
+        texts = [options.source_prefix + text for text in rows[SOURCE]]
+        source = tokenizer(texts, truncation=True, max_length=options.max_source_length)["input_ids"]
+        targets = tokenizer(text_target=rows[TARGET], truncation=True, max_length=options.max_target_length)
+        target = targets["input_ids"]
         lengths = {"source_length": [len(ids) for ids in source], "target_length": [len(ids) for ids in target]}
         return {"input_ids": source, "labels": target, **lengths}
 
@@ -233,11 +225,8 @@ def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor
 
 
 def _build_model(options: Any, tokenizer: Any) -> PreTrainedModel:
-    dropouts = {
-        name: getattr(options, name)
-        for name in ("dropout", "attention_dropout", "activation_dropout")
-        if getattr(options, name) is not None
-    }
+    names = ("dropout", "attention_dropout", "activation_dropout")
+    dropouts = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.model_name_or_path:
         config = _with_dropouts(load_pretrained(AutoConfig, options.model_name_or_path), dropouts)
         model = load_pretrained(AutoModelForSeq2SeqLM, options.model_name_or_path, config=config)
