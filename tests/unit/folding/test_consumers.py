@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from hf_adanorm.folding.consumers import watch_consumers
-from hf_adanorm.folding.linear import num_inputs
 from tests.zoo.fold_blocks import WIDTH, Block
 
 
@@ -14,4 +13,3 @@ def test_watching_reports_columns_in_the_order_of_the_input() -> None:
     watched = watch_consumers(block, {"norm": ((WIDTH,), False)}, {"x": torch.randn(2, 5, WIDTH)})
     (use,) = watched.uses["norm"]
     assert use.columns == tuple(reversed(range(WIDTH)))  # type: ignore[union-attr]
-    assert num_inputs(block.linear) == WIDTH
