@@ -1,11 +1,10 @@
-"""What `test_distributed.py` launches under torchrun with two processes: writes what it found as JSON.
+"""What `test_distributed.py` runs in two processes: writes what it found as JSON.
 
 Losses of sharded and of data-parallel training beside those of one whole model on the same global batch, the whole
 state dict, and what accelerate's loader makes of a patched model.
 """
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,11 +117,8 @@ def check_ddp(norm: str, rank: int) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    folder, rank = Path(sys.argv[1]), dist.get_rank()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def check(folder: Path) -> None:
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
     found = {
         "processes": dist.get_world_size(),
         "fsdp": {norm: check_fsdp(norm, rank, mesh, folder) for norm in NORMS},
@@ -130,8 +126,3 @@ def main() -> None:
         "accelerate_loader": check_accelerate_loader(rank, mesh),
     }
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

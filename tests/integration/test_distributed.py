@@ -1,19 +1,15 @@
-"""Patched models under FSDP2 and DDP: two real processes, launched once for all tests of this file."""
+"""Patched models under FSDP2 and DDP: two real processes, started once for all tests of this file."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
 import hf_adanorm
+from tests.integration.distributed_checks import check
+from tests.zoo.processes import together
 
-SCRIPT = Path(__file__).with_name("distributed_checks.py")
 NORMS = ("adanorm", "detachnorm")
 # Two halves of a batch are summed in another order than the whole: losses of about 3.7 differ in their last bits.
 TOLERANCE = 2e-5
@@ -22,20 +18,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)),
-            *(str(SCRIPT), str(folder)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert launched.returncode == 0, launched.stderr
+    together(check, folder, folder)
     return folder
 
 

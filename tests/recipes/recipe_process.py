@@ -1,25 +1,20 @@
-"""Runs of a recipe in real processes that can be killed: forked from a server that has imported the recipes once.
+"""Runs of a recipe in real processes that can be killed: so cheap that dozens of kills are affordable.
 
-A process starts in a fraction of the time that its imports take, so that dozens of kills are affordable. What can
-happen to it: SIGKILL at an exact moment (a file operation), a limit of the size of files (as a full disk), being one
-of two processes.
+What can happen to one: SIGKILL at an exact moment (a file operation), a limit of the size of files (as a full disk),
+being one of two processes.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
-import multiprocessing
 import os
 import re
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,24 +22,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-RECIPES = ("classification", "translation", "language_modeling")
+from tests.zoo.processes import RECIPES, context, ranks, start_server, wait, write_output_to
 
-_context = multiprocessing.get_context("forkserver")
-
-
-@functools.cache
-def _start_server() -> None:
-    """The server finds what it preloads by PYTHONPATH alone, and in silence goes without what it does not find."""
-    _context.set_forkserver_preload([*RECIPES, "tests.recipes.recipe_process"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+__all__ = ["RECIPES", "check_whole", "resumed_from", "same_weights", "start", "two_processes", "wait"]
 
 
 def start(
@@ -66,8 +46,8 @@ def start(
         environment: variables, such as those a launcher sets.
     """
     arguments = (recipe, [str(value) for value in argv], str(log), kill_at, raise_at, file_size, environment or {})
-    _start_server()
-    process = _context.Process(target=_run, args=arguments)
+    start_server()
+    process = context.Process(target=_run, args=arguments)
     process.start()
     return process
 
@@ -81,9 +61,7 @@ def _run(
     file_size: int | None,
     environment: dict[str, str],
 ) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    write_output_to(log)
     os.environ.update(environment)
     torch.set_num_threads(1)
     if file_size is not None:
@@ -145,31 +123,14 @@ def resumed_from(log: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def wait(process: BaseProcess, seconds: float = 120) -> int:
-    """The exit code of a process (minus the signal's number when one ended it); a hanging one is killed and fails."""
-    process.join(seconds)
-    hangs = process.is_alive()
-    if hangs:
-        process.kill()
-        process.join()
-    assert not hangs, f"still running after {seconds} s"
-    assert process.exitcode is not None
-    return process.exitcode
-
-
 def two_processes(
     recipe: str, argvs: Sequence[Sequence[object]], folder: Path, *, kill_when: Path | None = None, **faults: Any
 ) -> tuple[list[int], list[str]]:
     """Exit codes and outputs of two processes of one run, each with its own arguments and `faults` of `start`; the
     second is killed as soon as `kill_when` exists."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [folder / f"log{rank}" for rank in range(2)]
     processes = []
-    for rank in range(2):
-        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for rank, environment in enumerate(ranks()):
         its_faults = {name: values[rank] for name, values in faults.items()}
         processes.append(start(recipe, argvs[rank], logs[rank], environment=environment, **its_faults))
     while kill_when and not kill_when.exists() and processes[1].is_alive():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_adanorm import (
@@ -32,6 +32,7 @@ from hf_adanorm import (
 from hf_adanorm.fading import fade_at
 from hf_adanorm.running import dummy_inputs
 from tests.zoo.fold_models import build
+from tests.zoo.processes import together
 
 transformers.logging.set_verbosity_error()
 C, K = 1.3, 0.07
@@ -296,69 +297,34 @@ def test_a_compiled_model_is_not_compiled_again_as_t_moves() -> None:
     assert graphs == 1
 
 
-_DISTRIBUTED = """
-    import os, sys, torch, transformers
-    sys.path.insert(0, ".")
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from hf_adanorm import patch_model, set_fade
-    from hf_adanorm.fading import fade_at
-    from tests.zoo.fold_models import build
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
+def trained_together() -> None:
     ids = torch.randint(4, 100, (4, 6), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 1, 0])
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
 
-    def train(model, ids, labels):
+    def train(model: nn.Module, rows: slice) -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for step in range(3):
             set_fade(model, fade_at(step, 2))
-            model(input_ids=ids, labels=labels).loss.backward()
+            model(input_ids=ids[rows], labels=labels[rows]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    def work(rank, port):
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        dist.init_process_group("gloo", rank=rank, world_size=2)
-        model = patch_model(build("bert-cls"), "adanorm", affine="fade")
-        ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        train(ddp, ids[2 * rank : 2 * rank + 2], labels[2 * rank : 2 * rank + 2])
-        alone = patch_model(build("bert-cls"), "adanorm", affine="fade")
-        train(alone, ids, labels)
-        gap = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), alone.parameters()))
-        assert dist.get_world_size() == 2 and gap < 1e-5, gap
-
-        sharded = patch_model(build("bert-cls"), "adanorm", affine="fade")
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in sharded.bert.encoder.layer:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        train(sharded, ids[2 * rank : 2 * rank + 2], labels[2 * rank : 2 * rank + 2])
-        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in sharded.state_dict().items()}
-        gap = max(float((full[key] - value).abs().max()) for key, value in alone.state_dict().items())
-        assert full.keys() == alone.state_dict().keys() and gap < 1e-5, gap
-        dist.destroy_process_group()
-
-    if __name__ == "__main__":
-        # forked, so that the imports are done once
-        torch.multiprocessing.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")
-        print("equal")
-"""
+    alone, copied, sharded = (patch_model(build("bert-cls"), "adanorm", affine="fade") for _ in range(3))
+    train(alone, slice(4))
+    train(nn.parallel.DistributedDataParallel(copied, gradient_as_bucket_view=True), mine)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    train(fully_shard(sharded, mesh=mesh), mine)
+    full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in sharded.state_dict().items()}
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(copied.state_dict()[name], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(full[name], value, rtol=0, atol=1e-5)
 
 
 def test_two_processes_fade_as_one_under_ddp_and_fsdp2(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = tmp_path / "ddp.py"
-    script.write_text(textwrap.dedent(_DISTRIBUTED))
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, str(script), port], capture_output=True, text=True, cwd=root, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "equal" in done.stdout
+    together(trained_together, tmp_path)
 
 
 # --- what is told and refused ----------------------------------------------------------------------------------------

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import (
     BertConfig,
@@ -32,6 +30,7 @@ from hf_adanorm import (
     watch_norms,
 )
 from hf_adanorm.diagnostics.log import FIELDS, HISTOGRAM_BINS
+from tests.zoo.processes import together
 
 WIDTH, ROWS = 24, 40
 
@@ -506,38 +505,22 @@ def test_trainer_callback_records_and_reaches_the_trackers(tmp_path, monkeypatch
     assert not any("norms/" in key for entry in trainer.state.log_history for key in entry)
 
 
-WORKER = """
-import json, os, sys, torch
-sys.path.insert(0, os.environ["ROOT"])
-import torch.distributed as dist
-from tests.unit.diagnostics.test_watch import batch, bert, num_hooks
-from hf_adanorm import watch_norms
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-model = bert("adanorm").train()
-wrapped = torch.nn.parallel.DistributedDataParallel(model)
-optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-3)
-with watch_norms(wrapped, every=2) as log:
-    for step in range(3):
-        wrapped(**batch(10 * step + rank, 2 + 2 * rank)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-merged = log.gather()
-out = {"world": dist.get_world_size(), "hooks": num_hooks(wrapped), "own": log.to_rows(), "merged": merged.to_rows()}
-open(os.environ["OUT"] + f"/{rank}.json", "w").write(json.dumps(out))
-dist.destroy_process_group()
-"""
+def watched_together(folder: Path) -> None:
+    rank = dist.get_rank()
+    wrapped = nn.parallel.DistributedDataParallel(bert("adanorm").train())
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-3)
+    with watch_norms(wrapped, every=2) as log:
+        for step in range(3):
+            wrapped(**batch(10 * step + rank, 2 + 2 * rank)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = {"hooks": num_hooks(wrapped), "own": log.to_rows(), "merged": log.gather().to_rows()}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 def test_distributed_processes_record_their_rows_and_join_them(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "OUT": str(tmp_path), "ROOT": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    together(watched_together, tmp_path, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["world"] == 2
     assert first["hooks"] == 0
     assert first["merged"] == second["merged"]
     assert [row["name"] for row in first["own"]] == [row["name"] for row in first["merged"]]

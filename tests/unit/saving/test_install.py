@@ -75,6 +75,31 @@ def test_other_wrappers_on_top_go_on_working(monkeypatch: pytest.MonkeyPatch) ->
         install.install()
 
 
+PEFT_LATER = """
+import sys
+import hf_adanorm.patching
+from hf_adanorm.saving import install
+from hf_adanorm.saving.wrapping import _FINDER
+assert {"peft", "transformers.trainer"}.isdisjoint(sys.modules)
+install.install()
+assert sys.meta_path.count(_FINDER) == 1
+import peft
+from peft.config import PeftConfigMixin
+assert hasattr(PeftConfigMixin.save_pretrained, "_hf_adanorm_original")
+from transformers import Trainer
+assert hasattr(Trainer._load_from_checkpoint, "_hf_adanorm_original")
+assert {"peft", "transformers.trainer"}.isdisjoint(_FINDER.waiting)
+"""
+NO_THREAD = """
+import sys, threading
+from transformers import PreTrainedModel
+events, threads = [], threading.active_count()
+sys.addaudithook(lambda name, args: events.append(name))
+import hf_adanorm
+hf_adanorm.patch_model
+assert threading.active_count() == threads
+assert not [name for name in events if name.startswith(("socket.", "subprocess.", "os.fork", "os.exec"))]
+"""
 FIRST = {
     "a model class of transformers": "from transformers import BertModel",
     "the Trainer": "from transformers import Trainer",
@@ -87,25 +112,66 @@ FIRST = {
     "the hooks": "import hf_adanorm.saving.hooks",
     "fading": "import hf_adanorm.fading",
 }
-
-
 LAZY = """
-import sys
 import hf_adanorm
-assert not {"torch", "transformers", "peft"} & set(sys.modules)
-exec(sys.argv[1])
+{first}
 from transformers import BertConfig, BertModel
-sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
 model = hf_adanorm.patch_model(BertModel(BertConfig(vocab_size=9, **sizes)))
 assert hf_adanorm.is_patched(BertModel(model.config))
 assert hf_adanorm.modeling_adanorm.cpu_kernel is hf_adanorm.cpu_kernel
 """
+SCRIPTS = {"PEFT later": PEFT_LATER, "no thread": NO_THREAD}
+SCRIPTS |= {what: LAZY.replace("{first}", first) for what, first in FIRST.items()}
+# Each in a process of its own that has imported nothing of ours or of transformers, forked from one that has imported
+# what takes most of the time and plays no part.
+FORKS = """
+import json, os, sys, traceback
+import torch, torch._dynamo, torch.distributed.tensor, pandas, pyarrow, bitsandbytes
+assert not {"hf_adanorm", "transformers", "peft"} & set(sys.modules)
+failed = {}
+for name, code in json.load(sys.stdin).items():
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            os.write(write, traceback.format_exc().encode()[-10_000:])
+            os._exit(1)
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        said = pipe.read()
+    failed[name] = said if os.wait()[1] else ""
+print(json.dumps(failed))
+"""
+
+
+@pytest.fixture(scope="module")
+def failed() -> dict[str, str]:
+    """How each of the scripts failed, or nothing."""
+    given = json.dumps(SCRIPTS)
+    done = subprocess.run([sys.executable, "-c", FORKS], input=given, capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_import_alone_brings_nothing_heavy() -> None:
+    code = 'import sys, hf_adanorm; assert not {"torch", "transformers", "peft", "numpy"} & set(sys.modules)'
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("what", FIRST)
-def test_whatever_is_imported_first_the_hooks_are_there(what: str) -> None:
-    done = subprocess.run([sys.executable, "-c", LAZY, FIRST[what]], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_whatever_is_imported_first_the_hooks_are_there(failed: dict[str, str], what: str) -> None:
+    assert not failed[what]
+
+
+def test_peft_imported_later_is_wrapped_then(failed: dict[str, str]) -> None:
+    assert not failed["PEFT later"]
+
+
+def test_importing_starts_no_thread_and_opens_no_connection(failed: dict[str, str]) -> None:
+    assert not failed["no thread"]
 
 
 IMPORTS = """

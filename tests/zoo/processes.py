@@ -1,0 +1,89 @@
+"""Real processes at little cost: forked from a server that has imported torch, transformers and the recipes once.
+
+A process starts in a fraction of the time that its imports take.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RECIPES = ("classification", "translation", "language_modeling")
+
+context = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def start_server() -> None:
+    """The server finds what it preloads by PYTHONPATH alone, and in silence goes without what it does not find."""
+    context.set_forkserver_preload([*RECIPES, "tests.recipes.recipe_process"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def wait(process: BaseProcess, seconds: float = 120) -> int:
+    """The exit code of a process (minus the signal's number when one ended it); a hanging one is killed and fails."""
+    process.join(seconds)
+    hangs = process.is_alive()
+    if hangs:
+        process.kill()
+        process.join()
+    assert not hangs, f"still running after {seconds} s"
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def write_output_to(log: str) -> None:
+    """From here on, what this process prints goes there."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def ranks() -> list[dict[str, str]]:
+    """What a launcher sets for each of two processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def together(worker: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Run `worker(*arguments)`, a function of a module, in two processes of a gloo group; logs go into `folder`."""
+    start_server()
+    logs = [str(folder / f"log{rank}") for rank in range(2)]
+    processes = [
+        context.Process(target=_in_group, args=(environment, log, worker, arguments))
+        for environment, log in zip(ranks(), logs, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    assert [wait(process, 240) for process in processes] == [0, 0], [Path(log).read_text() for log in logs]
+
+
+def _in_group(environment: dict[str, str], log: str, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    write_output_to(log)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    worker(*arguments)
+    dist.destroy_process_group()
