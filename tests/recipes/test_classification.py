@@ -1,12 +1,7 @@
 """The classification recipe as users run it: tiny models, real data files, real processes."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,19 +10,11 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 import classification
 import hf_adanorm
-from common.checkpoints import EXIT_RESUME
 from common.endings import EXIT_DIVERGED
+from tests.recipes.recipe_process import two_processes
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 SCRIPT = Path(classification.__file__)
-# Dropout, gradient accumulation, an incomplete last step and a checkpoint in the middle of an epoch.
-RESUME = {
-    "max_steps": 60,
-    "gradient_accumulation_steps": 2,
-    "batch_size": 4,
-    "checkpointing_steps": 7,
-    "eval_steps": 25,
-}
 
 
 def read_results(folder):
@@ -108,13 +95,6 @@ def test_the_papers_encoder_in_batches_by_tokens(texts, tmp_path):
     assert results["history"][-1]["epoch"] == 2
 
 
-def test_positions_that_begin_after_padding_are_counted(texts, tmp_path, capsys):
-    model = {**TINY_CLASSIFIER, "model_type": "roberta-prelayernorm"}
-    with pytest.raises(SystemExit):
-        classification.main(arguments_for(texts, tmp_path, model_config=json.dumps(model)))
-    assert "--max_length 32 is beyond the model's 31 positions" in capsys.readouterr().err
-
-
 def test_a_finished_run_is_not_repeated(finished, texts, capsys):
     before = (finished / "results.json").stat().st_mtime_ns
     classification.main(arguments_for(texts, finished, C=1.3, k=0.07, test_file=texts["validation"]))
@@ -142,111 +122,40 @@ def test_other_options_in_the_same_folder_are_refused_by_name(finished, texts, c
     assert "(C: 1.3 in the checkpoint, 1.2 now)" in capsys.readouterr().err
 
 
-def test_a_killed_and_a_terminated_run_end_with_the_weights_of_an_undisturbed_one(texts, tmp_path, capsys):
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    classification.main(arguments_for(texts, undisturbed, **RESUME))
-    command = [sys.executable, str(SCRIPT), *arguments_for(texts, disturbed, logging_steps=1, **RESUME)]
-
-    killed, reached = stop_after(command, step=17, how=signal.SIGKILL)
-    assert killed == -signal.SIGKILL
-    newest = max(int(path.name.split("-")[1]) for path in disturbed.glob("checkpoint-*"))
-    assert newest % 7 == 0
-    assert newest >= reached - 7
-
-    terminated, _ = stop_after(command, step=newest + 10, how=signal.SIGTERM)
-    assert terminated == EXIT_RESUME
-    capsys.readouterr()
-    classification.main(arguments_for(texts, disturbed, **RESUME))
-    assert re.search(r"resuming from step \d+", capsys.readouterr().out)
-    assert_same_weights(weights(undisturbed, 60), weights(disturbed, 60))
-    for key in ("validation", "history", "best_step"):
-        assert read_results(undisturbed)[key] == read_results(disturbed)[key]
-
-
-def stop_after(command, step, how):
-    """Start a run, send it a signal once it reported `step`; its exit code and the last step it reported."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    reached = 0
-    for line in process.stdout:
-        found = re.match(r"step (\d+)/", line)
-        if found:
-            reached = int(found[1])
-            if reached == step:
-                process.send_signal(how)
-    error = process.stderr.read()
-    process.wait(timeout=60)
-    assert reached >= step, error
-    return process.returncode, reached
-
-
 def test_two_processes_do_what_one_does(texts, tmp_path):
     # Without dropout, whose masks are drawn per process.
     model = json.dumps({**TINY_CLASSIFIER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-    common = {"model_config": model, "max_steps": 12, "eval_steps": 4, "test_file": texts["test"]}
+    common = {"model_config": model, "max_steps": 12, "eval_steps": 4}
     one, two = tmp_path / "one", tmp_path / "two"
     classification.main(arguments_for(texts, one, batch_size=8, **common))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)),
-            str(SCRIPT),
-            *arguments_for(texts, two, batch_size=4, logging_steps=4, **common),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert launched.returncode == 0, launched.stderr
+    command = arguments_for(texts, two, batch_size=4, logging_steps=4, test_file=texts["validation"], **common)
+    codes, said = two_processes("classification", [command, command], tmp_path)
+    assert codes == [0, 0], said
     left, right = read_results(one), read_results(two)
     assert right["num_processes"] == 2
     # Sums of floats in another order: 1e-5 on losses of about 0.7 after 12 steps.
     for a, b in zip(left["history"], right["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
         assert b["accuracy"] == a["accuracy"]  # of 41 examples, an odd number: none counted twice
-    assert left["test"] == right["test"]
+    assert right["test"]["accuracy"] == right["validation"]["accuracy"]
     for name, value in weights(one, 12).items():
         assert value.sub(weights(two, 12)[name]).abs().max() < 1e-4, name
-    lines = [line for line in launched.stdout.splitlines() if line.startswith("step 4")]
-    assert len(lines) == 2, launched.stdout  # one of training, one of validation, from one process
+    lines = [line for log in said for line in log.splitlines() if line.startswith("step 4")]
+    assert len(lines) == 2, said  # one of training, one of validation, from one process
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"train_file": "absent.csv"}, "--train_file absent.csv: no such file"),
-        ({"text_column": "txt"}, "--text_column 'txt': the train split has no such column"),
-        ({"label_names": "[only]"}, "label 1 is outside the range 0 to 0"),
-        ({"model_config": "{}"}, "give either --model_name_or_path or model_config"),
-        ({"model_config": '{"hidden_size": 8}'}, "model_config needs a model_type"),
         ({"max_length": 64}, "--max_length 64 is beyond the model's 32 positions"),
         ({"include": "encoder.nothing"}, "--norm adanorm: "),
         ({"C": 0}, "--norm adanorm: "),
         ({"batch_size": 0}, "--batch_size must be positive, got 0"),
-        ({"eval_batch_size": 0}, "--eval_batch_size must be positive, got 0"),
-        ({"dataloader_workers": -1}, "--dataloader_workers must be at least 0"),
         ({"seed": -1}, "--seed must be in [0, 4294967295], got -1"),
-        ({"vocab_size": 3}, "--vocab_size must be at least 10"),
         ({"report_to": "[bogus]"}, "bogus"),
         ({"model_name_or_path": "no/such", "model_config": "{}"}, "--model_name_or_path no/such: "),
-        ({"model_config": '{"model_type": "bret"}'}, "no model_type 'bret'; did you mean"),
-        (
-            {"model_config": '{"model_type": "bert", "hiden_size": 8}'},
-            "no field 'hiden_size'; did you mean 'hidden_size'?",
-        ),
-        (
-            {"model_config": '{"model_type": "bert", "num_hidden_layers": -1}'},
-            "num_hidden_layers must not be negative",
-        ),
-        (
-            {"model_config": '{"model_type": "bert", "hidden_size": 1.5}'},
-            "Field 'hidden_size' expected int, got float",
-        ),
-        ({"model_config": '{"model_type": "bert", "vocab_size": 3}'}, "vocab_size 3 is less than the tokeniser's"),
         ({"model_config": '{"model_type": "bert", "hidden_act": "nosuch"}'}, "no bert can be built from it: KeyError"),
-        ({"learning_rate": -1}, "--learning_rate must be positive"),
     ],
 )
 def test_bad_input_ends_in_one_line_before_training(changes, said, texts, tmp_path, capsys):
@@ -329,12 +238,11 @@ def test_a_pretrained_model_folds_by_a_fit_with_a_k_for_each_norm(texts, tmp_pat
     classification.main(arguments_for(texts, trained, norm="layernorm", max_steps=10))
     changes = {"model_config": "{}", "model_name_or_path": trained / "best", "affine": "fold", "k": 1.0}
     changes |= {"on_unfoldable": "calibrate", "calibrate_k": True, "learning_rate": 1e-9, "max_steps": 2}
-    classification.main(arguments_for(texts, fitted, test_file=texts["validation"], **changes))
+    classification.main(arguments_for(texts, fitted, **changes))
     results = read_results(fitted)
     norms = [m for m in load(fitted).modules() if getattr(m, "is_adanorm_module", False)]
     assert len(norms) == results["norm_modules"] == 3
     assert len({norm.k for norm in norms}) == 3
     assert all(0 < norm.k < 1 for norm in norms)
-    assert results["test"]["accuracy"] == results["validation"]["accuracy"]
     loss = read_results(trained)["validation"]["loss"]
     assert results["validation"]["loss"] == pytest.approx(loss, abs=0.02)

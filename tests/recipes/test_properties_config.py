@@ -30,9 +30,7 @@ OPTIONS: dict[str, Any] = {
     "parsing": parsing.ParsingOptions,
 }
 outcomes: Counter[str] = Counter()
-same_fixture = settings(
-    max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+same_fixture = settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
@@ -85,7 +83,7 @@ def configs(draw: st.DrawFn) -> tuple[str, dict[str, Any], str | None]:
     recipe = draw(st.sampled_from(sorted(OPTIONS)))
     hints = typing.get_type_hints(OPTIONS[recipe])
     hints = {item.name: hints[item.name] for item in dataclasses.fields(OPTIONS[recipe])}
-    keys = draw(st.lists(st.sampled_from(sorted(hints)), min_size=1, max_size=5, unique=True))
+    keys = draw(st.lists(st.sampled_from(sorted(hints)), min_size=1, max_size=25, unique=True))
     config = {key: draw(values(hints[key]).filter(functools.partial(fits, recipe, key))) for key in keys}
     how = draw(st.sampled_from([None, None, "typo", "type"]))
     if how is None:
@@ -217,5 +215,5 @@ def test_an_unquoted_no_is_a_precision(tmp_path: Path) -> None:
 
 def test_enough_of_the_cases_were_valid() -> None:
     print(f"\nconfigs: {dict(outcomes)}")
-    assert sum(outcomes.values()) >= 350
+    assert sum(outcomes.values()) >= 200
     assert outcomes["read"] >= 0.3 * sum(outcomes.values())
