@@ -5,9 +5,9 @@ python tests/zoo/fold_models.py            prints the tables (Markdown)
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,244 +19,145 @@ from hf_adanorm.detection import iter_norms
 from hf_adanorm.running import dummy_inputs
 
 POST_NORM = {"bert-cls": 4, "roberta-cls": 5, "bart": 10, "marian": 8}  # name -> approximated norms
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 VOCAB = {"vocab_size": 100}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {**LAYERS, "intermediate_size": 64}
+ENCODER = {**SIZES, **VOCAB}
+DECODER = {**ENCODER, **SPECIAL}
+GROUPED = {**DECODER, "num_key_value_heads": 2}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, **VOCAB, **SPECIAL}
 IMAGE = {"image_size": 32, "patch_size": 8}
+VISION = {**SIZES, **IMAGE}
+STAGES = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
+WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+TOWERS = {"text_config": {**ENCODER, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": VISION}
+SPEECH = {**SIZES, "conv_dim": (16, 16, 16), "conv_stride": (5, 4, 4), "conv_kernel": (10, 8, 4), "vocab_size": 32}
+SPEECH |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
 SEQ2SEQ = {
+    **{f"{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")},
     "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
-    "vocab_size": 100,
     "max_position_embeddings": 64,
+    **VOCAB,
+    **SPECIAL,
 }
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "gpt2-seqcls": lambda: transformers.GPT2ForSequenceClassification(
-        transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **VOCAB, **SPECIAL)
+# name -> (class of transformers, the fields of its config)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-seqcls": ("GPT2ForSequenceClassification", GPT),
+    "gpt2-lm untied": ("GPT2LMHeadModel", {**GPT, "tie_word_embeddings": False}),
+    "gpt2-lm": ("GPT2LMHeadModel", GPT),
+    "opt": (
+        "OPTForCausalLM",
+        {**LAYERS, **VOCAB, **SPECIAL, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
     ),
-    "gpt2-lm untied": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=2, n_positions=64, tie_word_embeddings=False, **VOCAB, **SPECIAL
-        )
-    ),
-    "gpt2-lm": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **VOCAB, **SPECIAL)
-    ),
-    "opt": lambda: transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            **{k: v for k, v in SIZES.items() if k != "intermediate_size"},
-            ffn_dim=64,
-            word_embed_proj_dim=32,
-            max_position_embeddings=64,
+    "gpt_neox": ("GPTNeoXForCausalLM", {**DECODER, "max_position_embeddings": 64}),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
             **VOCAB,
             **SPECIAL,
-        )
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 64,
+        },
     ),
-    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(**SIZES, **VOCAB, max_position_embeddings=64, **SPECIAL)
+    "gptj": ("GPTJForCausalLM", {**GPT, "rotary_dim": 8, "tie_word_embeddings": False}),
+    "bloom": ("BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 2, **VOCAB, **SPECIAL}),
+    "falcon": ("FalconForCausalLM", {**LAYERS, **VOCAB, **SPECIAL}),
+    "phi": ("PhiForCausalLM", DECODER),
+    "mpt": ("MptForCausalLM", {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, **VOCAB}),
+    "codegen": ("CodeGenForCausalLM", {**GPT, "n_head": 4, "rotary_dim": 4}),
+    "biogpt": ("BioGptForCausalLM", {**DECODER, "max_position_embeddings": 64}),
+    "stablelm": ("StableLmForCausalLM", GROUPED),
+    "starcoder2": ("Starcoder2ForCausalLM", GROUPED),
+    "bert-cls": ("BertForSequenceClassification", ENCODER),
+    "bert-mlm": ("BertForMaskedLM", ENCODER),
+    "roberta-cls": (
+        "RobertaForSequenceClassification",
+        {**ENCODER, "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     ),
-    "gpt_neo": lambda: transformers.GPTNeoForCausalLM(
-        transformers.GPTNeoConfig(
-            hidden_size=32,
-            num_layers=2,
-            num_heads=2,
-            attention_types=[[["global", "local"], 1]],
-            max_position_embeddings=64,
-            **VOCAB,
-            **SPECIAL,
-        )
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, **VOCAB},
     ),
-    "gptj": lambda: transformers.GPTJForCausalLM(
-        transformers.GPTJConfig(
-            n_embd=32, n_layer=2, n_head=2, n_positions=64, rotary_dim=8, tie_word_embeddings=False, **VOCAB, **SPECIAL
-        )
+    "albert": ("AlbertForSequenceClassification", {**ENCODER, "embedding_size": 16}),
+    "electra": ("ElectraForSequenceClassification", {**ENCODER, "embedding_size": 16}),
+    "deberta": ("DebertaV2ForSequenceClassification", {**ENCODER, "pooler_hidden_size": 32}),
+    "esm": ("EsmForMaskedLM", {**ENCODER, "max_position_embeddings": 64, "pad_token_id": 1, "mask_token_id": 3}),
+    "modernbert": ("ModernBertForSequenceClassification", {**DECODER, "cls_token_id": 1, "sep_token_id": 2}),
+    "vit": ("ViTForImageClassification", VISION),
+    "deit": ("DeiTForImageClassification", VISION),
+    "beit": ("BeitForImageClassification", VISION),
+    "dinov2": ("Dinov2ForImageClassification", {**LAYERS, **IMAGE}),
+    "swin": ("SwinForImageClassification", WINDOWS),
+    "swinv2": ("Swinv2ForImageClassification", WINDOWS),
+    "convnext": ("ConvNextForImageClassification", {**STAGES, "image_size": 32}),
+    "segformer": (
+        "SegformerForSemanticSegmentation",
+        {**STAGES, "image_size": 64, "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 32},
     ),
-    "bloom": lambda: transformers.BloomForCausalLM(
-        transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=2, **VOCAB, **SPECIAL)
+    "clip": ("CLIPModel", TOWERS),
+    "siglip": ("SiglipModel", TOWERS),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        {
+            **SEQ2SEQ,
+            "max_source_positions": 30,
+            "max_target_positions": 40,
+            "num_mel_bins": 16,
+            "decoder_start_token_id": 1,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
     ),
-    "falcon": lambda: transformers.FalconForCausalLM(
-        transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **VOCAB, **SPECIAL)
+    "wav2vec2": ("Wav2Vec2ForCTC", {**SPEECH, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
+    "hubert": ("HubertForCTC", SPEECH),
+    "mbart": ("MBartForConditionalGeneration", SEQ2SEQ),
+    "pegasus": ("PegasusForConditionalGeneration", {**SEQ2SEQ, "bos_token_id": None, "eos_token_id": 1}),
+    "m2m100": ("M2M100ForConditionalGeneration", SEQ2SEQ),
+    "bart": ("BartForConditionalGeneration", SEQ2SEQ),
+    "bart-cls": ("BartForSequenceClassification", SEQ2SEQ),
+    "marian": ("MarianMTModel", {**SEQ2SEQ, "decoder_start_token_id": 0}),
+    "blenderbot": ("BlenderbotForConditionalGeneration", SEQ2SEQ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, **VOCAB, "decoder_start_token_id": 0},
     ),
-    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES, **VOCAB, **SPECIAL)),
-    "mpt": lambda: transformers.MptForCausalLM(
-        transformers.MptConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=64, **VOCAB)
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
+    "olmo": ("OlmoForCausalLM", GROUPED),
+    "vit-mae": (
+        "ViTMAEForPreTraining",
+        {
+            **VISION,
+            "decoder_hidden_size": 32,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 64,
+        },
     ),
-    "codegen": lambda: transformers.CodeGenForCausalLM(
-        transformers.CodeGenConfig(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, **VOCAB, **SPECIAL)
-    ),
-    "biogpt": lambda: transformers.BioGptForCausalLM(
-        transformers.BioGptConfig(**SIZES, **VOCAB, **SPECIAL, max_position_embeddings=64)
-    ),
-    "stablelm": lambda: transformers.StableLmForCausalLM(
-        transformers.StableLmConfig(**SIZES, num_key_value_heads=2, **VOCAB, **SPECIAL)
-    ),
-    "starcoder2": lambda: transformers.Starcoder2ForCausalLM(
-        transformers.Starcoder2Config(**SIZES, num_key_value_heads=2, **VOCAB, **SPECIAL)
-    ),
-    "bert-cls": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **VOCAB)),
-    "bert-mlm": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, **VOCAB)),
-    "roberta-cls": lambda: transformers.RobertaForSequenceClassification(
-        transformers.RobertaConfig(
-            **SIZES, **VOCAB, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2
-        )
-    ),
-    "distilbert": lambda: transformers.DistilBertForSequenceClassification(
-        transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, **VOCAB)
-    ),
-    "albert": lambda: transformers.AlbertForSequenceClassification(
-        transformers.AlbertConfig(embedding_size=16, **SIZES, **VOCAB)
-    ),
-    "electra": lambda: transformers.ElectraForSequenceClassification(
-        transformers.ElectraConfig(embedding_size=16, **SIZES, **VOCAB)
-    ),
-    "deberta": lambda: transformers.DebertaV2ForSequenceClassification(
-        transformers.DebertaV2Config(**SIZES, **VOCAB, pooler_hidden_size=32)
-    ),
-    "esm": lambda: transformers.EsmForMaskedLM(
-        transformers.EsmConfig(**SIZES, **VOCAB, max_position_embeddings=64, pad_token_id=1, mask_token_id=3)
-    ),
-    "modernbert": lambda: transformers.ModernBertForSequenceClassification(
-        transformers.ModernBertConfig(**SIZES, **VOCAB, **SPECIAL, cls_token_id=1, sep_token_id=2)
-    ),
-    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, **IMAGE)),
-    "deit": lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**SIZES, **IMAGE)),
-    "beit": lambda: transformers.BeitForImageClassification(transformers.BeitConfig(**SIZES, **IMAGE)),
-    "dinov2": lambda: transformers.Dinov2ForImageClassification(
-        transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **IMAGE)
-    ),
-    "swin": lambda: transformers.SwinForImageClassification(
-        transformers.SwinConfig(
-            image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
-        )
-    ),
-    "swinv2": lambda: transformers.Swinv2ForImageClassification(
-        transformers.Swinv2Config(
-            image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
-        )
-    ),
-    "convnext": lambda: transformers.ConvNextForImageClassification(
-        transformers.ConvNextConfig(image_size=32, hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1])
-    ),
-    "segformer": lambda: transformers.SegformerForSemanticSegmentation(
-        transformers.SegformerConfig(
-            image_size=64,
-            hidden_sizes=[8, 16, 16, 32],
-            depths=[1, 1, 1, 1],
-            num_attention_heads=[1, 2, 2, 2],
-            decoder_hidden_size=32,
-        )
-    ),
-    "clip": lambda: transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config=dict(**SIZES, vocab_size=100, bos_token_id=1, eos_token_id=2),
-            vision_config=dict(**SIZES, **IMAGE),
-        )
-    ),
-    "siglip": lambda: transformers.SiglipModel(
-        transformers.SiglipConfig(
-            text_config=dict(**SIZES, vocab_size=100, bos_token_id=1, eos_token_id=2),
-            vision_config=dict(**SIZES, **IMAGE),
-        )
-    ),
-    "whisper": lambda: transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(
-            **{**SEQ2SEQ, "max_position_embeddings": 64},
-            max_source_positions=30,
-            max_target_positions=40,
-            num_mel_bins=16,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=1,
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-        )
-    ),
-    "wav2vec2": lambda: transformers.Wav2Vec2ForCTC(
-        transformers.Wav2Vec2Config(
+    "layoutlm": ("LayoutLMForSequenceClassification", ENCODER),
+    "w2v-bert": (
+        "Wav2Vec2BertModel",
+        {
             **SIZES,
-            conv_dim=(16, 16, 16),
-            conv_stride=(5, 4, 4),
-            conv_kernel=(10, 8, 4),
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=2,
-            vocab_size=32,
-            do_stable_layer_norm=True,
-            feat_extract_norm="layer",
-        )
+            "feature_projection_input_dim": 16,
+            "vocab_size": 32,
+            "conv_depthwise_kernel_size": 3,
+            "left_max_position_embeddings": 8,
+            "right_max_position_embeddings": 4,
+        },
     ),
-    "hubert": lambda: transformers.HubertForCTC(
-        transformers.HubertConfig(
-            **SIZES,
-            conv_dim=(16, 16, 16),
-            conv_stride=(5, 4, 4),
-            conv_kernel=(10, 8, 4),
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=2,
-            vocab_size=32,
-        )
-    ),
-    "mbart": lambda: transformers.MBartForConditionalGeneration(transformers.MBartConfig(**SEQ2SEQ, **SPECIAL)),
-    "pegasus": lambda: transformers.PegasusForConditionalGeneration(
-        transformers.PegasusConfig(**SEQ2SEQ, pad_token_id=0, eos_token_id=1)
-    ),
-    "m2m100": lambda: transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**SEQ2SEQ, **SPECIAL)),
-    "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQ2SEQ, **SPECIAL)),
-    "bart-cls": lambda: transformers.BartForSequenceClassification(transformers.BartConfig(**SEQ2SEQ, **SPECIAL)),
-    "marian": lambda: transformers.MarianMTModel(
-        transformers.MarianConfig(**SEQ2SEQ, **SPECIAL, decoder_start_token_id=0)
-    ),
-    "blenderbot": lambda: transformers.BlenderbotForConditionalGeneration(
-        transformers.BlenderbotConfig(**SEQ2SEQ, **SPECIAL)
-    ),
-    "t5": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, **VOCAB, decoder_start_token_id=0
-        )
-    ),
-    "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **VOCAB, **SPECIAL)
-    ),
-    "mixtral": lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, **VOCAB, **SPECIAL)
-    ),
-    "olmo": lambda: transformers.OlmoForCausalLM(
-        transformers.OlmoConfig(
-            **SIZES, num_key_value_heads=2, **VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2
-        )
-    ),
-    "vit-mae": lambda: transformers.ViTMAEForPreTraining(
-        transformers.ViTMAEConfig(
-            **SIZES,
-            **IMAGE,
-            decoder_hidden_size=32,
-            decoder_num_hidden_layers=1,
-            decoder_num_attention_heads=2,
-            decoder_intermediate_size=64,
-        )
-    ),
-    "layoutlm": lambda: transformers.LayoutLMForSequenceClassification(transformers.LayoutLMConfig(**SIZES, **VOCAB)),
-    "w2v-bert": lambda: transformers.Wav2Vec2BertModel(
-        transformers.Wav2Vec2BertConfig(
-            **SIZES,
-            feature_projection_input_dim=16,
-            vocab_size=32,
-            conv_depthwise_kernel_size=3,
-            left_max_position_embeddings=8,
-            right_max_position_embeddings=4,
-        )
-    ),
-    "videomae": lambda: transformers.VideoMAEForVideoClassification(
-        transformers.VideoMAEConfig(**SIZES, **IMAGE, num_frames=4, tubelet_size=2)
-    ),
-    "vilt": lambda: transformers.ViltModel(transformers.ViltConfig(**SIZES, **IMAGE, vocab_size=50)),
-    "audio-spectrogram": lambda: transformers.ASTForAudioClassification(
-        transformers.ASTConfig(**SIZES, max_length=64, num_mel_bins=32, patch_size=16)
+    "videomae": ("VideoMAEForVideoClassification", {**VISION, "num_frames": 4, "tubelet_size": 2}),
+    "vilt": ("ViltModel", {**VISION, "vocab_size": 50}),
+    "audio-spectrogram": (
+        "ASTForAudioClassification",
+        {**SIZES, "max_length": 64, "num_mel_bins": 32, "patch_size": 16},
     ),
 }
 
@@ -264,7 +165,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def build(name: str, *, constant: bool = False, seed: int = 0) -> nn.Module:
     """The model in evaluation mode, its gains in 0.5..1.5 (`constant`: one number a norm), no bias at zero."""
     torch.manual_seed(seed)
-    model = MODELS[name]().eval()
+    cls, fields = getattr(transformers, MODELS[name][0]), copy.deepcopy(MODELS[name][1])
+    model = cls(cls.config_class(**fields)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, module, info in iter_norms(model):
