@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -50,6 +51,7 @@ def save_all(folder: Path) -> None:
             patched(case, swap).save_pretrained(folder / case / swap)
 
 
+@functools.cache
 def control(case: str, folder: Path) -> float:
     """What a stock model differs from itself after a round trip."""
     again = auto_class(CASES[case].auto_class).from_pretrained(folder / case / "control")

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from common.checkpoints import EXIT_RESUME
 from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_DECODER, TINY_PARSER, TINY_TRANSLATOR
 
 # Layers are dropped at random, as by this type's default.
@@ -58,3 +67,19 @@ def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> l
         options |= {"model_config": json.dumps(TRANSLATOR), "dropout": 0.1, "vocab_size": 60, "max_tokens": 64}
         options |= {"max_source_length": 32, "max_target_length": 32, "num_beams": 1, "cache_dir": data / "cache"}
     return [text for name, value in {**options, **changes}.items() for text in (f"--{name}", str(value))]
+
+
+def stopped_and_resumed(run: Callable[[], Any], folder: Path) -> Any:
+    """What `run` returns when it is asked to stop after the first checkpoint in `folder`, and called again."""
+
+    def ask_to_stop() -> None:
+        while not list(folder.glob("checkpoint-*")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask_to_stop, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == EXIT_RESUME
+    assert not (folder / "results.json").exists()
+    return run()

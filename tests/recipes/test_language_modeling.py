@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import random
-import signal
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -14,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, pipeline
 
 import language_modeling
-from common.checkpoints import EXIT_RESUME
 from common.endings import EXIT_DIVERGED
 from score_bytes import collate_windows, window_bits
 from tasks.bytes import ByteDataOptions, Windows, load_byte_splits
+from tests.recipes.fault_runs import stopped_and_resumed
 from tests.recipes.tiny_configs import TINY_DECODER, TINY_TRANSFORMER_XL
 
 
@@ -96,23 +92,6 @@ def test_the_best_model_generates_in_a_stock_pipeline(trained):
     assert [module.k for module in norms] == [0.07] * 3
 
 
-def run_stopped_and_resumed(text, folder, **changes):
-    """The results of a run that is stopped by SIGTERM after its first checkpoint, and started again."""
-
-    def terminate_after_first_checkpoint():
-        while not list(folder.glob("checkpoint-*")):
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    watcher = threading.Thread(target=terminate_after_first_checkpoint, daemon=True)
-    watcher.start()
-    with pytest.raises(SystemExit) as ended:
-        run(text, folder, checkpointing_steps=5, **changes)
-    assert ended.value.code == EXIT_RESUME
-    assert not (folder / "results.json").exists()
-    return run(text, folder, checkpointing_steps=5, **changes)
-
-
 def test_a_run_with_memory_stopped_in_the_middle_of_its_streams_ends_with_the_same_scores(text, tmp_path):
     changes = {
         "model_config": json.dumps({**TINY_TRANSFORMER_XL, "dropout": 0.1}),
@@ -125,7 +104,8 @@ def test_a_run_with_memory_stopped_in_the_middle_of_its_streams_ends_with_the_sa
     assert whole["validation"]["bits_per_character"] < 4
     bits = json.loads((tmp_path / "whole" / "test_bits.json").read_text())
     assert sum(bits["characters"]) == 699
-    resumed = run_stopped_and_resumed(text, tmp_path / "resumed", **changes)
+    stopped = tmp_path / "resumed"
+    resumed = stopped_and_resumed(lambda: run(text, stopped, checkpointing_steps=5, **changes), stopped)
     assert resumed["history"] == whole["history"]
 
 

@@ -1,11 +1,7 @@
 """The parsing recipe as users run it: a tiny treebank, real runs, a model that parses raw files."""
 
 import json
-import os
 import random
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +10,9 @@ from transformers import AutoModelForSequenceClassification
 
 import parsing
 import predict
-from common.checkpoints import EXIT_RESUME
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
 from tasks.options import PUNCTUATION_TAGS
+from tests.recipes.fault_runs import stopped_and_resumed
 from tests.recipes.tasks.test_conllu import UD
 from tests.recipes.tasks.test_parsing import CROSSING, tree
 from tests.recipes.tiny_configs import TINY_PARSER
@@ -112,19 +108,7 @@ def test_the_saved_model_parses_a_raw_file(trained, treebank, tmp_path):
 
 def test_a_run_stopped_in_the_middle_ends_with_the_same_weights(trained, treebank, tmp_path):
     folder, whole = trained
-
-    def terminate_after_first_checkpoint():
-        while not list(tmp_path.glob("checkpoint-*")):
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    watcher = threading.Thread(target=terminate_after_first_checkpoint, daemon=True)
-    watcher.start()
-    changes = {"k": 0.07, "checkpointing_steps": 7}
-    with pytest.raises(SystemExit) as ended:
-        run(treebank, tmp_path, **changes)
-    assert ended.value.code == EXIT_RESUME
-    resumed = run(treebank, tmp_path, **changes)
+    resumed = stopped_and_resumed(lambda: run(treebank, tmp_path, k=0.07, checkpointing_steps=7), tmp_path)
     assert resumed["history"] == whole["history"]
     left, right = (load_file(f / "checkpoint-60" / "model.safetensors") for f in (folder, tmp_path))
     assert all(left[name].equal(right[name]) for name in left)

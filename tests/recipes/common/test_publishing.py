@@ -13,11 +13,10 @@ import classification
 from tasks.conllu import read_conllu
 from tests.integration.hub_server import HubServer
 from tests.recipes.fault_runs import arguments, write_data
+from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 SCRIPT = Path(classification.__file__)
 TOKEN = "hf_token_of_the_loopback_hub"
-TINY = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-TINY |= {"intermediate_size": 16, "max_position_embeddings": 32}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def run(hub, home, texts, *options, token=TOKEN):
 @pytest.fixture(scope="module")
 def first(hub, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
-    options = ["--model_config", json.dumps(TINY), "--C", "1.3", "--output_dir", folder / "run"]
+    options = ["--model_config", json.dumps(TINY_CLASSIFIER), "--C", "1.3", "--output_dir", folder / "run"]
     push = ["--push_to_hub", "true", "--hub_model_id", "me/demo"]
     done = run(hub, folder / "home", texts, *options, *push)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,7 +61,7 @@ def test_the_best_model_is_pushed_with_card_and_results(first, hub):
 def test_the_same_command_pushes_a_finished_run_and_keeps_a_card_written_there(first, hub, texts):
     text = hub.repos["me/demo"].files()["README.md"].decode() + "\nA remark.\n"
     hub.create_repo("me/again", {"README.md": text.encode()})
-    options = ["--model_config", json.dumps(TINY), "--C", "1.3", "--output_dir", first / "run"]
+    options = ["--model_config", json.dumps(TINY_CLASSIFIER), "--C", "1.3", "--output_dir", first / "run"]
     done = run(hub, first / "home", texts, *options, "--push_to_hub", "true", "--hub_model_id", "me/again")
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.repos["me/again"].files()
@@ -89,7 +88,7 @@ def test_a_run_starts_from_a_pushed_checkpoint(first, hub, texts, tmp_path):
 
 
 def test_a_push_without_a_token_ends_before_training(hub, texts, tmp_path):
-    options = ["--model_config", json.dumps(TINY), "--output_dir", tmp_path / "run"]
+    options = ["--model_config", json.dumps(TINY_CLASSIFIER), "--output_dir", tmp_path / "run"]
     done = run(hub, tmp_path / "home", texts, *options, "--push_to_hub", "true", "--hub_model_id", "me/x", token=None)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
