@@ -21,7 +21,7 @@ _STYLE = (
     ".hf-adanorm td.number{text-align:right;font-variant-numeric:tabular-nums}</style>"
 )
 # A click on a heading sorts by that column, and back: by numbers where the cells start with one.
-_SORT = (
+SORT = (
     "const b=this.closest('table').tBodies[0],i=this.cellIndex,s=this.dataset.s=-(this.dataset.s||-1);"
     "[...b.rows].sort((p,q)=>{const x=p.cells[i].innerText,y=q.cells[i].innerText,d=parseFloat(x)-parseFloat(y);"
     "return s*(isNaN(d)?x.localeCompare(y):d)}).forEach(r=>b.append(r))"
@@ -86,7 +86,7 @@ def html_table(header: Row, rows: Sequence[Row], summary: str = "", more: Sequen
         summary: a sentence above it.
         more: (what it is, text) of parts that open with a click.
     """
-    head = "".join(f'<th onclick="{_SORT}">{html.escape(name)}</th>' for name in header)
+    head = "".join(f'<th onclick="{SORT}">{html.escape(name)}</th>' for name in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     parts = "".join(
         f"<details><summary>{html.escape(title)}</summary><pre style='color:inherit;background:transparent'>"

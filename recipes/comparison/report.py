@@ -8,9 +8,13 @@ import html
 import io
 import json
 import math
+import os
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -18,6 +22,7 @@ from common.options import NORMS
 from comparison.contestants import in_order, kind, title_of
 from comparison.paper import BASELINE, COLUMNS, paper_score
 from comparison.runs import Run, outcome, overfit_gap
+from hf_adanorm._tables import SORT, counted
 from hf_adanorm.saving import write_file
 
 # Every norm keeps its colour and line in all pictures; the indices are those of hf_adanorm.plots.
@@ -73,6 +78,39 @@ def _interval(found: Mapping[str, Any], decimals: int) -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def speeds(runs: Sequence[Run]) -> dict[str, str]:
+    """Examples a second in training, the median over the runs of each norm, and as a multiple of LayerNorm's."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if speed := run.record.get("train_samples_per_second"):
+            found.setdefault(run.norm, []).append(speed)
+    medians = {norm: statistics.median(values) for norm, values in found.items()}
+    plain = medians.get(BASELINE)
+    return {
+        norm: f"{speed:,.4g}" + (f" ({speed / plain:.2f}x)" if plain and norm != BASELINE else "")
+        for norm, speed in medians.items()
+    }
+
+
+def setting(summary: Mapping[str, Any], runs: Sequence[Run]) -> str:
+    """Data, budget and size of the models in a line."""
+    record = next((run.record for run in runs if run.status == "finished"), None)
+    if record is None:
+        return ""
+    options, steps = record["options"], record["steps"]
+    files = options.get("train_file") or []
+    names = ["/".join(Path(file).parts[-2:]) for file in ([files] if isinstance(files, str) else files)]
+    names = names or [str(options[key]) for key in ("dataset_name", "dataset_config") if options.get(key)]
+    tested = f", {summary['num_test_examples']:,} to test on" if summary["num_test_examples"] else ""
+    sizes = sorted({row["parameters"] for row in summary["rows"] if row["parameters"]})
+    sizes = [f"{size:,}" for size in sizes[:: max(len(sizes) - 1, 1)]]  # the smallest and the largest
+    return (
+        f"Data: {' '.join(names)}, {record['train_samples']:,} examples to train on{tested}. "
+        f"Budget: {counted(steps, 'update')} ({steps / record['steps_per_epoch']:.3g} epochs), "
+        f"{counted(len({run.seed for run in runs}), 'seed')}. Model: {' to '.join(sizes)} parameters."
+    )
 
 
 def conclusion(summary: Mapping[str, Any]) -> str:
@@ -206,9 +244,10 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
         ours = [run for run in runs if run.norm == norm]
         finished = [run for run in ours if run.status == "finished"]
         histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
-        _curve(left, [_series(history, "train_history", "loss") for history in histories], line)
-        curves = [_series(history, "history", summary["score"], summary["scale"]) for history in histories]
-        _curve(middle, curves, {**line, "marker": MARKERS[other], "markersize": 4})
+        line |= {"marker": MARKERS[other], "markersize": 4}
+        losses = [_series(history, "train_history", "loss") for history in histories]
+        _curve(left, losses, {**line, "markevery": slice(-1, None)})  # at its end, or on a curve of one point
+        _curve(middle, [_series(h, "history", summary["score"], summary["scale"]) for h in histories], line)
     tested = False
     for position, row in enumerate(reversed(summary["rows"])):
         color = COLORS[STYLE[kind(row["norm"])]]
@@ -220,7 +259,8 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
             right.hlines(position, low, high, color=color, linewidth=1.5, alpha=0.7)
             tested = True
         if values:
-            right.plot(values, [position] * len(values), "o", color=color, alpha=0.45, markersize=6, clip_on=False)
+            beside = position + 0.12 * (np.arange(len(values)) - (len(values) - 1) / 2)  # or equal ones would hide
+            right.plot(values, beside, "o", color=color, alpha=0.45, markersize=6, clip_on=False)
             right.plot(row["mean"], position, "|", color=color, markersize=22, markeredgewidth=2.5)
         elif row["diverged"]:
             right.text(0.5, position, "diverged", transform=right.get_yaxis_transform(), ha="center", color=color)
@@ -247,7 +287,8 @@ def _series(progress: Mapping[str, Any], history: str, key: str, scale: float = 
 
 
 def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, Any]) -> None:
-    """The mean of the curves over the steps that all of them reached, with a band from the lowest to the highest."""
+    """The mean of the curves over the steps that all of them reached, with a band, or at a single step a bar, from the
+    lowest to the highest."""
     curves = [curve for curve in curves if curve]
     if not curves:
         return
@@ -257,7 +298,9 @@ def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, 
     values = np.asarray([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
     axes.plot(steps, values.mean(0), **line)
     if len(curves) > 1:
-        axes.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.1, linewidth=0)
+        if len(steps) == 1:
+            axes.vlines(steps, values.min(0), values.max(0), color=line["color"], linewidth=1.2)
+        axes.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.15, linewidth=0)
 
 
 # Files
@@ -329,7 +372,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], 
     figure = draw(summary, runs)
     pictures = save_figure(figure, folder / "curves", dpi=200)
     plt.close(figure)
-    write_file(folder / "report.html", page(summary, runs, pictures["png"]))
+    write_file(folder / "report.html", page(summary, runs, pictures["png"], folder))
 
 
 _CSS = """
@@ -337,8 +380,8 @@ _CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.2rem auto; max-width: 1220px; padding: 0 1.2rem; }
 h1 { font-size: 1.35rem; margin: 0 0 .2rem; } p.lead { margin: .2rem 0 .8rem; font-size: 1.02rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid #8884; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; max-width: 13rem; }
+th, td { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
+th { cursor: pointer; border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; max-width: 13rem; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 img { width: 100%; height: auto; background: white; border-radius: 4px; margin: .8rem 0 .3rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
@@ -347,29 +390,37 @@ pre, details { overflow-x: auto; font-size: .82rem; }
 """
 
 
-def page(summary: Mapping[str, Any], runs: Sequence[Run], picture: bytes) -> str:
-    """The HTML report, in one file without links: conclusion, tables, curves; below, how every run ended."""
+def page(summary: Mapping[str, Any], runs: Sequence[Run], picture: bytes, folder: Path) -> str:
+    """The HTML report, one file that needs no other: setting, conclusion, table, curves; below, how every run ended,
+    with a link to its folder, as it lies beside `folder`, where the page goes."""
     escape = html.escape
     source = base64.b64encode(picture).decode()
     rows = run_rows(runs, [])
     shown = ["norm", "seed", "outcome", "best_step", "steps", "seconds_per_step", "peak_memory_mb"]
     shown[3:3] = sorted({key for row in rows for key in row if key.startswith(("validation_", "test_"))})
-    cells = [[_cell(row.get(key)) for key in shown] for row in rows]
+    every = [[key.replace("_", " ") for key in shown], *([_cell(row.get(key)) for key in shown] for row in rows)]
+    links = [quote(Path(os.path.relpath(run.folder, folder)).as_posix()) + "/" for run in runs]
     options = next((run.record["options"] for run in runs if run.record), {})
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     bullets = "".join(f"<li>{escape(line)}</li>" for line in notes(summary))
-    both = zip(paper_table(summary), difference_table(summary), strict=True)
-    table = [[*scores, *differences[1:]] for scores, differences in both]  # the same norms in the same order
+    speed = speeds(runs)
+    column = [
+        "examples/s in training",
+        *(speed.get(norm, "-") for norm in in_order(row["norm"] for row in summary["rows"])),
+    ]
+    parts = zip(paper_table(summary), column, difference_table(summary), strict=True)
+    table = [[*scores, pace, *differences[1:]] for scores, pace, differences in parts]  # the same norms in one order
     title = escape(f"Norms compared: {summary['title']}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>{_CSS}</style></head><body>
 <h1>{title}</h1>
 <p class="lead">{escape(conclusion(summary))}</p>
+<p>{escape(setting(summary, runs))}</p>
 <div class="scroll">{_html_table(table)}</div>
 <img alt="Training loss, validation score and final score of every norm" src="data:image/png;base64,{source}">
 <ul>{bullets}</ul>
-<details><summary>Every run</summary><div class="scroll">{_html_table([shown, *cells])}</div></details>
+<details><summary>Every run</summary><div class="scroll">{_html_table(every, links)}</div></details>
 <details><summary>Command, options, versions</summary>
 <pre>{escape(summary["command"])}
 
@@ -387,7 +438,15 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
-def _html_table(table: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table[1:])
+def _html_table(table: Sequence[Sequence[str]], links: Sequence[str] = ()) -> str:
+    """A click on a heading sorts by it. `links`: where the first cell of each row leads."""
+    head = "".join(f'<th onclick="{SORT}">{html.escape(cell)}</th>' for cell in table[0])
+    whole = re.compile(r"\[[^]]*\]|p [\d.]+|± [\d.]+")  # an interval, a p, a deviation: not broken over lines
+    rows = [
+        [f"<td>{whole.sub(lambda m: m[0].replace(' ', '&nbsp;'), html.escape(cell))}</td>" for cell in row]
+        for row in table[1:]
+    ]
+    for row, link in zip(rows, links, strict=False):
+        row[0] = f'<td><a href="{html.escape(link)}">{row[0][4:-5]}</a></td>'
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

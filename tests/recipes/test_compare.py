@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -166,17 +167,21 @@ def test_all_files_of_the_report_are_there(compared):
 def test_the_html_report_stands_alone(compared):
     folder, _ = compared
     text = (folder / "report.html").read_text(encoding="utf-8")
-    sources, cells = [], []
+    sources, links, cells = [], [], []
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag, attributes):
-            sources.extend(value for name, value in attributes if name in {"src", "href"})
+            sources.extend(value for name, value in attributes if name == "src")
+            links.extend(value for name, value in attributes if name == "href")
 
         def handle_data(self, data):
             cells.append(data.strip())
 
     Reader().feed(text)
     assert [source[:22] for source in sources] == ["data:image/png;base64,"]
+    assert {folder / unquote(link) for link in links} == set((folder / "runs").iterdir())
+    assert any(re.fullmatch(r"[\d,.]+ \(\d\.\d\dx\)", cell) for cell in cells)  # a speed beside LayerNorm's
+    assert any(re.search(r"train\.\w+, 150 examples to train on.* updates .*, 1 seed\. ", cell) for cell in cells)
     assert "AdaNorm" in cells
     assert any(cell.startswith("diverged") or "cannot be told apart" in cell or "scored" in cell for cell in cells)
 

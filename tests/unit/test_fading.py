@@ -415,8 +415,9 @@ def test_training_that_moves_the_fade_is_told_nothing(unsaid):
                 set_fade(model, 0.0)
 
 
-def test_saving_a_fade_that_nothing_has_moved_is_told_once(tmp_path, unsaid):
-    model = waiting("fade")
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["eager", "compiled"])
+def test_saving_a_fade_that_nothing_has_moved_is_told_once(wrap, tmp_path, unsaid):
+    model = wrap(waiting("fade"))
     with pytest.warns(UserWarning, match="FadeCallback"):
         model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
