@@ -174,6 +174,12 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
     return result
 
 
+def load_state_dict(original: Callable[..., Any], file: Any, bound: BoundArguments) -> Any:
+    """What accelerate reads from a file for a model, without the notice: it puts every key into a module itself."""
+    state_dict = original(file)
+    return {key: tensor for key, tensor in state_dict.items() if not key.endswith(NOTICE)}
+
+
 def _waits_to_fade(norm: nn.Module) -> bool:
     """Whether its fade is at its start and `set_fade` was never asked, not even to leave it there."""
     progress = norm._buffers.get("fade_progress")

@@ -20,6 +20,7 @@ def install() -> None:
     when_imported("transformers.modeling_utils", _wrap_models)
     when_imported("transformers.trainer", _wrap_trainer)
     when_imported("peft", _wrap_peft)
+    when_imported("accelerate.utils.modeling", _wrap_accelerate)
 
 
 def uninstall() -> None:
@@ -51,6 +52,10 @@ def _wrap_peft(peft: Any) -> None:
     wrap_method(peft, "PeftModel.add_adapter", _late("adapters", "add_adapter"), "peft_config")
     wrap_method(peft, "config.PeftConfigMixin.save_pretrained", _late("adapters", "save_config"), "kwargs")
     wrap_method(peft, "config.PeftConfigMixin.from_pretrained", _late("adapters", "load_config"))
+
+
+def _wrap_accelerate(module: Any) -> None:
+    wrap_method(module, "load_state_dict", _late("hooks", "load_state_dict"))
 
 
 def _late(module: str, name: str) -> Around:

@@ -1,4 +1,4 @@
-"""Methods of other libraries, wrapped so that callers and other wrappers notice nothing.
+"""Methods, and a function, of other libraries, wrapped so that callers and other wrappers notice nothing.
 
 A wrapper has the signature of what it wraps and hands every argument on as it came, by position or by name. It calls
 whatever it found in place, so it composes with the wrappers of others; `unwrap_methods` takes it off.
@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from typing import Any, ClassVar
 
 _MARK = "_hf_adanorm_original"
-_ACTIVE: set[tuple[type, str]] = set()
+_ACTIVE: set[tuple[Any, str]] = set()
 
 # around(original, self, bound): `bound` holds the call's arguments by the wrapped method's own names, and
 # `original(self, **more)` makes the call with what is in `bound` by then.
@@ -25,7 +25,7 @@ Around = Callable[[Callable[..., Any], Any, inspect.BoundArguments], Any]
 
 def wrap_method(root: Any, path: str, around: Around, *reads: str) -> None:
     """Make the method at `path` ("Class.method") in the module `root` call `around`, which reads the arguments named
-    in `reads`; nothing if it does already.
+    in `reads`; nothing if it does already. Of a function, the first argument stands for `self`.
 
     A method that is not there, or does not take these arguments, is left alone with a warning: the others still work.
     """
@@ -48,18 +48,18 @@ def wrap_method(root: Any, path: str, around: Around, *reads: str) -> None:
     _ACTIVE.add((owner, name))
 
     @functools.wraps(method)
-    def wrapper(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            bound = signature.bind(self, *args, **kwargs) if (owner, name) in _ACTIVE else None
+            bound = signature.bind(*args, **kwargs) if (owner, name) in _ACTIVE else None
         except TypeError:  # wrong arguments: the method says so in its own words
             bound = None
         if bound is None:
-            return method(self, *args, **kwargs)
+            return method(*args, **kwargs)
 
         def original(receiver: Any, **more: Any) -> Any:
             return method(receiver, *bound.args[1:], **{**bound.kwargs, **more})
 
-        return around(original, self, bound)
+        return around(original, bound.args[0], bound)
 
     setattr(wrapper, _MARK, static)
     setattr(owner, name, classmethod(wrapper) if isinstance(static, classmethod) else wrapper)

@@ -100,7 +100,9 @@ def test_strict_loading_works(saved: Path) -> None:
     assert KEY in weights
     model.load_state_dict(weights, strict=True)
     load_sharded_checkpoint(model, str(saved / "shards"), strict=True)
-    load_checkpoint_in_model(model, str(saved / "whole"), strict=True)
+    for device_map in (None, {"": "cpu"}):
+        for form in ("whole", "shards"):
+            load_checkpoint_in_model(model, str(saved / form), device_map=device_map, strict=True)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*import hf_adanorm"):
         tiny().load_state_dict(weights)
 

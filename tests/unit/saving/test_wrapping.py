@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils.modeling as accelerate_modeling
 import pytest
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -29,11 +30,11 @@ def lora() -> LoraConfig:
 
 
 @pytest.fixture
-def everything_wrapped() -> set[tuple[type, str]]:
+def everything_wrapped() -> set[tuple[Any, str]]:
     return wrapping._ACTIVE
 
 
-def calls(folder: Path) -> dict[tuple[type, str], tuple[Callable[..., Any], dict[str, Any]]]:
+def calls(folder: Path) -> dict[tuple[Any, str], tuple[Callable[..., Any], dict[str, Any]]]:
     """Each wrapped method on a stock model, with all that it must be given."""
     model, adapted = tiny(), get_peft_model(tiny(), lora())
     adapted.save_pretrained(folder / "adapter")
@@ -63,11 +64,15 @@ def calls(folder: Path) -> dict[tuple[type, str], tuple[Callable[..., Any], dict
             PeftConfig.from_pretrained,
             {"pretrained_model_name_or_path": str(folder / "adapter")},
         ),
+        (accelerate_modeling, "load_state_dict"): (
+            accelerate_modeling.load_state_dict,
+            {"checkpoint_file": str(folder / "checkpoint" / "model.safetensors")},
+        ),
         (PeftConfigMixin, "save_pretrained"): (lora().save_pretrained, {"save_directory": str(folder / "config")}),
     }
 
 
-def test_wrappers_have_the_signatures_of_what_they_wrap(everything_wrapped: set[tuple[type, str]]) -> None:
+def test_wrappers_have_the_signatures_of_what_they_wrap(everything_wrapped: set[tuple[Any, str]]) -> None:
     for owner, name in everything_wrapped:
         wrapper = getattr(getattr(owner, name), "__func__", getattr(owner, name))
         assert inspect.signature(wrapper) == inspect.signature(wrapper.__wrapped__)
@@ -76,7 +81,7 @@ def test_wrappers_have_the_signatures_of_what_they_wrap(everything_wrapped: set[
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_each_takes_its_arguments_by_position_and_by_name(
-    by_name: bool, everything_wrapped: set[tuple[type, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_name: bool, everything_wrapped: set[tuple[Any, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HfApi, "create_commit", lambda *_, **__: None)
     listed = calls(tmp_path)
