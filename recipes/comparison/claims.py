@@ -86,18 +86,15 @@ def measured(summary: Mapping[str, Any], claim: Claim) -> tuple[dict[int, float]
 
 
 def relation(summary: Mapping[str, Any], claim: Claim) -> str | None:
-    """`better`, `worse`, `level` or `open`: see the module. None where the row does not have both norms."""
-    rows = {row["norm"]: row for row in summary["rows"]}
+    """`better`, `worse`, `level` or `open`: see the module. None where the row does not have both norms to measure."""
+    rows = {row["norm"]: row for row in summary["rows"] if row["scores"] or row["diverged"]}
     if claim.norm not in rows or claim.other not in rows:
         return None
-    finished = [bool(rows[name]["scores"]) for name in (claim.norm, claim.other)]
-    diverged = [bool(rows[name]["diverged"]) and not done for name, done in zip(claim[1:3], finished, strict=True)]
-    if not all(finished):
-        if diverged[0] and finished[1]:
-            return "worse"
-        if diverged[1] and finished[0]:
-            return "better"
-        return "open" if any(finished) or any(diverged) else None
+    lost = [not rows[name]["scores"] for name in (claim.norm, claim.other)]
+    if any(lost):
+        if claim.measure == "gaps":  # of a run that diverged there is none
+            return None
+        return "open" if all(lost) else "worse" if lost[0] else "better"
     found = difference_over_seeds(*measured(summary, claim))
     if found is None:
         return "open"

@@ -48,6 +48,13 @@ def test_a_norm_that_diverged_is_worse_than_one_that_finished():
 
 def test_a_row_without_one_of_the_norms_says_nothing():
     assert relation(summary([1.0, 1.1]), DETACH) is None
+    assert relation(summary([]), ADANORM) is None  # no run has finished
+
+
+def test_a_run_that_diverged_has_no_loss_gap():
+    rows = summary([1.0, 1.1], norm="layernorm-simple", measure="gaps", lost="layernorm-simple")
+    rows["rows"][0]["scores"] = {}
+    assert relation(rows, OVER_FIT) is None
 
 
 def test_what_counts_in_a_row_is_what_the_paper_reports_there():
