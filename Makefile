@@ -60,7 +60,7 @@ docs: $(DOCS)  ## build the documentation into docs/_build (installs torch, tran
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-versions: $(STAMP)  ## the core suites over versions of Python, transformers and torch, 10 minutes and 1 to 8 GB a cell: CELL=... for one
+versions: $(STAMP)  ## the core suites over versions of Python, transformers and torch, 5 minutes and 1 to 8 GB a cell: CELL=... for one
 	@$(BIN)/python -m pip install --quiet 'nox[uv]'
 	$(BIN)/nox $(if $(CELL),-s "$(CELL)")
 
@@ -73,8 +73,9 @@ $(OLDEST)/.installed: $(STAMP)
 	$(OLDEST)/bin/python -m pip install --quiet transformers==5.0.0
 	@touch $@
 
-oldest: $(OLDEST)/.installed  ## the suites of saving and of the norms under the oldest transformers
-	$(OLDEST)/bin/python -m pytest tests/unit/saving tests/integration/test_saving.py tests/unit/test_modeling_adanorm.py
+oldest: $(OLDEST)/.installed  ## the suites of names, hooks, saving and the norms under the oldest transformers (2 minutes)
+	$(OLDEST)/bin/python -m pytest -q tests/unit/saving/test_spec.py tests/unit/saving/test_hooks.py \
+		tests/integration/test_saving.py tests/unit/test_modeling_adanorm.py -k "not compile"
 
 coverage: $(STAMP)  ## run the tests, with the coverage of hf_adanorm
 	$(BIN)/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90
