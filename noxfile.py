@@ -42,6 +42,8 @@ SLOW = (
 )
 RESULTS = Path("outputs/versions.jsonl")
 EXTRAS = ("cli", "plots", "recipes", "test")
+# uv compiles nothing: where no bytecode is written, every process of a test would compile torch and transformers anew.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
@@ -59,7 +61,7 @@ def run_suites(session: nox.Session, suites: str) -> None:
     ran = session.run(
         "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}",
         *(session.posargs or ["-k", f"not ({SLOW})", *(f"tests/{suite}" for suite in suites.split())]),
-        env={"OMP_NUM_THREADS": "1"}, success_codes=[0, 1],
+        env=ENVIRONMENT, success_codes=[0, 1],
     )  # fmt: skip
     if ran is None or session.posargs:  # installed only, or a part
         return
@@ -110,7 +112,7 @@ def checkpoints(session: nox.Session) -> None:
         for version in versions:
             session.install(f"transformers=={version}")
             for what in commands:
-                session.run("python", script, *map(str, what), env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                session.run("python", script, *map(str, what), env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"})
     session.run("python", script, "report", str(folder))
 
 
