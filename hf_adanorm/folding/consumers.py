@@ -301,6 +301,7 @@ def watch_consumers(
             watcher.start()
             with _SeeDropout(watcher), watcher:
                 watcher.outputs(model(**inputs))
+    watcher.shadows.clear()
     _watch_training(watcher.seen, _Watcher(model, norms, follow_sums), runs[0])
     return watcher.seen
 
@@ -320,6 +321,7 @@ def _watch_training(seen: Watched, watcher: _Watcher, inputs: Mapping[str, Any])
             with contextlib.suppress(Exception), warnings.catch_warnings(), _SeeDropout(watcher), watcher:
                 warnings.simplefilter("ignore")
                 watcher.outputs(model(**inputs))
+    watcher.shadows.clear()
     for name, calls in watcher.seen.linear_calls.items():
         if name in seen.linear_calls:
             seen.linear_calls[name] += calls

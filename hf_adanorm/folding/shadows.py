@@ -105,7 +105,8 @@ class Shadows:
         self._storages: set[int] = set()
 
     def clear(self) -> None:
-        """Before each forward pass."""
+        """Before each forward pass; and after the last, as each shadow refers to all of them: they, some as large as
+        what the model returned, would stay until the garbage collector comes."""
         self._traces.clear()
         self._storages.clear()
 

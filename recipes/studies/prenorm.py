@@ -41,6 +41,7 @@ from comparison.report import save_figure
 from hf_adanorm import patch_model, set_fade
 from hf_adanorm.fading import fade_at
 from studies.folder import claim, read_json
+from studies.steps import update
 
 WAYS = ("layernorm", "drop layernorm-simple", "drop adanorm", "fold layernorm-simple", "fold adanorm")
 
@@ -88,15 +89,10 @@ def train(
     losses, reported = [], []
     model.train()
     for step, ids in zip(range(max(report_at)), batches(data, args.batch_size, args.length, seed), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / 10, 1.0)
         if fade_steps:
             set_fade(model, fade_at(step + 1, fade_steps))
         loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer, loss, args.lr * min((step + 1) / 10, 1.0))
         losses.append(loss.item())
         if step + 1 in report_at:
             reported.append(validation_loss(model, held_out, args))

@@ -50,7 +50,8 @@ from comparison.report import save_figure
 from hf_adanorm import calibrate_k, patch_model, set_fade
 from hf_adanorm.fading import Order, fade_at
 from hf_adanorm.saving import write_file
-from studies.folder import claim
+from studies.folder import claim, read_json
+from studies.steps import update, warm_up_then_decay
 
 WAYS = (
     "layernorm",
@@ -200,7 +201,7 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
     name = f"{way}-lr{lr:g}-seed{seed}-steps{args.steps}"
     path = Path(args.output_dir) / "runs" / f"{name}.json"
     if path.is_file():
-        return read_run(path)
+        return read_json(path)
     started = time.time()
     torch.manual_seed(seed)
     model, notes = build(way, args, data, seed)
@@ -215,9 +216,6 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
     curve: list[tuple[int, float]] = []
     model.train()
     for step, (inputs, labels) in zip(range(args.steps), data.training_batches(seed, 16), strict=False):
-        rate = min((step + 1) / (0.1 * args.steps), 1.0) * (1.0 - step / args.steps)  # warm-up, then linear decay
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate
         if fading:
             set_fade(model, fade_at(step, ramp_steps), order=order)
         pooled = model.pooled(**inputs)
@@ -228,10 +226,7 @@ def run(way: str, lr: float, seed: int, args: argparse.Namespace, data: Data) ->
                 wanted = source.pooled(**inputs)
             distance = F.mse_loss(pooled, wanted) / wanted.square().mean()
             objective = loss + (1 - fade_at(step, ramp_steps)) * distance
-        objective.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer, objective, lr * warm_up_then_decay(step, args.steps))
         losses.append(loss.item())
         if (step + 1) % max(args.steps // 3, 1) == 0 and step + 1 < args.steps:
             curve.append((step + 1, data.accuracy(model, "validation", args.validation_sentences // 2)))
@@ -260,17 +255,10 @@ def best_rate(runs: list[dict[str, Any]]) -> float:
     return float(max(first, key=rank)["lr"])
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """A run as it was written; a loss that was not finite is null there."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    result["losses"] = [math.nan if loss is None else loss for loss in result["losses"]]
-    return result
-
-
 def load_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((folder / "runs").glob("*.json")):
-        result = read_run(path)
+        result = read_json(path)
         found.setdefault(result["way"], []).append(result)
     return found
 
