@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -171,7 +172,9 @@ def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
     if value not in choices:
-        raise ValueError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
+        close = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{option} must be one of {list(choices)}, got {short_repr(value)}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)

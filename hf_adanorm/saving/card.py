@@ -311,7 +311,9 @@ def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec],
         for auto, reference in _mapping(config, "auto_map").items()
         if re.fullmatch(r"Auto\w{1,60}", auto) and isinstance(reference, str) and is_own_reference(reference)
     }
-    matching = (auto for auto, target in targets.items() if target == architecture and auto != "AutoModel")
+    matching = [auto for auto, target in targets.items() if target == architecture]
+    # Of several the bare model's own, and last the one that names no task.
+    matching.sort(key=lambda auto: (auto != "AutoModel", auto == "AutoModelForPreTraining"))
     example = _EXAMPLES.get(more["task"])
     label = next(iter(_mapping(config, "id2label").values()), None)
     label = label if isinstance(label, str) and re.fullmatch(r"[\w .+-]{1,40}", label) else "LABEL_0"
@@ -320,7 +322,7 @@ def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec],
         heading=f"Swapped norms: {names}" if groups else "Folded norms",
         about=_FADING[any(fading)] if fading else _AFFINE.get(affine),
         rows=[_row(group, where) for group, where in groups],
-        auto=next(matching, "AutoModel"),
+        auto=next(iter(matching), "AutoModel"),
         trusted=bool(targets),
         example=example and {"input": example[0], "output": example[1].replace("LABEL", label)},
         project=PROJECT,
@@ -340,13 +342,16 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _row(group: NormGroup, where: str) -> dict[str, str]:
     data = group.to_dict()
     modules = [f"`{name}`" for name in data.pop("modules")]
-    kind = NORM_CLASSES[data.pop("norm")]
+    kind, fade = NORM_CLASSES[data.pop("norm")], data.pop("fade", None)
+    settings = [f"{key} = {value}" for key, value in data.items()]
+    if fade is not None:
+        settings.append(f"fade of {' and '.join(fade)}" if fade else "ramp")
     name = f"{kind.title} ({kind.summary})" if kind.summary else kind.title
     more = f" and {len(modules) - _MAX_NAMES} more" if len(modules) > _MAX_NAMES else ""
     nested = f" in `{where if where.isidentifier() else 'a nested config'}`" if where else ""
     return {
         "norm": name,
-        "settings": ", ".join(f"{key} = {value}" for key, value in data.items()) or "as the replaced norm",
+        "settings": ", ".join(settings) or "as the replaced norm",
         "modules": f"{', '.join(modules[:_MAX_NAMES])}{more}{nested}",
         "all_modules": ", ".join(modules) if more else "",
     }

@@ -229,6 +229,11 @@ def test_unknown_choice_raises_with_the_choices(option: dict[str, str]) -> None:
         patch_model(bert(), **option)
 
 
+def test_a_misspelt_choice_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="got 'adanrom'; did you mean 'adanorm'"):
+        patch_model(bert(), "adanrom")  # type: ignore[arg-type]
+
+
 NAMES = st.lists(st.sampled_from(["a", "b", "norm", "0", "1"]), min_size=1, max_size=4).map(".".join)
 
 

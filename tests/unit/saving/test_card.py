@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 import warnings
@@ -12,10 +13,12 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from hf_adanorm import patch_model, unpatch_model, write_model_card
-from hf_adanorm.saving.card import BEGIN, END, PROJECT, without_section
+from hf_adanorm.saving.card import BEGIN, END, PROJECT, render_card, without_section
 from tests.integration.hub_client import NORMS, build
 from tests.integration.hub_server import HubServer
 from tests.zoo.tiny_text import make_tokenizer
+
+CHECKPOINTS = Path(__file__).parents[2] / "integration" / "checkpoints"
 
 
 @pytest.fixture
@@ -38,6 +41,16 @@ def test_a_card_that_a_save_wrote_is_what_write_model_card_writes(saved: Path) -
     before = (saved / "README.md").read_text()
     (saved / "README.md").unlink()
     assert write_model_card(saved).read_text() == before
+
+
+def test_a_card_names_the_auto_class_of_the_task_and_what_is_on_its_way() -> None:
+    for folder, auto, way in (
+        ("gpt2-fold", "AutoModelForCausalLM", "ramp"),
+        ("bert-fading", "AutoModel", "fade of gain"),
+    ):
+        text = render_card(json.loads((CHECKPOINTS / folder / "config.json").read_text()))
+        assert set(re.findall(r"import (AutoModel\w*)", text)) == {auto}
+        assert f", {way}" in text
 
 
 def test_an_unpatched_save_takes_our_section_away(saved: Path) -> None:
