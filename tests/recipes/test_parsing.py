@@ -13,9 +13,8 @@ import predict
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
 from tasks.options import PUNCTUATION_TAGS
 from tests.recipes.fault_runs import stopped_and_resumed
-from tests.recipes.tasks.test_conllu import UD
-from tests.recipes.tasks.test_parsing import CROSSING, tree
 from tests.recipes.tiny_configs import TINY_PARSER
+from tests.recipes.treebanks import CROSSING, UD, tree
 
 SCORES = [f"{kind}_{which}_punctuation" for which in ("with", "without") for kind in ("uas", "las")]
 

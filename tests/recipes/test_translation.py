@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import hf_adanorm
 import translation
 from common.options import parse_options
 from tasks.translation import decoder_inputs
+from tests.recipes.recipe_process import two_processes
 from tests.recipes.tiny_configs import TINY_TRANSLATOR
 
 SCRIPT = Path(translation.__file__)
@@ -150,18 +150,10 @@ def test_the_average_is_the_mean_of_the_last_checkpoints(finished):
 
 
 def launch_two(arguments):
-    """Run the recipe in two processes; what it printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
-    launched = subprocess.run(
-        [*launcher, str(SCRIPT), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    """Run the recipe in two processes by torchrun; what it printed."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launched = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=280)
     assert launched.returncode == 0, launched.stderr
     return launched.stdout
 
@@ -172,7 +164,8 @@ def test_two_processes_do_what_one_does_and_resume(arguments, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     translation.main(arguments(one, gradient_accumulation_steps=2, **common))
     command = arguments(two, logging_steps=4, save_total_limit=3, **common)
-    printed = launch_two(command)
+    codes, said = two_processes("translation", [command, command], tmp_path)
+    assert codes == [0, 0], said
     left, right = read_results(one), read_results(two)
     assert right["num_processes"] == 2
     assert right["target_tokens"] == left["target_tokens"]
@@ -182,8 +175,8 @@ def test_two_processes_do_what_one_does_and_resume(arguments, tmp_path):
         assert b["chrf"] == pytest.approx(a["chrf"])  # of 21 sentences, an odd number: none counted twice
     for name, value in weights(one, 12).items():
         assert value.sub(weights(two, 12)[name]).abs().max() < 1e-4, name
-    lines = [line for line in printed.splitlines() if line.startswith("step 4")]
-    assert len(lines) == 2, printed  # one of training, one of validation, from one process
+    lines = [line for log in said for line in log.splitlines() if line.startswith("step 4")]
+    assert len(lines) == 2, said  # one of training, one of validation, from one process
 
     finished = weights(two, 12)
     for name in ("checkpoint-12", "checkpoint-8"):

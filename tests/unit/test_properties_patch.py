@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 
 from hf_adanorm import patch_model, unpatch_model
 
-CASES = 900
+CASES = 400
 outcomes: Counter[str] = Counter()
 
 

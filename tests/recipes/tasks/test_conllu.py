@@ -2,7 +2,6 @@
 
 import gzip
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
 from tasks.data import DataError
 from tasks.options import PUNCTUATION_TAGS
+from tests.recipes.treebanks import UD
 
-UD = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ud_ewt"
 CONLLU = """# sent_id = 1
 # text = I can't go.
 1\tI\tI\tPRON\tPRP\t_\t4\tnsubj\t4:nsubj\t_

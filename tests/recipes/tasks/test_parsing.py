@@ -12,16 +12,9 @@ from tasks.data import DataError
 from tasks.options import ParsingOptions
 from tasks.parsing import collate_transitions, prepare_parsing
 from tests.recipes.tiny_configs import TINY_PARSER
-
-
-def tree(*words):
-    """A sentence in CoNLL-U of (form, tag, head, relation)."""
-    lines = [f"{n}\t{w}\t_\t{t}\t{t}\t_\t{h}\t{r}" for n, (w, t, h, r) in enumerate(words, start=1)]
-    return "\n".join(lines) + "\n\n"
-
+from tests.recipes.treebanks import CROSSING, tree
 
 PROJECTIVE = tree(("Dogs", "NN", 2, "nsubj"), ("bark", "VB", 0, "root"), (".", ".", 2, "punct"))
-CROSSING = tree(("a", "X", 3, "dep"), ("b", "X", 4, "dep"), ("c", "X", 0, "root"), ("d", "X", 3, "dep"))
 UNKNOWN = tree(("Dogs", "NN", 2, "iobj"), ("bark", "VB", 0, "root"))
 
 
