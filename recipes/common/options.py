@@ -86,6 +86,17 @@ def check_ranges(options: Any) -> None:
             raise OptionError(f"--{item.name} must be {least if math.isinf(high) else f'in {within}'}, got {value}")
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise OptionError for a tracker that accelerate does not know. It is read off its source text: accelerate would
+    import torch."""
+    package = Path(importlib.util.find_spec("accelerate").origin).parent
+    kinds = (package / "utils" / "dataclasses.py").read_text(encoding="utf-8").partition("class LoggerType(")[2]
+    known = re.findall(r'^    [A-Z_]+ = "(\w+)"$', kinds.partition("\nclass ")[0], re.MULTILINE)
+    for name in names:
+        if name not in known:
+            raise OptionError(f"--report_to {name}: expected {', '.join(known)}{did_you_mean(name, known)}")
+
+
 @dataclass(kw_only=True)
 class PatchOptions:
     """What `patch_model` is asked to do; `norm="layernorm"` is the unpatched control."""
@@ -348,6 +359,7 @@ def parse_options(options_class: type[T], argv: Sequence[str] | None = None, des
         parsed: Namespace = parser.parse_args(argv, namespace=base)
         options = options_class(**{name: parsed[name] for name in names})
         check_ranges(options)
+        check_trackers(getattr(options, "report_to", ()))
     except OptionError as error:
         parser.error(str(error))
     return options

@@ -76,12 +76,15 @@ def test_a_plain_value_is_a_list_of_one(given, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["classification", "translation", "language_modeling", "parsing", "compare"])
-@pytest.mark.parametrize("argument", ["--help", "--config=absent.yaml", None])
+@pytest.mark.parametrize("argument", ["--help", "--config=absent.yaml", "--report_to=tensorbord", None])
 def test_help_and_mistakes_come_before_torch(script, argument):
     command = [sys.executable, "-X", "importtime", RECIPES / f"{script}.py", *([argument] if argument else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == (0 if argument == "--help" else 2)
     assert not re.search(r"\| +(torch|transformers|hf_adanorm)$", done.stderr, re.MULTILINE)
+    if argument == "--report_to=tensorbord" and script != "compare":
+        assert "expected all, aim, " in done.stderr
+        assert "did you mean 'tensorboard'?" in done.stderr
     if argument is None and script != "compare":
         assert "try --config recipes/configs/" in done.stderr
 
