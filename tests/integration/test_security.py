@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model
 
 import hf_adanorm
-from hf_adanorm import AdaNormSpec, modeling_adanorm, patch_model, write_model_card
+from hf_adanorm import AdaNormSpec, modeling_adanorm, patch_model, unpatch_model, write_model_card
 from hf_adanorm.saving.card import BEGIN, END
+from tests.zoo.processes import alone
 
 ROOT = Path(__file__).parents[2]
 TRAVELLER = Path(modeling_adanorm.__file__)
-SOURCES = sorted((ROOT / "hf_adanorm").glob("*.py"))
+SOURCES = sorted((ROOT / "hf_adanorm").rglob("*.py"))
 SPEC: dict[str, Any] = {
     "format": 1,
     "version": "0.1.0",
@@ -108,30 +110,26 @@ def test_only_model_classes_of_transformers_can_be_asked_for(name: str) -> None:
 # -------------------------------------------------------------------------------------------------------- no pickle
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_package_neither_reads_nor_writes_pickles(path: Path) -> None:
     assert {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}.isdisjoint(imported(path))
     assert {"torch.load", "torch.save", "eval", "exec"}.isdisjoint(calls(path))
 
 
+def unpickle_nothing(folder: Path) -> None:
+    found: list[Any] = []
+    warnings.simplefilter("ignore")
+    sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    patch_model(BertModel(BertConfig(**sizes))).save_pretrained(folder / "out")
+    model = AutoModel.from_pretrained(folder / "out")
+    write_model_card(folder / "out")
+    unpatch_model(model)
+    assert not found
+
+
 def test_patching_saving_loading_and_the_card_unpickle_nothing(tmp_path: Path) -> None:
-    code = """
-        import sys, warnings
-        import transformers, hf_adanorm
-        warnings.simplefilter("ignore")
-        found = []
-        sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
-        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-        config = transformers.BertConfig(**sizes)
-        hf_adanorm.patch_model(transformers.BertModel(config)).save_pretrained("out")
-        model = transformers.AutoModel.from_pretrained("out")
-        hf_adanorm.write_model_card("out")
-        hf_adanorm.unpatch_model(model)
-        print(len(found))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "0"
+    alone(unpickle_nothing, tmp_path, tmp_path)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors", "modeling_adanorm.py"}
 

@@ -67,6 +67,20 @@ def ranks() -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
+def alone(worker: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Run `worker(*arguments)`, a function of a module, in a process of its own; its log goes into `folder`."""
+    start_server()
+    process = context.Process(target=_logged, args=(str(folder / "log"), worker, arguments))
+    process.start()
+    assert wait(process) == 0, (folder / "log").read_text()
+
+
+def _logged(log: str, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    write_output_to(log)
+    torch.set_num_threads(1)
+    worker(*arguments)
+
+
 def together(worker: Callable[..., None], folder: Path, *arguments: Any) -> None:
     """Run `worker(*arguments)`, a function of a module, in two processes of a gloo group; logs go into `folder`."""
     start_server()
@@ -81,9 +95,7 @@ def together(worker: Callable[..., None], folder: Path, *arguments: Any) -> None
 
 
 def _in_group(environment: dict[str, str], log: str, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    write_output_to(log)
     os.environ.update(environment)
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    worker(*arguments)
+    _logged(log, worker, arguments)
     dist.destroy_process_group()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from hf_adanorm.saving import install
 from hf_adanorm.swapping import all_or_nothing
 from tests.zoo.fold_blocks import WIDTH, Block, difference, fold_block, norm, quietly, state, unchanged
 from tests.zoo.fold_models import build, logits
+from tests.zoo.processes import alone
 
 # --- what folds, exactly ---------------------------------------------------------------------------------------------
 
@@ -324,12 +322,8 @@ def test_inputs_whose_outputs_are_not_finite_check_nothing_and_are_refused() -> 
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
-_RELOAD = """
-    import sys, torch, transformers, hf_adanorm
-    from pathlib import Path
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    for folder in map(Path, sys.argv[1:]):
+def reload(folders: list[Path]) -> None:
+    for folder in folders:
         saved = torch.load(folder / "expected.pt", weights_only=True)
         cls = getattr(transformers, (folder / "class.txt").read_text())
         model, info = cls.from_pretrained(folder, output_loading_info=True)
@@ -342,8 +336,7 @@ _RELOAD = """
         again = cls.from_pretrained(folder / "again").eval()
         with torch.no_grad():
             assert torch.equal(again(**saved["inputs"])[0], output[0]), folder
-        print("same", folder.name)
-"""
+
 
 SAVED = {
     "gpt2": ("gpt2-lm untied", {"norm": "adanorm", "C": 1.3, "k": 0.07, "affine": "fold"}),
@@ -354,7 +347,7 @@ SAVED = {
 }
 
 
-def test_folded_models_reload_through_stock_calls_in_a_fresh_process(tmp_path: Path) -> None:
+def test_folded_models_reload_through_stock_calls_in_another_process(tmp_path: Path) -> None:
     folders = []
     for name, (architecture, options) in SAVED.items():
         model = build(architecture)
@@ -375,14 +368,7 @@ def test_folded_models_reload_through_stock_calls_in_a_fresh_process(tmp_path: P
     with torch.no_grad():
         torch.save({"inputs": inputs, "logits": base(**inputs)[0]}, folders[-1] / "expected.pt")
     (folders[-1] / "class.txt").write_text("BertModel")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_RELOAD), *map(str, folders)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("same") == len(SAVED) + 1
+    alone(reload, tmp_path, folders)
 
 
 def test_another_head_gets_the_biases_that_it_has(tmp_path: Path) -> None:
