@@ -269,7 +269,7 @@ def bench_patching(
 ) -> list[Measurement]:
     """Seconds of `patch_model` as the number of modules grows, and of save_pretrained and from_pretrained of a patched
     checkpoint against the stock one (110 M parameters when `full_size`)."""
-    results = []
+    results, row = [], functools.partial(Measurement, level="patch", dtype="float32", mode="eager")
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
     per_norm: dict[str, list[float]] = {}
     for layers in layer_counts:
@@ -283,7 +283,7 @@ def bench_patching(
         stats = summarize(per_norm, baseline=str(layer_counts[0]))[str(layers)]
         stats["seconds"] = statistics.median(times)
         case = f"bert {layers} layers"
-        results.append(_patch_row(case, "patch_model, per module", "adanorm", stats, None, modules))
+        results.append(row(case=case, task="patch_model, per module", norm="adanorm", modules=modules, **stats))
 
     config = tf.BertConfig() if full_size else tf.BertConfig(num_hidden_layers=2, **sizes)
     stock, patched = tf.BertModel(config), patch_model(tf.BertModel(config), "adanorm")
@@ -297,24 +297,9 @@ def bench_patching(
             for name, stats in summarize(take_turns(calls, torch.device("cpu"), rounds, wall=True)).items():
                 model = models_by_norm[name]
                 count = sum(p.numel() for p in model.parameters())
-                results.append(_patch_row("bert", task, name, stats, count, count_norms(model)))
+                modules = count_norms(model)
+                results.append(row(case="bert", task=task, norm=name, parameters=count, modules=modules, **stats))
     return results
-
-
-def _patch_row(
-    case: str, task: str, norm: str, stats: dict[str, Any], parameters: int | None, modules: int
-) -> Measurement:
-    return Measurement(
-        level="patch",
-        case=case,
-        dtype="float32",
-        mode="eager",
-        task=task,
-        norm=norm,
-        parameters=parameters,
-        modules=modules,
-        **stats,
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- all

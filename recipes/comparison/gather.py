@@ -18,7 +18,7 @@ from comparison.claims import CLAIMS, judge
 from comparison.contestants import in_order, title_of
 from comparison.paper import COLUMNS, NEEDS, ROWS, SUBSTITUTES, paper_score, row_name
 from comparison.report import gap_cells, our_score, to_latex, to_markdown
-from hf_adanorm.saving.files import write_file
+from hf_adanorm.saving import write_file
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _OTHER_DATA = ("_file", "_split", "_column", "dataset_name", "dataset_config", "score_test")  # ends of options
