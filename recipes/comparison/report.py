@@ -17,15 +17,17 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from common.options import NORMS
 from comparison.contestants import in_order, kind, title_of
 from comparison.paper import BASELINE, COLUMNS, paper_score
 from comparison.runs import Run, outcome, overfit_gap
+from hf_adanorm import plots
 from hf_adanorm._tables import SORT, counted
 from hf_adanorm.saving import write_file
 
-# Every norm keeps its colour and line in all pictures; the indices are those of hf_adanorm.plots.
+# Every norm keeps its colour and line in all pictures; the indices are those of plots.COLORS.
 STYLE = {BASELINE: 6, **{norm: facts.color for norm, facts in NORMS.items()}}
 
 
@@ -227,30 +229,24 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
     """Training loss, validation score and final score, a colour a norm; returns the figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from hf_adanorm.diagnostics.plots import COLORS, LINES, MARKERS
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.7), layout="constrained")
+    figure = Figure(figsize=(12, 3.7), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     norms = [row["norm"] for row in summary["rows"]]
     for position, norm in enumerate(norms):
         style = STYLE[kind(norm)]
         # Contestants of one norm share its colour, and differ in lines and markers.
-        other = (style + sum(kind(norm) == kind(earlier) for earlier in norms[:position])) % len(LINES)
-        line = {"color": COLORS[style], "linestyle": LINES[other], "linewidth": 1.6, "label": title_of(norm)}
+        other = (style + sum(kind(norm) == kind(earlier) for earlier in norms[:position])) % len(plots.LINES)
+        line = {"color": plots.COLORS[style], "linestyle": plots.LINES[other], "marker": plots.MARKERS[other]}
+        line |= {"linewidth": 1.6, "markersize": 4, "label": title_of(norm)}
         ours = [run for run in runs if run.norm == norm]
         finished = [run for run in ours if run.status == "finished"]
         histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
-        line |= {"marker": MARKERS[other], "markersize": 4}
         losses = [_series(history, "train_history", "loss") for history in histories]
         _curve(left, losses, {**line, "markevery": slice(-1, None)})  # at its end, or on a curve of one point
         _curve(middle, [_series(h, "history", summary["score"], summary["scale"]) for h in histories], line)
     tested = False
     for position, row in enumerate(reversed(summary["rows"])):
-        color = COLORS[STYLE[kind(row["norm"])]]
+        color = plots.COLORS[STYLE[kind(row["norm"])]]
         values = list(row["scores"].values())
         if row["over_examples"]:  # around the mean of this norm, as wide as the interval of the difference
             low, high = (
@@ -360,8 +356,6 @@ def curve_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], search: Sequence[Run]) -> None:
     """All files of a comparison but `comparison.json`."""
-    import matplotlib.pyplot as plt
-
     table, differences = paper_table(summary), difference_table(summary)
     bullets = "\n".join(f"- {line}" for line in notes(summary))
     text = f"# {summary['title']}\n\n{conclusion(summary)}\n\n{to_markdown(table)}\n{to_markdown(differences)}\n"
@@ -371,7 +365,6 @@ def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], 
     write_csv(folder / "curves.csv", curve_rows(runs))
     figure = draw(summary, runs)
     pictures = save_figure(figure, folder / "curves", dpi=200)
-    plt.close(figure)
     write_file(folder / "report.html", page(summary, runs, pictures["png"], folder))
 
 

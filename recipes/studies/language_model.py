@@ -47,13 +47,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes, whe
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoints import write_json
 from comparison.report import save_figure
 from comparison.significance import bootstrap_scores, paired_difference
-from hf_adanorm import calibrate_k, patch_model, set_fade
+from hf_adanorm import calibrate_k, patch_model, plots, set_fade
 from hf_adanorm.fading import fade_at
 from hf_adanorm.saving import write_file
 from studies.folder import claim, read_json
@@ -297,29 +298,23 @@ def by_kind(norms: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def plot(norms: list[dict[str, Any]], width: int, folder: Path) -> None:
     """Largest |y| by norm, in the order of the forward pass, and the k that it allows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from hf_adanorm.diagnostics.plots import COLORS, DEPTH, MARKERS
-
-    figure, axes = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    axes = figure.subplots()
     order = {norm["name"]: index for index, norm in enumerate(norms)}
     for index, (kind, found) in enumerate(by_kind(norms).items()):
         places = [order[norm["name"]] for norm in found]
-        axes.plot(places, [*map(largest, found)], MARKERS[index], color=COLORS[index], label=kind, markersize=4)
+        heights = [*map(largest, found)]
+        axes.plot(places, heights, plots.MARKERS[index], color=plots.COLORS[index], label=kind, markersize=4)
     for level, what in ((width**0.5, f"√{width}, the most that a row can hold"), (1 / PAPER_K, "1/k at k = 0.1")):
         axes.axhline(level, color="black", linewidth=0.8, linestyle="--")
         axes.text(0, level, what, va="bottom", fontsize=8)
-    axes.set(xlabel=DEPTH, ylabel="largest |y|", ylim=(0, 1.12 * width**0.5))
+    axes.set(xlabel=plots.DEPTH, ylabel="largest |y|", ylim=(0, 1.12 * width**0.5))
     axes.legend(fontsize=8, frameon=False, loc="lower center", ncols=3)
     proposed = axes.twinx()
     proposed.set(ylim=axes.get_ylim(), ylabel="k that keeps φ within 0.75 to 1.25")
     levels = [k for k in (0.05, 0.03, 0.02, 0.015, 0.0125, 0.0105) if 0.25 / k < axes.get_ylim()[1]]
     proposed.set_yticks([0.25 / k for k in levels], [f"{k:g}" for k in levels])
     save_figure(figure, folder / "norms", dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -33,12 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes, whe
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.checkpoints import write_json
 from comparison.report import save_figure
-from hf_adanorm import patch_model, set_fade
+from hf_adanorm import patch_model, plots, set_fade
 from hf_adanorm.fading import fade_at
 from studies.folder import claim, read_json
 from studies.steps import update
@@ -161,14 +162,8 @@ def study(seed: int, training: Tensor, held_out: Tensor, args: argparse.Namespac
 def plot(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """How far the training loss is above that of LayerNorm, which goes on with the same batches, against the step: the
     mean over seeds and a running mean over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from hf_adanorm.diagnostics.plots import COLORS, LINES
-
-    figure, axes = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    axes = figure.subplots()
     window = max(args.steps // 100, 1)
     axes.axhline(0.0, color="black", linewidth=1.2, label="layernorm")
     for index, way in enumerate(WAYS[1:]):
@@ -176,7 +171,7 @@ def plot(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
         losses -= torch.tensor([results["layernorm"]["losses"] for results in found]).mean(0)
         smooth = F.avg_pool1d(losses[None, None], window, 1)[0, 0]
         steps = range(window, window + len(smooth))
-        axes.plot(steps, smooth, color=COLORS[index], linestyle=LINES[index], label=way, linewidth=1.6)
+        axes.plot(steps, smooth, color=plots.COLORS[index], linestyle=plots.LINES[index], label=way, linewidth=1.6)
     axes.set(
         xscale="log",
         xlabel="optimizer step after the swap",
@@ -185,7 +180,6 @@ def plot(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
     )
     axes.legend(fontsize=8, frameon=False)
     save_figure(figure, args.output_dir / "loss", dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:

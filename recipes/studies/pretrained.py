@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes, whe
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -303,27 +304,11 @@ def summarize(args: argparse.Namespace) -> str:
 
 def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """Loss against step for every way, a running mean over 10 steps and the mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     styles = ["-", "--", "-.", ":"]
-    colors = [
-        "black",
-        "#0072b2",
-        "#009e73",
-        "#e69f00",
-        "#d55e00",
-        "#cc79a7",
-        "#56b4e9",
-        "#999933",
-        "#7f7f7f",
-        "#882255",
-        "#332288",
-        "#aa4499",
-    ]  # Okabe and Ito's
-    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    colors = ["black", "#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#56b4e9"]  # Okabe and Ito's
+    colors += ["#999933", "#7f7f7f", "#882255", "#332288", "#aa4499"]
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    axes = figure.subplots()
     losses_of = {way: torch.tensor([run["losses"] for run in found[way]]).mean(0) for way in WAYS if way in found}
     styles_of = {way: (styles[index % 4], colors[index % len(colors)]) for index, way in enumerate(WAYS)}
     # The legend in the order of the lines' right ends.
@@ -336,7 +321,6 @@ def plot(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="training loss (nats, mean over 10 steps)")
     figure.legend(loc="outside right center", fontsize=8)
     save_figure(figure, folder / "loss", dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:
