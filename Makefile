@@ -73,7 +73,7 @@ $(OLDEST)/.installed: $(STAMP)
 	$(OLDEST)/bin/python -m pip install --quiet transformers==5.0.0
 	@touch $@
 
-oldest: $(OLDEST)/.installed  ## the suites of names, hooks, saving and the norms under the oldest transformers (2 minutes)
+oldest: $(OLDEST)/.installed  ## the suites of names, hooks, saving and the norms under the oldest transformers (1 minute)
 	$(OLDEST)/bin/python -m pytest -q tests/unit/saving/test_spec.py tests/unit/saving/test_hooks.py \
 		tests/integration/test_saving.py tests/unit/test_modeling_adanorm.py -k "not compile"
 

@@ -4,9 +4,10 @@
     nox -s "versions-3.12(transformers='5.24.0', torch='2.6.0')"
     nox -s table                                           # what has run so far, as a table
 
-A cell installs the package with everything its tests need and runs the suites that versions matter to: COST_OF_A_CELL.
-The first cell with a version of torch fetches it, 3 GB to download and 5 GB of disk for a build with CUDA, 0.2 GB and
-1 GB with UV_TORCH_BACKEND=cpu; cells share it by hard links. The rest of an environment is 2 GB, shared as well.
+A cell installs the package with everything its tests need and runs the suites that versions matter to: about 4
+minutes of CPU. The first cell with a version of torch fetches it, 3 GB to download and 5 GB of disk for a build with
+CUDA, 0.2 GB and 1 GB with UV_TORCH_BACKEND=cpu; cells share it by hard links. The rest of an environment is 2 GB,
+shared as well.
 """
 
 from __future__ import annotations
