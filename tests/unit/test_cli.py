@@ -31,6 +31,7 @@ from hf_adanorm.cli import _in_our_words, main
 from hf_adanorm.modeling_adanorm import NOTICE
 from tests.integration.hub_server import HubServer
 from tests.zoo.fold_models import tied_llama
+from tests.zoo.processes import Scripts
 from tests.zoo.tiny_text import make_tokenizer
 
 TOKEN = "hf_token_of_the_loopback_hub"
@@ -70,18 +71,21 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def run_fresh(hub: HubServer, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **hub.environment(home, TOKEN)}
-    command = [sys.executable, "-m", "hf_adanorm.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+@pytest.fixture(scope="module")
+def scripts(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
+    """Runs the command where it speaks with the Hub."""
+    folder = tmp_path_factory.mktemp("scripts")
+    environment = {**hub.environment(folder / "home", TOKEN), "PYTHONPATH": str(Path(hf_adanorm.__file__).parents[1])}
+    with Scripts(["hf_adanorm.cli", "hf_adanorm.patching"], folder, environment) as scripts:
+        yield scripts
 
 
 # ----------------------------------------------------------------------------------------------------------- the hub
 
 
-def test_inspect_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
+def test_inspect_downloads_no_weights(hub: HubServer, scripts: Scripts) -> None:
     asked = len(hub.requests)
-    done = run_fresh(hub, tmp_path, "inspect", "org/bert", "--json")
+    done = scripts.run("hf_adanorm.cli", "inspect", "org/bert", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["model"], report["model_class"]) == ("org/bert", "BertForSequenceClassification")
@@ -91,10 +95,10 @@ def test_inspect_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
     assert not any("safetensors" in request or "_lfs" in request for request in requests)
 
 
-def test_patch_pushes_model_tokenizer_and_card(hub: HubServer, stock: Path, tmp_path: Path) -> None:
+def test_patch_pushes_model_tokenizer_and_card(hub: HubServer, stock: Path, tmp_path: Path, scripts: Scripts) -> None:
     out = tmp_path / "out"
     options = ["--C", "1.5", "--layers", "-1", "--push-to-hub", "me/patched", "--private", "--json"]
-    done = run_fresh(hub, tmp_path / "home", "patch", "org/bert", out, *options)
+    done = scripts.run("hf_adanorm.cli", "patch", "org/bert", out, *options)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     assert json.loads(done.stdout)["swapped"] == 2
@@ -112,8 +116,8 @@ def test_patch_pushes_model_tokenizer_and_card(hub: HubServer, stock: Path, tmp_
     assert hub.unknown == []
 
 
-def test_an_unknown_repository_is_one_line_and_code_2(hub: HubServer, tmp_path: Path) -> None:
-    done = run_fresh(hub, tmp_path, "inspect", "org/nothing")
+def test_an_unknown_repository_is_one_line_and_code_2(scripts: Scripts) -> None:
+    done = scripts.run("hf_adanorm.cli", "inspect", "org/nothing")
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if "org/nothing" in line]

@@ -6,9 +6,11 @@ A process starts in a fraction of the time that its imports take.
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -99,3 +101,53 @@ def _in_group(environment: dict[str, str], log: str, worker: Callable[..., None]
     dist.init_process_group("gloo")
     _logged(log, worker, arguments)
     dist.destroy_process_group()
+
+
+class Scripts:
+    """Scripts run one after the other, each in a process forked from one that has imported them, `modules`, once, with
+    `environment` in force: what is read where a module is imported, such as the Hub's address, holds for all."""
+
+    WORKER = """
+import importlib, json, os, sys
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+for line in sys.stdin:
+    module, argv, logs, environment = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.environ.update(environment)
+        for descriptor, log in enumerate(logs, start=1):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.argv, code = argv, 0
+        try:
+            importlib.import_module(module).main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+    def __init__(self, modules: list[str], folder: Path, environment: dict[str, str]):
+        self.logs = [folder / "stdout", folder / "stderr"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        command = [sys.executable, "-c", self.WORKER, *modules]
+        self.worker = subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
+
+    def __enter__(self) -> Scripts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.communicate()  # the end of its input
+
+    def run(self, script: Path | str, *argv: object, **environment: str | None) -> subprocess.CompletedProcess[str]:
+        """Run a script, or a module by its name, with variables more; those that are None are left out."""
+        given = {name: value for name, value in environment.items() if value is not None}
+        command = [str(script), *map(str, argv)]
+        module = script.stem if isinstance(script, Path) else script
+        self.worker.stdin.write(json.dumps([module, command, list(map(str, self.logs)), given]) + "\n")
+        code = int(self.worker.stdout.readline())
+        return subprocess.CompletedProcess(command, code, *(log.read_text() for log in self.logs))
