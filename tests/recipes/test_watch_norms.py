@@ -9,7 +9,7 @@ from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 
 def run(texts, folder, *more):
-    config = {f"{split}_file": str(path) for split, path in texts.items()}
+    config = {f"{split}_file": str(texts[split]) for split in ("train", "validation")}
     config |= {
         "model_config": TINY_CLASSIFIER,
         "max_length": 32,
