@@ -66,7 +66,7 @@ class Way:
 
 
 def ways(num_layers: int) -> dict[str, Way]:
-    """Every way by its name. Those with both AdaNorm and DeepNorm's rule are measured, not trained."""
+    """Every way by its name."""
     alpha = (2 * num_layers) ** 0.25
     return {
         "LayerNorm": Way(),
@@ -327,7 +327,14 @@ def tables(starts: Cells, runs: Cells, predictions: Mapping[tuple[int, str], flo
     return first, second
 
 
-DRAWN = ("LayerNorm", "LayerNorm, DeepNorm's rule", "AdaNorm", "AdaNorm, C = 3", "AdaNorm, k = 0.1/√N")
+DRAWN = (
+    "LayerNorm",
+    "LayerNorm, DeepNorm's rule",
+    "AdaNorm",
+    "AdaNorm, C = 3",
+    "AdaNorm, k = 0.1/√N",
+    "AdaNorm, DeepNorm's rule, k = 0.1/N",
+)
 
 
 def draw(starts: Cells, runs: Cells, predictions: Mapping[tuple[int, str], float]) -> Any:
@@ -340,7 +347,7 @@ def draw(starts: Cells, runs: Cells, predictions: Mapping[tuple[int, str], float
 
     from hf_adanorm.diagnostics.plots import COLORS, LINES, MARKERS
 
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(13.5, 3.8), layout="constrained")
     depth = max(num_layers for num_layers, _ in runs)
     depths = sorted({num_layers for num_layers, _ in starts})
     titles = (f"{depth} layers, at initialization", f"{depth} layers, after the training")
@@ -361,7 +368,7 @@ def draw(starts: Cells, runs: Cells, predictions: Mapping[tuple[int, str], float
         panels[2].plot(there, [predictions[depth, name] for depth in there], linestyle="--", color=COLORS[index])
     panels[2].set(
         xscale="log", yscale="log", xlabel="layers", ylabel="variance at the last norm\nover that at the first",
-        title="at initialization: measured (marks), predicted",
+        title="marks measured, lines predicted",
     )  # fmt: skip
     panels[2].set_xticks(depths, list(map(str, depths)), minor=False)
     panels[2].minorticks_off()
@@ -387,9 +394,8 @@ def main() -> None:
     starts: dict[tuple[int, str], list[Any]] = {}
     for num_layers in options.trained_layers:
         for seed in seeds:
-            for name, way in ways(num_layers).items():
-                if way.C is None or not way.deepnorm:
-                    runs.setdefault((num_layers, name), []).extend(study.trained(num_layers, name, seed, rate))
+            for name in ways(num_layers):
+                runs.setdefault((num_layers, name), []).extend(study.trained(num_layers, name, seed, rate))
     for num_layers in options.measured_layers:
         for name in ways(num_layers):
             starts[num_layers, name] = [cell for seed in seeds for cell in study.measured(num_layers, name, seed)]

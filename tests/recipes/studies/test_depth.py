@@ -24,7 +24,7 @@ def test_the_study_runs_and_tells_of_every_way(
     monkeypatch.setattr(sys, "argv", ["depth.py", *arguments])
     depth.main()
     cells = list((tmp_path / "out" / "cells").iterdir())
-    assert len(cells) == len(depth.ways(1)) + 2 + 8  # at initialization, to choose the learning rate, trained
+    assert len(cells) == 2 * len(depth.ways(1)) + 2  # at initialization, trained, and to choose the learning rate
     table = capsys.readouterr().out
     assert all(f"| {name} | " in table for name in depth.ways(1))
     assert table.endswith((tmp_path / "out" / "depth.md").read_text() + "\n")
