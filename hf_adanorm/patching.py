@@ -78,7 +78,7 @@ def patch_model(
         norm: `"adanorm"`, `"layernorm-simple"`, `"detachnorm"` or `"none"` (the paper's "w/o Norm").
         C: AdaNorm's C in phi(y) = C * (1 - k * y); > 0. The other norms take no notice of it.
         k: AdaNorm's k; >= 0. One number, or one for each norm by its name (`calibrate_k(model, batches).k`). A deep
-            post-norm model trained from scratch keeps its gradient with 0.1 / sqrt(number of layers), with no C.
+            post-norm model from scratch loses its gradient with 0.1, whatever C; 0.1 / sqrt(layers) keeps it at first.
         detach_mean: DetachNorm: no gradient flows through the mean.
         detach_variance: DetachNorm: none flows through the standard deviation. Not both False.
         eps: None keeps that of each replaced norm.

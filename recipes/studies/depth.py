@@ -273,7 +273,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def factor(values: Sequence[float]) -> str:
-    spread = f" ×/÷ {math.exp(stdev(map(math.log, values))):.1f}" if len(values) > 1 else ""  # noqa: RUF001
+    spread = f" ×/÷ {math.exp(stdev(map(math.log, values))):.2g}" if len(values) > 1 else ""  # noqa: RUF001
     return f"{geometric_mean(values):.3g}{spread}"
 
 
