@@ -35,10 +35,9 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 from accelerate.utils import send_to_device, set_seed
-from transformers import AutoTokenizer
 
 from common.batches import eval_batches, train_batches
-from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, save_folder, write_json
+from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, write_json
 from common.endings import clear_endings, clear_errors
 from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from common.fade import fade, finish_saved_fade, is_fading
@@ -161,14 +160,6 @@ class Run:
             f"{self.output_dir}"
         )
         return task
-
-    def trained_tokenizer(self, train: Callable[[], Any]) -> Any:
-        """The tokeniser that `train` gave the main process when the run began, from the run's folder."""
-        folder = self.output_dir / "tokenizer"
-        if self.is_main and not (self.resuming and folder.exists()):
-            save_folder(train().save_pretrained, folder)
-        self.accelerator.wait_for_everyone()
-        return AutoTokenizer.from_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------------- training
 

@@ -22,7 +22,7 @@ from common.task import Task
 from common.token_batches import TokenPlan
 from tasks.data import USE, check_text_column, load_splits, resolve_labels
 from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
-from tasks.tokenization import train_encoder_tokenizer
+from tasks.tokenization import train_encoder_tokenizer, trained_once
 
 
 @dataclass(kw_only=True)
@@ -137,7 +137,8 @@ def prepare_text(run: Run) -> ClassificationTask:
 
 def _trained_tokenizer(data: Dataset, columns: list[str], run: Run) -> Any:
     options = run.options
-    return run.trained_tokenizer(
+    return trained_once(
+        run,
         lambda: train_encoder_tokenizer(
             (text for column in columns for text in data[column]),
             kind=options.tokenizer,

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from common.checkpoints import save_folder
 
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+
+
+def trained_once(run: Any, train: Callable[[], PreTrainedTokenizerFast]) -> Any:
+    """The tokeniser that `train` gave the main process when the run began, from the run's folder."""
+    folder = run.output_dir / "tokenizer"
+    if run.is_main and not (run.resuming and folder.exists()):
+        save_folder(train().save_pretrained, folder)
+    run.accelerator.wait_for_everyone()
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def train_encoder_tokenizer(

@@ -38,6 +38,7 @@ from tasks.data import USE, DataError
 from tasks.joint_bpe import train_joint_bpe
 from tasks.models import build_fresh, check_model_source, fresh_config, load_pretrained
 from tasks.parallel_text import REFERENCE, SOURCE, TARGET, load_pairs
+from tasks.tokenization import trained_once
 
 IGNORED = -100  # the label of padding
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
@@ -157,14 +158,15 @@ def _tokenizer(data: Dataset, run: Run) -> Any:
             lang_token_id(tokenizer, code)
             setattr(tokenizer, attribute, code)
         return tokenizer
-    return run.trained_tokenizer(
+    return trained_once(
+        run,
         lambda: train_joint_bpe(
             itertools.chain(data[SOURCE], data[TARGET]),
             vocab_size=options.vocab_size,
             lowercase=options.lowercase,
             max_length=max(options.max_source_length, options.max_target_length),
             split_punctuation=options.text_preparation != "moses",
-        )
+        ),
     )
 
 
