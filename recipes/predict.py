@@ -1,6 +1,6 @@
 """Predict the classes, or the trees, of a file with a saved model, by the stock API and nothing of the training code.
 
-    python recipes/predict.py --model outputs/run/best --data test.parquet --output predictions.json
+    python recipes/predict.py --model outputs/run/best --data test.csv --output predictions.json
     python recipes/predict.py --task image --columns image --model outputs/mnist/best --data ... --output ...
     python recipes/predict.py --task parsing --model outputs/parser/best --data raw.conllu --output parsed.conllu
 
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from datasets import Image as ImageFeature
 from transformers import (
     AutoImageProcessor,
@@ -23,10 +23,12 @@ from transformers import (
 )
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+from common.endings import clear_use
 from common.progress import with_time_left
 from tasks import image_cnn, transition_parser  # noqa: F401  (registers them with the Auto classes)
 from tasks.arc_standard import ParserVocabulary, parse_sentences
 from tasks.conllu import read_conllu, write_conllu
+from tasks.data import check_column, check_text_column, load_file
 
 
 @torch.inference_mode()
@@ -78,6 +80,23 @@ def parse_file(model_dir: str, file: str, batch_size: int, precision: str) -> st
     return write_conllu(sentences, heads, map(vocabulary.names, relations))
 
 
+def predict(arguments: argparse.Namespace) -> str:
+    """What goes into the output. Raises DataError for data that does not fit."""
+    settings = (arguments.batch_size, arguments.mixed_precision)
+    if arguments.task == "parsing":
+        return parse_file(arguments.model, arguments.data, *settings)
+    data = load_file(arguments.data, text_columns=arguments.columns, option_name="data")
+    for column in arguments.columns:
+        if arguments.task == "image":
+            check_column(data, "given", column, "columns")
+        else:
+            check_text_column({"given": data}, column, "columns")
+    if arguments.task == "image":
+        return json.dumps(predict_images(arguments.model, data.select_columns(arguments.columns), *settings))
+    rows = list(zip(*(data[column][:] for column in arguments.columns), strict=True))
+    return json.dumps(predict_texts(arguments.model, rows, *settings))
+
+
 def _device_and_dtype(precision: str) -> tuple[str, torch.dtype]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -86,25 +105,15 @@ def _device_and_dtype(precision: str) -> tuple[str, torch.dtype]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the saved model")
-    parser.add_argument("--data", required=True, help="parquet file; for parsing, one in CoNLL-U")
+    parser.add_argument("--data", required=True, help=".csv, .tsv, .jsonl or .parquet; for parsing, CoNLL-U")
     parser.add_argument("--task", choices=["text", "image", "parsing"], default="text")
     parser.add_argument("--columns", nargs="+", default=["text"], help="text column, or the two of a pair")
     parser.add_argument("--output", required=True, help="file to write")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
-    settings = (arguments.batch_size, arguments.mixed_precision)
-    if arguments.task == "parsing":
-        text = parse_file(arguments.model, arguments.data, *settings)
-        Path(arguments.output).write_text(text, encoding="utf-8")
-        return
-    data = load_dataset("parquet", data_files=arguments.data, split="train", keep_in_memory=True)
-    if arguments.task == "image":
-        predictions = predict_images(arguments.model, data.select_columns(arguments.columns), *settings)
-    else:
-        rows = list(zip(*(data[column][:] for column in arguments.columns), strict=True))
-        predictions = predict_texts(arguments.model, rows, *settings)
-    Path(arguments.output).write_text(json.dumps(predictions), encoding="utf-8")
+    with clear_use(arguments):
+        Path(arguments.output).write_text(predict(arguments), encoding="utf-8")
 
 
 if __name__ == "__main__":

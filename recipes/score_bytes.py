@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+from common.endings import clear_use
 from common.progress import with_time_left
 from tasks.bytes import Windows, collate_windows, has_memory, stream_bits, window_bits
 
@@ -56,8 +57,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
-    scores = score_file(arguments)
-    Path(arguments.output).write_text(json.dumps(scores), encoding="utf-8")
+    with clear_use(arguments):
+        scores = score_file(arguments)
+        Path(arguments.output).write_text(json.dumps(scores), encoding="utf-8")
     print(f"{sum(scores['bits']) / sum(scores['characters']):.4f} bits per character")
 
 

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
+from common.endings import clear_use
 from common.progress import with_time_left
 
 
@@ -52,15 +53,16 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
-    opener = gzip.open if arguments.input.endswith(".gz") else open
-    with opener(arguments.input, "rt", encoding="utf-8-sig", newline="\n") as file:
-        texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
-    if not any(texts):
-        sys.exit(f"error: {arguments.input} is empty")
-    translations = translate_texts(
-        arguments.model, texts, arguments.batch_size, arguments.mixed_precision, arguments.source_lang_code
-    )
-    Path(arguments.output).write_text("\n".join(translations) + "\n", encoding="utf-8")
+    with clear_use(arguments):
+        opener = gzip.open if arguments.input.endswith(".gz") else open
+        with opener(arguments.input, "rt", encoding="utf-8-sig", newline="\n") as file:
+            texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
+        if not any(texts):
+            sys.exit(f"error: {arguments.input} is empty")
+        translations = translate_texts(
+            arguments.model, texts, arguments.batch_size, arguments.mixed_precision, arguments.source_lang_code
+        )
+        Path(arguments.output).write_text("\n".join(translations) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,20 @@ def clear_errors() -> Iterator[None]:
 
 
 @contextmanager
+def clear_use(arguments: Any) -> Iterator[None]:
+    """While the saved `arguments.model` is used on a file: one that is not there, or data that does not fit, ends the
+    process with one line and code 2 instead of a traceback."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, OSError) and not error.filename and not Path(arguments.model).is_dir():
+            message = f"--model {arguments.model}: no such folder, and it could not be had from the Hub: {message}"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+@contextmanager
 def clear_endings(accelerator: Accelerator, output_dir: Path, record: dict[str, Any]) -> Iterator[None]:
     """While a run trains and writes its results, end it with one line and the code that says what to do when the loss
     is not finite (`record` goes into `diverged.json`) or the disk is full."""

@@ -134,16 +134,18 @@ def image_files(path: Path, column: str) -> list[Path]:
     return [path.resolve().parent / value for value in values if value is not None]
 
 
-def load_file(file: str | Path, split: str = "train", text_columns: Sequence[str | None] = ()) -> Dataset:
+def load_file(
+    file: str | Path, split: str = "train", text_columns: Sequence[str | None] = (), option_name: str | None = None
+) -> Dataset:
     """One local file, by its ending. In a CSV, cells of `text_columns` are text, whatever they look like, and an empty
-    cell alone is a missing value. Raises DataError naming the file."""
-    path = Path(file)
+    cell alone is a missing value. Raises DataError naming the file and its option, by default that of the split."""
+    path, option_name = Path(file), option_name or f"{split}_file"
     if path.is_dir():
-        raise DataError(f"--{split}_file {file}: a folder, not a file")
+        raise DataError(f"--{option_name} {file}: a folder, not a file")
     if not path.is_file():
         known = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, known, n=1)
-        raise DataError(f"--{split}_file {file}: no such file" + (f"; did you mean {close[0]}?" if close else ""))
+        raise DataError(f"--{option_name} {file}: no such file" + (f"; did you mean {close[0]}?" if close else ""))
     if is_idx(path):
         try:
             return load_idx_images(path)

@@ -39,3 +39,32 @@ def test_every_row_has_its_class_in_the_order_of_the_file_whatever_the_batch(mod
     alone = [predict.predict_texts(str(model), [row[: len(columns)]], 1, "no")[0] for row in ROWS]
     assert json.loads((tmp_path / "out.json").read_text()) == alone
     assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": "tabel.csv"}, "error: --data {tmp}/tabel.csv: no such file; did you mean table.csv?"),
+        ({"columns": "text"}, "error: --columns 'text': the given split has no such column, only 'first', 'second'"),
+        ({"model": "nowhere"}, "error: --model {tmp}/nowhere: no such folder"),
+    ],
+)
+def test_what_is_not_there_is_said_in_a_line(changes, said, model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "table.csv").write_text("first,second\na b,c\n")
+    given = {"model": model, "data": "table.csv", "columns": "first", "output": "out.json", **changes}
+    paths = {name: value if name == "columns" else tmp_path / value for name, value in given.items()}
+    monkeypatch.setattr(sys, "argv", ["predict.py", *(str(w) for n, v in paths.items() for w in (f"--{n}", v))])
+    with pytest.raises(SystemExit) as end:
+        predict.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said.format(tmp=tmp_path))
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_csv_is_read_by_its_ending(model, tmp_path, monkeypatch):
+    (tmp_path / "table.csv").write_text("first\n" + "\n".join(row[0] for row in ROWS) + "\n")
+    argv = ["predict.py", "--model", model, "--data", tmp_path / "table.csv", "--output", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--columns", "first"])))
+    predict.main()
+    found = predict.predict_texts(str(model), [row[:1] for row in ROWS], 4, "no")
+    assert json.loads((tmp_path / "out.json").read_text()) == found
