@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from hf_adanorm import patch_model, unpatch_model, watch_norms
 
-CYCLES = 200
+CYCLES = 400  # of which the interpreter's own caches keep 5 KB
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +126,6 @@ def test_watching_and_stopping_to(model: BertModel) -> None:
         with watch_norms(model, every=1):
             model(input_ids=torch.arange(8)[None]).last_hidden_state.sum().backward()
 
-    grown = growth(cycle, CYCLES)
-    assert grown.bytes < 75 * CYCLES
-    assert grown.objects < CYCLES // 8
+    grown = growth(cycle, CYCLES // 2)
+    assert grown.bytes < 75 * CYCLES // 2
+    assert grown.objects < CYCLES // 16
