@@ -1254,8 +1254,12 @@ def _renamed_by_place(lost: Iterable[str], free: Iterable[str]) -> dict[str, str
     candidates = by_ending(name for name in free if not name.startswith("^"))
     today: dict[str, str] = {}
     for ending, gone in by_ending(n for n in lost if n not in renamed and not n.startswith("^")).items():
-        if len(there := candidates.get(ending, [])) == len(gone):
-            today.update(zip(gone, there, strict=True))
+        if len(there := candidates.get(ending, [])) != len(gone):
+            continue
+        pairs = dict(zip(gone, there, strict=True))
+        # A part of the model, such as T5's decoder, has the names of another part, seen from inside: no renaming.
+        if not any(old.endswith(f".{new}") for old, new in pairs.items()):
+            today.update(pairs)
     for name in lost:
         if (template := today.get(number_template(name))) is not None:
             numbers = (part for part in name.split(".") if part == "*" or part.isdigit())

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-import hf_adanorm  # noqa: F401  (stock from_pretrained knows patched models)
+from hf_adanorm.modeling_adanorm import is_swapped
+
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="transformers 5.23 wrote these checkpoints"
+)
 
 FOLDERS = sorted((Path(__file__).parent / "checkpoints").iterdir())
 INPUTS = {
@@ -55,3 +61,11 @@ def test_saving_again_writes_the_same_norms_and_the_same_weights(folder: Path, t
     saved = load_file(tmp_path / "model.safetensors")
     for key, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(saved[key], value), key
+
+
+def test_written_by_another_version_the_names_of_one_part_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
+    folder = shutil.copytree(Path(__file__).parent / "checkpoints" / "t5-none-encoder", tmp_path / "t5")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "5.22.0"}))
+    swapped = [name for name, module in load(folder).named_modules() if is_swapped(module)]
+    assert {name.partition(".")[0] for name in swapped} == {"encoder"}

@@ -18,6 +18,7 @@ from packaging.version import Version
 from peft import LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_adanorm import is_patched, patch_model, unpatch_model
 from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
@@ -138,6 +139,10 @@ def test_two_adapters_on_one_patched_base(saved_base: Path, tmp_path: Path) -> N
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.7"),
     reason="load_adapter of transformers < 5.7 reads no weights",
+)
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} takes adapters from PEFT {MIN_PEFT_VERSION} on",
 )
 def test_adapters_through_transformers_own_methods(saved_base: Path, tmp_path: Path) -> None:
     model = load(saved_base)
