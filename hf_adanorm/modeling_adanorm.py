@@ -1214,12 +1214,14 @@ def find_modules(
         return {}
 
     found = {pattern: look(pattern) for pattern in spec.names()}
-    written = getattr(getattr(model, "config", None), "transformers_version", None)
+    config = getattr(model, "config", None)
+    written = getattr(config, "transformers_version", None)
     if all(found.values()) or written in (None, transformers.__version__):
         return spec, found
     claimed = {name for hits in found.values() for name in hits}
     free = [tables[0][name] for name, module in by_name.items() if name not in claimed and _has_gain(name, module)]
-    renamed = _renamed_by_place([pattern for pattern, hits in found.items() if not hits], free)
+    part = type(model).__name__ not in (getattr(config, "architectures", None) or ())
+    renamed = _renamed_by_place([pattern for pattern, hits in found.items() if not hits], free, part)
     spec = spec.renamed(renamed)
     found = {
         renamed.get(pattern, pattern): hits or look(renamed.get(pattern, pattern)) for pattern, hits in found.items()
@@ -1234,7 +1236,7 @@ def find_modules(
     return spec, found
 
 
-def _renamed_by_place(lost: Iterable[str], free: Iterable[str]) -> dict[str, str]:
+def _renamed_by_place(lost: Iterable[str], free: Iterable[str], part: bool = False) -> dict[str, str]:
     """Names of today for names of `spec` that are gone: the part from the first number on is the same, or without
     numbers the last part, and as many norms with that ending are `free` as are `lost`; they keep their order.
     A wrong guess would stop the load: the checkpoint holds one element for a swapped norm, and a gain for another."""
@@ -1257,8 +1259,8 @@ def _renamed_by_place(lost: Iterable[str], free: Iterable[str]) -> dict[str, str
         if len(there := candidates.get(ending, [])) != len(gone):
             continue
         pairs = dict(zip(gone, there, strict=True))
-        # A part of the model, such as T5's decoder, has the names of another part, seen from inside: no renaming.
-        if not any(old.endswith(f".{new}") for old, new in pairs.items()):
+        # A part of what was saved, such as T5's decoder, has the names of another part, seen from inside.
+        if not (part and any(old.endswith(f".{new}") for old, new in pairs.items())):
             today.update(pairs)
     for name in lost:
         if (template := today.get(number_template(name))) is not None:
