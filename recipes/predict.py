@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from datasets import Image as ImageFeature
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -29,6 +28,7 @@ from tasks import image_cnn, transition_parser  # noqa: F401  (registers them wi
 from tasks.arc_standard import ParserVocabulary, parse_sentences
 from tasks.conllu import read_conllu, write_conllu
 from tasks.data import check_column, check_text_column, load_file
+from tasks.images import as_images, open_image
 
 
 @torch.inference_mode()
@@ -52,15 +52,15 @@ def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, 
 
 @torch.inference_mode()
 def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: str) -> list[int]:
-    """The class of every image of a data set with a single column."""
+    """The class of every image of a data set with a single column of encoded images."""
     device, dtype = _device_and_dtype(precision)
     processor = AutoImageProcessor.from_pretrained(model_dir)
     model = AutoModelForImageClassification.from_pretrained(model_dir).to(device).eval()
     [column] = images.column_names
-    images = images.cast_column(column, ImageFeature())
     predictions: list[int] = []
     for start in with_time_left(range(0, len(images), batch_size), "prediction"):
-        batch = [image.convert("RGB") for image in images[start : start + batch_size][column]]
+        values = images[start : start + batch_size][column]
+        batch = [open_image(value, f"row {row}") for row, value in enumerate(values, start=start)]
         inputs = processor(images=batch, return_tensors="pt").to(device)
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             predictions += model(**inputs).logits.argmax(-1).tolist()
@@ -92,7 +92,8 @@ def predict(arguments: argparse.Namespace) -> str:
         else:
             check_text_column({"given": data}, column, "columns")
     if arguments.task == "image":
-        return json.dumps(predict_images(arguments.model, data.select_columns(arguments.columns), *settings))
+        images = as_images(data.select_columns(arguments.columns), arguments.columns[0], arguments.data)
+        return json.dumps(predict_images(arguments.model, images, *settings))
     rows = list(zip(*(data[column][:] for column in arguments.columns), strict=True))
     return json.dumps(predict_texts(arguments.model, rows, *settings))
 

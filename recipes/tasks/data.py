@@ -130,7 +130,7 @@ def image_files(path: Path, column: str) -> list[Path]:
     if is_idx(path):
         return [labels_beside(path)]
     data = load_file(path)
-    values = data[column] if getattr(data.features.get(column), "dtype", None) == "string" else []
+    values = data[column] if is_text(data.features.get(column)) else []
     return [path.resolve().parent / value for value in values if value is not None]
 
 
@@ -221,14 +221,18 @@ def _load_hub(options: DataOptions) -> dict[str, Dataset]:
     return {split: found[name] for split, name in names.items() if name is not None}
 
 
+def is_text(feature: Any) -> bool:
+    """Whether a column holds text; that of a CSV is a `large_string` from pandas 3 on."""
+    return isinstance(feature, Value) and feature.dtype in {"string", "large_string"}
+
+
 def check_text_column(splits: dict[str, Dataset], column: str, option_name: str) -> None:
     """Raise DataError unless every split has `column` with a string in every row."""
     for split, data in splits.items():
         check_column(data, split, column, option_name)
         feature = data.features[column]
-        is_string = isinstance(feature, Value) and feature.dtype in {"string", "large_string"}
         values = data.data.column(column)
-        if not is_string or values.null_count:
+        if not is_text(feature) or values.null_count:
             found = ((row, value) for row, value in enumerate(values.to_pylist()) if not isinstance(value, str))
             row, value = next(found, (None, None))
             if row is None:  # values of several types

@@ -22,7 +22,7 @@ from common.evaluation import main_first
 from common.loop import Run
 from common.options import OptionError
 from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
-from tasks.data import DataError, check_column, load_splits, resolve_labels
+from tasks.data import DataError, check_column, is_text, load_splits, resolve_labels
 from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
 from tasks.text import ClassificationTask
 
@@ -44,7 +44,7 @@ def prepare_image(run: Run) -> ClassificationTask:
         check_column(data, split, options.image_column, "image_column")
     names, labels = resolve_labels(raw, options.label_column, options.label_names)
     files = {split: getattr(options, f"{split}_file") for split in raw}
-    splits = {split: _as_images(data, options.image_column, files[split]) for split, data in raw.items()}
+    splits = {split: as_images(data, options.image_column, files[split]) for split, data in raw.items()}
     main_first(accelerator, lambda: _check_images(splits, options.image_column, accelerator))
     processor = main_first(accelerator, lambda: _processor(options))
 
@@ -80,9 +80,9 @@ def prepare_image(run: Run) -> ClassificationTask:
     )
 
 
-def _as_images(data: Dataset, column: str, file: str | None) -> Dataset:
+def as_images(data: Dataset, column: str, file: str | None) -> Dataset:
     """The column as encoded images; relative paths are relative to the file that names them."""
-    if getattr(data.features[column], "dtype", None) == "string":
+    if is_text(data.features[column]):
         folder = Path(file).resolve().parent if file else Path()
         data = data.map(lambda row: {column: None if row[column] is None else str(folder / row[column])})
     try:

@@ -94,9 +94,12 @@ def test_the_content_of_local_data_is_known_by_option(tmp_path):
     assert data_content(pairs) != before
 
 
-def test_the_content_of_images_is_that_of_the_files_named(tmp_path):
-    write_rows(tmp_path / "t.jsonl", [{"image": "a.png", "label": 0}])
-    options = SimpleNamespace(task="image", image_column="image", train_file=str(tmp_path / "t.jsonl"))
+@pytest.mark.parametrize(
+    ("name", "table"), [("t.jsonl", '{"image": "a.png", "label": 0}\n'), ("t.csv", "image,label\na.png,0\n")]
+)
+def test_the_content_of_images_is_that_of_the_files_named(name, table, tmp_path):
+    (tmp_path / name).write_text(table)
+    options = SimpleNamespace(task="image", image_column="image", train_file=str(tmp_path / name))
     contents = []
     for pixels in (b"one", b"two"):
         (tmp_path / "a.png").write_bytes(pixels)

@@ -1,5 +1,6 @@
 """The classification recipe on images: the small CNN, any vision model, IDX files, augmentation."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 import classification
+import predict
 from tasks.idx_images import load_idx_images, write_idx
 from tasks.images import augmented, open_image
 from tasks.options import ImageOptions
@@ -116,6 +118,17 @@ def test_a_fresh_and_then_pretrained_vit_from_paths_in_a_table(digits, tmp_path)
     assert tuned["validation"]["accuracy"] == fresh["validation"]["accuracy"] == tuned["test"]["accuracy"]
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned" / "best")
     assert model.config.id2label == {0: "left", 1: "right"}
+
+
+def test_a_table_is_predicted_as_the_recipe_reads_it(trained, tmp_path):
+    for name, column in (("left", 0), ("right", 4)):  # of 16 bits: clipped to 8, both would be white
+        pixels = np.full((8, 8), 30 * 257, dtype=np.uint16)
+        pixels[2:6, column : column + 4] = 180 * 257
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "table.csv").write_text("image\nleft.png\nright.png\nleft.png\n")
+    settings = {"batch_size": 2, "mixed_precision": "no", "columns": ["image"]}
+    files = {"model": str(trained[0] / "best"), "data": str(tmp_path / "table.csv")}
+    assert predict.predict(argparse.Namespace(task="image", **files, **settings)) == "[0, 1, 0]"
 
 
 def test_augmentation_depends_on_seed_epoch_and_example_alone():
