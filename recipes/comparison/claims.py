@@ -7,7 +7,7 @@ corrected for the number of rows):
   than one that finished.
 - level: it is not, and the interval lies within what counts in this row, the difference that the paper reports between
   AdaNorm and LayerNorm in it (one last digit where it reports none).
-- open: anything else; also one seed, or both diverged.
+- open: anything else; also one seed, both diverged, or one of which runs are still to come.
 
 A claim names which of these speak for it and which against it, and how many rows it lets off. Supported: the rows that
 speak for it are all measured rows but those let off. Not supported: more rows than are let off speak against it.
@@ -94,7 +94,8 @@ def relation(summary: Mapping[str, Any], claim: Claim) -> str | None:
     if any(lost):
         if claim.measure == "gaps":  # of a run that diverged there is none
             return None
-        return "open" if all(lost) else "worse" if lost[0] else "better"
+        waits = any(row["unfinished"] for row in (rows[claim.norm], rows[claim.other]) if not row["scores"])
+        return "open" if all(lost) or waits else "worse" if lost[0] else "better"
     found = difference_over_seeds(*measured(summary, claim))
     if found is None:
         return "open"

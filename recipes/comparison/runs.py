@@ -198,6 +198,8 @@ def _over_examples(
     for norm in scores.keys() - {BASELINE}:
         if seeds := sorted(scores[norm].keys() & scores.get(BASELINE, {}).keys()):
             ours, theirs = (np.stack([resampled[name, seed] for seed in seeds]) for name in (norm, BASELINE))
-            differences[norm] = paired_difference(ours, theirs)
+            difference = paired_difference(ours, theirs)
+            if math.isfinite(difference.mean):  # a score that is not finite differs by no amount
+                differences[norm] = difference
     adjusted = holm({norm: difference.p for norm, difference in differences.items()})
     return {norm: {**dataclasses.asdict(one), "p_holm": adjusted[norm]} for norm, one in differences.items()}

@@ -15,7 +15,8 @@ def summary(differences, *, norm="adanorm", other="layernorm", column="RT", meas
         values = {str(seed): 70.0 + move for seed, move in enumerate(moves)}
         values = {} if name == lost else values
         diverged = {"0": 5} if name == lost else {}
-        rows.append({"norm": name, "scores": values, "gaps": {}, "diverged": diverged, measure: values})
+        row = {"norm": name, "scores": values, "gaps": {}, "diverged": diverged, "unfinished": []}
+        rows.append({**row, measure: values})
     return {"rows": rows, "column": column, "title": column.lower(), "higher_is_better": higher, "decimals": 2}
 
 
@@ -44,6 +45,12 @@ def test_a_norm_that_diverged_is_worse_than_one_that_finished():
         return relation(summary([1.0, 1.1], norm="detachnorm", other="none", lost=lost), DETACH)
 
     assert (found("detachnorm"), found("none")) == ("worse", "better")
+
+
+def test_a_norm_that_diverged_is_not_judged_while_runs_of_it_are_to_come():
+    rows = summary([1.0, 1.1], norm="detachnorm", other="none", lost="detachnorm")
+    rows["rows"][0]["unfinished"] = [1]
+    assert relation(rows, DETACH) == "open"
 
 
 def test_a_row_without_one_of_the_norms_says_nothing():

@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from comparison.runs import RecordError, Run, overfit_gap
+from common.checkpoints import write_json
+from comparison.runs import RecordError, Run, overfit_gap, summarize
+from tasks.bytes import ByteTask
 
 
 def record(train, evaluations):
@@ -39,3 +41,17 @@ def test_a_broken_record_of_a_run_is_named(text, said, tmp_path):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(RecordError, match=rf"results\.json {said}"):
         _ = Run("adanorm", 1, tmp_path).record
+
+
+def test_a_score_that_is_not_finite_is_no_significant_difference(tmp_path):
+    runs = [Run(norm, 1, tmp_path / norm) for norm in ("layernorm", "adanorm", "none")]
+    for run, bits in zip(runs, ([4.0, 6.0], [3.0, 5.0], [4.0, math.nan]), strict=True):
+        run.folder.mkdir()
+        scores = {"bits_per_character": sum(bits) / 4}
+        record = {"options": {}, "test": scores, "validation": scores, "parameters": 1}
+        write_json(run.folder / "results.json", {**record, "history": [{"step": 1}], "train_history": []})
+        write_json(run.folder / "test_bits.json", {"bits": bits, "characters": [2, 2]})
+    about = {"title": "enwik8", "column": "Enwiki8", "command": "", "num_resamples": 100}
+    _, ours, lost = summarize(runs, [], ByteTask, **about)["rows"]
+    assert ours["over_examples"]["mean"] == -0.5
+    assert lost["over_examples"] is None
