@@ -122,7 +122,12 @@ class Data:
         self.tests = {name: self.spread(ids, args.segments) for name, ids in self.tests.items()}
 
     def spread(self, ids: Tensor, count: int) -> Tensor:
-        """`count` segments at even distances."""
+        """`count` segments at even distances. Raises ValueError where they would overlap: a bootstrap over them would
+        find too little spread."""
+        if len(ids) < count * self.length:
+            raise ValueError(
+                f"a part of the text holds {len(ids)} tokens: less than {count} segments of {self.length}"
+            )
         starts = torch.linspace(0, len(ids) - self.length, count).long()
         return torch.stack([ids[start : start + self.length] for start in starts.tolist()])
 
@@ -237,6 +242,13 @@ def perplexity(runs: list[dict[str, Any]], text: str, baseline: list[dict[str, A
     return "{:+.2f} % ({:+.2f} to {:+.2f})".format(*(100 * math.expm1(x) for x in (gap.mean, gap.low, gap.high)))
 
 
+def against(runs: list[dict[str, Any]], text: str, baseline: list[dict[str, Any]]) -> str:
+    """`perplexity` against the runs of `baseline` with the same seeds."""
+    theirs = {run.get("seed"): run for run in baseline}
+    ours = [run for run in runs if run.get("seed") in theirs]
+    return perplexity(ours, text, [theirs[run.get("seed")] for run in ours]) if ours else ""
+
+
 def summarize(args: argparse.Namespace) -> str:
     """Markdown tables of what is there, written with the picture of the norms' inputs."""
     starts = {path.stem: read_json(path) for path in (args.output_dir / "start").glob("*.json")}
@@ -252,8 +264,7 @@ def summarize(args: argparse.Namespace) -> str:
         for way in (way for way in WAYS if way in found):
             cells = [way]
             for text in names:
-                same = base if len(base) == len(found[way]) else base[: len(found[way])]
-                cells += [perplexity(found[way], text), perplexity(found[way], text, same) if way != "source" else ""]
+                cells += [perplexity(found[way], text), against(found[way], text, base) if way != "source" else ""]
             if more:
                 rates = {run["lr"] for run in runs[way]}
                 cells += [f"{found[way][0]['lr']:g} (of {len(rates)})", str(len(found[way]))]

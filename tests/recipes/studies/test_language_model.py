@@ -71,6 +71,22 @@ def test_perplexity_against_a_baseline_is_paired_by_segment() -> None:
     assert study.perplexity(base, "text").startswith(f"{math.exp(11 / 4):.4g} (")
 
 
+def test_a_run_is_held_against_that_of_the_same_seed() -> None:
+    base = [{"seed": seed, "tests": {"text": [seed + 1.0, seed + 2.0]}} for seed in (0, 1)]
+    twice = [
+        {"seed": seed, "tests": {"text": [seed + 1.0 + math.log(2), seed + 2.0 + math.log(2)]}} for seed in (2, 1)
+    ]
+    assert study.against(twice, "text", base) == "+100.00 % (+100.00 to +100.00)"
+
+
+def test_a_text_too_short_for_its_segments_is_refused(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*arguments, "--segments", "1000"])
+    with pytest.raises(ValueError, match="less than 1000 segments of 16"):
+        study.main()
+
+
 def test_markup_is_taken_off_an_article() -> None:
     article = (
         "{{Infobox|a={{b}}}}\n== History ==\n'''Aa''' is [[city|a city]] in [[Bb]].&lt;ref name=x&gt;No&lt;/ref&gt;\n"
