@@ -1226,7 +1226,9 @@ def find_modules(
     found = {
         renamed.get(pattern, pattern): hits or look(renamed.get(pattern, pattern)) for pattern, hits in found.items()
     }
-    if not any(found.values()):
+    # A part, such as T5's decoder, is built by itself before the whole, which has the names of all its parts.
+    inside = tuple(f".{number_template(name)}" for name in free) if part else ()
+    if not any(found.values()) and not any(number_template(name).endswith(inside) for name in found):
         warnings.warn(
             f"config.adanorm, written with transformers {short_repr(written)}, names {len(found)} modules, such as "
             f"{next(iter(found))!r}, of which this model has none under transformers {transformers.__version__}. If "

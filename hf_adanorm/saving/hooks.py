@@ -177,7 +177,9 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
 def load_state_dict(original: Callable[..., Any], file: Any, bound: BoundArguments) -> Any:
     """What accelerate reads from a file for a model, without the notice: it puts every key into a module itself."""
     state_dict = original(file)
-    return {key: tensor for key, tensor in state_dict.items() if not key.endswith(NOTICE)}
+    for key in [key for key in state_dict if key.endswith(NOTICE)]:
+        del state_dict[key]  # what torch.load gives bears the versions of the modules as well
+    return state_dict
 
 
 def _waits_to_fade(norm: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,20 @@ def test_saving_again_writes_the_same_norms_and_the_same_weights(folder: Path, t
         assert torch.equal(saved[key], value), key
 
 
-def test_written_by_another_version_the_names_of_one_part_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
+@pytest.fixture
+def written_by_another_version(tmp_path: Path) -> Path:
     folder = shutil.copytree(Path(__file__).parent / "checkpoints" / "t5-none-encoder", tmp_path / "t5")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "5.22.0"}))
-    swapped = [name for name, module in load(folder).named_modules() if is_swapped(module)]
+    return folder
+
+
+def test_the_names_of_one_part_are_not_taken_for_those_of_another(written_by_another_version: Path) -> None:
+    swapped = [name for name, module in load(written_by_another_version).named_modules() if is_swapped(module)]
     assert {name.partition(".")[0] for name in swapped} == {"encoder"}
+
+
+def test_nobody_is_warned_of_a_part_where_the_whole_has_every_name(written_by_another_version: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "config.adanorm")
+        load(written_by_another_version)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate.utils.modeling as accelerate_modeling
 import pytest
 import torch
 from accelerate import load_checkpoint_in_model
@@ -105,6 +106,16 @@ def test_strict_loading_works(saved: Path) -> None:
             load_checkpoint_in_model(model, str(saved / form), device_map=device_map, strict=True)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*import hf_adanorm"):
         tiny().load_state_dict(weights)
+
+
+def test_accelerate_reads_the_versions_of_modules_as_without_the_package(tmp_path: Path) -> None:
+    model = patch_model(tiny())
+    state_dict = model.state_dict()
+    state_dict[KEY] = torch.zeros(1, dtype=torch.uint8)
+    torch.save(state_dict, tmp_path / "pytorch_model.bin")
+    read = accelerate_modeling.load_state_dict(str(tmp_path / "pytorch_model.bin"))
+    assert read.keys() == model.state_dict().keys()
+    assert read._metadata == model.state_dict()._metadata
 
 
 def test_no_number_of_the_model(saved: Path) -> None:
