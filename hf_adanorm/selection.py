@@ -43,7 +43,7 @@ def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[st
         why = "as a regular expression for the whole name it matches none"
         try:
             matched = {name for name in names if re.fullmatch(pattern, name)}
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             matched, why = set(), f"it is not a regular expression: {error}"
         if not ended and not matched:
             raise ValueError(

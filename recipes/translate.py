@@ -9,7 +9,6 @@ load it.
 
 import argparse
 import gzip
-import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
 from common.endings import clear_use
+from common.options import DataError
 from common.progress import with_time_left
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         with opener(arguments.input, "rt", encoding="utf-8-sig", newline="\n") as file:
             texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
         if not any(texts):
-            sys.exit(f"error: {arguments.input} is empty")
+            raise DataError(f"{arguments.input} is empty")
         translations = translate_texts(
             arguments.model, texts, arguments.batch_size, arguments.mixed_precision, arguments.source_lang_code
         )

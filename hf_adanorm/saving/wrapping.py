@@ -15,8 +15,8 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any, ClassVar
 
-_MARK = "_hf_adanorm_original"
-_ACTIVE: set[tuple[Any, str]] = set()
+# Where a wrapper was set: the wrapper, and what lay there before.
+_ACTIVE: dict[tuple[Any, str], tuple[Callable[..., Any], Any]] = {}
 
 # around(original, self, bound): `bound` holds the call's arguments by the wrapped method's own names, and
 # `original(self, **more)` makes the call with what is in `bound` by then.
@@ -45,12 +45,12 @@ def wrap_method(root: Any, path: str, around: Around, *reads: str) -> None:
             stacklevel=2,
         )
         return
-    _ACTIVE.add((owner, name))
 
     @functools.wraps(method)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            bound = signature.bind(*args, **kwargs) if (owner, name) in _ACTIVE else None
+            is_active = _ACTIVE.get((owner, name), (None,))[0] is wrapper
+            bound = signature.bind(*args, **kwargs) if is_active else None
         except TypeError:  # wrong arguments: the method says so in its own words
             bound = None
         if bound is None:
@@ -61,7 +61,7 @@ def wrap_method(root: Any, path: str, around: Around, *reads: str) -> None:
 
         return around(original, bound.args[0], bound)
 
-    setattr(wrapper, _MARK, static)
+    _ACTIVE[owner, name] = (wrapper, static)
     setattr(owner, name, classmethod(wrapper) if isinstance(static, classmethod) else wrapper)
 
 
@@ -110,7 +110,7 @@ def unwrap_methods() -> None:
     _FINDER.waiting.clear()
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
-    for owner, name in list(_ACTIVE):
-        _ACTIVE.discard((owner, name))
-        if (original := getattr(getattr(owner, name), _MARK, None)) is not None:
+    while _ACTIVE:
+        (owner, name), (wrapper, original) = _ACTIVE.popitem()
+        if getattr(getattr(owner, name), "__func__", getattr(owner, name)) is wrapper:
             setattr(owner, name, original)

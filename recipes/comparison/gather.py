@@ -155,7 +155,11 @@ def _said(value: Any) -> str:
 
 def shown_command(summary: Mapping[str, Any]) -> str:
     """The command of a comparison as others would give it: files by name, without the folders of this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in shlex.split(summary["command"])]
+    words = [
+        name + equals + (Path(value).name if Path(value).is_absolute() else value)
+        for word in shlex.split(summary["command"])
+        for name, equals, value in [word.partition("=") if word.startswith("--") else ("", "", word)]
+    ]
     for position, word in enumerate(words[:-1]):
         if word == "--output_dir":
             words[position + 1] = f"outputs/{summary['title']}"

@@ -232,8 +232,10 @@ class Comparison:
         for norm in self.own.norms:
             points = grid_points(self.grid, norm)
             ranks = [[self.rank(run) for run in self.search if (run.norm, run.choice) == (norm, p)] for p in points]
-            means = [tuple(map(fmean, zip(*found, strict=True))) for found in ranks]
-            chosen[norm] = points[means.index(max(means))]
+            finished = [[value for ended, value in found if ended] for found in ranks]
+            diverged = [[value for ended, value in found if not ended] for found in ranks]
+            keys = [(len(a), *map(fmean, filter(None, (a, b)))) for a, b in zip(finished, diverged, strict=True)]
+            chosen[norm] = points[keys.index(max(keys))]
         return chosen
 
     def rank(self, run: Run) -> tuple[int, float]:

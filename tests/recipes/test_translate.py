@@ -41,7 +41,8 @@ def test_every_line_has_its_translation_whatever_the_batch(model, tmp_path, monk
     assert found == [translate.translate_texts(model, [text], 1, "no")[0] for text in TEXTS]
 
 
-def test_an_empty_file_is_refused(model, tmp_path, monkeypatch):
+def test_an_empty_file_is_refused(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").write_text("\n\n")
-    with pytest.raises(SystemExit, match="in is empty"):
+    with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert "in is empty" in capsys.readouterr().err

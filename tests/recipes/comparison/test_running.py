@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from compare import parse_arguments
 from comparison.running import Comparison
 from comparison.runs import Run
@@ -23,18 +25,26 @@ def test_a_score_that_is_not_finite_never_wins_a_grid(tmp_path):
     assert ranks[1] > ranks[0]
 
 
-def test_a_grid_is_chosen_by_the_mean_over_seeds_and_by_who_finished(tmp_path):
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        ({"1": (0.9, 0.1), "2": (0.6, 0.7), "3": (0.99, 7)}, "2"),  # the best mean of those that finished most often
+        ({"1": (0.9, 7), "2": (0.6, 700), "3": (7, 700)}, "1"),  # a step of divergence is no score
+        ({"1": (7, 8), "2": (9, 700), "3": (8, 9)}, "2"),  # none finished: the one that went on longest
+    ],
+)
+def test_a_grid_is_chosen_by_the_mean_over_seeds_and_by_who_finished(found, chosen, tmp_path):
     grid = ["--grid", "C=1,2,3", "--grid_seeds", "2"]
     comparison = planned(tmp_path, "--norms", "adanorm", "--seeds", "2", *grid)
     comparison.plan_search()
-    scores = {("1", 1): 0.9, ("1", 2): 0.1, ("2", 1): 0.6, ("2", 2): 0.7, ("3", 1): 0.99}
-    assert [(run.choice["C"], run.seed) for run in comparison.search] == [*scores, ("3", 2)]
+    assert [(run.choice["C"], run.seed) for run in comparison.search] == [(C, seed) for C in found for seed in (1, 2)]
     for run in comparison.search:
         run.folder.mkdir(parents=True)
-        score = scores.get((run.choice["C"], run.seed))
-        name, record = ("diverged", {"step": 7}) if score is None else ("results", {"validation": {"accuracy": score}})
+        value = found[run.choice["C"]][run.seed - 1]
+        scored = {"validation": {"accuracy": value}}
+        name, record = ("results", scored) if value < 1 else ("diverged", {"step": value})
         (run.folder / f"{name}.json").write_text(json.dumps({"options": {}, **record}))
-    assert comparison.choose() == {"adanorm": {"C": "2"}}
+    assert comparison.choose() == {"adanorm": {"C": chosen}}
 
 
 def test_default_settings_spelled_out_are_the_bare_name(tmp_path):

@@ -31,7 +31,7 @@ def lora() -> LoraConfig:
 
 @pytest.fixture
 def everything_wrapped() -> set[tuple[Any, str]]:
-    return wrapping._ACTIVE
+    return set(wrapping._ACTIVE)
 
 
 def calls(folder: Path) -> dict[tuple[Any, str], tuple[Callable[..., Any], dict[str, Any]]]:
@@ -104,7 +104,7 @@ def test_every_kind_of_argument_arrives_as_it_was_given(monkeypatch: pytest.Monk
         seen.append(bound.arguments["b"])
         return original(self)
 
-    monkeypatch.setattr(wrapping, "_ACTIVE", set())
+    monkeypatch.setattr(wrapping, "_ACTIVE", {})
     wrap_method(Owner, "method", around, "b")
     assert Owner().method(1, 2, 3, original=5, self=6, bound=7) == (1, 2, (3,), 5, {"self": 6, "bound": 7})
     assert Owner().method(1, b=2) == (1, 2, (), 4, {})
@@ -129,7 +129,7 @@ def test_a_method_that_changed_is_said_and_left_alone(
             return a
 
     before = dict(vars(Owner))
-    monkeypatch.setattr(wrapping, "_ACTIVE", set())
+    monkeypatch.setattr(wrapping, "_ACTIVE", {})
     with pytest.warns(UserWarning, match=message):
         wrap_method(Owner, name, lambda original, self, bound: None, *reads)
     assert dict(vars(Owner)) == before
