@@ -15,7 +15,12 @@ from accelerate import Accelerator
 from datasets import Dataset, Image
 from PIL import Image as PilImage
 from PIL import ImageOps
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+try:
+    from transformers import ViTImageProcessorPil
+except ImportError:  # transformers 5.0, whose ViTImageProcessor is the one of PIL
+    from transformers import ViTImageProcessor as ViTImageProcessorPil
 
 from common.batches import StepPlan
 from common.evaluation import main_first
