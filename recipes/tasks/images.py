@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Image
+from datasets import Dataset, Image, Value
 from PIL import Image as PilImage
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
@@ -90,6 +90,7 @@ def as_images(data: Dataset, column: str, file: str | None) -> Dataset:
     if is_text(data.features[column]):
         folder = Path(file).resolve().parent if file else Path()
         data = data.map(lambda row: {column: None if row[column] is None else str(folder / row[column])})
+        data = data.cast_column(column, Value("string"))  # datasets 4.0 makes no images of a `large_string`
     try:
         return data.cast_column(column, Image(decode=False))
     except Exception as error:  # of pyarrow's making, by version
