@@ -162,7 +162,7 @@ def load_file(
         extra |= {
             "keep_default_na": False,
             "na_values": [""],
-            "converters": {name: str for name in text_columns if name},
+            "converters": {name: _as_text for name in text_columns if name},
         }
     try:
         data = datasets.load_dataset(
@@ -219,6 +219,10 @@ def _load_hub(options: DataOptions) -> dict[str, Dataset]:
                 f"--{split}_split {name!r}: {options.dataset_name} has the splits {', '.join(map(repr, found))}"
             )
     return {split: found[name] for split, name in names.items() if name is not None}
+
+
+def _as_text(cell: str) -> str | None:  # before pandas 3.1 na_values says nothing to a converter's column
+    return cell or None
 
 
 def is_text(feature: Any) -> bool:

@@ -97,7 +97,7 @@ def push(folder: Path) -> dict[str, Any]:
 
     (folder / "own-card").mkdir()
     (folder / "own-card" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
-    model.save_pretrained(folder / "own-card", push_to_hub=True, repo_id="me/own-card")
+    model.save_pretrained(str(folder / "own-card"), push_to_hub=True, repo_id="me/own-card")
     build(None).push_to_hub("me/was-stock")  # transformers' empty form of a card
     model.push_to_hub("me/was-stock")
     model.push_to_hub("me/remote-card")
