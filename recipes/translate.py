@@ -28,6 +28,11 @@ def translate_texts(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if source_lang_code is not None:
+        if not hasattr(type(tokenizer), "src_lang"):  # transformers 5.0 reloads NLLB's as one that knows no languages
+            kind = type(tokenizer).__name__
+            raise DataError(
+                f"--source_lang_code {source_lang_code}: the {kind} of {model_dir} takes no source language"
+            )
         tokenizer.src_lang = source_lang_code
     model = AutoModelForSeq2SeqLM.from_pretrained(model_dir).to(device).eval()
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))

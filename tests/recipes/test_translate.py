@@ -46,3 +46,12 @@ def test_an_empty_file_is_refused(model, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
     assert "in is empty" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_languages_takes_none(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").write_text("a b\n")
+    files = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "--model", model, *files, "--source_lang_code", "deu_Latn")
+    assert "takes no source language" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
