@@ -4,7 +4,6 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-
 from transformers import BertConfig
 
 from common.options import OptionError
