@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,12 +21,11 @@ def num_inputs(module: nn.Module) -> int:
     """Input features of a linear map (for a convolution: input channels)."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0])
-    return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels)  # type: ignore[arg-type]
+    return module.in_features if isinstance(module, nn.Linear) else cast(nn.Conv1d, module).in_channels
 
 
 def channel_dim(module: nn.Module, ndim: int) -> int:
     """The dimension of a linear map's input (or output) that holds its features."""
     if isinstance(module, (nn.Linear, Conv1D)):
         return ndim - 1
-    spatial = len(module.kernel_size)  # type: ignore[arg-type]
-    return ndim - 1 - spatial
+    return ndim - 1 - len(cast(nn.Conv1d, module).kernel_size)  # or 2d, 3d
