@@ -114,6 +114,7 @@ class Run:
             "norm": options.norm,
             "seed": options.seed,
             "num_processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
             "command": shlex.join([f"recipes/{self.script.name}", *(sys.argv[1:] if argv is None else argv)]),
             "versions": versions(),
             "options": asdict(options),

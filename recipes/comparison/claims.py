@@ -3,8 +3,8 @@
 A row says how one norm does beside another, by the paired t-test over the seeds that both finished (95 %, not
 corrected for the number of rows):
 
-- better or worse: the interval of the difference lies on that side of zero. A norm whose every run diverged is worse
-  than one that finished.
+- better or worse: the interval of the difference lies on that side of zero. A norm whose every run diverged, of two or
+  more, is worse than one that finished; one that diverged with a seed of the other's is neither better nor level.
 - level: it is not, and the interval lies within what counts in this row, the difference that the paper reports between
   AdaNorm and LayerNorm in it (one last digit where it reports none).
 - open: anything else; also one seed, both diverged, or one of which runs are still to come.
@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from comparison.contestants import trained_alike
 from comparison.paper import BASELINE, COLUMNS, ROWS, TITLES, row_name
 from comparison.significance import difference_over_seeds
 
@@ -86,16 +87,26 @@ def measured(summary: Mapping[str, Any], claim: Claim) -> tuple[dict[int, float]
 
 
 def relation(summary: Mapping[str, Any], claim: Claim) -> str | None:
-    """`better`, `worse`, `level` or `open`: see the module. None where the row does not have both norms to measure."""
+    """`better`, `worse`, `level` or `open`: see the module. None where the row does not have both norms to measure, or
+    where a grid chose another training for the two and the claim is on the loss gap, which says nothing then."""
     rows = {row["norm"]: row for row in summary["rows"] if row["scores"] or row["diverged"]}
     if claim.norm not in rows or claim.other not in rows:
         return None
-    lost = [not rows[name]["scores"] for name in (claim.norm, claim.other)]
+    both = [rows[name] for name in (claim.norm, claim.other)]
+    lost = [not row["scores"] for row in both]
+    if claim.measure == "gaps" and (any(lost) or not trained_alike(*(row["choice"] for row in both))):
+        return None  # of a run that diverged there is none
     if any(lost):
-        if claim.measure == "gaps":  # of a run that diverged there is none
-            return None
-        waits = any(row["unfinished"] for row in (rows[claim.norm], rows[claim.other]) if not row["scores"])
+        waits = any(row["unfinished"] or len(row["diverged"]) < 2 for row in both if not row["scores"])
         return "open" if all(lost) or waits else "worse" if lost[0] else "better"
+    ours_lost, theirs_lost = ((one["diverged"].keys() & other["scores"].keys()) for one, other in (both, both[::-1]))
+    found = _by_interval(summary, claim)
+    left_out = (ours_lost and found in ("better", "level")) or (theirs_lost and found in ("worse", "level"))
+    return "open" if left_out else found  # the survivors of a norm are not the norm
+
+
+def _by_interval(summary: Mapping[str, Any], claim: Claim) -> str:
+    """The relation by the seeds that both finished."""
     found = difference_over_seeds(*measured(summary, claim))
     if found is None:
         return "open"
@@ -146,10 +157,18 @@ def judge(summaries: Sequence[Mapping[str, Any]], claim: Claim) -> str:
 
 
 def figure(summary: Mapping[str, Any], claim: Claim) -> str:
-    """The difference of a row with its interval, or where there is none with the number of seeds."""
+    """The difference of a row with its interval, or where there is none with the number of seeds; and how many runs
+    diverged."""
     ours, theirs = measured(summary, claim)
     decimals = summary["decimals"] if claim.measure == "scores" else 3
-    if found := difference_over_seeds(ours, theirs):
-        return f"{found.mean:+.{decimals}f} [{found.low:+.{decimals}f}, {found.high:+.{decimals}f}]"
     pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-    return f"{fmean(pairs):+.{decimals}f} (n={len(pairs)})" if pairs else "diverged"
+    if found := difference_over_seeds(ours, theirs):
+        said = f"{found.mean:+.{decimals}f} [{found.low:+.{decimals}f}, {found.high:+.{decimals}f}]"
+    elif pairs:
+        said = f"{fmean(pairs):+.{decimals}f}" if all(map(math.isfinite, pairs)) else "not finite"
+        said += f" (n={len(pairs)})"
+    else:
+        said = "no seed that both finished"
+    lost = {row["norm"]: len(row["diverged"]) for row in summary["rows"] if row["diverged"]}
+    told = [f"{TITLES[name]} diverged with {lost[name]}" for name in (claim.norm, claim.other) if name in lost]
+    return f"{said} ({', '.join(told)})" if told else said

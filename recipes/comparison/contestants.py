@@ -13,6 +13,7 @@ from common.options import NORMS, OptionError, did_you_mean
 from comparison.paper import TITLES
 
 _BOOLEANS = {"true": True, "false": False}
+_SETTINGS = frozenset(name for facts in NORMS.values() for name in facts.settings)
 
 
 def parse_norm(text: str) -> tuple[str, dict[str, Any]]:
@@ -71,6 +72,11 @@ def title_of(name: str) -> str:
         return f"{TITLES[norm]} ({', '.join(name.rpartition('_')[2] for name in left)} only)"
     said = ", ".join(f"{part} = {_value(value)}" for part, value in settings.items())
     return f"{TITLES[norm]} ({said})" if said else TITLES[norm]
+
+
+def trained_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two points of a grid differ in the norms' own settings at most."""
+    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - _SETTINGS)
 
 
 def folder_name(name: str) -> str:

@@ -22,6 +22,8 @@ from hf_adanorm.saving import write_file
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _OTHER_DATA = ("_file", "_split", "_column", "dataset_name", "dataset_config", "score_test")  # ends of options
+_SHIPPED = {path.name for path in _CONFIGS.glob("*.yaml")}
+_ELSEWHERE = ("model_config", "mixed_precision", "gradient_accumulation_steps", "checkpointing_steps")  # or nowhere
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OptionError(f"--gather {path} cannot be read ({error}): report again with --report_only") from error
-    if "options" not in summary:
+    if "mixed_precision" not in summary:
         again = f"python {summary['command']} --report_only" if "command" in summary else "its command, --report_only"
         raise OptionError(f"--gather {path} is of an earlier version; report again: {again}")
     if not summary["options"]:
@@ -87,8 +89,8 @@ t-test over the seeds, ‡ by a paired bootstrap over the test examples, correct
 
 
 def is_own(summary: Mapping[str, Any] | None) -> bool:
-    """Whether a comparison is of the row's own data and not of a substitute's."""
-    return summary is not None and summary["title"] not in SUBSTITUTES
+    """Whether a comparison is by the row's own config, and so of its own data as far as its options say."""
+    return summary is not None and summary["title"] == NEEDS[summary["column"]].config
 
 
 def scores_table(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -130,21 +132,51 @@ def gaps_table(measured: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def departures(summary: Mapping[str, Any]) -> str:
-    """The options of the runs that are not those of the config with the settings of the paper's row."""
-    column, had = summary["column"], summary["options"]
-    path = _CONFIGS / f"{NEEDS[column].config}.yaml"
-    options_class = choose_recipe(None, str(path))[1]
-    meant = json.loads(json.dumps(dataclasses.asdict(parse_options(options_class, ["--config", str(path)]))))
-    tried = {name for row in summary["rows"] for name in row["choice"]}
-    names = options_that_change(options_class, "results") - {*OWN, *tried, "model_config"}
-    names = {name for name in names if name in had and not name.endswith(_OTHER_DATA)}
-    pairs = {name: (had[name], meant[name]) for name in sorted(names)}
+    """On what data the runs were, and where they are not as the config with the settings of the paper's row: options,
+    what a grid chose, and how they were launched as far as it changes batches or precision."""
+    column, need = summary["column"], NEEDS[summary["column"]]
+    path = str(_CONFIGS / f"{need.config}.yaml")
+    options_class = choose_recipe(None, path)[1]
+    meant = _options(options_class, "--config", path)
+    had = {**_options(options_class), **summary["options"]}  # what had no option yet was as it is by default
+    by_grid = []
+    for name in dict.fromkeys(name for row in summary["rows"] for name in row["choice"]):
+        values = {row["norm"]: row["choice"][name] for row in summary["rows"] if name in row["choice"]}
+        had[name] = meant[name]  # said here, or else below
+        if any(row["tried"] > 1 for row in summary["rows"]):
+            chosen = ", ".join(f"{title_of(norm)} {value}" for norm, value in values.items())
+            by_grid.append(f"{name} chosen on validation: {chosen} ({_said(meant[name])})")
+        else:
+            had[name] = _options(options_class, f"--{name}", next(iter(values.values())))[name]
+    names = options_that_change(options_class, "results", "onward") - {*OWN, *_ELSEWHERE}
+    pairs = {name: (had[name], meant[name]) for name in sorted(names) if not name.endswith(_OTHER_DATA)}
     ours, theirs = had.get("model_config") or {}, meant.get("model_config") or {}
     pairs |= {f"model {name}": (ours.get(name), theirs.get(name)) for name in [*ours, *(theirs.keys() - ours.keys())]}
+    accumulation = "gradient_accumulation_steps"
+    processes = summary["num_processes"] or 1
+    pairs[f"processes x {accumulation}"] = (processes * had[accumulation], need.processes * meant[accumulation])
+    precision = summary["mixed_precision"] or had["mixed_precision"] or "no"
+    pairs["mixed_precision"] = (precision, meant["mixed_precision"] or "no")
     said = [f"{name} {_said(one)} ({_said(other)})" for name, (one, other) in pairs.items() if one != other]
-    data = "" if is_own(summary) else f"{SUBSTITUTES[summary['title']][1]} in place of the row's data; "
     budget = f"{summary['steps']:,} updates a run, {summary['train_samples']:,} training examples"
-    return f"{column}: {data}{budget}; {', '.join(said) if said else 'no other departure'}."
+    return f"{column}: {_data(summary, had, meant)}{budget}; {', '.join([*by_grid, *said]) or 'no other departure'}."
+
+
+def _options(options_class: type[Any], *arguments: str) -> dict[str, Any]:
+    """The options that these arguments set, as JSON has them."""
+    options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(parse_options(options_class, arguments))))
+    return options
+
+
+def _data(summary: Mapping[str, Any], had: Mapping[str, Any], meant: Mapping[str, Any]) -> str:
+    """What the runs read, where it is not what the row's config names."""
+    title = summary["title"]
+    stands_in = SUBSTITUTES[title][1] if title in SUBSTITUTES else f"the data of {title}"
+    files = [had.get(f"{split}_file") or [] for split in ("train", "validation", "test")]
+    names = [Path(file).name for given in files for file in ([given] if isinstance(given, str) else given)]
+    names = names or [had["dataset_name"]] * (had.get("dataset_name") != meant.get("dataset_name"))
+    place = "" if is_own(summary) else f"{stands_in} in place of the row's data; "
+    return place + (f"from {', '.join(names)}; " if names else "")
 
 
 def _said(value: Any) -> str:
@@ -155,14 +187,19 @@ def _said(value: Any) -> str:
 
 def shown_command(summary: Mapping[str, Any]) -> str:
     """The command of a comparison as others would give it: files by name, without the folders of this machine."""
-    words = [
-        name + equals + (Path(value).name if Path(value).is_absolute() else value)
-        for word in shlex.split(summary["command"])
-        for name, equals, value in [word.partition("=") if word.startswith("--") else ("", "", word)]
-    ]
-    for position, word in enumerate(words[:-1]):
-        if word == "--output_dir":
-            words[position + 1] = f"outputs/{summary['title']}"
+    words, value_of = [], ""
+    for word in shlex.split(summary["command"]):
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        value_of = name or value_of
+        if value_of == "--output_dir" and value:
+            value = f"outputs/{summary['title']}"
+        elif value_of == "--config" and Path(value).name in _SHIPPED:
+            value = f"recipes/configs/{Path(value).name}"
+        elif value_of == "--launcher":
+            value = " ".join(Path(part).name if part.startswith("/") else part for part in value.split(" "))
+        elif Path(value).is_absolute():
+            value = Path(value).name
+        words.append(f"{name}{equals}{value}")
     return wrap(["python", *(word for word in words if word != "--report_only")])
 
 

@@ -33,6 +33,7 @@ class Need(NamedTuple):
     license: str
     machine: str
     arguments: str = ""  # of `compare.py`, beside the config
+    processes: int = 1
 
     @property
     def command(self) -> str:
@@ -48,6 +49,7 @@ NEEDS = {
         "for research, by the terms of its parts",
         "8 GPUs of 16 GB",
         '--launcher "accelerate launch --config_file recipes/launch/ddp_8_gpus.yaml"',
+        processes=8,
     ),
     "De-En": Need("iwslt14_de_en", "IWSLT14 German-English, from the Hub", "CC BY-NC-ND", "a GPU of 12 GB"),
     "En-Vi": Need("iwslt15_en_vi", "IWSLT15 English-Vietnamese, from the Hub", "CC BY-NC-ND", "a GPU of 16 GB"),
@@ -80,8 +82,11 @@ CONFIGS |= {config: column for config, (column, _) in SUBSTITUTES.items()}
 
 
 def row_name(column: str, config: str | None) -> str:
-    """A row as it was measured by a config: with the data that stands in for the row's own."""
-    return f"{column} ({SUBSTITUTES[config][1]})" if config in SUBSTITUTES else column
+    """A row as it was measured by a config: with the data that stands in for the row's own, or the config's name where
+    it is none of this folder's."""
+    if config == NEEDS[column].config:
+        return column
+    return f"{column} ({SUBSTITUTES[config][1] if config in SUBSTITUTES else f'by {config}'})"
 
 
 def paper_score(column: str, norm: str) -> str:

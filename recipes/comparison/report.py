@@ -125,6 +125,11 @@ def conclusion(summary: Mapping[str, Any]) -> str:
         gain = found["mean"] if summary["higher_is_better"] else -found["mean"]
         (level if found["p_holm"] >= 0.05 else better if gain > 0 else worse).append(title_of(row["norm"]))
     diverged = [title_of(row["norm"]) for row in summary["rows"] if row["diverged"] and not row["scores"]]
+    lost = [
+        f"{title_of(row['norm'])} diverged with {counted(len(row['diverged']), 'seed')}"
+        for row in summary["rows"]
+        if row["diverged"] and row["scores"]
+    ]
     parts = [
         f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} {verb}"
         for names, verb in (
@@ -137,10 +142,9 @@ def conclusion(summary: Mapping[str, Any]) -> str:
     ]
     if not better + worse + level:
         return "No difference from LayerNorm was tested." + (f" {', '.join(diverged)} diverged." if diverged else "")
-    seeds = max(len(row["scores"]) for row in summary["rows"])
     chance = "by a paired bootstrap over test examples at 5 %, corrected for the number of norms"
-    few = " The variation between seeds is not in this test." if seeds < 5 else ""
-    return f"{'; '.join(parts)} ({chance}).{few}"
+    partly = f" {', '.join(lost)}; the others alone were compared." if lost else ""
+    return f"{'; '.join(parts)} ({chance}). The variation between seeds is not in this test.{partly}"
 
 
 # Markdown and LaTeX

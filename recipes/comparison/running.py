@@ -29,7 +29,7 @@ from comparison.choices import MOST_SEEDS, OWN, choose_recipe, grid_points, pars
 from comparison.contestants import canonical, folder_name, kind, parse_norm
 from comparison.paper import BASELINE
 from comparison.report import write_report
-from comparison.runs import Run, outcome, summarize
+from comparison.runs import LAUNCHED, Run, outcome, summarize
 from hf_adanorm.modeling_adanorm import NORM_CLASSES
 from tasks.data import DATA_OPTIONS, data_content
 
@@ -77,6 +77,7 @@ class Comparison:
         self.runs: list[Run] = []
         self.failed: list[Run] = []
         self.contents: dict[Any, dict[str, str]] = {}
+        self.launched: dict[str, tuple[Any, Path]] = {}  # how the runs were launched, and which one says so
         self.stopping = ""
         self.child: subprocess.Popen[bytes] | None = None
 
@@ -118,10 +119,12 @@ class Comparison:
         """Run what is not finished, one after the other."""
         for run in runs:
             self.check_same_options(run, test=test)
+            self.check_launched_alike(run)
         for position, run in enumerate(runs, start=1):
             if run.status == "unfinished" and not self.own.report_only:
                 started = time.perf_counter()
                 self.run_one(run, self.arguments(run, test=test))
+                self.check_launched_alike(run)
                 took = f", {time.perf_counter() - started:,.0f} s"
             else:
                 took = ", kept" if run.status != "unfinished" else ""
@@ -148,11 +151,12 @@ class Comparison:
         if saved is None:
             return
         options = self.options(self.arguments(run, test=test))
-        now = json.loads(json.dumps(dataclasses.asdict(options)))
+        now, default = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (options, self.options_class()))
+        saved = {**default, **saved}  # what had no option yet was as it is by default
         differing = [
             f"{name}: {saved[name]!r} then, {now[name]!r} now"
             for name in sorted(options_that_change(self.options_class, "results", "onward"))
-            if name in saved and saved[name] != now[name]
+            if saved[name] != now[name]
         ]
         if changed := changed_content(run.record.get("content"), self.content(options)):
             raise OptionError(
@@ -163,6 +167,19 @@ class Comparison:
                 f"{run.folder} holds a run with other options ({'; '.join(differing)}); "
                 "give the same options, or another --output_dir"
             )
+
+    def check_launched_alike(self, run: Run) -> None:
+        """Raise OptionError when a run that ended was divided over another number of processes than those before it,
+        and so had other batches, or ran in another precision."""
+        for name in LAUNCHED:
+            if name in (record := run.record):
+                value, folder = self.launched.setdefault(name, (record[name], run.folder))
+                if value != record[name]:
+                    raise OptionError(
+                        f"{run.folder} holds a run with {name} {record[name]}, {folder} one with {value}: runs are "
+                        "compared where they were launched alike; delete those that were not, and give the others' "
+                        "--launcher"
+                    )
 
     def content(self, options: Any) -> dict[str, str]:
         """What tells the content of the data from others; the files are the same for all runs, and read once."""

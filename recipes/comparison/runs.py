@@ -18,8 +18,12 @@ import torch
 
 from common.results import versions
 from common.task import Task
+from comparison.contestants import trained_alike
 from comparison.paper import BASELINE
 from comparison.significance import Difference, bootstrap_scores, difference_over_seeds, holm, paired_difference
+
+# What a run's record says of how it was launched, which its options do not.
+LAUNCHED = ("num_processes", "mixed_precision")
 
 
 class RecordError(ValueError):
@@ -95,7 +99,9 @@ def overfit_gap(record: Mapping[str, Any]) -> float:
 
 
 def _spread(values: Mapping[int, float]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds; where a value is not finite, NaN and none."""
+    if not all(map(math.isfinite, values.values())):
+        return {"mean": math.nan, "sd": None}
     return {
         "mean": statistics.fmean(values.values()) if values else None,
         "sd": statistics.stdev(values.values()) if len(values) > 1 else None,
@@ -125,6 +131,7 @@ def summarize(
     gaps: dict[str, dict[int, float]] = {norm: {} for norm in scores}
     for run in finished:
         gaps[run.norm][run.seed] = overfit_gap(records[id(run)])
+    choices = {run.norm: run.choice for run in runs}
     rows = [
         {
             "norm": norm,
@@ -135,14 +142,16 @@ def summarize(
             "diverged": {run.seed: run.record["step"] for run in runs if run.norm == norm and _diverged(run)},
             "unfinished": [run.seed for run in runs if run.norm == norm and run.status == "unfinished"],
             "parameters": next((run.record["parameters"] for run in runs if run.norm == norm and run.record), None),
-            "choice": next((run.choice for run in runs if run.norm == norm), {}),
+            "choice": choices[norm],
             "tried": max(1, len({tuple(run.choice.items()) for run in search if run.norm == norm})),
             "tried_seeds": len({run.seed for run in search if run.norm == norm}),
             "over_examples": over_examples.get(norm),
             "over_seeds": _over_seeds(scores, norm),
-            "gap_over_seeds": _over_seeds(gaps, norm),
+            "gap_over_seeds": (
+                _over_seeds(gaps, norm) if trained_alike(choices[norm], choices.get(BASELINE, {})) else None
+            ),
         }
-        for norm in dict.fromkeys(run.norm for run in runs)
+        for norm in choices
     ]
     plain = records[id(min(finished, key=lambda run: run.norm != BASELINE))] if finished else {}
     return {
@@ -155,7 +164,7 @@ def summarize(
         "decimals": task.decimals,
         "higher_is_better": task.higher_is_better,
         "rows": rows,
-        **{name: plain.get(name) for name in ("options", "steps", "train_samples")},
+        **{name: plain.get(name) for name in ("options", "steps", "train_samples", *LAUNCHED)},
         "num_resamples": num_resamples,
         "num_test_examples": _num_examples(finished, task, split),
         "command": command,

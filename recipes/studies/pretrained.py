@@ -113,7 +113,9 @@ class Data:
             path = folder / f"{split}.jsonl"
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: --data must hold train, validation and test.jsonl")
-            self.splits[split] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.splits[split] = [
+                json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            ]
 
     def batch(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
         encoded = self.tokenizer(

@@ -66,8 +66,8 @@ class TranslationTask(Task):
 
     @classmethod
     def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
-        lines = (folder / "test_translations.jsonl").read_text(encoding="utf-8").splitlines()
-        rows, lang = [json.loads(line) for line in lines], record["options"]["target_lang"]
+        lines = (folder / "test_translations.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        rows, lang = [json.loads(line) for line in lines], record["options"]["target_lang"]  # lines may hold U+2028
         hypotheses = moses_tokenize([row["translation"] for row in rows], lang)
         references = moses_tokenize([row["reference"] for row in rows], lang)
         # effective_order is what sacreBLEU asks for on single sentences; it does not touch the counts taken here.

@@ -13,9 +13,9 @@ def summary(differences, *, norm="adanorm", other="layernorm", column="RT", meas
     rows = []
     for name, moves in ((norm, differences), (other, [0.0] * len(differences))):
         values = {str(seed): 70.0 + move for seed, move in enumerate(moves)}
+        diverged = dict.fromkeys(values, 5) if name == lost else {}
         values = {} if name == lost else values
-        diverged = {"0": 5} if name == lost else {}
-        row = {"norm": name, "scores": values, "gaps": {}, "diverged": diverged, "unfinished": []}
+        row = {"norm": name, "scores": values, "gaps": {}, "diverged": diverged, "unfinished": [], "choice": {}}
         rows.append({**row, measure: values})
     return {"rows": rows, "column": column, "title": column.lower(), "higher_is_better": higher, "decimals": 2}
 
@@ -45,6 +45,28 @@ def test_a_norm_that_diverged_is_worse_than_one_that_finished():
         return relation(summary([1.0, 1.1], norm="detachnorm", other="none", lost=lost), DETACH)
 
     assert (found("detachnorm"), found("none")) == ("worse", "better")
+
+
+def test_one_run_that_diverged_decides_nothing():
+    assert relation(summary([1.0], norm="detachnorm", other="none", lost="detachnorm"), DETACH) == "open"
+
+
+@pytest.mark.parametrize("move", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_norm_is_not_judged_by_the_runs_that_it_survived(move, which):
+    rows = summary([move + 0.01, move, move - 0.01])
+    del rows["rows"][which]["scores"]["2"]
+    rows["rows"][which]["diverged"] = {"2": 5}
+    assert relation(rows, ADANORM) == {(1.0, 1): "better", (-1.0, 0): "worse"}.get((move, which), "open")
+    assert f"({('AdaNorm', 'LayerNorm')[which]} diverged with 1), " in judge([rows], ADANORM)
+
+
+def test_loss_gaps_of_norms_trained_differently_are_not_compared():
+    rows = summary([-0.9, -1.0, -1.1], norm="layernorm-simple", measure="gaps")
+    rows["rows"][0]["choice"] = {"hidden_dropout_prob": "0.1"}
+    assert relation(rows, OVER_FIT) is None
+    rows["rows"][0]["choice"] = {"C": "2"}  # the norm itself
+    assert relation(rows, OVER_FIT) == "better"
 
 
 def test_a_norm_that_diverged_is_not_judged_while_runs_of_it_are_to_come():
@@ -99,3 +121,5 @@ def test_a_claim_is_told_with_each_rows_figure():
     assert "of 4 rows measured (RT +1.00 [+0.75, +1.25], better; " in said
     assert "PTB +1.00 (n=1), open" in judge([summary([1.0], column="PTB")], ADANORM)
     assert judge(rows, DETACH).endswith("**undecided here**; no row measured.")
+    rows[0]["rows"][0]["scores"] = {"7": 70.0}
+    assert "RT no seed that both finished, open" in judge(rows, ADANORM)

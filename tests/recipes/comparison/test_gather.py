@@ -18,7 +18,7 @@ from tasks.options import ClassificationOptions
 RECIPES = Path(compare.__file__).parent
 
 
-def finish(folder, norm, seed, *, num_correct, losses=(0.5, 0.4), config="rt", **changes):
+def finish(folder, norm, seed, *, num_correct, losses=(0.5, 0.4), config="rt", launched=None, choice=None, **changes):
     """A run of classification that ended, of 1,000 test examples, with its validation and its training loss."""
     options = parse_options(ClassificationOptions, ["--config", str(RECIPES / "configs" / f"{config}.yaml")])
     score = {"accuracy": num_correct / 1000}
@@ -31,8 +31,9 @@ def finish(folder, norm, seed, *, num_correct, losses=(0.5, 0.4), config="rt", *
         "train_samples": 8608,
         "history": [{"step": 20, "loss": losses[0]}],
         "train_history": [{"step": 20, "loss": losses[1]}],
+        **(launched or {}),
     }
-    run = Run(norm, seed, folder / f"{norm}-{seed}".replace(":", ","))
+    run = Run(norm, seed, folder / f"{norm}-{seed}".replace(":", ","), choice or {})
     run.folder.mkdir(parents=True)
     write_json(run.folder / "results.json", record)
     # Norms agree on as many examples as they can: those before num_correct are right.
@@ -41,9 +42,9 @@ def finish(folder, norm, seed, *, num_correct, losses=(0.5, 0.4), config="rt", *
     return run
 
 
-def compared(folder, runs, *, title="rt", column="RT", command="recipes/compare.py --config recipes/configs/rt.yaml"):
+def compared(folder, runs, *, search=(), title="rt", column="RT", command="recipes/compare.py --config rt.yaml"):
     """The `comparison.json` of these runs."""
-    summary = summarize(runs, [], TASK, title=title, column=column, command=command, num_resamples=200)
+    summary = summarize(runs, search, TASK, title=title, column=column, command=command, num_resamples=200)
     write_json(folder / "comparison.json", summary)
     return folder
 
@@ -98,6 +99,49 @@ def test_departures_come_from_the_runs(rt, tmp_path):
     assert "- RT: 20 updates a run, 8,608 training examples; num_epochs 2 (5).\n" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"on_nonfinite": "skip"}, "on_nonfinite skip (stop)"),
+        ({"train_file": ["/data/imdb.jsonl"]}, "from imdb.jsonl; 20 updates"),
+        ({"launched": {"num_processes": 8}}, "processes x gradient_accumulation_steps 8 (1)"),
+        ({"launched": {"mixed_precision": "bf16"}}, "mixed_precision bf16 (no)"),
+        (  # the same batches in another way
+            {"launched": {"num_processes": 1}, "gradient_accumulation_steps": 8, "title": "wmt14_en_de"},
+            "mixed_precision no (bf16)",
+        ),
+        ({"title": "mine"}, "RT: the data of mine in place of the row's data; 20"),
+    ],
+)
+def test_departures_tell(changes, said, tmp_path):
+    title, launched = changes.pop("title", "rt"), changes.pop("launched", None)
+    runs = [finish(tmp_path, "layernorm", 1, num_correct=500, launched=launched, **changes)]
+    column = "En-De" if title == "wmt14_en_de" else "RT"
+    text = gather([compared(tmp_path, runs, title=title, column=column)], tmp_path)
+    [line] = re.findall(rf"^- {column}: .*updates.*$", text, re.MULTILINE)
+    assert said in line
+    assert ("gradient_accumulation_steps" in line) == ("gradient_accumulation_steps" in said)
+    assert ("no other departure" in line) == (said.endswith("20") or "from" in said)
+
+
+def test_what_a_grid_chose_is_a_departure_and_its_loss_gaps_are_not_compared(tmp_path):
+    choices = {"layernorm": {"learning_rate": "0.1"}, "adanorm": {"learning_rate": "0.01"}}
+    runs = [
+        finish(tmp_path, norm, seed, num_correct=500 + seed, losses=(seed, 0), choice=choice)
+        for norm, choice in choices.items()
+        for seed in (1, 2)
+    ]
+    compared(tmp_path, runs, search=[*runs, Run("layernorm", 1, tmp_path, choices["adanorm"])])
+    text = gather([tmp_path], tmp_path)
+    assert "learning_rate chosen on validation: LayerNorm 0.1, AdaNorm 0.01 (0.0005)." in text
+    assert "| RT | 1.500 ± 0.707 | 1.500 ± 0.707 |" in text
+
+
+def test_a_grid_of_one_point_is_an_option(tmp_path):
+    runs = [finish(tmp_path, "layernorm", 1, num_correct=500, choice={"learning_rate": "1e-1"})]
+    assert "; learning_rate 0.1 (0.0005).\n" in gather([compared(tmp_path, runs)], tmp_path)
+
+
 def test_commands_name_no_folder_of_this_machine(rt, tmp_path):
     text = gather([rt], tmp_path)
     [command] = re.findall(
@@ -108,6 +152,12 @@ def test_commands_name_no_folder_of_this_machine(rt, tmp_path):
     ]
     assert "/data" not in text
     assert "--report_only" not in text
+    command = "recipes/compare.py --config /home/me/recipes/configs/rt.yaml --output_dir=/tmp/x"
+    command += " --launcher 'accelerate launch --config_file /home/me/mine.yaml'"
+    assert shown_command({"title": "rt", "command": command}).replace("\\\n   ", "").split() == [
+        *("python", "recipes/compare.py", "--config", "recipes/configs/rt.yaml", "--output_dir=outputs/rt"),
+        *("--launcher", "'accelerate", "launch", "--config_file", "mine.yaml'"),
+    ]
     long = {"title": "rt", "command": "recipes/compare.py " + " ".join(f"--option_{n} value" for n in range(9))}
     assert max(map(len, shown_command(long).splitlines())) <= 110
 
@@ -118,7 +168,10 @@ def test_a_substitute_is_named_and_the_row_itself_stays_to_be_run(rt, tmp_path):
     compared(folder, runs, title="ud_ewt", column="PTB")
     text = gather([rt, folder], tmp_path)
     assert "**PTB (UD English-EWT)**, " in text
-    assert "- PTB: UD English-EWT in place of the row's data; 20 updates" in text
+    assert (
+        "- PTB: UD English-EWT in place of the row's data; from cornell-movie-review-data/rotten_tomatoes; 20 updates"
+        in text
+    )
     assert "- PTB: the Penn Treebank" in text
     assert "- RT: RT, from the Hub" not in text
     assert "recipes/configs/ptb.yaml --train_file 02-21.conllx" in text
@@ -133,7 +186,7 @@ def test_what_cannot_be_gathered_is_refused_before_anything_is_written(change, r
         text, said = text[:50], "cannot be read"
     elif change == "old":
         text, said = (
-            text.replace('"options": ', '"unknown": '),
+            text.replace('"mixed_precision": null,\n  "num_resamples"', '"num_resamples"'),
             r"report again: python recipes/compare.py .*--report_only",
         )
     elif change == "of no row":

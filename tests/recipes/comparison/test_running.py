@@ -1,9 +1,11 @@
 """Which runs a comparison has, and which of a grid it takes; that they run is in test_compare.py."""
 
+import dataclasses
 import json
 
 import pytest
 
+from common.options import OptionError
 from compare import parse_arguments
 from comparison.running import Comparison
 from comparison.runs import Run
@@ -45,6 +47,27 @@ def test_a_grid_is_chosen_by_the_mean_over_seeds_and_by_who_finished(found, chos
         name, record = ("results", scored) if value < 1 else ("diverged", {"step": value})
         (run.folder / f"{name}.json").write_text(json.dumps({"options": {}, **record}))
     assert comparison.choose() == {"adanorm": {"C": chosen}}
+
+
+@pytest.mark.parametrize(("name", "values"), [("num_processes", (8, 1)), ("mixed_precision", ("bf16", "no"))])
+def test_runs_that_were_launched_differently_are_not_compared(name, values, tmp_path):
+    comparison = planned(tmp_path, "--norms", "layernorm", "adanorm", "--seeds", "1", "--report_only")
+    comparison.plan_runs(comparison.choose())
+    for run, value in zip(comparison.runs, values, strict=True):
+        run.folder.mkdir(parents=True)
+        options = dataclasses.asdict(comparison.options(comparison.arguments(run)))
+        record = {"options": options, "test": None, "validation": {"accuracy": 0.5}, name: value}
+        (run.folder / "results.json").write_text(json.dumps(record))
+    with pytest.raises(OptionError, match=rf"adanorm-seed1 holds a run with {name} {values[1]}, .* with {values[0]}"):
+        comparison.execute(comparison.runs)
+
+
+def test_an_option_that_a_finished_run_did_not_have_was_at_its_default(tmp_path):
+    comparison = planned(tmp_path, "--norms", "layernorm", "--seeds", "1", "--split_sizes", "[3, 2, 1]")
+    run = Run("layernorm", 1, tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"options": {}}))
+    with pytest.raises(OptionError, match=r"split_sizes: None then, \[3, 2, 1\] now"):
+        comparison.check_same_options(run)
 
 
 def test_default_settings_spelled_out_are_the_bare_name(tmp_path):

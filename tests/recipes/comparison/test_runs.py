@@ -43,6 +43,23 @@ def test_a_broken_record_of_a_run_is_named(text, said, tmp_path):
         _ = Run("adanorm", 1, tmp_path).record
 
 
+def test_a_score_or_loss_that_is_not_finite_leaves_the_summary_whole(tmp_path):
+    runs = [Run(norm, seed, tmp_path / f"{norm}{seed}") for norm in ("layernorm", "adanorm") for seed in (1, 2, 3)]
+    for run in runs:
+        run.folder.mkdir()
+        bits = None if (run.norm, run.seed) == ("adanorm", 2) else 1.0 + run.seed
+        scores = {"bits_per_character": bits}
+        losses = record([(1, bits)], [(1, 1.0)])
+        write_json(
+            run.folder / "results.json", {"options": {}, "test": None, "validation": scores, "parameters": 1, **losses}
+        )
+    about = {"title": "enwik8", "column": "Enwiki8", "command": "", "num_resamples": 100}
+    plain, ours = summarize(runs, [], ByteTask, **about)["rows"]
+    assert (plain["mean"], plain["sd"], plain["gap"]["mean"]) == (3.0, 1.0, -2.0)
+    assert [math.isnan(value) for value in (ours["mean"], ours["gap"]["mean"])] == [True, True]
+    assert (ours["sd"], ours["gap"]["sd"], ours["over_seeds"], ours["gap_over_seeds"]) == (None,) * 4
+
+
 def test_a_score_that_is_not_finite_is_no_significant_difference(tmp_path):
     runs = [Run(norm, 1, tmp_path / norm) for norm in ("layernorm", "adanorm", "none")]
     for run, bits in zip(runs, ([4.0, 6.0], [3.0, 5.0], [4.0, math.nan]), strict=True):
