@@ -84,7 +84,8 @@ def gather(folders: Sequence[Path], output_dir: Path) -> str:
 
 _LEGEND = """Mean ± standard deviation over n seeds, on the test set where nothing else is said, by the checkpoint that
 validation chose; in italics the paper's figures. Beside LayerNorm, at 5 %: † differs by a paired
-t-test over the seeds, ‡ by a paired bootstrap over the test examples, corrected for the number of norms.
+t-test over the seeds, not corrected for the number of norms, ‡ by a paired bootstrap over the test
+examples, corrected for it.
 """
 
 
