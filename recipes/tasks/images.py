@@ -28,7 +28,15 @@ from common.loop import Run
 from common.options import OptionError
 from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
 from tasks.data import DataError, check_column, is_text, load_splits, resolve_labels
-from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
+from tasks.models import (
+    build_fresh,
+    check_model_source,
+    fresh_config,
+    label_mappings,
+    load_classifier,
+    load_pretrained,
+    try_out,
+)
 from tasks.text import ClassificationTask
 
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
@@ -167,7 +175,10 @@ def _processor(options: Any) -> Any:
 
 def _build_model(options: Any, names: Sequence[str]) -> PreTrainedModel:
     if options.model_name_or_path:
-        model = load_pretrained(AutoModelForImageClassification, options.model_name_or_path, **label_mappings(names))
+        model = load_classifier(AutoModelForImageClassification, options.model_name_or_path, names)
+        if options.image_size:
+            images = torch.zeros(1, 3, options.image_size, options.image_size)
+            try_out(model, f"images of --image_size {options.image_size}", pixel_values=images)
     else:
         sizes = {"image_size": options.image_size} if options.image_size else {}
         side = options.model_config.get("image_size", options.image_size)

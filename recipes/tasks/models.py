@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from common.options import OptionError, did_you_mean
@@ -97,9 +99,60 @@ def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
-    """What `auto_class` loads by `name`. Raises OptionError naming the option when there is no such thing."""
+    """What `auto_class` loads by `name`. Raises OptionError naming the option when there is no such thing, or when it
+    is of another kind."""
     try:
         return auto_class.from_pretrained(name, **options)
-    except OSError as error:
-        said = str(error).strip().splitlines()
-        raise OptionError(f"--model_name_or_path {name}: {said[0] if said else type(error).__name__}") from error
+    except Exception as error:  # transformers has many ways to say so
+        said = [] if isinstance(error, OSError) else [type(error).__name__]
+        said += str(error).strip().splitlines()[:1]
+        raise OptionError(f"--model_name_or_path {name}: {': '.join(said) or type(error).__name__}") from error
+
+
+def load_model(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
+    """The model that `auto_class` loads by `name`. Raises OptionError as `load_pretrained`, and for weights of other
+    shapes than are needed."""
+    loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(auto_class, name, **loading, **options)
+    for weight, saved, wanted in sorted(info["mismatched_keys"]):
+        hint = ": it was trained for other classes" if "id2label" in options else ""
+        raise OptionError(
+            f"--model_name_or_path {name}: its {weight} has the shape {tuple(saved)}, not {tuple(wanted)}{hint}"
+        )
+    return model
+
+
+def load_classifier(auto_class: Any, name: str, names: Sequence[str]) -> PreTrainedModel:
+    """A pretrained model that is to tell these classes apart. Raises OptionError as `load_model`, and for one that
+    knows them in another order."""
+    known = [label for _, label in sorted(load_pretrained(AutoConfig, name).id2label.items())]
+    if known != list(names) and sorted(known) == sorted(names):
+        raise OptionError(
+            f"--model_name_or_path {name}: its classes are, in order, {', '.join(known)}; those of the data are "
+            f"{', '.join(names)}: where they are given as text, bring them in its order by --label_names"
+        )
+    return load_model(auto_class, name, **label_mappings(names))
+
+
+@torch.no_grad()
+def try_out(model: PreTrainedModel, name: str, **inputs: Any) -> Any:
+    """What a model returns for `inputs`, in eval mode. Raises OptionError, in the model's own words, for one that
+    cannot be given what `name` says."""
+    try:  # with a copy: BigBird is another model for good once it has read a short text
+        return copy.deepcopy(model).eval()(**inputs)
+    except Exception as error:  # of whatever kind the model makes of it
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        hint = "; if it needs a pad_token_id, give one, 0 for bytes" if "NoneType" in said else ""
+        raise OptionError(f"{model.config.model_type} cannot be given {name}: {said}{hint}") from error
+
+
+def check_positions(model: PreTrainedModel, length: int, option_name: str) -> None:
+    """Raise OptionError naming the option when a model has fewer positions than `length`."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:  # -1: as many as one likes
+        return
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # as RoBERTa counts, the first position comes after that of padding
+    if positions < length:
+        raise OptionError(f"--{option_name} {length} is beyond the model's {positions} positions")

@@ -16,12 +16,19 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from common.batches import Plan, StepPlan
 from common.evaluation import main_first
 from common.loop import Run
-from common.options import OptionError
 from common.setup import calibration_rows
 from common.task import Task
 from common.token_batches import TokenPlan
 from tasks.data import USE, check_text_column, load_splits, resolve_labels
-from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
+from tasks.models import (
+    build_fresh,
+    check_model_source,
+    check_positions,
+    fresh_config,
+    label_mappings,
+    load_classifier,
+    load_pretrained,
+)
 from tasks.tokenization import train_encoder_tokenizer, trained_once
 
 
@@ -151,19 +158,13 @@ def _trained_tokenizer(data: Dataset, columns: list[str], run: Run) -> Any:
 
 
 def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedModel:
-    labels = label_mappings(names)
     if options.model_name_or_path:
-        model = load_pretrained(AutoModelForSequenceClassification, options.model_name_or_path, **labels)
+        model = load_classifier(AutoModelForSequenceClassification, options.model_name_or_path, names)
     else:
         special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        config = fresh_config(options, **special, **labels)
+        config = fresh_config(options, **special, **label_mappings(names))
         model = build_fresh(AutoModelForSequenceClassification, config)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if positions and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions -= module.padding_idx + 1  # as RoBERTa counts, the first position comes after that of padding
-    if positions is not None and positions < options.max_length:
-        raise OptionError(f"--max_length {options.max_length} is beyond the model's {positions} positions")
+    check_positions(model, options.max_length, "max_length")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model

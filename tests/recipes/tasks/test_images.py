@@ -102,7 +102,7 @@ def test_the_best_model_works_in_a_stock_pipeline(trained):
     assert classify(Image.fromarray(right))[0]["label"] == "1"
 
 
-def test_a_fresh_and_then_pretrained_vit_from_paths_in_a_table(digits, tmp_path):
+def test_a_fresh_and_then_pretrained_vit_from_paths_in_a_table(digits, tmp_path, capsys):
     data = load_idx_images(digits["train"])
     rows = []
     for index, row in enumerate(data):
@@ -116,6 +116,10 @@ def test_a_fresh_and_then_pretrained_vit_from_paths_in_a_table(digits, tmp_path)
     changes = {"model_config": "{}", "model_name_or_path": tmp_path / "fresh" / "best", "learning_rate": 1e-9}
     tuned = run(digits, tmp_path / "tuned", max_steps=1, test_file=table, **files, **changes)
     assert tuned["validation"]["accuracy"] == fresh["validation"]["accuracy"] == tuned["test"]["accuracy"]
+    with pytest.raises(SystemExit) as ended:
+        run(digits, tmp_path / "larger", image_size=16, **files, **changes)
+    assert ended.value.code == 2
+    assert "vit cannot be given images of --image_size 16: ValueError: " in capsys.readouterr().err
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned" / "best")
     assert model.config.id2label == {0: "left", 1: "right"}
 

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from common.options import OptionError
 from common.token_batches import TokenPlan
 from tasks.data import DataError
+from tasks.models import check_positions
 from tasks.options import ClassificationOptions
 from tasks.text import ClassificationTask, prepare_text
-from tests.recipes.tiny_configs import TINY_CLASSIFIER
+from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_TRANSFORMER_XL
 
 
 @pytest.fixture
@@ -45,6 +47,33 @@ def test_positions_that_begin_after_padding_are_counted(prepare):
     model = {**TINY_CLASSIFIER, "model_type": "roberta-prelayernorm"}
     with pytest.raises(OptionError, match="--max_length 32 is beyond the model's 31 positions"):
         prepare(model_config=model).build_model()
+
+
+def test_a_model_of_any_length_is_taken():
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**TINY_TRANSFORMER_XL, vocab_size=20))
+    check_positions(model, 128, "max_length")
+
+
+@pytest.fixture
+def saved(prepare, tmp_path):
+    """A model of two classes, `0` and `1`."""
+    task = prepare()
+    for part in (task.build_model(), task.processor):
+        part.save_pretrained(tmp_path / "saved")
+    return {"model_config": {}, "model_name_or_path": str(tmp_path / "saved")}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["0", "1", "2"], r"saved: its classifier.bias has the shape \(2,\), not \(3,\): it was trained for other"),
+        (["1", "0"], "saved: its classes are, in order, 0, 1; those of the data are 1, 0: .* --label_names"),
+    ],
+)
+def test_a_model_of_other_classes_is_refused(names, said, saved, prepare):
+    with pytest.raises(OptionError, match=said):
+        prepare(label_names=names, **saved).build_model()
+    assert prepare(label_names=["no", "yes"], **saved).build_model().config.id2label == {0: "no", 1: "yes"}
 
 
 @pytest.mark.parametrize(
