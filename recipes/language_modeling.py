@@ -59,10 +59,11 @@ def evaluate(run: Run, task: ByteTask) -> dict[str, float]:
         outputs = run.evaluate(task.windows, [1] * total, collate_windows, outputs_of)
     else:
         length, processes = run.options.sequence_length, run.accelerator.num_processes
+        # As many streams whatever the processes, as in the test: each begins with an empty memory.
         data = task.splits["validation"][: most and most * length + 1]
         share = {"rank": run.accelerator.process_index, "num_processes": processes, "before_each": run.stop_if_asked}
         run.model.eval()
-        indices, own = stream_bits(run.model, data, length, run.options.eval_batch_size * processes, **share)
+        indices, own = stream_bits(run.model, data, length, run.options.eval_batch_size, **share)
         run.model.train()
         outputs = gather_by_index(run.accelerator, indices, own, -(-(len(data) - 1) // length))
     return scores_of([output[0] for output in outputs], [output[1] for output in outputs])

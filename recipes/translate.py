@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
 from common.endings import clear_use
-from common.options import DataError
+from common.options import DataError, positive
 from common.progress import with_time_left
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--input", required=True, help="text file, one sentence a line")
     parser.add_argument("--output", required=True, help="text file to write")
     parser.add_argument("--source_lang_code", help="source language of a multilingual tokeniser")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=positive, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
     with clear_use(arguments):

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch.distributed import TCPStore
 
 from common.checkpoints import EXIT_CANNOT_SAVE, SaveError, write_json
-from common.options import DataError, leave
+from common.options import DataError, OptionError, leave
 from common.steps import DivergedError
 
 EXIT_BAD_INPUT = 2
@@ -147,7 +147,7 @@ def clear_use(arguments: Any) -> Iterator[None]:
     process with one line and code 2 instead of a traceback."""
     try:
         yield
-    except (DataError, OSError) as error:
+    except (DataError, OptionError, OSError) as error:
         message = " ".join(str(error).split())
         if isinstance(error, OSError) and not error.filename and not Path(arguments.model).is_dir():
             message = f"--model {arguments.model}: no such folder, and it could not be had from the Hub: {message}"

@@ -66,6 +66,13 @@ def option(default: Any, help: str, *, changes: Change = "results", within: str 
     return field(default=default, metadata=metadata)
 
 
+def positive(text: str) -> int:
+    """A number of a command line that must be at least 1. Raises ValueError, as argparse takes it."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def options_that_change(options_class: type[Any], *changes: Change) -> frozenset[str]:
     """The names of the options of which another value changes one of these."""
     fields = dataclasses.fields(options_class)

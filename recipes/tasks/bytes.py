@@ -32,7 +32,15 @@ from common.progress import with_time_left
 from common.setup import calibration_rows
 from common.task import Task
 from tasks.data import USE, DataError
-from tasks.models import build_fresh, check_model_source, fresh_config, load_pretrained
+from tasks.models import (
+    build_fresh,
+    check_model_source,
+    check_positions,
+    fresh_config,
+    load_model,
+    load_pretrained,
+    try_out,
+)
 from tasks.options import ByteDataOptions
 
 NUM_BYTES = 256
@@ -161,13 +169,25 @@ class Memory:
             accelerator.register_load_state_pre_hook(load)
 
     def inputs(self, number: int) -> dict[str, Any]:
-        """What the model is given beside the text."""
-        return {"mems": self.held.get(number), "use_mems": True} if self.used else {"use_cache": False}
+        """What the model is given beside the text. A memory that is not finite, of a step that was left out, would
+        spoil as many good ones as there are layers: the streams go on with an empty one. That of a spike that was left
+        out is kept: the weights that made it stand."""
+        if not self.used:
+            return {"use_cache": False}
+        memory = self.held.get(number)
+        if memory and not torch.stack([layer.isfinite().all() for layer in memory]).all():
+            memory = None
+        return {"mems": memory, "use_mems": True}
 
     def keep(self, number: int, output: Any) -> None:
         """Take over what the model returned."""
         if self.used:
-            self.held[number] = list(output.mems)
+            self.held[number] = memory_of(output)
+
+
+def memory_of(output: Any) -> list[torch.Tensor]:
+    """The memory that a model returned, by layer. What it returns is the end of twice as much, which would be kept."""
+    return [layer.clone() for layer in output.mems]
 
 
 def has_memory(config: PreTrainedConfig) -> bool:
@@ -177,9 +197,12 @@ def has_memory(config: PreTrainedConfig) -> bool:
 
 class Windows:
     """Windows that together score every byte but the first exactly once: the first window all of its bytes, the others
-    their last `stride`, which so have at least `length - stride` bytes of context."""
+    their last `stride`, which so have at least `length - stride` bytes of context. Raises OptionError, naming the
+    option, for a stride that would leave bytes out."""
 
-    def __init__(self, data: np.ndarray, length: int, stride: int):
+    def __init__(self, data: np.ndarray, length: int, stride: int, option_name: str = "stride"):
+        if not 1 <= stride <= length:
+            raise OptionError(f"--{option_name} must be between 1 and --sequence_length {length}, got {stride}")
         self.data, self.length, self.stride = data, length, stride
 
     def __len__(self) -> int:
@@ -189,10 +212,10 @@ class Windows:
         """Where the inputs begin, where the targets scored begin and end, as positions of `data`."""
         first = 1 if index == 0 else 1 + self.length + (index - 1) * self.stride
         last = min(1 + self.length + index * self.stride, len(self.data))
-        return last - 1 - self.length, first, last
+        return max(last - 1 - self.length, 0), first, last
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """`length + 1` bytes, and how many of them, the last, are scored."""
+        """`length + 1` bytes, all of a text that has no more, and how many of them, the last, are scored."""
         begin, first, last = self.span(index)
         return self.data[begin:last], last - first
 
@@ -247,7 +270,7 @@ def stream_bits(
         batch = torch.from_numpy(padded).to(device)
         memory = memory and [layer[:, : len(rows)] for layer in memory]
         output = model(input_ids=batch[:, :-1], mems=memory, use_mems=True)
-        memory = list(output.mems)
+        memory = memory_of(output)
         nats = F.cross_entropy(output.logits.float().transpose(1, 2), batch[:, 1:], reduction="none")  # (rows, length)
         for segment, row, its_nats in zip(segments, rows, nats, strict=False):
             indices.append(segment)
@@ -287,11 +310,6 @@ def prepare_bytes(run: Run) -> ByteTask:
     options = run.options
     check_model_source(options)
     config = _config(options)
-    if not has_memory(config) and not 0 < options.eval_stride <= options.sequence_length:
-        raise OptionError(
-            f"--eval_stride must be between 1 and --sequence_length {options.sequence_length}, "
-            f"got {options.eval_stride}"
-        )
     splits = load_byte_splits(options)
     segments = Segments(splits["train"], options.sequence_length)
     if has_memory(config):
@@ -299,7 +317,7 @@ def prepare_bytes(run: Run) -> ByteTask:
         windows = None
     else:
         plan = StepPlan([1] * len(segments), options.batch_size, **run.division)
-        windows = Windows(splits["validation"], options.sequence_length, options.eval_stride)
+        windows = Windows(splits["validation"], options.sequence_length, options.eval_stride, "eval_stride")
     return ByteTask(
         pipeline="text-generation",
         auto_class=AutoModelForCausalLM,
@@ -317,31 +335,41 @@ def prepare_bytes(run: Run) -> ByteTask:
 
 
 def _config(options: Any) -> PreTrainedConfig:
-    """That of a fresh decoder, or of one that an earlier run saved. Raises OptionError when it cannot read bytes."""
+    """That of a fresh decoder, or of one that an earlier run saved."""
     if options.model_name_or_path:
-        config = load_pretrained(AutoConfig, options.model_name_or_path)
-    else:
-        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        config = fresh_config(options, vocab_size=NUM_BYTES, **tokens)
-    if config.vocab_size != NUM_BYTES:
-        raise OptionError(f"the model has {config.vocab_size} tokens; a model of bytes has {NUM_BYTES}")
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and 0 < positions < options.sequence_length:  # -1: as many as one likes
-        raise OptionError(f"--sequence_length {options.sequence_length} is beyond the model's {positions} positions")
-    if getattr(config, "attn_type", "uni") != "uni" or getattr(config, "bi_data", False):
-        raise OptionError("model_config: a model that reads from left to right has attn_type: uni and bi_data: false")
-    return config
+        return load_pretrained(AutoConfig, options.model_name_or_path)
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return fresh_config(options, vocab_size=NUM_BYTES, **tokens)
 
 
 def _build_model(options: Any, config: PreTrainedConfig) -> PreTrainedModel:
     if options.model_name_or_path:
-        model = load_pretrained(AutoModelForCausalLM, options.model_name_or_path)
+        model = load_model(AutoModelForCausalLM, options.model_name_or_path)
     else:
         model = build_fresh(AutoModelForCausalLM, config)
+    check_reads_bytes(model, options.sequence_length)
     for name, parameter in model.named_parameters():
         if name.endswith(UNUSED):
             parameter.requires_grad_(False)
     return model
+
+
+def check_reads_bytes(model: PreTrainedModel, length: int) -> None:
+    """Raise OptionError unless a model takes `length` bytes at once and reads them from left to right."""
+    config = model.config
+    if config.vocab_size != NUM_BYTES:
+        raise OptionError(f"the model has {config.vocab_size} tokens; a model of bytes has {NUM_BYTES}")
+    check_positions(model, length, "sequence_length")
+    if getattr(config, "attn_type", "uni") != "uni" or getattr(config, "bi_data", False):
+        raise OptionError("model_config: a model that reads from left to right has attn_type: uni and bi_data: false")
+    # Two texts that differ in their last byte alone.
+    texts = torch.arange(97, 97 + min(length, 8), device=next(model.parameters()).device).repeat(2, 1)
+    texts[1, -1] = 32
+    logits = try_out(model, "bytes", input_ids=texts, use_cache=False).logits  # (2, bytes of a text, 256)
+    scale, rounding = logits.float().abs().max(), max(1e-4, 4 * torch.finfo(logits.dtype).eps)
+    if ((logits[0] - logits[1])[:-1].abs() > rounding * scale).any():
+        hint = "" if getattr(config, "is_decoder", True) else ": it needs is_decoder: true in its config"
+        raise OptionError(f"{config.model_type} sees the bytes that it is to predict{hint}")
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:

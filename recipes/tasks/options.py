@@ -204,7 +204,11 @@ class LanguageModelingOptions(RunOptions, OptimizationOptions, ByteDataOptions, 
 
     demo: ClassVar[str] = "enwik_sample.yaml --train_file A_TEXT"
     batch_size: int = option(16, "training segments a micro-batch on each process", within="(0, inf)")
-    eval_batch_size: int = option(32, "windows a batch on each process in evaluation", within="(0, inf)")
+    eval_batch_size: int = option(
+        32,
+        "windows a batch on each process in evaluation; for a memory, streams that all processes together read",
+        within="(0, inf)",
+    )
 
 
 # The universal tag of punctuation, and the tags of the Penn Treebank that count as such.

@@ -14,7 +14,8 @@ from common.endings import EXIT_DIVERGED
 from score_bytes import collate_windows, window_bits
 from tasks.bytes import ByteDataOptions, Windows, load_byte_splits
 from tests.recipes.fault_runs import stopped_and_resumed
-from tests.recipes.tiny_configs import TINY_DECODER, TINY_TRANSFORMER_XL
+from tests.recipes.recipe_process import two_processes
+from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_DECODER, TINY_TRANSFORMER_XL
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def text(tmp_path_factory):
     return path
 
 
-def run(text, folder, **changes):
+def arguments_for(text, folder, **changes):
     options = {
         "train_file": text,
         "validation_characters": 500,
@@ -43,7 +44,11 @@ def run(text, folder, **changes):
         "score_test": "false",
         **changes,
     }
-    language_modeling.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def run(text, folder, **changes):
+    language_modeling.main(arguments_for(text, folder, **changes))
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
@@ -109,6 +114,18 @@ def test_a_run_with_memory_stopped_in_the_middle_of_its_streams_ends_with_the_sa
     assert resumed["history"] == whole["history"]
 
 
+def test_the_streams_of_two_processes_are_those_of_one(text, tmp_path):
+    changes = {"model_config": json.dumps(TINY_TRANSFORMER_XL), "eval_batch_size": 3, "max_steps": 2, "eval_steps": 1}
+    one = run(text, tmp_path / "one", batch_size=4, **changes)
+    command = arguments_for(text, tmp_path / "two", batch_size=2, **changes)
+    codes, said = two_processes("language_modeling", [command, command], tmp_path)
+    assert codes == [0, 0], said
+    two = json.loads((tmp_path / "two" / "results.json").read_text(encoding="utf-8"))
+    assert two["num_processes"] == 2
+    for left, right in zip(one["history"], two["history"], strict=True):
+        assert right["bits_per_character"] == pytest.approx(left["bits_per_character"], abs=1e-5)
+
+
 def test_a_folded_layernorm_simple_scores_as_the_pretrained_model(text, tmp_path):
     before = run(text, tmp_path / "layernorm", norm="layernorm")
     start = {"model_config": "{}", "model_name_or_path": tmp_path / "layernorm" / "best", "affine": "fold"}
@@ -145,9 +162,13 @@ def test_divergence_is_recorded_with_its_step(text, tmp_path):
         ({"validation_characters": "null"}, "no validation data"),
         ({"validation_characters": 10}, "the validation split has 10 bytes: too few"),
         ({"eval_stride": 17}, "--eval_stride must be between 1 and --sequence_length 16"),
-        ({"model_config": json.dumps({"model_type": "xlnet"})}, "has attn_type: uni and bi_data: false"),
+        (
+            {"model_config": json.dumps({**TINY_TRANSFORMER_XL, "attn_type": "bi"})},
+            "has attn_type: uni and bi_data: false",
+        ),
         ({"sequence_length": 32}, "--sequence_length 32 is beyond the model's 16 positions"),
         ({"model_config": json.dumps({**TINY_DECODER, "vocab_size": 300})}, "the model has 300 tokens"),
+        ({"model_config": json.dumps(TINY_CLASSIFIER)}, "bert sees the bytes that it is to predict"),
     ],
 )
 def test_bad_input_ends_in_one_line(changes, said, text, tmp_path, capsys):

@@ -1,13 +1,17 @@
 """The bits that bytes cost, with a memory and in windows."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+import score_bytes
 from score_bytes import collate_windows, stream_bits, window_bits
-from tasks.bytes import Windows
+from tasks.bytes import Windows, byte_tokenizer
 from tasks.models import fresh_config
 from tests.recipes.tiny_configs import TINY_DECODER, transformer_xl
 
@@ -73,6 +77,60 @@ def test_the_bits_of_a_uniform_model_are_eight():
     scored = batch["scored"].sum(1)
     assert scored.tolist() == [16, 8, 7]
     assert window_bits(model, batch).tolist() == pytest.approx((8 * scored).tolist())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A decoder of 16 positions that was trained on sequences of 12."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(fresh_config(Fresh(), vocab_size=256, pad_token_id=None)).eval()
+    model.save_pretrained(tmp_path / "saved")
+    byte_tokenizer(12).save_pretrained(tmp_path / "saved")
+    return model, tmp_path / "saved"
+
+
+def score(folder, data, monkeypatch, *more):
+    """What the script writes for a file of `data`."""
+    file, output = folder / "text", folder / "bits.json"
+    file.write_bytes(data.tobytes())
+    arguments = ["--model", str(folder), "--data", str(file), "--output", str(output), *more]
+    monkeypatch.setattr(sys, "argv", ["score_bytes.py", *arguments])
+    score_bytes.main()
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize(("length", "expected"), [(2, [1]), (9, [8]), (13, [12]), (14, [12, 1]), (40, [12] * 3 + [3])])
+def test_by_default_windows_are_as_long_as_in_training_and_short_files_one(length, expected, saved, monkeypatch):
+    model, folder = saved
+    scores = score(folder, some_bytes(length), monkeypatch)
+    assert scores["characters"] == expected
+    first = whole_bits(model, some_bytes(length)[:13]).sum().item()
+    assert scores["bits"][0] == pytest.approx(first, rel=1e-5)
+
+
+def test_random_bytes_cost_eight_bits_whatever_the_stride(saved, monkeypatch):
+    for stride in ("1", "5", "12"):
+        scores = score(saved[1], some_bytes(300), monkeypatch, "--stride", stride)
+        assert sum(scores["characters"]) == 299
+        assert sum(scores["bits"]) / 299 == pytest.approx(8, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("length", "more", "said"),
+    [
+        (40, ["--stride", "13"], "--stride must be between 1 and --sequence_length 12, got 13"),
+        (40, ["--stride", "0"], "argument --stride: invalid positive value: '0'"),
+        (40, ["--batch_size", "0"], "argument --batch_size: invalid positive value: '0'"),
+        (40, ["--sequence_length", "17"], "--sequence_length 17 is beyond the model's 16 positions"),
+        (1, [], "1 bytes; a byte is scored by those before it"),
+        (0, [], "0 bytes; a byte is scored by those before it"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_in_a_line(length, more, said, saved, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        score(saved[1], some_bytes(length), monkeypatch, *more)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 class Fresh:

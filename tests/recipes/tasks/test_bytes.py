@@ -10,18 +10,20 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from common.options import OptionError
 from tasks.bytes import (
     Memory,
     Segments,
     StreamPlan,
     Windows,
     byte_tokenizer,
+    check_reads_bytes,
     read_bytes,
 )
 from tasks.data import DataError
-from tests.recipes.tiny_configs import transformer_xl
+from tests.recipes.tiny_configs import TINY_TRANSFORMER_XL, transformer_xl
 
 
 def test_the_memory_of_every_micro_batch_comes_back_with_a_checkpoint(tmp_path):
@@ -37,6 +39,79 @@ def test_the_memory_of_every_micro_batch_comes_back_with_a_checkpoint(tmp_path):
     again = [model(input_ids=batch, **memory.inputs(number)).logits for number, batch in enumerate(text)]
     assert all(torch.equal(left, right) for left, right in zip(outputs, again, strict=True))
     assert not torch.equal(outputs[0], model(input_ids=text[0]).logits)
+
+
+def test_no_more_is_kept_than_the_memory(tmp_path):
+    accelerator, model = Accelerator(), transformer_xl()
+    memory = Memory(accelerator, model.config)
+    for batch in torch.randint(256, (12, 2, 16)):
+        memory.keep(0, model(input_ids=batch, **memory.inputs(0)))
+    numbers = 2 * 128 * 2 * 16  # layers, bytes, streams, width
+    assert sum(layer.untyped_storage().nbytes() for layer in memory.held[0]) == 4 * numbers
+    accelerator.save_state(str(tmp_path))
+    assert 4 * numbers <= (tmp_path / "memory_0.bin").stat().st_size < 4 * numbers + 4000
+
+
+def test_after_a_step_that_was_not_finite_the_streams_go_on_with_an_empty_memory():
+    model = transformer_xl()
+    memory = Memory(Accelerator(), model.config)
+    memory.keep(0, model(input_ids=torch.randint(256, (2, 16)), **memory.inputs(0)))
+    memory.held[0][1][3, 1, 5] = float("nan")
+    batch = torch.randint(256, (2, 16))
+    assert torch.equal(model(input_ids=batch, **memory.inputs(0)).logits, model(input_ids=batch).logits)
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def fresh(**fields):
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"vocab_size": 256, **tokens, **fields}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "bert", "is_decoder": True, **SIZES},
+        {"model_type": "roberta", "is_decoder": True, "pad_token_id": 0, **SIZES},
+        {"model_type": "llama", **SIZES},
+        {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1},
+        TINY_TRANSFORMER_XL,
+    ],
+)
+def test_models_that_read_from_left_to_right_are_taken_and_left_as_they_were(fields):
+    model = fresh(**fields)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_reads_bytes(model, 16)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_would_change_with_a_short_text_is_tried_out_as_a_copy():
+    model = fresh(model_type="big_bird", is_decoder=True, **SIZES)
+    check_reads_bytes(model, 16)
+    assert model.bert.attention_type == "block_sparse"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "bert", **SIZES}, "bert sees the bytes that it is to predict: .* is_decoder: true"),
+        ({"model_type": "electra", **SIZES}, "electra sees the bytes that it is to predict: .* is_decoder: true"),
+        ({**TINY_TRANSFORMER_XL, "attn_type": "bi"}, "attn_type: uni"),
+        (
+            {"model_type": "roberta", "is_decoder": True, **SIZES},
+            "roberta cannot be given bytes: TypeError: .* pad_tok",
+        ),
+        (
+            {"model_type": "roberta", "is_decoder": True, "pad_token_id": 0, **SIZES, "max_position_embeddings": 16},
+            "--sequence_length 16 is beyond the model's 15 positions",
+        ),
+    ],
+)
+def test_models_that_cannot_score_bytes_are_refused(fields, said):
+    with pytest.raises(OptionError, match=said):
+        check_reads_bytes(fresh(**fields), 16)
 
 
 def test_a_model_without_a_memory_is_given_none():
@@ -61,19 +136,25 @@ def test_every_row_of_a_step_goes_on_where_it_stopped():
         StreamPlan(7, 2, num_processes=2, accumulation=2)
 
 
-@given(size=st.integers(6, 60), length=st.integers(1, 5), stride=st.integers(1, 5))
+@given(size=st.integers(2, 60), length=st.integers(1, 5), stride=st.integers(1, 5))
 def test_windows_score_every_byte_but_the_first_once_with_enough_context(size, length, stride):
     stride = min(stride, length)
     windows = Windows(np.arange(size, dtype=np.uint8), length, stride)
     scored = []
     for index in range(len(windows)):
         data, count = windows[index]
-        assert len(data) == length + 1
+        assert len(data) == min(length + 1, size)
         assert 1 <= count <= length
         if index:
             assert length + 1 - count >= 1 + length - stride
         scored += data[-count:].tolist()
     assert scored == list(range(1, size))
+
+
+@pytest.mark.parametrize("stride", [-1, 0, 6])
+def test_a_stride_that_would_leave_bytes_out_is_refused(stride):
+    with pytest.raises(OptionError, match=f"--stride must be between 1 and --sequence_length 5, got {stride}"):
+        Windows(np.arange(20, dtype=np.uint8), 5, stride)
 
 
 def test_segments_predict_consecutive_bytes():
