@@ -23,10 +23,11 @@ from transformers import (
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
 from common.endings import clear_use
+from common.options import positive
 from common.progress import with_time_left
 from tasks import image_cnn, transition_parser  # noqa: F401  (registers them with the Auto classes)
 from tasks.arc_standard import ParserVocabulary, parse_sentences
-from tasks.conllu import read_conllu, write_conllu
+from tasks.conllu import check_tags, read_conllu, write_conllu
 from tasks.data import check_column, check_text_column, load_file
 from tasks.images import as_images, open_image
 
@@ -74,6 +75,8 @@ def parse_file(model_dir: str, file: str, batch_size: int, precision: str) -> st
     vocabulary = ParserVocabulary.from_pretrained(model_dir)
     model = AutoModelForSequenceClassification.from_pretrained(model_dir).to(device).eval()
     sentences = read_conllu(file, tag_column=model.config.tag_column, trees=False)
+    if "_" not in vocabulary.tags:
+        check_tags(sentences, file, model.config.tag_column)
     encoded = [vocabulary.encode(sentence) for sentence in sentences]
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         heads, relations = parse_sentences(model, encoded, single_root=model.config.single_root, batch_size=batch_size)
@@ -110,7 +113,7 @@ def main() -> None:
     parser.add_argument("--task", choices=["text", "image", "parsing"], default="text")
     parser.add_argument("--columns", nargs="+", default=["text"], help="text column, or the two of a pair")
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=positive, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
     with clear_use(arguments):

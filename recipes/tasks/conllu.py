@@ -81,6 +81,16 @@ def read_conllu(
     return sentences
 
 
+def check_tags(sentences: Iterable[Sentence], file: str | Path, tag_column: str) -> None:
+    """Raise DataError for a file whose tags all are left blank."""
+    if all(tag == "_" for sentence in sentences for tag in sentence.tags):
+        [other] = TAG_COLUMNS.keys() - {tag_column}
+        column = f"column {TAG_COLUMNS[tag_column] + 1} ({tag_column.upper()})"
+        raise DataError(
+            f"{file}: no word has a tag in {column}: give a file that has, or --tag_column {other} to train"
+        )
+
+
 class _LineError(ValueError):
     """What is wrong with the line just read, or, in a tree, with that of `word`, counted from 1."""
 

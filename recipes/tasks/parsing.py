@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from common.batches import StepPlan
 from common.loop import Run
@@ -18,9 +19,9 @@ from common.options import OptionError
 from common.setup import calibration_rows
 from common.task import Task
 from tasks.arc_standard import Encoded, ParserVocabulary, training_examples
-from tasks.conllu import Sentence, read_conllu
+from tasks.conllu import Sentence, check_tags, read_conllu
 from tasks.data import DataError
-from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_pretrained
+from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_model, load_pretrained
 from tasks.transition_parser import TransitionParserConfig
 
 
@@ -76,16 +77,29 @@ def prepare_parsing(run: Run) -> ParsingTask:
     """
     options = run.options
     check_model_source(options)
+    if options.model_name_or_path:
+        vocabulary = load_pretrained(ParserVocabulary, options.model_name_or_path)
+        column = load_pretrained(AutoConfig, options.model_name_or_path).tag_column
+        for name, known in (("tag_column", column), ("lowercase", vocabulary.lowercase)):
+            if known != getattr(options, name):
+                given = f"--{name} {str(known).lower()}"
+                raise OptionError(f"--model_name_or_path {options.model_name_or_path}: trained with {given}: give it")
     gold: dict[str, list[Sentence]] = {}
     for split in ("train", "validation", "test"):
         file, limit = getattr(options, f"{split}_file"), getattr(options, f"max_{split}_samples")
         if file is not None and (split != "test" or options.score_test):
             gold[split] = read_conllu(file, tag_column=options.tag_column)[:limit]
+            check_tags(gold[split], file, options.tag_column)
+            coarse_tags = {tag for sentence in gold[split] for tag in sentence.coarse_tags}
+            if split != "train" and coarse_tags.isdisjoint(options.punctuation_tags):
+                warnings.warn(
+                    f"{file}: column 4 holds none of --punctuation_tags {options.punctuation_tags}; it holds "
+                    f"{', '.join(sorted(coarse_tags)[:20])}: the scores without punctuation are those with it",
+                    stacklevel=2,
+                )
         elif split != "test":
             raise DataError(f"--{split}_file is missing: a treebank to {split.removesuffix('ion')} on")
-    if options.model_name_or_path:
-        vocabulary = load_pretrained(ParserVocabulary, options.model_name_or_path)
-    else:
+    if not options.model_name_or_path:
         vocabulary = ParserVocabulary.of(
             gold["train"], min_frequency=options.min_frequency, lowercase=options.lowercase
         )
@@ -100,7 +114,9 @@ def prepare_parsing(run: Run) -> ParsingTask:
 
     def build_model() -> PreTrainedModel:
         if options.model_name_or_path:
-            return load_pretrained(AutoModelForSequenceClassification, options.model_name_or_path)
+            model = load_model(AutoModelForSequenceClassification, options.model_name_or_path)
+            model.config.single_root = single_root
+            return model
         reading = {"tag_column": options.tag_column, "single_root": single_root}
         names = label_mappings(vocabulary.transitions())
         config = fresh_config(options, **vocabulary.sizes(), **reading, **names)

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 import parsing
 import predict
 from tasks.conllu import attachment_scores, attachments, read_conllu, write_conllu
+from tasks.data import DataError
 from tasks.options import PUNCTUATION_TAGS
 from tests.recipes.fault_runs import stopped_and_resumed
 from tests.recipes.tiny_configs import TINY_PARSER
@@ -103,6 +104,13 @@ def test_the_saved_model_parses_a_raw_file(trained, treebank, tmp_path):
     norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
     assert [(module.norm, module.k) for module in norms] == [("adanorm", 0.07)] * 2
     assert model.config.single_root
+
+
+def test_a_raw_file_without_the_tags_that_the_model_reads_is_refused(trained, tmp_path):
+    raw = tmp_path / "raw.conllu"
+    raw.write_text("1\tdogs\t_\tNOUN\t_\t_\t_\t_\t_\t_\n")
+    with pytest.raises(DataError, match=r"raw\.conllu: no word has a tag in column 5 \(XPOS\)"):
+        predict.parse_file(str(trained[0] / "best"), str(raw), 8, "no")
 
 
 def test_a_run_stopped_in_the_middle_ends_with_the_same_weights(trained, treebank, tmp_path):

@@ -1,5 +1,6 @@
 """From a treebank to transitions, a vocabulary and a model."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,48 @@ def test_what_would_stop_the_training_is_refused(changes, error, said, prepare):
     with pytest.raises(error) as raised:
         prepare(**changes)
     assert said in str(raised.value)
+
+
+@pytest.fixture
+def saved(prepare, tmp_path):
+    """A parser in lower case, of universal tags."""
+    task = prepare(PROJECTIVE, tag_column="upos", lowercase=True)
+    for part in (task.build_model(), task.vocabulary):
+        part.save_pretrained(tmp_path / "saved")
+    return {"model_config": {}, "model_name_or_path": str(tmp_path / "saved")}
+
+
+@pytest.mark.parametrize(("wrong", "right"), [({"tag_column": "xpos"}, "upos"), ({"lowercase": False}, "true")])
+def test_a_saved_parser_goes_on_reading_as_it_was_trained_to(wrong, right, saved, prepare):
+    [name] = wrong
+    with pytest.raises(OptionError, match=f"saved: trained with --{name} {right}: give it"):
+        prepare(PROJECTIVE, **{"tag_column": "upos", "lowercase": True, **wrong, **saved})
+
+
+def test_a_saved_parser_builds_trees_like_those_that_it_is_trained_further_on(saved, prepare):
+    two_roots = PROJECTIVE.replace("\t2\tpunct", "\t0\tpunct")
+    task = prepare(two_roots, two_roots, tag_column="upos", lowercase=True, **saved)
+    assert task.build_model().config.single_root is False
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_treebank_without_tags_is_refused(split, prepare):
+    blank = PROJECTIVE.replace("\tNN\tNN", "\tNN\t_").replace("\tVB\tVB", "\tVB\t_").replace("\t.\t.\t", "\t.\t_\t")
+    texts = {"train": PROJECTIVE, "validation": PROJECTIVE, split: blank}
+    with pytest.raises(DataError, match=rf"{split}: no word has a tag in column 5 \(XPOS\): .* --tag_column upos"):
+        prepare(**texts)
+    assert prepare(**texts, tag_column="upos").vocabulary.tags == [".", "NN", "VB"]
+
+
+def test_scores_that_know_no_punctuation_are_warned_of(prepare):
+    german = PROJECTIVE.replace("\t.\t.\t", "\t$.\t$.\t")
+    with pytest.warns(
+        UserWarning, match=r"validation: column 4 holds none of --punctuation_tags .*; it holds \$\., NN, VB"
+    ):
+        prepare(german, german)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(german, german, punctuation_tags=["$."])
 
 
 def test_another_model_is_refused(prepare):
