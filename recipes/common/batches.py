@@ -1,9 +1,9 @@
 """Batches of similar length, in an order that depends on nothing but the seed and the epoch.
 
 An optimiser step is planned as a whole: which examples it holds is decided before it is divided over micro-batches
-and processes. So the same seed gives the same steps for 1 process x 32 examples, 2 x 16, or 2 accumulated x 16, but for
-a last step that is too small to be divided (see `StepPlan`), and a run is resumed in the middle of an epoch by counting
-steps, without reading the data that came before.
+and processes. So the same seed gives the same steps for 1 process x 32 examples, 2 x 16, or 2 accumulated x 16, but
+for a last one that is too small to be divided (see `StepPlan`), and a run is resumed in the middle of an epoch by
+counting steps, without reading the data that came before.
 """
 
 from __future__ import annotations
