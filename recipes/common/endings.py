@@ -143,12 +143,16 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def clear_use(arguments: Any) -> Iterator[None]:
-    """While the saved `arguments.model` is used on a file: one that is not there, or data that does not fit, ends the
-    process with one line and code 2 instead of a traceback."""
+    """While the saved `arguments.model` is used on a file: one that is not there or of another kind, or data that does
+    not fit, ends the process with one line and code 2 instead of a traceback."""
     try:
         yield
-    except (DataError, OptionError, OSError) as error:
+    except (ValueError, OSError) as error:
+        if os.environ.get("HF_ADANORM_DEBUG"):
+            raise
         message = " ".join(str(error).split())
+        if not isinstance(error, (DataError, OptionError, OSError)):
+            message = f"--model {arguments.model}: {message}"
         if isinstance(error, OSError) and not error.filename and not Path(arguments.model).is_dir():
             message = f"--model {arguments.model}: no such folder, and it could not be had from the Hub: {message}"
         print(f"error: {message}", file=sys.stderr)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, ViTConfig
 
 import predict
 from hf_adanorm import patch_model
@@ -47,10 +47,13 @@ def test_every_row_has_its_class_in_the_order_of_the_file_whatever_the_batch(mod
         ({"data": "tabel.csv"}, "error: --data {tmp}/tabel.csv: no such file; did you mean table.csv?"),
         ({"columns": "text"}, "error: --columns 'text': the given split has no such column, only 'first', 'second'"),
         ({"model": "nowhere"}, "error: --model {tmp}/nowhere: no such folder"),
+        ({"model": "vit"}, "error: --model {tmp}/vit: Unrecognized configuration class"),
     ],
 )
 def test_what_is_not_there_is_said_in_a_line(changes, said, model, tmp_path, monkeypatch, capsys):
     (tmp_path / "table.csv").write_text("first,second\na b,c\n")
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "vit")
     given = {"model": model, "data": "table.csv", "columns": "first", "output": "out.json", **changes}
     paths = {name: value if name == "columns" else tmp_path / value for name, value in given.items()}
     monkeypatch.setattr(sys, "argv", ["predict.py", *(str(w) for n, v in paths.items() for w in (f"--{n}", v))])

@@ -54,7 +54,7 @@ def test_beyond_its_length_the_memory_forgets(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("num_processes", [1, 2, 5])
 def test_every_byte_is_scored_once_by_whichever_process(model, num_processes):
     data = some_bytes(150)  # 10 segments, the last of 5 bytes, in 4 streams of 3, 3, 2 and 2
     found = {}
