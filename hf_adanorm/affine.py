@@ -35,6 +35,11 @@ def _refuse_other_functions(plan: Plan, affine: str) -> None:
     options = plan.options
     for name, module, info, _ in plan.swaps:
         if is_swapped(module):
+            if module.keeps_affine:
+                raise ValueError(
+                    f"affine={affine!r} does not go with {name}, a {module.title} with a gain and a bias of its own: "
+                    "unpatch_model(model) gives them to the norm that it replaced, and that one can be patched"
+                )
             continue
         if options.eps is not None and options.eps != info.eps:
             raise ValueError(
@@ -147,7 +152,11 @@ def warn_of_dropped(plan: Plan, change: Change) -> None:
     """One warning for what trained gains and biases the plan drops, one for fades that it cuts short."""
     trained = 0
     for _, module, info, group in plan.swaps:
-        if is_swapped(module) or group.kind.keeps_affine:
+        if group.kind.keeps_affine:
+            continue
+        if is_swapped(module):
+            held = module.affine().items() if module.keeps_affine else ()
+            trained += any(not t.is_meta and _differs(t, float(key == "gain")) for key, t in held)
             continue
         for name, parameter in module.named_parameters(recurse=False):
             neutral = 0.0 if name == info.bias_name else 1.0 - info.gain_offset

@@ -530,6 +530,9 @@ class SwappedNorm(nn.Module):
         are asked: it works for every class, for models nested in it, and without hf_adanorm."""
         if not self.__dict__.get("_is_hf_initialized", False):
             self.reset_parameters()
+            # Not asked again: a copy, or another dtype, has lost what its tensors say of where they come from.
+            tensors = (*self.buffers(recurse=False), *self.parameters(recurse=False))
+            self._is_hf_initialized = not any(tensor.is_meta for tensor in tensors)
         return True
 
     @_is_hf_initialized.setter

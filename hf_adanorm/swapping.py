@@ -398,7 +398,8 @@ def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
 
 @torch.no_grad()
 def _take_over(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
-    """Copy gain and bias of the norm that is replaced to where the new one holds its own, if it does."""
+    """Copy gain and bias of the norm that is replaced to where the new one holds its own, if it does; what was frozen
+    stays so."""
     held = source.affine() if is_swapped(source) else {}
     for key, tensor in new.affine().items():
         name, offset = (info.gain_name, info.gain_offset) if key == "gain" else (info.bias_name, 0.0)
@@ -406,6 +407,9 @@ def _take_over(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
             tensor.copy_(held[key])
         elif name is not None:
             tensor.copy_(getattr(source, name).detach().add(offset))
+    own = list(source.parameters(recurse=False))
+    if own and not any(parameter.requires_grad for parameter in own):
+        new.requires_grad_(False)
     new._is_hf_initialized = not new.weight.is_meta
 
 

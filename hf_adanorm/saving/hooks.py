@@ -10,7 +10,7 @@
 3. `PreTrainedModel.save_pretrained` and the upload that ends a push: the folder or the repository of a patched model
    gets a model card where it has none. A card that is there is left alone; only the empty form that transformers puts
    in its place does not count as one.
-4. Three methods of `Trainer`, once it is imported: the card that it writes gets our section, and the pushes of its
+4. Methods of `Trainer`, once it is imported: the card that it writes gets our section, and the pushes of its
    checkpoints the file of 2, as both would do without; going on from a checkpoint of other norms is said.
 5. Four methods of PEFT, once it is imported: see adapters.py.
 
@@ -39,7 +39,15 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from hf_adanorm import modeling_adanorm
-from hf_adanorm.modeling_adanorm import NOTICE, AdaNormSpec, add_notice, apply_spec, is_own_reference, noticed
+from hf_adanorm.modeling_adanorm import (
+    NOTICE,
+    AdaNormSpec,
+    add_notice,
+    apply_spec,
+    is_own_reference,
+    is_swapped,
+    noticed,
+)
 
 from . import card
 from .files import write_file
@@ -260,6 +268,13 @@ def load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: Boun
         told = f"training resumes with other norms than the checkpoint in {folder} was saved with"
         warnings.warn(f"{told}. {in_words(differing, model)}", stacklevel=6)
     return original(trainer)
+
+
+def get_decay_parameter_names(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> list[str]:
+    """It leaves out what belongs to an nn.LayerNorm, or has "norm" in its name: so are DyT's gain, bias and alpha."""
+    modules = bound.arguments["model"].named_modules()
+    own = {f"{name}.{key}" for name, module in modules if is_swapped(module) for key, _ in module.named_parameters()}
+    return [name for name in original(trainer) if name not in own]
 
 
 def create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:

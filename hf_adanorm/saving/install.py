@@ -43,6 +43,7 @@ def _wrap_trainer(module: Any) -> None:
     load, push = _late("hooks", "load_from_checkpoint"), _late("hooks", "push_from_checkpoint")
     wrap_method(module, "Trainer._load_from_checkpoint", load, "resume_from_checkpoint")
     wrap_method(module, "Trainer.create_model_card", _late("hooks", "create_model_card"))
+    wrap_method(module, "Trainer.get_decay_parameter_names", _late("hooks", "get_decay_parameter_names"), "model")
     wrap_method(module, "Trainer._push_from_checkpoint", push, "checkpoint_folder")
 
 

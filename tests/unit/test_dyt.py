@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, EncoderDecoderModel, Trainer, TrainingArguments
 
 from hf_adanorm import inspect_model, patch_model, unpatch_model, watch_norms
 from hf_adanorm.bench.contenders import OWN, contenders
@@ -96,6 +97,45 @@ def test_it_saves_and_reloads_and_then_unpatches_to_what_it_learned(tmp_path: Pa
         warnings.simplefilter("error")  # nothing is lost
         unpatch_model(again)
     assert torch.equal(again.bert.encoder.layer[0].output.LayerNorm.weight, learned)
+
+
+def test_its_values_survive_that_a_copy_becomes_part_of_another_model(tmp_path: Path) -> None:
+    trained(patched()).save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path).bert
+    learned = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    for part in (copy.deepcopy(loaded), loaded.bfloat16().float()):
+        decoder = copy.deepcopy(part)
+        decoder.config.is_decoder = decoder.config.add_cross_attention = True
+        EncoderDecoderModel(encoder=part, decoder=decoder)
+        kept = part.state_dict()
+        assert all(torch.equal(kept[name].bfloat16(), learned[name].bfloat16()) for name in learned)
+
+
+@pytest.mark.parametrize("norm", ["adanorm", "none"])
+def test_what_it_has_learned_is_not_dropped_without_a_word(norm: Any) -> None:
+    with pytest.warns(UserWarning, match="trained gains and biases of 6 norms are dropped"):
+        patch_model(trained(patched()), norm)
+
+
+@pytest.mark.parametrize("affine", ["fold", "fade"])
+def test_what_it_has_learned_is_not_folded_as_that_of_a_norm(affine: Any) -> None:
+    model = trained(patched())
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="a DyT with a gain and a bias of its own: unpatch_model"):
+        patch_model(model, "layernorm-simple", affine=affine)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_frozen_model_stays_frozen() -> None:
+    model = patch_model(build("bert").requires_grad_(False), "dyt")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_trainer_decays_it_as_little_as_a_norm(tmp_path: Path) -> None:
+    model = patch_model(build("gpt2"), "dyt")
+    decayed = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True)).get_decay_parameter_names(model)
+    assert decayed
+    assert not [name for name in decayed if "dyt" in name]
 
 
 WITHOUT = """

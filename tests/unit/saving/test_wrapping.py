@@ -53,6 +53,7 @@ def calls(folder: Path) -> dict[tuple[Any, str], tuple[Callable[..., Any], dict[
             trainer._load_from_checkpoint,
             {"resume_from_checkpoint": str(folder / "checkpoint")},
         ),
+        (Trainer, "get_decay_parameter_names"): (trainer.get_decay_parameter_names, {"model": model}),
         (Trainer, "create_model_card"): (trainer.create_model_card, {"language": "en"}),
         (Trainer, "_push_from_checkpoint"): (trainer._push_from_checkpoint, {"checkpoint_folder": str(folder)}),
         (BaseTuner, "inject_adapter"): (
