@@ -141,6 +141,7 @@ def patch(
             "--on-unfoldable calibrate fits to real data, which a command line does not take: call patch_model(model, "
             'affine="fold", on_unfoldable="calibrate", fold_inputs=batch) in Python, or give "approximate" here'
         )
+    _check_push(push_to_hub)
     config = _load_config(name, revision, gguf_file)
     options: dict[str, Any] = {
         "C": C,
@@ -216,6 +217,7 @@ def fold(
     no bias had to be added, the result is a plain stock model for whatever loads its kind."""
     from . import fold_affine
 
+    _check_push(push_to_hub)
     config = _load_config(name, revision, gguf_file)
     with _new_folder(out) as folder:
         model = _load_model(name, config, revision, gguf_file)
@@ -479,24 +481,52 @@ def _copy_processor(name: str, revision: str | None, folder: Path) -> bool:
     return bool(files)
 
 
+def _check_push(repo_id: str | None) -> None:
+    """Before the work, what would stop the push after it."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+        if get_token() is None:
+            raise ValueError("--push-to-hub needs a token: hf auth login, or HF_TOKEN")
+
+
 def _push(folder: Path, repo_id: str, private: bool) -> str:
     from huggingface_hub import HfApi
 
     from .saving import CARD_NAME, write_model_card
 
     api = HfApi(library_name="hf_adanorm")
-    # No wish is not the same as "public": an organisation may make new repositories private.
-    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    has_card = api.file_exists(repo_id, CARD_NAME)
-    if not has_card:
-        write_model_card(folder, model_id=repo_id)
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message="Upload patched model",
-        ignore_patterns=[CARD_NAME] if has_card else None,
-    )
+    try:
+        # No wish is not the same as "public": an organisation may make new repositories private.
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        left_alone = []
+        if api.file_exists(repo_id, CARD_NAME):
+            left_alone = _take_over_card(Path(api.hf_hub_download(repo_id, CARD_NAME)), folder, repo_id)
+        elif (folder / CARD_NAME).exists():  # not beside a stock model
+            write_model_card(folder, model_id=repo_id)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload model", ignore_patterns=left_alone
+        )
+    except Exception as error:  # of whichever kind: the network's have little in common
+        told = f"{error}; {folder} is complete, and `hf upload {repo_id} {folder}` pushes it"
+        raise OSError(told) from error
     return f"{api.endpoint}/{repo_id}"
+
+
+def _take_over_card(theirs: Path, folder: Path, repo_id: str) -> list[str]:
+    """The repository's card in the place of the folder's, with a section of ours that is true of the folder's model;
+    what is not to be pushed: a card that cannot be read."""
+    from .saving import CARD_NAME, read_card, read_config, renewed_card, write_file
+
+    try:
+        text = renewed_card(read_card(theirs), read_config(folder), model_id=repo_id)
+    except ValueError as error:
+        warnings.warn(f"the card of {repo_id} stays as it is: {error}", stacklevel=2)
+        return [CARD_NAME]
+    write_file(folder / CARD_NAME, text or "")
+    return []
 
 
 def _results(pairs: list[str]) -> dict[str, float] | None:

@@ -73,8 +73,8 @@ def write_model_card(
     """Write the model card of the patched model saved in `folder`, or refresh the section of its card that is ours.
 
     In a card that is there already, text outside our two markers stays as it is, and so do the entries of its front
-    matter, save for results of the same metric on the same data. Results and the command of an earlier call are
-    dropped from the section unless they are given again.
+    matter, save for results of the same metric on the same data, or of a model with other norms. Results and the
+    command of an earlier call are dropped from the section unless they are given again.
 
     Args:
         folder: a folder that `save_pretrained` of a patched model wrote.
@@ -154,6 +154,9 @@ def render_card(
     architecture = _architecture(config)
     card = _parse(existing)
     data = card.data
+    if existing is not None and describes(existing, config) is False:  # its results are those of another model
+        data.eval_results = None
+        data.tags = [tag for tag in _list(data.tags) if tag not in NORM_CLASSES]
     task = task or data.pipeline_tag or _task(str(config.get("model_type")), architecture)
     to_tag = [norm for norm in norms if not NORM_CLASSES[norm].is_identity]
     unnamed = "-".join([(base_model or architecture).rpartition("/")[2], *to_tag])
@@ -200,6 +203,17 @@ def render_card(
         old = [r for r in data.eval_results or [] if not any(r.is_equal_except_value(new) for new in fresh)]
         data.eval_results = [*old, *fresh]
     return str(card)
+
+
+def renewed_card(existing: str | None, config: Mapping[str, Any], **more: Any) -> str | None:
+    """The card for a push over an `existing` one, of a model with the given config.json: our section describes that
+    model, and is gone if it is no patched one. A card without our section stays as it is; `more` as in `render_card`.
+    """
+    if not any(True for _ in _specs(config)):
+        return None if existing is None else without_section(existing)
+    if existing is None or describes(existing, config) is False:
+        return render_card(config, existing=existing, **more)
+    return existing
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -275,7 +289,7 @@ def _digest(specs: Mapping[Any, AdaNormSpec]) -> str:
 
 
 def without_section(text: str) -> str:
-    """A card without our section and our tags, for a model that is no longer patched."""
+    """A card without our section, our tags and the patched model's results, for a model that is no longer patched."""
     if BEGIN not in text or END not in text.partition(BEGIN)[2]:
         return text
     before, _, rest = text.partition(BEGIN)
@@ -287,6 +301,7 @@ def without_section(text: str) -> str:
         return text
     ours = {"hf_adanorm", *NORM_CLASSES}
     card.data.tags = [tag for tag in _list(card.data.tags) if tag not in ours] or None
+    card.data.eval_results = None
     return str(card)
 
 

@@ -29,6 +29,8 @@ import hf_adanorm
 from hf_adanorm import is_patched
 from hf_adanorm.cli import _in_our_words, main
 from hf_adanorm.modeling_adanorm import NOTICE
+from hf_adanorm.saving.card import BEGIN, describes
+from tests.integration.hub_client import build
 from tests.integration.hub_server import HubServer
 from tests.zoo.fold_models import tied_llama
 from tests.zoo.processes import Scripts
@@ -114,6 +116,70 @@ def test_patch_pushes_model_tokenizer_and_card(hub: HubServer, stock: Path, tmp_
     weights = load_file(out / "model.safetensors")
     assert {tensor.dtype for name, tensor in weights.items() if NOTICE not in name} == {torch.bfloat16}
     assert hub.unknown == []
+
+
+def test_a_folded_stock_model_is_pushed_as_what_it_is(hub: HubServer, tmp_path: Path, scripts: Scripts) -> None:
+    tied_llama().save_pretrained(tmp_path / "source")
+    options = ["--on-tied", "untie", "--push-to-hub", "me/folded", "--json"]
+    done = scripts.run("hf_adanorm.cli", "fold", tmp_path / "source", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stock"]
+    files = hub.repos["me/folded"].files()
+    assert {name: data for name, data in files.items() if not name.startswith(".")} == {
+        path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
+    }
+    assert "README.md" not in files
+
+
+@pytest.mark.parametrize("command", [["patch", "org/bert"], ["fold", "org/llama", "--on-tied", "untie"]])
+def test_a_second_push_brings_our_section_of_the_card_up_to_date(
+    hub: HubServer, tmp_path: Path, scripts: Scripts, command: list[str]
+) -> None:
+    tied_llama().save_pretrained(tmp_path / "llama")
+    hub.create_repo("org/llama", {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()})
+    build("detachnorm").save_pretrained(tmp_path / "before")
+    text = (tmp_path / "before" / "README.md").read_text() + "\nA remark.\n"
+    hub.create_repo("me/twice", {"README.md": text.encode()})
+    done = scripts.run("hf_adanorm.cli", *command[:2], tmp_path / "out", *command[2:], "--push-to-hub", "me/twice")
+    assert done.returncode == 0, done.stderr
+    files = {name: data.decode() for name, data in hub.repos["me/twice"].files().items() if ".safe" not in name}
+    assert "A remark." in files["README.md"]
+    assert "DetachNorm" not in files["README.md"]
+    assert "detachnorm" not in (ModelCard(files["README.md"]).data.tags or [])
+    assert describes(files["README.md"], json.loads(files["config.json"])) is (True if command[0] == "patch" else None)
+
+
+def test_a_card_that_cannot_be_read_stays_and_is_said(hub: HubServer, tmp_path: Path, scripts: Scripts) -> None:
+    text = f"{BEGIN}\nhalf a section\n"
+    hub.create_repo("me/half", {"README.md": text.encode()})
+    done = scripts.run("hf_adanorm.cli", "patch", "org/bert", tmp_path / "out", "--push-to-hub", "me/half")
+    assert done.returncode == 0, done.stderr
+    assert "warning: the card of me/half stays as it is: README.md does not hold both markers" in done.stderr
+    files = hub.repos["me/half"].files()
+    assert files["README.md"].decode() == text
+    assert "model.safetensors" in files
+
+
+def test_a_push_that_fails_names_what_is_complete_and_how_to_push_it(
+    hub: HubServer, stock: Path, tmp_path: Path, scripts: Scripts
+) -> None:
+    out = tmp_path / "out"
+    done = scripts.run("hf_adanorm.cli", "patch", stock, out, "--push-to-hub", "me/x", HF_TOKEN="hf_wrong")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"; {out} is complete, and `hf upload me/x {out}` pushes it")
+    assert is_patched(AutoModelForSequenceClassification.from_pretrained(out))
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "message"), [("me/x", "", "needs a token"), ("a/b/c", TOKEN, "Repo id must be")]
+)
+def test_what_would_stop_a_push_is_said_before_the_work(
+    hub: HubServer, stock: Path, tmp_path: Path, scripts: Scripts, repo: str, token: str, message: str
+) -> None:
+    done = scripts.run("hf_adanorm.cli", "patch", stock, tmp_path / "out", "--push-to-hub", repo, HF_TOKEN=token)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_repository_is_one_line_and_code_2(scripts: Scripts) -> None:

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from hf_adanorm import patch_model, unpatch_model, write_model_card
-from hf_adanorm.saving.card import BEGIN, END, PROJECT, render_card, without_section
+from hf_adanorm.saving.card import BEGIN, END, PROJECT, render_card, renewed_card, without_section
 from tests.integration.hub_client import NORMS, build
 from tests.integration.hub_server import HubServer
 from tests.zoo.tiny_text import make_tokenizer
@@ -139,6 +139,17 @@ def test_refreshing_replaces_our_section_only(saved: Path) -> None:
     assert [metric["value"] for metric in result["metrics"]] == [0.75]
     assert "0.75 |" in text
     assert "0.5 |" not in text
+
+
+@pytest.mark.parametrize("norm", ["adanorm", None])
+def test_a_card_brought_up_to_another_model_loses_the_scores_and_tags_of_the_one_before(
+    saved: Path, norm: str | None
+) -> None:
+    before = write_model_card(saved, datasets=["a/b"], results={"accuracy": 0.5}, tags=["mine"]).read_text()
+    model = unpatch_model(build()) if norm is None else build(norm)
+    data = ModelCard(renewed_card(before, model.config.to_dict())).data
+    assert data.eval_results is None
+    assert data.tags == (["mine"] if norm is None else ["hf_adanorm", "mine", norm])
 
 
 def test_a_card_without_front_matter_gains_one(saved: Path) -> None:
