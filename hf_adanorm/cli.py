@@ -428,18 +428,17 @@ def _patterns(option: str, patterns: list[str] | None, regex: str | None) -> str
     return f"{regex}$" if regex else patterns or None
 
 
-# What a tokenizer or a processor is made of; copied as it is, code excepted.
+# What a tokenizer or a processor is made of, by names or patterns; copied as it is, code excepted.
 _PROCESSOR_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "chat_template*",
+    *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"),
+    *("*.model", "*.tiktoken", "*.spm", "*preprocessor_config.json", "processor_config.json"),
+    *("audio_tokenizer_config.json", "chat_template*", "additional_chat_templates/*"),
+    # Of some tokenizers: PhoBERT, LUKE, ProphetNet, BARTpho, RoCBert, Whisper, Marian, MyT5, GPT-NeoX-Japanese
+    *("bpe.codes", "entity_vocab.json", "prophetnet.tokenizer", "dict.txt", "word_shape.json"),
+    *("word_pronunciation.json", "normalizer.json", "target_vocab.json", "byte_maps.json", "emoji.json"),
+    # Of some processors: Wav2Vec2 with a language model, Bark
+    *("alphabet.json", "language_model/*"),
+    *("speaker_embeddings*", "speaker_embeddings/*", "speaker_embeddings/*/*"),
 )
 
 
@@ -472,12 +471,14 @@ def _copy_processor(name: str, revision: str | None, folder: Path) -> bool:
         patterns = [*_PROCESSOR_FILES, "README.md"]  # the card, for the license
         source = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.py"]))
     files = {file for pattern in _PROCESSOR_FILES for file in source.glob(pattern) if file.suffix != ".py"}
-    outside = sorted(str(file) for file in files if leads_outside(file))
+    outside = sorted(str(file) for file in files if leads_outside(file, source))
     if outside:
         warnings.warn(f"not copied, as these links lead out of the folder: {', '.join(outside)}", stacklevel=2)
-    files = {file for file in files if file.is_file() and not leads_outside(file)}
+    files = {file for file in files if file.is_file() and not leads_outside(file, source)}
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
     return bool(files)
 
 

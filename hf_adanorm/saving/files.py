@@ -28,8 +28,9 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         raise
 
 
-def leads_outside(path: Path) -> bool:
-    """Whether `path` is a link out of its folder. In the Hub's cache files are links into the repository's blobs."""
-    folder = path.parent.resolve()
+def leads_outside(path: Path, folder: Path | None = None) -> bool:
+    """Whether `path` is a link out of `folder`, by default its own, or lies behind one. In the Hub's cache files are
+    links into the repository's blobs."""
+    folder = (path.parent if folder is None else folder).resolve()
     repository = folder.parent.parent if folder.parent.name == "snapshots" else folder
     return not path.resolve().is_relative_to(repository)

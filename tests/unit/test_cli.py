@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -27,7 +28,7 @@ from transformers import (
 
 import hf_adanorm
 from hf_adanorm import is_patched
-from hf_adanorm.cli import _in_our_words, main
+from hf_adanorm.cli import _copy_processor, _in_our_words, main
 from hf_adanorm.modeling_adanorm import NOTICE
 from hf_adanorm.saving.card import BEGIN, describes
 from tests.integration.hub_client import build
@@ -322,6 +323,33 @@ def test_links_that_lead_out_of_a_folder_are_not_copied(stock: Path, run: Run, t
     assert "vocab.extra" in err
     assert not (tmp_path / "out" / "vocab.extra").exists()
     assert (tmp_path / "out" / "vocab.same").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_every_file_that_a_tokenizer_of_transformers_is_made_of_is_copied(tmp_path: Path) -> None:
+    sources = Path(transformers.__file__).parent.glob("models/*/tokenization_*.py")
+    table = re.compile(r"^ *(?:VOCAB_FILES_NAMES|vocab_files_names) = (\{.*?\})", re.MULTILINE | re.DOTALL)
+    tables = [found for path in sources for found in table.findall(path.read_text())]
+    names = {name for found in tables for name in re.findall(r': "([^"]+)"', found)}
+    assert {"source.spm", "vocab.txt", "bpe.codes", "entity_vocab.json"} < names
+    names |= {"additional_chat_templates/rag.jinja", "speaker_embeddings/v2/en.npz"}
+    others = {"model.safetensors", "trainer_state.json", "tokenizer_code.py", "checkpoint-1/tokenizer.json"}
+    for name in names | others:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_text(name)
+    (tmp_path / "out").mkdir()
+    assert _copy_processor(str(tmp_path / "source"), None, tmp_path / "out")
+    copied = {path: path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert copied == {tmp_path / "out" / name: name for name in names}
+
+
+def test_a_folder_that_is_a_link_out_is_not_copied(tmp_path: Path) -> None:
+    for name in ("source", "elsewhere", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "secret.jinja").write_text("secret")
+    (tmp_path / "source" / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="lead out of the folder"):
+        assert not _copy_processor(str(tmp_path / "source"), None, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_dropped_gains_are_warned_of_in_one_line(stock: Path, run: Run, tmp_path: Path) -> None:
