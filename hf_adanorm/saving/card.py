@@ -333,10 +333,16 @@ def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec],
     label = next(iter(_mapping(config, "id2label").values()), None)
     label = label if isinstance(label, str) and re.fullmatch(r"[\w .+-]{1,40}", label) else "LABEL_0"
     source = (Path(__file__).with_name("card.md.jinja")).read_text(encoding="utf-8")
+    lost = []
+    if any(spec.biases for spec in specs.values()):
+        lost.append("the biases that the folding added are left out")
+    if any(spec.eps for spec in specs.values()):
+        lost.append("where the folding adjusted an eps, it is the config's")
     section = jinja2.Template(source, trim_blocks=True, lstrip_blocks=True).render(
         heading=f"Swapped norms: {names}" if groups else "Folded norms",
         about=_FADING[any(fading)] if fading else _AFFINE.get(affine),
         rows=[_row(group, where) for group, where in groups],
+        lost=", and ".join(lost),
         auto=next(iter(matching), "AutoModel"),
         trusted=bool(targets),
         example=example and {"input": example[0], "output": example[1].replace("LABEL", label)},

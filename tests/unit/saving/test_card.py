@@ -7,6 +7,7 @@ import re
 import tomllib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -198,6 +199,25 @@ def test_the_card_of_a_model_in_the_middle_of_a_fade_says_so(tmp_path: Path) -> 
     text = (tmp_path / "README.md").read_text()
     assert "before the end of a fade" in text
     assert "have no gain and no bias" not in text
+
+
+@pytest.mark.parametrize(
+    ("left", "lost"),
+    [
+        ({"biases": ["h.*.attn.q_proj"]}, "the biases that the folding added are left out."),
+        ({"eps": {"h.0.ln_1": 1e-6}}, "where the folding adjusted an eps, it is the config's."),
+    ],
+)
+def test_the_card_of_a_fold_without_swapped_norms_promises_no_error_of_loading(
+    left: dict[str, Any], lost: str
+) -> None:
+    swapped = [{"norm": "adanorm", "modules": ["h.*.ln_1"]}]
+    spec: dict[str, Any] = {"format": 1, "version": "0.1.0", "groups": [], **left}
+    texts = [render_card({"adanorm": {**spec, "groups": groups}}) for groups in ([], swapped)]
+    assert ["size mismatch" in text for text in texts] == [False, True]
+    assert ["**loads without an error and is another model**" in text for text in texts] == [True, False]
+    assert ["ignore_mismatched_sizes" in text for text in texts] == [False, True]
+    assert lost in texts[0]
 
 
 def test_write_model_card_refuses_what_is_no_patched_model(tmp_path: Path, saved: Path) -> None:
