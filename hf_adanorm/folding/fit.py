@@ -80,7 +80,8 @@ def _fit(plan: FoldPlan, name: str, z: Tensor, h: Tensor) -> None:
     fold: Fold = plan.folds[name]
     if len(z) < 2:
         raise ValueError(f"fold_inputs bring {len(z)} row to {name}: a fit needs a batch of real data")
-    z_mean, h_mean = z.mean(0), h.mean(0)
+    shares = 0.0 if fold.without_bias else 1.0  # of the means: none, so that no bias is left for them
+    z_mean, h_mean = shares * z.mean(0), shares * h.mean(0)
     z0, h0 = z - z_mean, h - h_mean
     variance, covariance = z0.square().sum(0), (z0 * h0).sum(0)
     moves = variance > 1e-8 * len(z)  # a channel that stands still has no slope: it keeps its gain
@@ -92,4 +93,4 @@ def _fit(plan: FoldPlan, name: str, z: Tensor, h: Tensor) -> None:
             raise RuntimeError(f"{name} at these settings has nothing in common with its source: choose a smaller k")
         fold.scale, fold.branch_bias = scale, h_mean - scale * z_mean
     lost = h - (fold.scale * z + fold.branch_bias if fold.branches else fold.gain * z + fold.bias)
-    fold.lost = float(lost.norm() / h0.norm().clamp_min(1e-30))
+    fold.lost = float(lost.norm() / (h - h.mean(0)).norm().clamp_min(1e-30))

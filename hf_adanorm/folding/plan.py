@@ -52,6 +52,7 @@ class Fold:
     branches: tuple[str, ...] = ()
     next_norms: tuple[str, ...] = ()
     scale: float = 1.0
+    without_bias: str = ""  # why a reader must not be given a bias, if so: a fit is then one of gains alone
     lost: float = 0.0  # by a fit: share of the source's variation that is not reproduced
 
 
@@ -92,15 +93,16 @@ class FoldPlan:
         if (refusal := next(filter(None, self._refusals(name, linear, adds, has_bias, scale)), None)) is not None:
             return FoldedNorm(name=name, action="kept", reason=refusal)
         readers = {use.module: use.columns for use in linear}
+        without_bias = next(filter(None, (self._bias_lost(name, use) for use in linear)), "")
         if not adds:
-            self.folds[name] = Fold(gain, bias, readers, torch.zeros_like(bias))
+            self.folds[name] = Fold(gain, bias, readers, torch.zeros_like(bias), without_bias=without_bias)
             if not (has_bias and any(use.dropout for use in linear)):
                 return FoldedNorm(name=name, action="folded", consumers=tuple(readers))
             reason = "exact but for dropout, which in training no longer acts on the bias"
             return FoldedNorm(name=name, action="approximated", consumers=tuple(readers), reason=reason, deviation=0.0)
         branches = tuple(dict.fromkeys(use.branch for use in adds))
         following = tuple(dict.fromkeys(n for use in adds for n in self.watched.sum_readers[use.total]))
-        self.folds[name] = Fold(gain, bias, readers, bias, branches, following, scale)
+        self.folds[name] = Fold(gain, bias, readers, bias, branches, following, scale, without_bias)
         reason = "residual: mean of the gain and the bias into " + ", ".join(branches)
         if has_bias and any(use.dropout or use.branch_dropout for use in adds):
             reason += "; in training dropout acts on the folded bias"
@@ -159,7 +161,6 @@ class FoldPlan:
         return ", ".join(sorted(other for other in others if self.modules[other] is not module))
 
     def _refuse_reader(self, norm: str, use: LinearUse, has_bias: bool) -> str | None:
-        module = self.modules[use.module]
         if (refusal := self._refuse_linear(use.module)) is not None:
             return refusal
         for call in self.watched.linear_calls[use.module]:
@@ -171,22 +172,27 @@ class FoldPlan:
             for other, columns in call.items():
                 if other != norm and mine & {j for j, channel in enumerate(columns) if channel != FOREIGN}:
                     return f"{use.module} is shared with the norm {other}"
-        if not has_bias:
-            return None
+        if has_bias and (lost := self._bias_lost(norm, use)) is not None:
+            return f"its bias is not zero, and would not arrive as it is: {lost}"
+        return None
+
+    def _bias_lost(self, norm: str, use: LinearUse) -> str | None:
+        """Why a bias of the norm cannot go into the bias of a layer that reads it."""
         if not use.bias_arrives:
-            return f"padded, masked or scaled between the norm and {use.module}, and its bias is not zero"
+            return f"padded, masked or scaled between the norm and {use.module}"
         last = max(u.run for u in self.watched.uses[norm] if isinstance(u, LinearUse) and u.module == use.module)
         if use.unsure and use.run == last:  # the pass with most masks
-            return f"masked or padded before {use.module}, and its bias is not zero: give fold_inputs that show it"
+            return f"masked or padded before {use.module}: give fold_inputs that show it"
         if self.unseen_masks:
             masks = ", ".join(self.unseen_masks)
-            return f"its bias is not zero, and what {masks} would mask is not known: give fold_inputs with it"
-        padding = getattr(module, "padding", 0)
+            return f"what {masks} would mask is not known: give fold_inputs with it"
+        padding = getattr(self.modules[use.module], "padding", 0)
         sides = padding if isinstance(padding, tuple) else (padding,)
-        if any(side not in (0, "valid") for side in sides) and getattr(module, "padding_mode", "zeros") == "zeros":
-            return f"{use.module} pads with zeros, and the norm's bias is not zero"
+        zeros = getattr(self.modules[use.module], "padding_mode", "zeros") == "zeros"
+        if zeros and any(side not in (0, "valid") for side in sides):
+            return f"{use.module} pads with zeros"
         if use.dropout and not self.approximate:
-            return f"dropout in training between the norm and {use.module}, and its bias is not zero"
+            return f"dropout in training between the norm and {use.module}"
         return None
 
     def _refuse_linear(self, name: str) -> str | None:
@@ -254,12 +260,12 @@ class FoldPlan:
         """The norms as decided, with what a fit lost in place of the deviation of the gain."""
         if not calibrated:
             return self.norms
-        return [
-            replace(norm, action="approximated", deviation=self.folds[norm.name].lost, reason="fitted to the inputs")
-            if norm.name in self.folds
-            else norm
-            for norm in self.norms
-        ]
+        return [self._fitted(norm) if norm.name in self.folds else norm for norm in self.norms]
+
+    def _fitted(self, norm: FoldedNorm) -> FoldedNorm:
+        fold = self.folds[norm.name]
+        reason = "fitted to the inputs" + (f", without a bias ({fold.without_bias})" if fold.without_bias else "")
+        return replace(norm, action="approximated", deviation=fold.lost, reason=reason)
 
     # -- carrying it out ---------------------------------------------------------------------------------------------
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
 
 from hf_adanorm import fold_affine, is_patched, patch_model, unpatch_model
 from hf_adanorm.running import dummy_inputs
-from tests.zoo.fold_blocks import difference, quietly
-from tests.zoo.fold_models import POST_NORM, build, logits
+from tests.zoo.fold_blocks import WIDTH, Block, difference, norm, quietly
+from tests.zoo.fold_models import POST_NORM, VOCAB, build, logits
 
 
 @pytest.mark.parametrize("name", POST_NORM)
@@ -66,6 +69,63 @@ def test_calibration_is_exact_where_folding_is() -> None:
     before = logits(model, inputs)
     fold_affine(model, on_unfoldable="calibrate", fold_inputs=inputs)
     assert difference(logits(model, inputs), before) <= 1e-9
+
+
+class MaskedBlock(nn.Module):
+    """As Mamba: what `attention_mask` covers is set to zero between a norm without a bias and the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = norm(bias=False), nn.Linear(WIDTH, 3)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        y = self.norm(inputs_embeds)
+        return self.linear(y if attention_mask is None else y * attention_mask[..., None])
+
+
+BIAS_LOST = {
+    "scaled": lambda: Block(lambda self, y: self.linear(0.05 * y), bias=False),
+    "masked": MaskedBlock,
+    "padded": lambda: Block(lambda self, y: self.linear(F.pad(y, (0, 0, 2, 0))), bias=False),
+    "convolved": lambda: Block(
+        lambda self, y: self.conv(y.transpose(1, 2)), bias=False, conv=nn.Conv1d(WIDTH, 3, 3, padding=1)
+    ),
+}
+
+
+@pytest.mark.parametrize(("C", "share"), [(1.0, 1.01), (1.2, 0.9)])  # least squares count per channel, not per output
+@pytest.mark.parametrize("path", BIAS_LOST)
+def test_a_fit_adds_no_bias_where_none_would_arrive_and_is_no_further_off_than_the_exact_fold(
+    path: str, C: float, share: float
+) -> None:
+    torch.manual_seed(0)
+    model, x = BIAS_LOST[path]().eval(), torch.randn(64, 5, WIDTH)
+    inputs = {"inputs_embeds" if path == "masked" else "x": x}
+    with torch.no_grad():
+        before, off = model(**inputs), {}
+        for way in ("keep", "calibrate"):
+            new = copy.deepcopy(model)
+            options = {"affine": "fold", "on_unfoldable": way, "ramp": False, "fold_inputs": inputs}
+            quietly(patch_model, new, "adanorm", C=C, k=0.1, **options)
+            off[way] = float((new(**inputs) - before).norm())
+    layer, old = (part.conv if path == "convolved" else part.linear for part in (new, model))
+    assert torch.equal(layer.bias, old.bias)
+    assert off["calibrate"] <= share * off["keep"]
+
+
+def test_a_calibrated_fold_keeps_padded_rows_of_mamba_those_of_rows_without_padding() -> None:
+    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, **VOCAB)
+    model = transformers.MambaForCausalLM(config).eval()
+    ids = torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(0))
+    options = {"affine": "fold", "on_unfoldable": "calibrate", "on_tied": "untie", "fold_inputs": {"input_ids": ids}}
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.weight.uniform_(0.5, 1.5)
+        quietly(patch_model, model, "adanorm", targets="all", **options)
+        padded = torch.cat([torch.zeros(4, 5, dtype=torch.int64), ids], 1)
+        logits = model(input_ids=padded, attention_mask=(padded > 0).long()).logits
+        assert difference(logits[:, 5:], model(input_ids=ids).logits) <= 1e-5
 
 
 def test_what_cannot_be_folded_is_kept_or_faded() -> None:
