@@ -361,6 +361,12 @@ def check_number(name: str, value: Any, *, minimum: float, inclusive: bool, maxi
     return number
 
 
+def _check_reference(value: Any) -> str:
+    if not isinstance(value, str) or value not in ("paper", "lancopku"):
+        raise ValueError(f'reference must be "paper" or "lancopku", got {short_repr(value)}')
+    return value
+
+
 def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {_typed(value)}")
@@ -466,8 +472,7 @@ class SwappedNorm(nn.Module):
         self.channels_first = _check_bool("channels_first", channels_first)
         if channels_first and len(self.normalized_shape) != 1:
             raise ValueError(f"channels_first normalises one dimension, got normalized_shape={self.normalized_shape}")
-        if not isinstance(reference, str) or reference not in ("paper", "lancopku"):
-            raise ValueError(f'reference must be "paper" or "lancopku", got {short_repr(reference)}')
+        self.reference = _check_reference(reference)
         if reference == "lancopku" and not centered:
             raise ValueError('reference="lancopku" subtracts the mean: centered=False does not go with it')
         if reference == "lancopku" and math.prod(self.normalized_shape) < 2:
@@ -475,7 +480,6 @@ class SwappedNorm(nn.Module):
                 'reference="lancopku" divides by H - 1: normalized_shape must hold at least 2 elements, '
                 f"got {self.normalized_shape}"
             )
-        self.reference = reference
         self.register_buffer("weight", torch.ones(1, device=device, dtype=dtype))
         # Held outside parameters, buffers and submodules: the module that this one replaced, for unpatch_model,
         # and the settings that cannot be read off it, for the spec.
@@ -541,7 +545,13 @@ class SwappedNorm(nn.Module):
 
     def start_fade(self, gain: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Keep `gain` and `bias` (of normalized_shape) as constants that fade out as `fade_progress` goes from 0 to 1,
-        while C leaves 1 and k leaves 0. At 0 the norm is the one it replaced."""
+        while C leaves 1 and k leaves 0. At 0 the norm is the one it replaced.
+
+        Raises:
+            ValueError: the norm has reference="lancopku", which is not where a fade of a LayerNorm leads.
+        """
+        if self.reference != "paper":
+            raise ValueError(f'a fade does not go with reference="{self.reference}": fade to the paper\'s norm')
         for name, value in (("fade_gain", gain), ("fade_bias", bias)):
             if value is not None:
                 self.register_buffer(name, value)
@@ -921,7 +931,7 @@ NORM_CLASSES: dict[str, type[SwappedNorm]] = {
 
 # Far beyond any model: what is larger is no spec of ours.
 _MAX_GROUPS, _MAX_MODULES, _MAX_NAME = 10_000, 100_000, 512
-_OVERRIDE_KEYS = ("centered", "eps", "channels_first", "normalized_shape")
+_OVERRIDE_KEYS = ("centered", "eps", "channels_first", "normalized_shape", "reference")
 _FADE_KEYS = ("gain", "bias")
 
 
@@ -947,6 +957,8 @@ class NormGroup:
     eps: float | None = None
     channels_first: bool | None = None
     normalized_shape: tuple[int, ...] | None = None
+    reference: str | None = None
+    """Of a norm put in by hand, "lancopku"; None is "paper"."""
     fade: tuple[str, ...] | None = None
     """In the middle of a fade: which of ("gain", "bias") the checkpoint holds, as `fade_gain` and `fade_bias` beside
     `fade_progress`; () if only k and C are on their way."""
@@ -993,6 +1005,13 @@ class NormGroup:
             settings["eps"] = check_number("eps", settings["eps"], minimum=0.0, inclusive=True)
         if "normalized_shape" in settings:
             settings["normalized_shape"] = _check_shape(settings["normalized_shape"])
+        if "reference" in settings and _check_reference(settings["reference"]) == "paper":
+            del settings["reference"]
+        if "reference" in settings and (settings.get("centered") is False or "fade" in settings):
+            raise ValueError(
+                f'reference="{settings["reference"]}" goes neither with centered=False nor with a fade, '
+                f"got {short_repr(settings.get('centered'))} and {short_repr(settings.get('fade'))}"
+            )
         if "fade" in settings:
             fade = settings["fade"]
             if (
@@ -1151,6 +1170,10 @@ def number_template(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part == "*" or part.isdigit())
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether `pattern`, in which `*` stands for a number, means `name`, of as many parts."""
     pairs = zip(pattern.split("."), name.split("."), strict=True)
@@ -1224,7 +1247,9 @@ def find_modules(
     claimed = {name for hits in found.values() for name in hits}
     free = [tables[0][name] for name, module in by_name.items() if name not in claimed and _has_gain(name, module)]
     part = type(model).__name__ not in (getattr(config, "architectures", None) or ())
-    renamed = _renamed_by_place([pattern for pattern, hits in found.items() if not hits], free, part)
+    settings: dict[str, Any] = {n: dataclasses.replace(g, modules=()) for g in spec.groups for n in g.modules}
+    settings |= {**dict.fromkeys(spec.biases), **dict(spec.eps)}
+    renamed = _renamed_by_place([pattern for pattern, hits in found.items() if not hits], free, settings, part)
     spec = spec.renamed(renamed)
     found = {
         renamed.get(pattern, pattern): hits or look(renamed.get(pattern, pattern)) for pattern, hits in found.items()
@@ -1241,10 +1266,13 @@ def find_modules(
     return spec, found
 
 
-def _renamed_by_place(lost: Iterable[str], free: Iterable[str], part: bool = False) -> dict[str, str]:
+def _renamed_by_place(
+    lost: Iterable[str], free: Iterable[str], settings: Mapping[str, Any] | None = None, part: bool = False
+) -> dict[str, str]:
     """Names of today for names of `spec` that are gone: the part from the first number on is the same, or without
     numbers the last part, and as many norms with that ending are `free` as are `lost`; they keep their order.
-    A wrong guess would stop the load: the checkpoint holds one element for a swapped norm, and a gain for another."""
+    A wrong guess would stop the load: the checkpoint holds one element for a swapped norm, and a gain for another.
+    Among swapped norms nothing would, so those with that ending must have the same `settings`, number by number."""
 
     def by_ending(names: Iterable[str]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -1260,8 +1288,20 @@ def _renamed_by_place(lost: Iterable[str], free: Iterable[str], part: bool = Fal
     renamed = {name: other for name, other in swapped.items() if number_template(other) in templates}
     candidates = by_ending(name for name in free if not name.startswith("^"))
     today: dict[str, str] = {}
+    said: dict[str, set[Any]] = {}
+    for name in lost:
+        said.setdefault(number_template(name), set()).add((_numbers(name), (settings or {}).get(name)))
     for ending, gone in by_ending(n for n in lost if n not in renamed and not n.startswith("^")).items():
         if len(there := candidates.get(ending, [])) != len(gone):
+            continue
+        if (other := next((template for template in gone if said[template] != said[gone[0]]), None)) is not None:
+            if not part:
+                warnings.warn(
+                    f"config.adanorm names modules that were renamed, and {gone[0]!r} and {other!r} have other "
+                    f"settings: which of {', '.join(there)} is which cannot be told. Load with the version of "
+                    "transformers that wrote them",
+                    stacklevel=2,
+                )
             continue
         pairs = dict(zip(gone, there, strict=True))
         # A part of what was saved, such as T5's decoder, has the names of another part, seen from inside.
@@ -1269,7 +1309,7 @@ def _renamed_by_place(lost: Iterable[str], free: Iterable[str], part: bool = Fal
             today.update(pairs)
     for name in lost:
         if (template := today.get(number_template(name))) is not None:
-            numbers = (part for part in name.split(".") if part == "*" or part.isdigit())
+            numbers = iter(_numbers(name))
             renamed[name] = ".".join(next(numbers) if part == "*" else part for part in template.split("."))
     return renamed
 
@@ -1282,9 +1322,10 @@ def _has_gain(name: str, module: nn.Module) -> bool:
 
 
 def source_settings(module: nn.Module) -> dict[str, Any]:
-    """What can be read off a norm without running it: eps, normalized_shape, channels_first (missing: not known)."""
+    """What can be read off a norm without running it: eps, normalized_shape, channels_first (missing: not known), and
+    of a swapped one its reference."""
     if is_swapped(module):
-        return {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
+        return {key: getattr(module, key) for key in _OVERRIDE_KEYS[1:]}
     found: dict[str, Any] = {"channels_first": getattr(module, "data_format", None) == "channels_first"}
     for key in ("eps", "variance_epsilon"):
         if isinstance(value := getattr(module, key, None), float):

@@ -283,13 +283,10 @@ def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]
 def _overrides(module: SwappedNorm) -> dict[str, Any]:
     """The settings that loading cannot read off the stock norm: all, for a norm that was put in by hand."""
     if module.__dict__["_source"] is None:
-        return {
-            "eps": module.eps,
-            "normalized_shape": module.normalized_shape,
-            "channels_first": module.channels_first,
-        }
-    overrides: dict[str, Any] = module.__dict__["_overrides"]
-    return overrides
+        overrides = {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
+    else:
+        overrides = module.__dict__["_overrides"]
+    return {**overrides, "reference": None if module.reference == "paper" else module.reference}
 
 
 def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:

@@ -11,12 +11,36 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForImageClassification, BertModel, ViTModel
+from torch import nn
+from transformers import AutoModelForImageClassification, BertModel, PreTrainedConfig, PreTrainedModel, ViTModel
 
-from hf_adanorm import modeling_adanorm, patch_model
-from hf_adanorm.modeling_adanorm import check_version
-from hf_adanorm.saving.spec import resolved_spec
+from hf_adanorm import AdaNorm, modeling_adanorm, patch_model
+from hf_adanorm.modeling_adanorm import NormGroup, check_version
+from hf_adanorm.saving.spec import resolved_spec, swapped_norms
 from tests.zoo.round_trip import CASES, build, inputs, norms
+
+
+class TowersConfig(PreTrainedConfig):
+    model_type = "towers"
+
+
+class Towers(PreTrainedModel):
+    """Three stacks whose norms have the same ending."""
+
+    config_class = TowersConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for name in "abc":
+            layer = nn.ModuleDict({"norm": nn.LayerNorm(4)})
+            self.add_module(name, nn.ModuleDict({"layers": nn.ModuleList([layer])}))
+        self.head = nn.Linear(4, 4)
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for tower in (self.a, self.b, self.c):
+            x = tower["layers"][0]["norm"](x)
+        return self.head(x)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -63,6 +87,39 @@ def test_a_base_model_and_a_model_with_a_head_use_the_same_names() -> None:
     assert resolved_spec(base) == resolved_spec(head)
 
 
+def test_the_reference_of_a_norm_put_in_by_hand_lasts(tmp_path: Path) -> None:
+    model = build("vit")
+    model.vit.layernorm = AdaNorm(model.config.hidden_size, reference="lancopku")
+    model.save_pretrained(tmp_path / "first")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "first")
+    assert torch.equal(logits(again), logits(model))
+    patch_model(again, "layernorm-simple", include="vit.layernorm")
+    again.save_pretrained(tmp_path / "second")
+    last = AutoModelForImageClassification.from_pretrained(tmp_path / "second")
+    assert [(norm.norm, norm.reference) for _, norm in swapped_norms(last)] == [("layernorm-simple", "lancopku")]
+    assert torch.equal(logits(last), logits(again))
+
+
+def test_a_reference_is_written_only_where_it_is_not_the_paper() -> None:
+    group = {"norm": "adanorm", "C": 1.0, "k": 0.1, "modules": ["h"]}
+    assert NormGroup.from_dict({**group, "reference": "paper"}).to_dict() == group
+    other = {**group, "reference": "lancopku"}
+    assert NormGroup.from_dict(other).to_dict() == other
+
+
+@pytest.mark.parametrize("given", [{"reference": "x"}, {"reference": 1}, {"centered": False}, {"fade": ["gain"]}])
+def test_a_reference_that_no_norm_can_have_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="reference"):
+        NormGroup.from_dict({"norm": "adanorm", "modules": ["h"], "reference": "lancopku", **given})
+
+
+def test_a_fade_to_the_authors_code_is_refused_as_it_would_end_elsewhere() -> None:
+    norm = AdaNorm(4, reference="lancopku")
+    with pytest.raises(ValueError, match='does not go with reference="lancopku"'):
+        norm.start_fade()
+    assert norm.fade is None
+
+
 def test_a_spec_of_format_1_with_the_modules_own_names_is_read(vit: Callable[..., Any]) -> None:
     layers = "layers." if hasattr(ViTModel(CASES["vit"].config()), "layers") else "encoder.layer."
     model, expected = vit(lambda name: name.replace("encoder.layer.", layers))
@@ -93,6 +150,36 @@ def test_places_that_can_be_confused_are_not_guessed() -> None:
         "a.layers.*.norm": "text.layers.*.norm",
         "b.layers.*.norm": "vision.layers.*.norm",
     }
+
+
+def test_stacks_of_other_settings_are_not_told_apart_by_their_order() -> None:
+    lost, free = ["a.layers.*.norm", "b.layers.*.norm"], ["c.layers.0.norm", "d.layers.0.norm"]
+    guess = {"a.layers.*.norm": "c.layers.*.norm", "b.layers.*.norm": "d.layers.*.norm"}
+    one, other = (NormGroup(norm="adanorm", C=C, modules=()) for C in (1.0, 2.0))
+    assert modeling_adanorm._renamed_by_place(lost, free, dict.fromkeys(lost, one)) == guess
+    with pytest.warns(UserWarning, match=r"'a\.layers\.\*\.norm' and 'b\.layers\.\*\.norm' have other settings"):
+        assert modeling_adanorm._renamed_by_place(lost, free, dict(zip(lost, (one, other), strict=True))) == {}
+
+
+def test_layers_of_other_settings_in_stacks_that_are_alike_are_found_by_their_numbers() -> None:
+    lost = [f"{stack}.layers.{i}.norm" for i in range(2) for stack in "ab"]
+    free = [name.replace("a.", "c.").replace("b.", "d.") for name in lost]
+    settings = {name: NormGroup(norm="adanorm", C=1.0 + ("1" in name), modules=()) for name in lost}
+    assert modeling_adanorm._renamed_by_place(lost, free, settings) == dict(zip(lost, free, strict=True))
+
+
+def test_a_group_of_stacks_around_another_group_stops_the_load_instead_of_changing_settings(tmp_path: Path) -> None:
+    """Named by groups, the stacks stand in another order than in the model."""
+    model = Towers(TowersConfig())
+    for tower, C in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
+        patch_model(model, C=C, include=f"{tower}.layers.*.norm")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    assert [group["C"] for group in json.loads(path.read_text())["adanorm"]["groups"]] == [1.0, 2.0]
+    renamed = re.sub(r'"([abc])\.layers', r'"old_\1.layers', path.read_text())
+    path.write_text(json.dumps({**json.loads(renamed), "transformers_version": "5.99.0"}))
+    with pytest.warns(UserWarning, match="have other settings"), pytest.raises(RuntimeError, match="size"):
+        Towers.from_pretrained(tmp_path)
 
 
 def test_names_that_match_nothing_are_told_with_the_version_that_wrote_them(vit: Callable[..., Any]) -> None:
