@@ -502,32 +502,31 @@ def _push(folder: Path, repo_id: str, private: bool) -> str:
     try:
         # No wish is not the same as "public": an organisation may make new repositories private.
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        left_alone = []
+        filters: dict[str, Any] = {}
         if api.file_exists(repo_id, CARD_NAME):
-            left_alone = _take_over_card(Path(api.hf_hub_download(repo_id, CARD_NAME)), folder, repo_id)
+            filters = _take_over_card(Path(api.hf_hub_download(repo_id, CARD_NAME)), folder, repo_id)
         elif (folder / CARD_NAME).exists():  # not beside a stock model
             write_model_card(folder, model_id=repo_id)
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Upload model", ignore_patterns=left_alone
-        )
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model", **filters)
     except Exception as error:  # of whichever kind: the network's have little in common
         told = f"{error}; {folder} is complete, and `hf upload {repo_id} {folder}` pushes it"
         raise OSError(told) from error
     return f"{api.endpoint}/{repo_id}"
 
 
-def _take_over_card(theirs: Path, folder: Path, repo_id: str) -> list[str]:
-    """The repository's card in the place of the folder's, with a section of ours that is true of the folder's model;
-    what is not to be pushed: a card that cannot be read."""
-    from .saving import CARD_NAME, read_card, read_config, renewed_card, write_file
+def _take_over_card(theirs: Path, folder: Path, repo_id: str) -> dict[str, Any]:
+    """The repository's card in the place of the folder's, with a section of ours that is true of the folder's model.
+    What the upload leaves out or deletes: a card that cannot be read, scores of another model."""
+    from .saving import CARD_NAME, STALE, read_card, read_config, renewed_card, write_file
 
     try:
-        text = renewed_card(read_card(theirs), read_config(folder), model_id=repo_id)
+        before = read_card(theirs) or ""
+        text = renewed_card(before, read_config(folder), model_id=repo_id) or ""
     except ValueError as error:
         warnings.warn(f"the card of {repo_id} stays as it is: {error}", stacklevel=2)
-        return [CARD_NAME]
-    write_file(folder / CARD_NAME, text or "")
-    return []
+        return {"ignore_patterns": CARD_NAME}
+    write_file(folder / CARD_NAME, text)
+    return {} if text == before else {"delete_patterns": STALE}
 
 
 def _results(pairs: list[str]) -> dict[str, float] | None:

@@ -31,6 +31,8 @@ BEGIN = "<!-- hf_adanorm: begin. Written by a program: write_model_card replaces
 END = "<!-- hf_adanorm: end -->"
 CARD_NAME, EVAL_RESULTS = "README.md", ".eval_results"
 PROJECT = "https://github.com/hf-adanorm/hf-adanorm"  # as in pyproject.toml
+# Of a push: files in the repository whose scores are another model's once our section of the card is another.
+STALE = f"{EVAL_RESULTS}/*"
 INSTALL = f"pip install git+{PROJECT}"
 _FADING = {  # by whether gains and biases are on their way out, or settings alone on their way in
     True: "It was saved before the end of a fade, with gains and biases on their way out in the checkpoint: "
@@ -154,9 +156,8 @@ def render_card(
     architecture = _architecture(config)
     card = _parse(existing)
     data = card.data
-    if existing is not None and describes(existing, config) is False:  # its results are those of another model
-        data.eval_results = None
-        data.tags = [tag for tag in _list(data.tags) if tag not in NORM_CLASSES]
+    if existing is not None and describes(existing, config) is False:
+        _forget_model(data)
     task = task or data.pipeline_tag or _task(str(config.get("model_type")), architecture)
     to_tag = [norm for norm in norms if not NORM_CLASSES[norm].is_identity]
     unnamed = "-".join([(base_model or architecture).rpartition("/")[2], *to_tag])
@@ -175,7 +176,7 @@ def render_card(
         name=model_id or "path/or/id-of-this-model",
         results=[(_cell(metric), f"{value:.4g}") for metric, value in rounded.items()],
         where=_cell(where),
-        command=_without_folders(command),
+        command=without_folders(command),
     )
     card.text = _replace_section(card.text, f"{BEGIN}\n{section}\n{END}")
 
@@ -299,10 +300,27 @@ def without_section(text: str) -> str:
         card = _parse(text)
     except ValueError:  # not for us to mend
         return text
-    ours = {"hf_adanorm", *NORM_CLASSES}
-    card.data.tags = [tag for tag in _list(card.data.tags) if tag not in ours] or None
-    card.data.eval_results = None
+    _forget_model(card.data)
     return str(card)
+
+
+def with_section(existing: str | None, section: str, *, title: str, **data: str | None) -> str:
+    """A card of a model that is not patched, with `section` where ours is or would be, and `data` in the front matter
+    where it has no such entry; `title` is that of a new card."""
+    card = _parse(f"\n# {title}\n\n{BEGIN}\n{END}\n" if existing is None else existing)
+    if describes(card.text, {}) is False:
+        _forget_model(card.data)
+    card.text = _replace_section(card.text, f"{BEGIN}\n{section}\n\n<!-- spec {_digest({})} -->\n{END}")
+    for key, value in data.items():
+        setattr(card.data, key, getattr(card.data, key, None) or value)
+    return str(card)
+
+
+def _forget_model(data: ModelCardData) -> None:
+    """Take out what a card's front matter says of the patched model that it was written for."""
+    data.tags = [tag for tag in _list(data.tags) if tag not in {"hf_adanorm", *NORM_CLASSES}] or None
+    if data.eval_results:
+        data.eval_results = data.model_name = None
 
 
 # ------------------------------------------------------------------------------------------------------ the section
@@ -378,7 +396,7 @@ def _row(group: NormGroup, where: str) -> dict[str, str]:
     }
 
 
-def _without_folders(command: str | None) -> str | None:
+def without_folders(command: str | None) -> str | None:
     """A command line without the folders of the machine that it ran on."""
     if command is None:
         return None

@@ -8,8 +8,8 @@
    `trust_remote_code=True` works where hf_adanorm is not installed. An unpatched model takes both away again.
 
 3. `PreTrainedModel.save_pretrained` and the upload that ends a push: the folder or the repository of a patched model
-   gets a model card where it has none. A card that is there is left alone; only the empty form that transformers puts
-   in its place does not count as one.
+   gets a model card where it has none. A card that is there is left alone, save for a section of ours that tells of
+   another model than the one pushed; the empty form that transformers puts in its place does not count as one.
 4. Methods of `Trainer`, once it is imported: the card that it writes gets our section, and the pushes of its
    checkpoints the file of 2, as both would do without; going on from a checkpoint of other norms is said.
 5. Four methods of PEFT, once it is imported: see adapters.py.
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -223,10 +222,11 @@ def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None
 
 def upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     """Just before a push, transformers has put the repository's card, or an empty form, over the folder's."""
-    if has_spec(model.config):
-        folder = Path(bound.arguments["working_dir"])
-        with _in_second_place(folder):
+    folder = Path(bound.arguments["working_dir"])
+    with _in_second_place(folder):
+        if has_spec(model.config):
             _keep_out_of_the_index(folder)
+        if (folder / CONFIG_NAME).is_file():  # not beside an adapter alone
             _write_card_to_push(folder, bound.arguments["repo_id"], model.config)
     return original(model)
 
@@ -234,7 +234,12 @@ def upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, 
 def _write_card_to_push(folder: Path, repo_id: str, config: PreTrainedConfig) -> None:
     path, saving = folder / card.CARD_NAME, _SAVING.get()
     text = card.read_card(path)
-    if text is None or not card.is_placeholder(text):
+    if text is None:
+        return
+    if not (has_spec(config) and card.is_placeholder(text)):
+        renewed = card.renewed_card(text, card.read_config(folder), model_id=repo_id)
+        if renewed is not None and renewed != text:
+            write_file(path, renewed)
         return
     tags = card.card_tags(text)
     if saving is not None and saving.user_card is not None and not card.is_placeholder(saving.user_card):
@@ -298,6 +303,10 @@ def push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: Boun
         output_dir = Path(trainer.args.output_dir)
         with _in_second_place(output_dir):
             write_file(output_dir / FILE_NAME, Path(modeling_adanorm.__file__).read_bytes())
-            if not os.path.lexists(output_dir / card.CARD_NAME):
-                write_file(output_dir / card.CARD_NAME, card.read_card(checkpoint / card.CARD_NAME) or "")
+            text = card.read_card(output_dir / card.CARD_NAME)
+            renewed = card.renewed_card(
+                card.read_card(checkpoint / card.CARD_NAME) if text is None else text, card.read_config(checkpoint)
+            )
+            if renewed != text:
+                write_file(output_dir / card.CARD_NAME, renewed or "")
     return original(trainer)

@@ -11,12 +11,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from common.options import OptionError
 from hf_adanorm import write_model_card
-from hf_adanorm.saving import CARD_NAME, read_card, read_config, write_file
+from hf_adanorm.saving import (
+    CARD_NAME,
+    STALE,
+    describes,
+    read_card,
+    read_config,
+    with_section,
+    without_folders,
+    write_file,
+)
 
 _IS_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -35,15 +44,20 @@ def prepare_push(options: Any) -> None:
 
 def publish(folder: Path, results: dict[str, Any], options: Any) -> None:
     """Write the card of the model in `folder`, and push the folder if `options` say so."""
+    stale = None
     if options.push_to_hub:
         api = HfApi()
         # Somebody may have written the repository's card: keep it, bring our section in it up to date.
         if api.file_exists(options.hub_model_id, CARD_NAME):
-            write_file(folder / CARD_NAME, read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or "")
+            text = read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or ""
+            write_file(folder / CARD_NAME, text)
+            stale = STALE if describes(text, read_config(folder)) is False else None
     _write_card(folder, results, options)
     if options.push_to_hub:
         message = f"Best model: {options.norm}, step {results['best_step']}"
-        api.upload_folder(repo_id=options.hub_model_id, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=options.hub_model_id, folder_path=folder, commit_message=message, delete_patterns=stale
+        )
         print(f"pushed to {options.hub_model_id}", flush=True)
 
 
@@ -66,9 +80,16 @@ def _write_card(folder: Path, results: dict[str, Any], options: Any) -> None:
             task=results.get("pipeline"),
             command=results["command"],
         )
-    elif not (folder / CARD_NAME).exists():  # the control
-        data = ModelCardData(library_name="transformers", pipeline_tag=results.get("pipeline"), base_model=base)
+    else:  # the control
         rows = "\n".join(f"| {split} | {name} | {value:.6g} |" for name, value in scores.items())
-        text = f"# {options.hub_model_id or 'LayerNorm'}\n\nThe LayerNorm control of a comparison of norms.\n\n"
-        text += f"| split | metric | value |\n|---|---|---|\n{rows}\n\n```bash\n{results['command']}\n```\n"
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD_NAME)
+        section = "The LayerNorm control of a comparison of norms.\n\n| split | metric | value |\n|---|---|---|\n"
+        section += f"{rows}\n\n```bash\n{without_folders(results['command'])}\n```"
+        text = with_section(
+            read_card(folder / CARD_NAME),
+            section,
+            title=options.hub_model_id or "LayerNorm",
+            library_name="transformers",
+            pipeline_tag=results.get("pipeline"),
+            base_model=base if base != options.hub_model_id else None,
+        )
+        write_file(folder / CARD_NAME, text)

@@ -101,6 +101,10 @@ def push(folder: Path) -> dict[str, Any]:
     build(None).push_to_hub("me/was-stock")  # transformers' empty form of a card
     model.push_to_hub("me/was-stock")
     model.push_to_hub("me/remote-card")
+    build("detachnorm").push_to_hub("me/other-norms")
+    model.push_to_hub("me/other-norms")
+    model.push_to_hub("me/stock-again")
+    build(None).push_to_hub("me/stock-again")
     return reference
 
 

@@ -213,7 +213,7 @@ def test_the_token_is_in_no_output_and_no_file(
 # ---------------------------------------------------------------------------------------------------- the model card
 
 
-@pytest.mark.parametrize("repo", [*REPOS, "me/saved", "me/trained", "me/was-stock"])
+@pytest.mark.parametrize("repo", [*REPOS, "me/saved", "me/trained", "me/was-stock", "me/other-norms"])
 def test_pushed_cards_say_how_to_load_and_pass_validation(
     session: Session, pushed: dict[str, Any], trained: dict[str, Any], repo: str
 ) -> None:
@@ -239,6 +239,14 @@ def test_tags_of_a_push_reach_the_card(session: Session, pushed: dict[str, Any])
 def test_a_card_that_is_there_is_never_overwritten(session: Session, pushed: dict[str, Any]) -> None:
     assert ModelCard(session.card("me/remote-card")).text == "# Written by hand\n"
     assert session.card("me/own-card") == "---\nlicense: mit\n---\n# Mine\n"
+
+
+def test_a_second_push_leaves_nothing_of_the_norms_before(session: Session, pushed: dict[str, Any]) -> None:
+    other, stock = session.card("me/other-norms"), session.card("me/stock-again")
+    assert ModelCard(other).data.tags == ["hf_adanorm", "adanorm"]
+    assert "DetachNorm" not in other
+    assert ModelCard(stock).data.tags is None
+    assert "hf_adanorm" not in stock
 
 
 def test_the_trainers_card_keeps_what_the_trainer_wrote(session: Session, trained: dict[str, Any]) -> None:

@@ -140,10 +140,11 @@ def test_a_second_push_brings_our_section_of_the_card_up_to_date(
     hub.create_repo("org/llama", {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()})
     build("detachnorm").save_pretrained(tmp_path / "before")
     text = (tmp_path / "before" / "README.md").read_text() + "\nA remark.\n"
-    hub.create_repo("me/twice", {"README.md": text.encode()})
+    hub.create_repo("me/twice", {"README.md": text.encode(), ".eval_results/some-data.yaml": b"- value: 0.5"})
     done = scripts.run("hf_adanorm.cli", *command[:2], tmp_path / "out", *command[2:], "--push-to-hub", "me/twice")
     assert done.returncode == 0, done.stderr
     files = {name: data.decode() for name, data in hub.repos["me/twice"].files().items() if ".safe" not in name}
+    assert ".eval_results/some-data.yaml" not in files  # of the model before
     assert "A remark." in files["README.md"]
     assert "DetachNorm" not in files["README.md"]
     assert "detachnorm" not in (ModelCard(files["README.md"]).data.tags or [])

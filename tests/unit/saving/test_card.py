@@ -150,7 +150,7 @@ def test_a_card_brought_up_to_another_model_loses_the_scores_and_tags_of_the_one
     model = unpatch_model(build()) if norm is None else build(norm)
     data = ModelCard(renewed_card(before, model.config.to_dict())).data
     assert data.eval_results is None
-    assert data.tags == (["mine"] if norm is None else ["hf_adanorm", "mine", norm])
+    assert data.tags == (["mine"] if norm is None else ["mine", "hf_adanorm", norm])
 
 
 def test_a_card_without_front_matter_gains_one(saved: Path) -> None:
