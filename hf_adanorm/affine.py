@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ._tables import counted
 from .detection import NormInfo
-from .folding import fold_norms
-from .modeling_adanorm import NormGroup, SwappedNorm, is_swapped
+from .folding import FoldReport, comes_in, fold_norms
+from .modeling_adanorm import NormGroup, SwappedNorm, is_as, is_swapped
 from .swapping import Change, Plan
 
 
@@ -55,16 +55,11 @@ def _refuse_other_functions(plan: Plan, affine: str) -> None:
 
 def _ramping(module: SwappedNorm, group: NormGroup, *, ramp: bool = True) -> NormGroup:
     """The group of a norm that was swapped before: with the state of its fade, and with k and C to come in where it
-    computes plain N(x) so far."""
-    if module.fade is not None:
+    computes plain N(x) so far. Without a ramp only gains and biases go on fading."""
+    if module.fade or (ramp and module.fade is not None):
         return replace(group, fade=module.fade)
     plain = type(module).is_plain(module.settings())
-    return replace(group, fade=()) if ramp and plain and _comes_in(group) else group
-
-
-def _comes_in(group: NormGroup) -> bool:
-    """Whether a ramp leads from plain N(x) to the norm."""
-    return group.kind.can_be_plain and not group.kind.is_plain(group.settings())
+    return replace(group, fade=()) if ramp and plain and comes_in(group) else group
 
 
 def _fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
@@ -85,23 +80,24 @@ def fold(
 ) -> None:
     """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
     _refuse_other_functions(plan, "fold")
-    fresh = [swap for swap in plan.swaps if not is_swapped(swap[1])]
-    at_once = on_unfoldable == "calibrate" or not ramp
-    if not fresh:  # a second call: what was folded has no gain and bias any more
-        plan.swaps = [
-            (name, module, info, _ramping(module, group, ramp=not at_once))
-            for name, module, info, group in plan.swaps
-            if is_swapped(module)  # all of them
-        ]
-        return
-    report = fold_norms(
-        change,
-        [name for name, *_ in fresh],
-        fold_inputs=inputs,
-        on_unfoldable=on_unfoldable,  # type: ignore[arg-type]
-        on_tied=on_tied,
-        groups={name: group for name, _, _, group in fresh},
-    )
+    calibrate = on_unfoldable == "calibrate"
+    at_once = calibrate or not ramp
+    # What was swapped before has no gain and bias any more; a fit makes up for what else it becomes.
+    groups = {
+        name: group
+        for name, module, _, group in plan.swaps
+        if not is_swapped(module) or (calibrate and module.normalizes and not module.fade and not is_as(module, group))
+    }
+    report = FoldReport(())
+    if groups:
+        report = fold_norms(
+            change,
+            list(groups),
+            fold_inputs=inputs,
+            on_unfoldable=on_unfoldable,  # type: ignore[arg-type]
+            on_tied=on_tied,
+            groups=groups,
+        )
     kept = set(report.names("kept"))
     if len(kept) == len(plan.swaps) and on_unfoldable != "fade":
         why = report.norms[0]
@@ -117,7 +113,7 @@ def fold(
             group = _fading_group(module, info, group)
         elif is_swapped(module):
             group = _ramping(module, group, ramp=not at_once)
-        elif not at_once and _comes_in(group):
+        elif not at_once and comes_in(group):
             group = replace(group, fade=())
         swaps.append((name, module, info, group))
     plan.swaps = swaps
@@ -135,14 +131,14 @@ def fold(
             f"{worst.deviation:.2f} of it (at {worst.name}): the outputs moved by {report.difference:.1%} of their "
             "largest value. fold_affine(model) reports each norm"
         )
-    lost = sorted(norm.deviation for norm in report.norms if norm.deviation is not None)
-    if on_unfoldable == "calibrate" and lost and lost[len(lost) // 2] > 0.8:
+    lost = sorted(norm.lost for norm in report.norms if norm.lost is not None)
+    if lost and lost[len(lost) // 2] > 0.8:
         change.warn(
             f"at these settings half of the norms lose {lost[len(lost) // 2]:.0%} or more of what they passed on: "
             "choose a smaller k, calibrate_k(model, batches).k gives one for each norm"
         )
-    at_once_alone = any(_comes_in(group) for *_, group in fresh)
-    if not ramp and on_unfoldable != "calibrate" and at_once_alone:
+    jumps = any(comes_in(group) and group.fade is None and not is_as(module, group) for _, module, _, group in swaps)
+    if not ramp and not calibrate and jumps:
         change.warn(
             "ramp=False sets k and C at once: the outputs of a pretrained model change a lot until it is trained again"
         )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .detection import NormInfo, check_module, iter_norms, recognize
 from .modeling_adanorm import (
+    ADJUSTED_EPS,
     NORM_CLASSES,
     LayerNormSimple,
     NormGroup,
@@ -215,13 +216,11 @@ class Options:
         spelled out."""
         readable = source_settings(source)
         facts = {
-            "eps": info.eps,
+            "eps": info.eps if self.eps is None else float(self.eps),
             "normalized_shape": info.normalized_shape,
             "channels_first": info.channels_first,
         }
         overrides: dict[str, Any] = {key: value for key, value in facts.items() if readable.get(key) != value}
-        if self.eps is not None:
-            overrides["eps"] = float(self.eps)
         centered = self.centered if self.centered is not None else info.kind == "layernorm"
         settings: dict[str, Any] = {}
         for key, setting in NORM_CLASSES[self.norm].SETTINGS.items():
@@ -421,6 +420,9 @@ def restored(module: SwappedNorm) -> nn.Module:
     source = module.__dict__["_source"]
     if source is None:  # a norm that the user put there by hand
         source = nn.LayerNorm(module.normalized_shape, eps=module.eps)
+    elif ADJUSTED_EPS in module.__dict__:  # by a fold, after the swap
+        source.__dict__.update(dict.fromkeys({"eps", "variance_epsilon"} & source.__dict__.keys(), module.eps))
+        source.__dict__[ADJUSTED_EPS] = True
     weight = module.weight
     if not module.__dict__["_source_has_values"]:
         if any(p.is_meta for p in source.parameters()) and not weight.is_meta:

@@ -18,15 +18,15 @@ from .plan import Fold, FoldPlan
 def fold_by_fit(
     plan: FoldPlan, inputs: Mapping[str, Any], replacements: Mapping[str, Callable[[Tensor], Tensor]], change: Change
 ) -> None:
-    """Fold every norm of the plan by a fit, for a norm that is more than a change of scale (k > 0), or that follows on
-    norms whose fold dropped something: its new output z is what the model gives with every norm before it replaced,
-    and per channel the readers get the gain and bias that bring z closest to the source's output h.
+    """Fold the norms of the plan, by a fit from the first on that is more than a change of scale (k > 0) or whose fold
+    drops something: its new output z is what the model gives with every norm before it replaced, and per channel the
+    readers get the gain and bias that bring z closest to the source's output h.
 
     Two forward passes do, as the layers that take up a fold run after its norm. A norm that runs more than once, or
     after a layer that it folds into, ends its pass and is fitted to all that it saw there.
     """
-    targets: dict[str, list[Tensor]] = {name: [] for name in plan.folds}
-    waiting, seen = plan.order, list[Tensor]()
+    targets: dict[str, list[Tensor]] = {name: [] for name in plan.fitted}
+    waiting, seen = list(plan.fitted), list[Tensor]()
 
     def rows(name: str, output: Tensor) -> Tensor:
         """(rows, channels), without padding."""
@@ -63,8 +63,10 @@ def fold_by_fit(
 
         return plan.modules[name].register_forward_hook(hook)
 
-    with hooked(watch(name) for name in plan.folds):
+    with hooked(watch(name) for name in plan.fitted):
         run(plan.model, inputs)
+    for name in plan.order[: -len(plan.fitted)]:
+        plan.absorb(name, change)
     bar = tqdm(total=len(waiting), desc="fitting", unit="norm", **SLOW_BAR)
     with bar, hooked(replace(name) for name in plan.folds):
         while waiting:

@@ -20,7 +20,8 @@ which is exact when all of g is one number, and drops the deviation of g from it
 `on_unfoldable="calibrate"` takes s, and the gains and biases that the readers get, from a least-squares fit to the
 source's activations on a batch of real data, norm after norm with all before it replaced. So errors do not add up,
 outlier channels (which hardly vary from token to token) go into the bias, and for AdaNorm the fit makes up for what k
-does to the scale.
+does to the scale. Norms whose fold is exact, with nothing replaced before them that is not, are folded exactly;
+where a bias would not arrive (a masked path, say) the gains alone are fitted.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from transformers import PreTrainedModel
 
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
-from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number
+from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number, is_swapped
 from hf_adanorm.options import CHOICES
 from hf_adanorm.running import SLOW_BAR, dummy_inputs, hooked, run
 from hf_adanorm.saving import configs_of, resolved_spec, write_specs
@@ -54,7 +55,7 @@ from hf_adanorm.swapping import (
 
 from .fit import fold_by_fit
 from .heads import settle_heads, untie_heads
-from .plan import BLOCK, TOLERANCES, FoldedNorm, FoldPlan, eps_name
+from .plan import BLOCK, TOLERANCES, FoldedNorm, FoldPlan, comes_in, eps_name
 from .uses import is_side_output, named_outputs
 
 OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
@@ -90,6 +91,8 @@ class FoldReport:
             detail = norm.reason or ", ".join(norm.consumers)
             if norm.deviation is not None:
                 detail += f" (deviation of the gain {norm.deviation:.3f})"
+            if norm.lost is not None:
+                detail += f" ({norm.lost:.1%} of the output not reproduced)"
             rows.append((norm.name, norm.action, detail))
         return rows
 
@@ -190,7 +193,7 @@ def fold_norms(
 ) -> FoldReport:
     """`fold_affine` for the norms called `names` of `change.model`, as a part of that change; leaves the config alone.
     `groups` says what each becomes, for "calibrate" (by default layernorm-simple)."""
-    model = change.model
+    model, groups = change.model, groups or {}
     _check_model(model)
     if tolerance is not None:
         check_number("tolerance", tolerance, minimum=0.0, inclusive=True)
@@ -205,7 +208,15 @@ def fold_norms(
     inputs = _checked(model, fold_inputs) if fold_inputs is not None else dummy_inputs(model)
     calibrate = on_unfoldable == "calibrate"
     heads = untie_heads(model) if on_tied == "untie" else {}
-    plan = FoldPlan(model, names, inputs, approximate=calibrate or on_unfoldable == "approximate")
+    moving = [name for name, group in groups.items() if comes_in(group) or is_swapped(model.get_submodule(name))]
+    plan = FoldPlan(
+        model,
+        names,
+        inputs,
+        approximate=calibrate or on_unfoldable == "approximate",
+        calibrate=calibrate,
+        moving=moving if calibrate else (),
+    )
     untied = settle_heads(model, heads, {name for fold in plan.folds.values() for name in fold.readers})
     kept = [norm for norm in plan.norms if norm.action == "kept"]
     if kept and on_unfoldable == "raise":
@@ -219,8 +230,8 @@ def fold_norms(
         return FoldReport(tuple(plan.norms))
     _check_outputs(plan.watched.outputs)
     states = _hidden_states(model, inputs)
-    replacements = _replacements(plan, groups or {})
-    if calibrate:
+    replacements = _replacements(plan, groups)
+    if plan.fitted:
         fold_by_fit(plan, inputs, replacements, change)
     else:
         for name in tqdm(plan.order, desc="folding", unit="norm", **SLOW_BAR):
@@ -231,7 +242,7 @@ def fold_norms(
     difference, changed = _compare(dict(named_outputs(plan.watched.outputs)), after)
     changed |= {path: _difference(states[path], after[path]) for path in states}
     limit = tolerance if tolerance is not None else _default_tolerance(plan)
-    exact = not calibrate and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
+    exact = not plan.fitted and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
     if exact and not difference <= limit:
         raise RuntimeError(
             f"folding moved the outputs by {difference:.2e} of their largest value, above the tolerance {limit:.0e}; "
@@ -241,9 +252,7 @@ def fold_norms(
     if difference != difference:
         raise RuntimeError("folding made the outputs NaN; the model is as it was")
     side = {path: value for path, value in changed.items() if value > limit}
-    return FoldReport(
-        tuple(plan.result(calibrate)), difference, side, tuple(plan.added_biases), tuple(plan.protect()), untied
-    )
+    return FoldReport(tuple(plan.result()), difference, side, tuple(plan.added_biases), tuple(plan.protect()), untied)
 
 
 def _checked(model: nn.Module, fold_inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,13 +272,16 @@ def _replacements(plan: FoldPlan, groups: Mapping[str, NormGroup]) -> dict[str, 
     """What takes the place of each folded norm, as a function of its input."""
 
     def make(name: str) -> Callable[[Tensor], Tensor]:
-        info, module = plan.infos[name], plan.modules[name]
-        kind = LayerNormSimple if name not in groups else groups[name].kind
-        settings = {} if name not in groups else groups[name].settings()
-        settings |= {"centered": info.kind == "layernorm", "channels_first": info.channels_first}
+        info, module, group = plan.infos[name], plan.modules[name], groups.get(name)
+        kind = LayerNormSimple if group is None else group.kind
+        settings: dict[str, Any] = {} if group is None else group.settings()
+        settings["centered"] = info.kind == "layernorm" if group is None else group.centered is not False
+        settings["channels_first"] = info.channels_first
 
         def norm(x: Tensor) -> Tensor:
-            eps = getattr(module, key) if (key := eps_name(module)) else info.eps  # as adjusted by then
+            eps = None if group is None else group.eps
+            if eps is None:
+                eps = getattr(module, key) if (key := eps_name(module)) else info.eps  # as adjusted by then
             return cast(Tensor, kind(info.normalized_shape, eps, **settings)(x))
 
         return norm

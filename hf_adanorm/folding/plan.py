@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from hf_adanorm.detection import NormInfo, iter_norms
-from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
+from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS, NormGroup, is_swapped
 from hf_adanorm.running import with_masks
 from hf_adanorm.swapping import Change
 
@@ -39,6 +39,8 @@ class FoldedNorm:
     """Why it was kept, or what was approximated."""
     deviation: float | None = None
     """Standard deviation of the gain over its mean: what an approximated fold drops on the residual path."""
+    lost: float | None = None
+    """Of a fold that was fitted: share of the variation of the norm's output that it does not reproduce (0..1)."""
 
 
 @dataclass
@@ -53,14 +55,24 @@ class Fold:
     next_norms: tuple[str, ...] = ()
     scale: float = 1.0
     without_bias: str = ""  # why a reader must not be given a bias, if so: a fit is then one of gains alone
-    lost: float = 0.0  # by a fit: share of the source's variation that is not reproduced
+    lost: float = 0.0  # by a fit, see `FoldedNorm`
 
 
 class FoldPlan:
     """Decides for every norm; then `absorb` carries it out, norm by norm, and `neutralize` ends it."""
 
-    def __init__(self, model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], approximate: bool):
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Collection[str],
+        inputs: Mapping[str, Any],
+        *,
+        approximate: bool,
+        calibrate: bool = False,
+        moving: Collection[str] = (),
+    ) -> None:
+        """`moving`: norms that become something else than N(x), for "calibrate" to fit whatever their gain."""
+        self.model, self.moving = model, moving
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.infos: dict[str, NormInfo] = {n: i for n, _, i in iter_norms(model) if i.kind != "other"}
         watchable = {n: (i.normalized_shape, i.channels_first) for n, i in self.infos.items()}
@@ -77,6 +89,10 @@ class FoldPlan:
         self.folds: dict[str, Fold] = {}
         self.norms: list[FoldedNorm] = [self._decide(name) for name in names]
         self.pending = Counter(name for fold in self.folds.values() for name in (*fold.readers, *fold.branches))
+        order = self.order
+        inexact = {norm.name for norm in self.norms if norm.name in moving or (norm.deviation or 0.0) >= 1e-7}
+        first = next((at for at, name in enumerate(order) if name in inexact), len(order))
+        self.fitted = order[first:] if calibrate else []  # up to there nothing has changed, and no fit is needed
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +101,7 @@ class FoldPlan:
         if not bool(gain.isfinite().all() and bias.isfinite().all()):
             raise ValueError(f"the gain or bias of {name} is not finite: there is nothing to fold it into")
         has_bias, scale = bool(bias.any()), float(gain.mean())
-        if bool((gain == 1).all()) and not has_bias:
+        if bool((gain == 1).all()) and not has_bias and name not in self.moving:
             return FoldedNorm(name=name, action="nothing to fold", reason="gain is 1 and bias is 0")
         uses = self.watched.uses.get(name, [])
         linear = [use for use in uses if isinstance(use, LinearUse)]
@@ -232,7 +248,10 @@ class FoldPlan:
         for following_norm in {n for total in sums for n in self.watched.sum_readers[total]}:
             if any(read not in sums for read in self.watched.norm_reads[following_norm]):
                 return f"{following_norm} also reads something else than this norm's residual sum"
-            if eps_name(self.modules[following_norm]) is None:
+            module = self.modules[following_norm]
+            if is_swapped(module) and not module.normalizes:
+                return f"{following_norm}, which reads the sum, is {module.title} and does not take its scale away"
+            if eps_name(module) is None:
                 return f"the eps of {following_norm} cannot be set"
         return None
 
@@ -256,16 +275,14 @@ class FoldPlan:
         added = set(self.added_biases)
         return [name for name, fold in self.folds.items() if fold.branches or added & set(fold.readers)]
 
-    def result(self, calibrated: bool) -> list[FoldedNorm]:
+    def result(self) -> list[FoldedNorm]:
         """The norms as decided, with what a fit lost in place of the deviation of the gain."""
-        if not calibrated:
-            return self.norms
-        return [self._fitted(norm) if norm.name in self.folds else norm for norm in self.norms]
+        return [self._result_of_fit(norm) if norm.name in self.fitted else norm for norm in self.norms]
 
-    def _fitted(self, norm: FoldedNorm) -> FoldedNorm:
+    def _result_of_fit(self, norm: FoldedNorm) -> FoldedNorm:
         fold = self.folds[norm.name]
         reason = "fitted to the inputs" + (f", without a bias ({fold.without_bias})" if fold.without_bias else "")
-        return replace(norm, action="approximated", deviation=fold.lost, reason=reason)
+        return replace(norm, action="approximated", deviation=None, lost=fold.lost, reason=reason)
 
     # -- carrying it out ---------------------------------------------------------------------------------------------
 
@@ -301,8 +318,11 @@ class FoldPlan:
             following = self.modules[name]
             key = eps_name(following)
             assert key is not None  # checked in _refuse_residual
-            setattr(following, key, getattr(following, key) / scale**2)
+            beside_std = getattr(following, "reference", "paper") == "lancopku"  # where eps is added to it
+            setattr(following, key, getattr(following, key) / (scale if beside_std else scale**2))
             following.__dict__[ADJUSTED_EPS] = True
+            if is_swapped(following):  # whose spec says what the stock norm does not
+                following.__dict__["_overrides"] = {**following.__dict__["_overrides"], "eps": following.eps}
 
     @torch.no_grad()
     def neutralize(self, change: Change) -> None:
@@ -399,6 +419,11 @@ class _Branch:
 
 def _is_numbered(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
+
+
+def comes_in(group: NormGroup) -> bool:
+    """Whether a ramp leads from plain N(x) to the norm."""
+    return group.kind.can_be_plain and not group.kind.is_plain(group.settings())
 
 
 def eps_name(module: nn.Module) -> str | None:

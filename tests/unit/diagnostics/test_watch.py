@@ -124,6 +124,18 @@ def test_statistics_are_those_of_the_definitions(name):
     assert expected["share_falling"] > expected["share_negative"] or name != "adanorm"
 
 
+def test_in_the_middle_of_a_fade_the_shares_are_those_of_the_k_of_the_moment():
+    torch.manual_seed(1)
+    x = torch.randn(ROWS, WIDTH)
+    norms = [AdaNorm(WIDTH, k=0.4), AdaNorm(WIDTH, k=0.8), AdaNorm(WIDTH, k=0.8)]
+    for norm, progress in zip(norms[1:], (0.5, 0.0), strict=True):
+        norm.start_fade()
+        norm.fade_progress.fill_(progress)
+    here, fading, start = (record_alone(norm, x, torch.randn(ROWS, WIDTH)).records[0] for norm in norms)
+    assert fading.share_falling == here.share_falling > here.share_negative == fading.share_negative > 0
+    assert start.share_falling == start.share_negative == 0
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_theorem_1_holds_in_the_record(name):
     """The four rows of Theorem 1: who re-centres, who re-scales."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from hf_adanorm import fold_affine, is_patched, patch_model, unpatch_model
+from hf_adanorm import LayerNormSimple, fold_affine, is_patched, patch_model, unpatch_model
 from hf_adanorm.running import dummy_inputs
-from tests.zoo.fold_blocks import WIDTH, Block, difference, norm, quietly
-from tests.zoo.fold_models import POST_NORM, VOCAB, build, logits
+from tests.zoo.fold_blocks import WIDTH, Block, difference, norm, quietly, state, unchanged
+from tests.zoo.fold_models import ENCODER, POST_NORM, VOCAB, build, logits
 
 
 @pytest.mark.parametrize("name", POST_NORM)
@@ -146,6 +147,14 @@ def test_no_ramp_warns() -> None:
         patch_model(build("vit"), "adanorm", affine="fold", ramp=False)
 
 
+def test_no_ramp_ends_one_that_is_on_its_way_and_warns() -> None:
+    model = build("vit")
+    patch_model(model, "adanorm", affine="fold")
+    with pytest.warns(UserWarning, match="ramp=False sets k and C at once"):
+        patch_model(model, "adanorm", affine="fold", ramp=False)
+    assert [m.fade for m in model.modules() if hasattr(m, "fade")] == [None] * 5
+
+
 def test_unpatching_keeps_the_fold() -> None:
     model = build("whisper")
     inputs = dummy_inputs(model)
@@ -161,3 +170,108 @@ def test_unpatching_keeps_the_fold() -> None:
 def test_what_an_approximate_fold_drops_is_said() -> None:
     with pytest.warns(UserWarning, match=r"4 norms folded but for the deviation .*at bert\."):
         patch_model(build("bert-cls"), "layernorm-simple", affine="fold", on_unfoldable="approximate")
+
+
+# --- what is not N(x) with gain and bias -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True, "ramping", "adanorm"])
+def test_norms_without_gain_and_bias_are_fitted_too(swapped: bool | str) -> None:
+    model = build("gpt2-lm untied")
+    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
+    if not swapped:
+        fold_affine(model)
+    else:
+        name, settings = ("layernorm-simple", {}) if swapped is True else ("adanorm", {"k": 0.2, "C": 0.7})
+        quietly(patch_model, model, name, affine="fold", ramp=swapped == "ramping", **settings)
+    at_once = copy.deepcopy(model)
+    before = logits(model, batch)
+    quietly(patch_model, at_once, "adanorm", C=1.5, k=0.1)
+    options = {"affine": "fold", "on_unfoldable": "calibrate", "fold_inputs": batch}
+    patch_model(model, "adanorm", C=1.5, k=0.1, **options)
+    assert [m.fade for m in model.modules() if hasattr(m, "fade")] == [None] * 5
+    assert (logits(model, batch) - before).norm() < 0.4 * (logits(at_once, batch) - before).norm()
+    again = state(model)
+    patch_model(model, "adanorm", C=1.5, k=0.1, **options)
+    assert unchanged(model, again)
+
+
+def test_a_norm_without_parameters_that_cannot_be_fitted_stays_with_a_warning() -> None:
+    model = build("olmo")
+    model.model.embed_tokens.weight = model.lm_head.weight
+    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
+    with pytest.warns(UserWarning, match=r"1 of 5 norms cannot be folded .*model.norm: the weight of lm_head is tied"):
+        patch_model(model, "adanorm", affine="fold", on_unfoldable="calibrate", fold_inputs=batch)
+    assert not is_patched(model.model.norm)
+    assert is_patched(model.model.layers[0].input_layernorm)
+
+
+def test_a_calibrated_fold_that_is_exact_adds_no_bias_and_leaves_a_stock_model() -> None:
+    model, exact = build("llama"), build("llama")
+    batch = {"input_ids": torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(1))}
+    fold_affine(exact)
+    report = fold_affine(model, on_unfoldable="calibrate", fold_inputs=batch)
+    assert report.is_stock
+    assert not report.added_biases
+    assert unchanged(model, state(exact))
+
+
+def test_the_report_of_a_fit_says_what_share_of_each_output_is_not_reproduced() -> None:
+    model = build("bert-cls")
+    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
+    report = fold_affine(model, on_unfoldable="calibrate", fold_inputs=batch)
+    fitted = next(norm for norm in report.norms if norm.reason.startswith("fitted"))
+    assert fitted.lost is not None
+    assert 0 < fitted.lost < 1
+    assert fitted.deviation is None
+    assert f"fitted to the inputs ({fitted.lost:.1%} of the output not reproduced)" in str(report)
+
+
+# --- the norm that reads the sum -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("following", ["none", "dyt"])
+def test_no_scale_is_handed_to_what_does_not_normalize(following: str) -> None:
+    model = build("bert-cls").bert
+    quietly(patch_model, model, following, include=["output.LayerNorm"], exclude=["attention.output.LayerNorm"])
+    report = fold_affine(model, on_unfoldable="approximate")
+    reasons = {norm.name: norm.reason for norm in report.norms}
+    assert "does not take its scale away" in reasons["encoder.layer.0.attention.output.LayerNorm"]
+
+
+@pytest.mark.parametrize("eps", [None, 1e-2])
+@pytest.mark.parametrize("order", ["before", "with"])
+def test_the_eps_of_a_fold_on_a_swapped_norm_is_saved_and_taken_back(
+    order: str, eps: float | None, tmp_path: Path
+) -> None:
+    config = transformers.BertConfig(**ENCODER, layer_norm_eps=1e-2)
+    torch.manual_seed(0)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                parameter.fill_(0.3)  # one number: the fold is exact
+    inputs = dummy_inputs(model)
+    if order == "before":
+        quietly(patch_model, model, "layernorm-simple", include=["layer.0.output.LayerNorm"])
+    include = ["layer.0.attention.output.LayerNorm", *(["layer.0.output.LayerNorm"] if order == "with" else [])]
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        options = {"affine": "fold", "on_unfoldable": "approximate", "include": include, "eps": eps}
+        quietly(patch_model, model, "layernorm-simple", **options)
+        assert difference(model(**inputs)[0], before) <= 1e-5
+        assert model.encoder.layer[0].output.LayerNorm.eps == pytest.approx(1e-2 / 0.3**2)
+        model.save_pretrained(tmp_path)
+        again = transformers.BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    quietly(unpatch_model, model)
+    assert model.encoder.layer[0].output.LayerNorm.eps == pytest.approx(1e-2 / 0.3**2)
+
+
+def test_the_eps_that_is_added_to_the_standard_deviation_is_divided_by_the_scale_once() -> None:
+    model = build("bert-cls", constant=True)
+    model.bert.encoder.layer[0].output.LayerNorm = LayerNormSimple(32, eps=1e-2, reference="lancopku")
+    inputs = dummy_inputs(model)
+    before = logits(model, inputs)
+    fold_affine(model, on_unfoldable="approximate")
+    assert difference(logits(model, inputs), before) <= 1e-5
