@@ -25,6 +25,7 @@ import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patch
 from common.endings import clear_use
 from common.options import positive
 from common.progress import with_time_left
+from common.saved import load_saved
 from tasks import image_cnn, transition_parser  # noqa: F401  (registers them with the Auto classes)
 from tasks.arc_standard import ParserVocabulary, parse_sentences
 from tasks.conllu import check_tags, read_conllu, write_conllu
@@ -37,7 +38,7 @@ def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, 
     """The class of every text, or pair of texts; batches of similar length."""
     device, dtype = _device_and_dtype(precision)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForSequenceClassification.from_pretrained(model_dir).to(device).eval()
+    model = load_saved(AutoModelForSequenceClassification, model_dir).to(device).eval()
     order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
     predictions = [0] * len(rows)
     for start in with_time_left(range(0, len(order), batch_size), "prediction"):
@@ -56,7 +57,7 @@ def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: 
     """The class of every image of a data set with a single column of encoded images."""
     device, dtype = _device_and_dtype(precision)
     processor = AutoImageProcessor.from_pretrained(model_dir)
-    model = AutoModelForImageClassification.from_pretrained(model_dir).to(device).eval()
+    model = load_saved(AutoModelForImageClassification, model_dir).to(device).eval()
     [column] = images.column_names
     predictions: list[int] = []
     for start in with_time_left(range(0, len(images), batch_size), "prediction"):
@@ -73,7 +74,7 @@ def parse_file(model_dir: str, file: str, batch_size: int, precision: str) -> st
     """The sentences of a CoNLL-U or CoNLL-X file with heads and relations, whatever those columns held before."""
     device, dtype = _device_and_dtype(precision)
     vocabulary = ParserVocabulary.from_pretrained(model_dir)
-    model = AutoModelForSequenceClassification.from_pretrained(model_dir).to(device).eval()
+    model = load_saved(AutoModelForSequenceClassification, model_dir).to(device).eval()
     sentences = read_conllu(file, tag_column=model.config.tag_column, trees=False)
     if "_" not in vocabulary.tags:
         check_tags(sentences, file, model.config.tag_column)

@@ -22,6 +22,7 @@ import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patch
 from common.endings import clear_use
 from common.options import DataError, positive
 from common.progress import with_time_left
+from common.saved import load_saved
 from tasks.bytes import (
     Windows,
     check_reads_bytes,
@@ -38,7 +39,7 @@ def score_file(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     """Bits and characters of every window of `arguments.data`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arguments.mixed_precision, torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device).eval()
+    model = load_saved(AutoModelForCausalLM, arguments.model).to(device).eval()
     length = arguments.sequence_length or get_tokenizer_config(arguments.model).get("model_max_length", 512)
     check_reads_bytes(model, length)
     data = read_bytes(arguments.data, "data")

@@ -18,6 +18,7 @@ import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patch
 from common.endings import clear_use
 from common.options import DataError, positive
 from common.progress import with_time_left
+from common.saved import load_saved
 
 
 @torch.inference_mode()
@@ -34,7 +35,7 @@ def translate_texts(
                 f"--source_lang_code {source_lang_code}: the {kind} of {model_dir} takes no source language"
             )
         tokenizer.src_lang = source_lang_code
-    model = AutoModelForSeq2SeqLM.from_pretrained(model_dir).to(device).eval()
+    model = load_saved(AutoModelForSeq2SeqLM, model_dir).to(device).eval()
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     translations = [""] * len(texts)

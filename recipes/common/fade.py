@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from common.options import PatchOptions
+from common.saved import load_saved
 from hf_adanorm.fading import fade_at, finish_fading, set_fade
 
 
@@ -32,7 +33,7 @@ def fade(model: torch.nn.Module, step: int, total_steps: int, options: PatchOpti
 
 def finish_saved_fade(folder: Path, auto_class: Any) -> None:
     """Drop the state of a completed fade from a saved model: a plain patched model remains."""
-    model = auto_class.from_pretrained(folder)
+    model = load_saved(auto_class, folder)
     finish_fading(model)
     (folder / "README.md").unlink(missing_ok=True)  # the card of the fading model; saving writes that of this one
     model.save_pretrained(folder)

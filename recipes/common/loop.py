@@ -179,7 +179,7 @@ class Run:
             self.stopwatch = Stopwatch(self.progress)
             self.running_loss = torch.zeros((), device=accelerator.device)  # this process's share
             if self.is_main:
-                self.running_loss += self.progress.running_loss
+                self.running_loss += self.progress.running_loss or 0.0  # null: of before, with a step left out
             self.model.train()
             with norms_to_trackers(accelerator, self.model, options, self.progress.step) as self.send_norms:
                 yield
@@ -237,11 +237,13 @@ class Run:
         progress.epoch_step += 1
         progress.skipped_steps += not applied
         self.stopwatch.step(step.size)
-        self.running_loss += step.loss
-        progress.running_steps += 1
+        if applied:
+            self.running_loss += step.loss
+            progress.running_steps += 1
         if progress.epoch_step == self.task.plan.num_steps:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
-        if progress.step % options.logging_steps == 0 or progress.step == self.total_steps:
+        due = progress.step % options.logging_steps == 0 or progress.step == self.total_steps
+        if due and progress.running_steps:  # not where all steps since were left out
             train_loss = accelerator.reduce(self.running_loss, "sum").item() / progress.running_steps
             self.running_loss.zero_()
             progress.running_steps = 0
@@ -352,7 +354,8 @@ class Run:
 
     def save_model(self, folder: Path) -> None:
         """Write model and processor as stock `from_pretrained` reads them. Called on every process."""
-        state_dict = self.accelerator.get_state_dict(self.model)  # a collective call
+        # Of a compiled model accelerate would give the names of its wrapper, which from_pretrained does not know.
+        state_dict = self.accelerator.get_state_dict(getattr(self.model, "_orig_mod", self.model))  # a collective call
         self.bare.save_pretrained(folder, state_dict=state_dict, is_main_process=self.is_main)
         if self.is_main:
             if is_fading(self.bare, self.options):

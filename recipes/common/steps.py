@@ -53,6 +53,7 @@ def optimizer_step(
     `inputs` of the last micro-batch, it names the first module with such an output, too), and at a spike when
     `--on_spike` is "stop".
     """
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)  # to keep it would take DDP off for good
     norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
     whole_loss = accelerator.reduce(loss.detach(), "sum").item()
     finite = math.isfinite(whole_loss) and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
@@ -66,7 +67,7 @@ def optimizer_step(
         if response == "stop" and inputs:
             spoilt += _first_nonfinite(model, inputs)
     elif not finite:
-        scale, where = accelerator.scaler.get_scale(), _overflown(accelerator.unwrap_model(model))
+        scale, where = accelerator.scaler.get_scale(), _overflown(bare)
         accelerator.print(
             f"step {progress.step + 1}: overflow in fp16 at a loss scale of {scale:g}{where}: step left out, "
             "the scale is lowered"
@@ -76,7 +77,7 @@ def optimizer_step(
         spoilt = "" if warming else _spike(progress.recent_steps, whole_loss, float(norm), options.spike_sigmas)
         response, hint = options.on_spike, "--on_spike skip"
         if spoilt:
-            spoilt += _steepest(accelerator.unwrap_model(model))
+            spoilt += _steepest(bare)
         progress.recent_steps = [*progress.recent_steps[1 - SPIKE_WINDOW :], [whole_loss, float(norm)]]
     if spoilt and response == "stop":
         raise DivergedError(
@@ -88,6 +89,8 @@ def optimizer_step(
         left_out = ": step left out" if response == "skip" else ""
         accelerator.print(f"step {progress.step + 1}: {spoilt}{left_out}")
     if response == "skip" and spoilt:
+        if scaled:
+            accelerator.scaler.update()  # it awaits, once it has unscaled gradients, the step or this
         optimizer.zero_grad()
         return False
     optimizer.step()

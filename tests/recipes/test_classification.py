@@ -54,6 +54,14 @@ def arguments_for(texts, folder, **changes):
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
+def test_a_compiled_model_is_saved_as_what_it_is(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # traced as by --compile true, without a C++ compiler
+    classification.main(arguments_for(texts, tmp_path, max_steps=1, max_validation_samples=8))
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "best", output_loading_info=True)
+    assert not any(info.values())
+    assert_same_weights(loaded.state_dict(), weights(tmp_path, 1))
+
+
 def test_results_hold_what_others_script_against(finished):
     results = read_results(finished)
     assert results["norm"] == "adanorm"

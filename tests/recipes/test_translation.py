@@ -161,6 +161,7 @@ def launch_two(arguments):
 def test_two_processes_do_what_one_does_and_resume(arguments, tmp_path):
     # Without dropout, whose masks are drawn per process. One process takes two micro-batches where two take one each.
     common = {"dropout": 0.0, "attention_dropout": 0.0, "max_steps": 12, "eval_steps": 4}
+    common["average_checkpoints"] = 2
     one, two = tmp_path / "one", tmp_path / "two"
     translation.main(arguments(one, gradient_accumulation_steps=2, **common))
     command = arguments(two, logging_steps=4, save_total_limit=3, **common)
@@ -173,6 +174,8 @@ def test_two_processes_do_what_one_does_and_resume(arguments, tmp_path):
     for a, b in zip(left["history"], right["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
         assert b["chrf"] == pytest.approx(a["chrf"])  # of 21 sentences, an odd number: none counted twice
+    assert right["average_steps"] == [8, 12]
+    assert right["average_validation"]["loss"] == pytest.approx(left["average_validation"]["loss"], abs=1e-5)
     for name, value in weights(one, 12).items():
         assert value.sub(weights(two, 12)[name]).abs().max() < 1e-4, name
     lines = [line for log in said for line in log.splitlines() if line.startswith("step 4")]

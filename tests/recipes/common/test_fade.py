@@ -1,7 +1,7 @@
 """Where a fade of a run is, by the step alone."""
 
 import pytest
-from transformers import AutoModel
+from transformers import AutoModelForMaskedLM
 
 from common.fade import fade, finish_saved_fade, is_fading
 from common.options import PatchOptions
@@ -29,10 +29,10 @@ def test_where_nothing_fades_it_has_arrived(options):
 
 
 def test_a_model_saved_at_the_end_becomes_a_plain_one_with_its_own_card(tmp_path):
-    model = patch_model(tiny().bert, affine="fade")
+    model = patch_model(tiny(), affine="fade")
     fade(model, 8, 8, OPTIONS)
     model.save_pretrained(tmp_path)
     assert "fade" in (tmp_path / "README.md").read_text()
-    finish_saved_fade(tmp_path, AutoModel)
-    assert not progress(AutoModel.from_pretrained(tmp_path))
+    finish_saved_fade(tmp_path, AutoModelForMaskedLM)
+    assert not progress(AutoModelForMaskedLM.from_pretrained(tmp_path))
     assert "fade" not in (tmp_path / "README.md").read_text()

@@ -1,14 +1,22 @@
 """What a run cannot go on with, or is asked to stop in, is answered in seconds, by all of its processes."""
 
 import json
+import math
 import os
 import re
 import signal
 import time
 
 import pytest
+import torch.nn.functional as F
 
+import classification
 from common.checkpoints import EXIT_RESUME
+from common.loop import Run
+from common.options import parse_options
+from tasks.data import data_content
+from tasks.options import ClassificationOptions
+from tasks.text import prepare_text
 from tests.recipes.fault_runs import arguments, write_data
 from tests.recipes.recipe_process import resumed_from, start, two_processes, wait
 from tests.recipes.tiny_configs import TINY_PARSER, TINY_TRANSFORMER_XL
@@ -65,6 +73,31 @@ def test_a_run_whose_data_has_changed_is_refused(finished, tmp_path):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert wait(start("classification", argv, tmp_path / "log")) == 2
     assert "on other data: what --validation_file names has changed since" in (tmp_path / "log").read_text()
+
+
+def test_a_step_that_is_not_finite_leaves_the_training_loss_finite_and_the_run_resumable(data, tmp_path):
+    changes = {"max_steps": 3, "logging_steps": 3, "checkpointing_steps": 1, "eval_steps": 3}
+    changes |= {"gradient_accumulation_steps": 1, "on_nonfinite": "skip"}
+    argv = arguments("classification", data, tmp_path / "run", **changes)
+    losses = []
+    for stop in (True, False):
+        run = Run(parse_options(ClassificationOptions, argv), argv, classification.__file__, data_content)
+        run.prepare(prepare_text)
+        with run.training():
+            for step in run:
+                if stop and run.progress.step == 2:
+                    break
+                for batch in step:
+                    labels = batch.pop("labels")
+                    loss = F.cross_entropy(run.model(**batch).logits, labels)
+                    losses.append(loss.item())
+                    run.backward(loss * (math.nan if len(losses) == 2 else 1.0))
+        if stop:
+            path = tmp_path / "run" / "checkpoint-2" / "progress.json"
+            saved = json.loads(path.read_text())
+            assert (saved["running_loss"], saved["running_steps"]) == (pytest.approx(losses[0]), 1)
+            path.write_text(json.dumps({**saved, "running_loss": None, "running_steps": 0}))  # NaN, as it once was
+    assert run.progress.train_history == [{"step": 3, "loss": pytest.approx(losses[2])}]
 
 
 def test_ctrl_c_in_the_middle_of_an_evaluation_is_answered_at_once(data, tmp_path):

@@ -27,6 +27,8 @@ class Run:
             nn.init.constant_(parameter, 0.5)
         optimizer = make_optimizer(self.layer, self.options)
         self.model, self.optimizer = self.accelerator.prepare(self.layer, optimizer)
+        if scaler is not None:
+            self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
         self.progress = Progress()
 
     def step(self, value: float, inputs: dict[str, torch.Tensor] | None = None, *, warming: bool = False) -> bool:
@@ -83,6 +85,13 @@ def test_a_spike_is_reported_with_step_and_module_and_training_goes_on(capsys):
     assert "the largest gradient is that of 1.weight" in out
 
 
+def test_to_report_a_spike_leaves_a_compiled_model_wrapped_as_it_was():
+    run = Run(learning_rate=1e-5).settle()
+    run.model = torch.compile(nn.DataParallel(run.layer), backend="eager")
+    assert run.step(50.0)
+    assert isinstance(run.model._orig_mod, nn.DataParallel)
+
+
 def test_a_spike_stops_the_run_on_request():
     run = Run(learning_rate=1e-5, on_spike="stop").settle()
     with pytest.raises(DivergedError, match=r"step 129: loss .* is a spike.*--on_spike skip") as caught:
@@ -96,6 +105,14 @@ def test_a_spike_is_left_out_on_request_until_it_is_the_rule(capsys):
     assert "step left out" in capsys.readouterr().out
     assert run.step(1.1)
     assert any(run.step(50.0) for _ in range(SPIKE_WINDOW))
+
+
+@pytest.mark.parametrize(("scale", "value"), [(8.0, 50.0), (1e-4, math.nan)])
+def test_a_step_left_out_in_fp16_does_not_stop_the_next(scale, value):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    run = Run(scaler, learning_rate=1e-5, on_spike="skip", on_nonfinite="skip").settle()
+    assert not run.step(value)
+    assert run.step(1.1)
 
 
 def test_a_spike_of_the_gradient_alone_is_one():

@@ -1,0 +1,24 @@
+"""A saved model is loaded whole or not at all."""
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from common.options import DataError
+from common.saved import load_saved
+from hf_adanorm import patch_model
+from tests.zoo.round_trip import tiny
+
+
+def test_a_whole_model_is_loaded_bit_for_bit(tmp_path):
+    model = patch_model(tiny())
+    model.save_pretrained(tmp_path)
+    loaded = dict(load_saved(AutoModelForMaskedLM, tmp_path).named_parameters())
+    assert all(torch.equal(value, loaded[name]) for name, value in model.named_parameters())
+
+
+def test_weights_that_would_be_left_at_chance_are_named(tmp_path):
+    model = patch_model(tiny())
+    model.save_pretrained(tmp_path, state_dict={f"_orig_mod.{name}": v for name, v in model.state_dict().items()})
+    with pytest.raises(DataError, match=rf"{tmp_path} lacks \d+ weights of a BertFor\w+: bert.*, \.\.\."):
+        load_saved(AutoModelForMaskedLM, tmp_path)
