@@ -36,6 +36,11 @@ def load_pairs(options: ParallelOptions) -> dict[str, Dataset]:
         raise DataError(f"--source_lang and --target_lang are both {options.source_lang!r}")
     files = {split: getattr(options, f"{split}_file") for split in SPLITS}
     held_out = options.hold_out_every is not None
+    if held_out and files["validation"] is not None:
+        raise DataError(
+            f"--validation_file {files['validation']}: --hold_out_every {options.hold_out_every} takes the validation "
+            "pairs from the training data; leave one of them out"
+        )
     if any(file is not None and "{lang}" in file for file in files.values()):
         splits = {}
         for split, file in files.items():
@@ -45,7 +50,7 @@ def load_pairs(options: ParallelOptions) -> dict[str, Dataset]:
                 continue
             splits[split] = _read_text_pair(file, split, options)
     else:
-        train = {"validation_file": files["validation"] or files["train"], "validation_split": options.train_split}
+        train = {"validation_file": files["train"], "validation_split": options.train_split}
         splits = read_splits(replace(options, **train) if held_out else options)  # that of validation is made below
         splits = {split: _columns(data, split, options) for split, data in splits.items()}
     splits = {split: _prepare(data, options) for split, data in splits.items()}

@@ -165,6 +165,7 @@ def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedMo
         config = fresh_config(options, **special, **label_mappings(names))
         model = build_fresh(AutoModelForSequenceClassification, config)
     check_positions(model, options.max_length, "max_length")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # Decoders look for a text's last token by it: another than the batches are padded with would make its class depend
+    # on the batch.
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model

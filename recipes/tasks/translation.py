@@ -101,6 +101,7 @@ def prepare_translation(run: Run) -> TranslationTask:
     for split in raw.keys() - {"train"}:
         references(raw[split], split)
     tokenizer = _tokenizer(raw["train"], run)
+    tokenizer.model_max_length = options.max_source_length  # saved with it, for the test as for the training
     splits = main_first(
         accelerator, lambda: {split: _tokenize(data, tokenizer, options) for split, data in raw.items()}
     )

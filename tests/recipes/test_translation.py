@@ -85,6 +85,7 @@ def finished(pairs, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     changes = {"C": 1.3, "k": 0.07, "test_file": pairs["validation"], "average_checkpoints": 2, "max_steps": 300}
     changes |= {"eval_steps": 100, "warmup_steps": 20, "lr_schedule": "inverse_sqrt", "initialization": "kaiming"}
+    changes |= {"max_target_length": 40}
     translation.main(arguments_for(pairs, cache, folder, **changes))
     return folder
 
@@ -131,6 +132,7 @@ def test_translations_stand_beside_their_references(finished, pairs):
 def test_the_saved_model_translates_by_stock_calls_with_its_norms(finished, name):
     model = AutoModelForSeq2SeqLM.from_pretrained(finished / name)
     tokenizer = AutoTokenizer.from_pretrained(finished / name)
+    assert tokenizer.model_max_length == 32  # of sources, by which translate.py cuts them
     norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
     assert {(norm.norm, norm.C, norm.k) for norm in norms} == {("adanorm", 1.3, 0.07)}
     assert len(norms) == NUM_NORMS

@@ -30,6 +30,11 @@ def options_for(folder, **changes):
     return ParallelOptions(**{**files, **changes})
 
 
+def test_a_validation_file_beside_pairs_held_out_is_refused(folder):
+    with pytest.raises(DataError, match=r"--validation_file .*val\.\{lang\}\.gz: --hold_out_every 3 takes"):
+        load_pairs(options_for(folder, hold_out_every=3))
+
+
 def test_plain_text_is_aligned_by_line_feeds_alone(folder):
     splits = load_pairs(options_for(folder))
     assert {split: len(data) for split, data in splits.items()} == {"train": 30, "validation": 5, "test": 4}

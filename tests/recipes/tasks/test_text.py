@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -13,7 +14,7 @@ from tasks.data import DataError
 from tasks.models import check_positions
 from tasks.options import ClassificationOptions
 from tasks.text import ClassificationTask, prepare_text
-from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_TRANSFORMER_XL
+from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_DECODER, TINY_TRANSFORMER_XL
 
 
 @pytest.fixture
@@ -37,6 +38,20 @@ def test_batches_are_padded_and_hold_their_labels(prepare):
     assert batch["labels"].tolist() == labels
     assert batch["attention_mask"].sum(1).tolist() == lengths == task.lengths["train"][:2]
     assert task.build_model().config.vocab_size == len(task.processor)
+
+
+def test_the_class_of_a_text_does_not_depend_on_its_batch_where_the_model_knows_another_padding(prepare, tmp_path):
+    tokenizer = prepare().processor
+    tokenizer.save_pretrained(tmp_path / "saved")
+    config = AutoConfig.for_model(**{**TINY_DECODER, "n_positions": 32, "pad_token_id": 9}, vocab_size=len(tokenizer))
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "saved")
+    task = prepare(model_name_or_path=str(tmp_path / "saved"), model_config={})
+    model, lengths = task.build_model().eval(), task.lengths["train"]
+    short, long = (pick(range(len(lengths)), key=lengths.__getitem__) for pick in (min, max))
+    alone, padded = (
+        task.collate([task.splits["train"][index] for index in rows]) for rows in ([short], [short, long])
+    )
+    torch.testing.assert_close(model(**padded).logits[0], model(**alone).logits[0])
 
 
 def test_with_a_token_budget_batches_are_planned_by_tokens(prepare):
