@@ -23,9 +23,15 @@ from common.saved import load_saved
 
 @torch.inference_mode()
 def translate_texts(
-    model_dir: str, texts: list[str], batch_size: int, precision: str, source_lang_code: str | None = None
+    model_dir: str,
+    texts: list[str],
+    batch_size: int,
+    precision: str,
+    source_lang_code: str | None = None,
+    source_prefix: str = "",
 ) -> list[str]:
     """The translation of every text; batches of similar length."""
+    texts = [source_prefix + text for text in texts]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if source_lang_code is not None:
@@ -56,6 +62,7 @@ def main() -> None:
     parser.add_argument("--input", required=True, help="text file, one sentence a line")
     parser.add_argument("--output", required=True, help="text file to write")
     parser.add_argument("--source_lang_code", help="source language of a multilingual tokeniser")
+    parser.add_argument("--source_prefix", default="", help="put before every sentence, as in the training")
     parser.add_argument("--batch_size", type=positive, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
@@ -65,9 +72,8 @@ def main() -> None:
             texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
         if not any(texts):
             raise DataError(f"{arguments.input} is empty")
-        translations = translate_texts(
-            arguments.model, texts, arguments.batch_size, arguments.mixed_precision, arguments.source_lang_code
-        )
+        names = ("batch_size", "mixed_precision", "source_lang_code", "source_prefix")
+        translations = translate_texts(arguments.model, texts, *(getattr(arguments, name) for name in names))
         Path(arguments.output).write_text("\n".join(translations) + "\n", encoding="utf-8")
 
 

@@ -47,6 +47,7 @@ from tasks.translation import (
     prepare_translation,
     references,
     source_texts,
+    translate_arguments,
 )
 
 OPTIONS, TASK = TranslationOptions, TranslationTask
@@ -103,9 +104,9 @@ def test_scores(
     options, data = run.options, task.raw["test"]
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "source.txt", Path(folder) / "translations.txt"
-        source.write_text("\n".join(source_texts(data, options.source_prefix)) + "\n", encoding="utf-8")
-        codes = {} if options.source_lang_code is None else {"source_lang_code": options.source_lang_code}
-        run.fresh_process("translate.py", model=model.resolve(), input=source, output=output, **codes)
+        source.write_text("\n".join(source_texts(data)) + "\n", encoding="utf-8")
+        said = translate_arguments(options)
+        run.fresh_process("translate.py", model=model.resolve(), input=source, output=output, **said)
         translations = task.restore(output.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     write_translations(write_to, data, translations)
     return translation_scores(translations, references(data), options.target_lang)

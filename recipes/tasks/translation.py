@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,13 @@ class TranslationTask(Task):
     label = "BLEU (Moses tokens, lower case)"
     unit = "target tokens/s"
     without_test: ClassVar[dict[str, str]] = {"test_file": "null", "test_split": "null"}
-    use = "python recipes/translate.py --model {model} --input SENTENCES --output TRANSLATIONS"
 
     raw: dict[str, Dataset]
     splits: dict[str, Dataset]
     lengths: dict[str, tuple[list[int], list[int]]]
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
     restore: Callable[[list[str]], list[str]]
+    use: str
 
     @classmethod
     def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
@@ -140,7 +141,21 @@ def prepare_translation(run: Run) -> TranslationTask:
         lengths=lengths,
         collate=collate,
         restore=restore,
+        use=_use(options),
     )
+
+
+def translate_arguments(options: Any) -> dict[str, str]:
+    """The options of `translate.py` without which it reads something else than the training did."""
+    names = ("source_lang_code", "source_prefix")
+    return {name: value for name in names if (value := getattr(options, name))}
+
+
+def _use(options: Any) -> str:
+    said = "".join(f" --{name} {shlex.quote(value)}" for name, value in translate_arguments(options).items())
+    said = said.replace("{", "{{").replace("}", "}}")
+    moses = " (in and out in Moses's tokens)" if options.text_preparation == "moses" else ""
+    return f"python recipes/translate.py --model {{model}} --input SENTENCES --output TRANSLATIONS{said}{moses}"
 
 
 # ------------------------------------------------------------------------------------------------------ tokens
@@ -314,9 +329,9 @@ def initialize(model: PreTrainedModel, kind: Literal["xavier", "kaiming"]) -> No
         )
 
 
-def source_texts(data: Dataset, prefix: str) -> list[str]:
+def source_texts(data: Dataset) -> list[str]:
     """What `translate.py` is given for a split."""
-    return [" ".join((prefix + text).split("\n")) for text in data[SOURCE]]
+    return [" ".join(text.split("\n")) for text in data[SOURCE]]
 
 
 def references(data: Dataset, split: str = "") -> list[str]:

@@ -20,8 +20,10 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_joint_bpe(TEXTS * 3, vocab_size=30, lowercase=False, max_length=20)
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**TINY_TRANSLATOR, vocab_size=len(tokenizer), decoder_start_token_id=2)
+    torch.manual_seed(2)
+    # Weights so large, and a head of its own, that what comes out depends on what goes in.
+    sizes = {**TINY_TRANSLATOR, "init_std": 1.0, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(**sizes, vocab_size=len(tokenizer), decoder_start_token_id=2)
     model = patch_model(AutoModelForSeq2SeqLM.from_config(config), "adanorm")
     model.generation_config.max_length = 6
     model.save_pretrained(folder)
@@ -39,6 +41,16 @@ def test_every_line_has_its_translation_whatever_the_batch(model, tmp_path, monk
     run(monkeypatch, "--model", model, "--input", tmp_path / "in.gz", "--output", tmp_path / "out", "--batch_size", 2)
     found = (tmp_path / "out").read_text().removesuffix("\n").split("\n")
     assert found == [translate.translate_texts(model, [text], 1, "no")[0] for text in TEXTS]
+    assert len(set(found)) > 2
+
+
+def test_a_prefix_stands_before_every_sentence(model, tmp_path, monkeypatch):
+    (tmp_path / "in").write_text("\n".join(TEXTS))
+    files = ("--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    run(monkeypatch, *files, "--source_prefix", "b a ")
+    found = (tmp_path / "out").read_text().removesuffix("\n").split("\n")
+    assert found == translate.translate_texts(model, ["b a " + text for text in TEXTS], 8, "no")
+    assert found != translate.translate_texts(model, TEXTS, 8, "no")
 
 
 def test_an_empty_file_is_refused(model, tmp_path, monkeypatch, capsys):

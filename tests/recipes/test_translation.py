@@ -202,7 +202,7 @@ def test_early_stopping_counts_evaluations_without_a_better_score(arguments, tmp
 
 
 @pytest.mark.parametrize("sizes", [{"model_type": "marian"}, {"model_type": "mbart"}, {"model_type": "t5"}])
-def test_other_architectures_start_from_a_config(arguments, tmp_path, sizes):
+def test_other_architectures_start_from_a_config(arguments, tmp_path, sizes, capsys):
     changes = {"norm": "layernorm-simple"}
     if sizes["model_type"] == "t5":
         config = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
@@ -211,6 +211,8 @@ def test_other_architectures_start_from_a_config(arguments, tmp_path, sizes):
         config = {**TINY_TRANSLATOR, **sizes}
     translation.main(arguments(tmp_path, model_config=json.dumps(config), max_steps=2, **changes))
     assert read_results(tmp_path)["norm_modules"] > 0
+    how = "--output TRANSLATIONS --source_prefix 'translate: '" if "source_prefix" in changes else "TRANSLATIONS\n"
+    assert how in capsys.readouterr().out
     config = AutoConfig.from_pretrained(tmp_path / "best")
     assert config.decoder_start_token_id == config.eos_token_id == 2
 
