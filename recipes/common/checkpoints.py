@@ -193,10 +193,16 @@ class Checkpoints:
     def check_resumable(self) -> Path | None:
         """The checkpoint that this run would resume from; reads nothing but its options.
 
-        Raises ResumeError naming every option that differs from the run that wrote it.
+        Raises ResumeError naming every option that differs from the run that wrote it, or for a finished run without
+        a checkpoint, which would be trained anew over its results.
         """
         latest = self.latest()
         if latest is None:
+            if (self.folder / "results.json").exists() and not self.overwrite:
+                raise ResumeError(
+                    f"{self.folder} holds the results.json of a finished run, and no checkpoint of it. Give another "
+                    "--output_dir, or --overwrite_output_dir true to train it anew"
+                )
             return None
         try:
             saved = json.loads((latest / "config.json").read_text(encoding="utf-8"))

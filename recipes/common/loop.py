@@ -28,7 +28,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -401,7 +401,11 @@ class Run:
             "train_history": progress.train_history,
             **results,
         }
+        # The card first: a run that is killed here has no results yet, and goes on; a push that fails leaves both.
+        best = self.output_dir / "best"
+        publish(best, self.record, replace(self.options, push_to_hub=False))
         write_json(self.output_dir / "results.json", self.record)
-        use = self.task.use.format(pipeline=self.task.pipeline, model=self.output_dir / "best")
+        use = self.task.use.format(pipeline=self.task.pipeline, model=best)
         self.print(f"{format_results([self.record])}\nbest model, of step {progress.best_step}: {use}")
-        publish(self.output_dir / "best", self.record, self.options)
+        if self.options.push_to_hub:
+            publish(best, self.record, self.options)

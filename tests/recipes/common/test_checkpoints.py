@@ -98,6 +98,13 @@ def test_other_options_are_refused_by_name(tmp_path):
         Checkpoints(tmp_path, accelerator, changed, free=frozenset({"logging_steps"})).check_resumable()
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_over(tmp_path):
+    accelerator, *_ = prepared()
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ResumeError, match=r"results\.json of a finished run, and no checkpoint of it"):
+        Checkpoints(tmp_path, accelerator, CONFIG).check_resumable()
+
+
 def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
     accelerator, *_ = prepared()
     Checkpoints(tmp_path, accelerator, CONFIG).save(Progress(step=1))
