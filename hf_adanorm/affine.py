@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._tables import counted
 from .detection import NormInfo
 from .folding import FoldReport, comes_in, fold_norms
-from .modeling_adanorm import NormGroup, SwappedNorm, is_as, is_swapped
+from .modeling_adanorm import NormGroup, SwappedNorm, is_as, is_swapped, source_settings
 from .swapping import Change, Plan
 
 
@@ -58,8 +58,12 @@ def _ramping(module: SwappedNorm, group: NormGroup, *, ramp: bool = True) -> Nor
     computes plain N(x) so far. Without a ramp only gains and biases go on fading."""
     if module.fade or (ramp and module.fade is not None):
         return replace(group, fade=module.fade)
-    plain = type(module).is_plain(module.settings())
-    return replace(group, fade=()) if ramp and plain and comes_in(group) else group
+    ramp = ramp and _is_plain(module) and module.reference == "paper"  # to which alone a ramp leads
+    return replace(group, fade=()) if ramp and comes_in(group) else group
+
+
+def _is_plain(module: SwappedNorm) -> bool:
+    return type(module).is_plain(module.settings())
 
 
 def _fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGroup:
@@ -80,6 +84,8 @@ def fold(
 ) -> None:
     """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
     _refuse_other_functions(plan, "fold")
+    if plan.options.eps is not None:  # the source's own: what a fold makes of it stands on the module
+        plan.swaps = [(*swap[:3], _without_given_eps(swap[1], swap[3])) for swap in plan.swaps]
     calibrate = on_unfoldable == "calibrate"
     at_once = calibrate or not ramp
     # What was swapped before has no gain and bias any more; a fit makes up for what else it becomes.
@@ -101,9 +107,14 @@ def fold(
     kept = set(report.names("kept"))
     if len(kept) == len(plan.swaps) and on_unfoldable != "fade":
         why = report.norms[0]
+        others = [f'on_unfoldable="{way}"' for way in ("approximate", "calibrate", "fade") if way != on_unfoldable]
         raise ValueError(
             f"none of the {len(kept)} norms can be folded ({why.name}: {why.reason}); nothing was changed. "
-            f'on_unfoldable="approximate", "calibrate" or "fade" may do'
+            + (
+                f"{' or '.join(others)} may do"
+                if any(not is_swapped(module) for _, module, *_ in plan.swaps)
+                else 'They are swapped already: affine="drop" changes their settings alone'
+            )
         )
     swaps = []
     for name, module, info, group in plan.swaps:
@@ -137,11 +148,22 @@ def fold(
             f"at these settings half of the norms lose {lost[len(lost) // 2]:.0%} or more of what they passed on: "
             "choose a smaller k, calibrate_k(model, batches).k gives one for each norm"
         )
-    jumps = any(comes_in(group) and group.fade is None and not is_as(module, group) for _, module, _, group in swaps)
-    if not ramp and not calibrate and jumps:
+    jumps = any(comes_in(group) and group.fade is None and _can_jump(module) for _, module, _, group in swaps)
+    if not calibrate and jumps:
+        why = "ramp=False" if not ramp else 'a norm with reference="lancopku"'
         change.warn(
-            "ramp=False sets k and C at once: the outputs of a pretrained model change a lot until it is trained again"
+            f"{why} sets k and C at once: the outputs of a pretrained model change a lot until it is trained again"
         )
+
+
+def _without_given_eps(module: nn.Module, group: NormGroup) -> NormGroup:
+    readable = not is_swapped(module) and source_settings(module).get("eps") == group.eps
+    return replace(group, eps=None) if readable else group
+
+
+def _can_jump(module: nn.Module) -> bool:
+    """Whether it computes plain N(x) so far, or is on its way from it."""
+    return not is_swapped(module) or module.fade is not None or _is_plain(module)
 
 
 def warn_of_dropped(plan: Plan, change: Change) -> None:

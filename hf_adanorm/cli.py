@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 import secrets
+import shlex
 import shutil
 import sys
 import warnings
@@ -509,7 +510,8 @@ def _push(folder: Path, repo_id: str, private: bool) -> str:
             write_model_card(folder, model_id=repo_id)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model", **filters)
     except Exception as error:  # of whichever kind: the network's have little in common
-        told = f"{error}; {folder} is complete, and `hf upload {repo_id} {folder}` pushes it"
+        again = shlex.join(["hf", "upload", repo_id, str(folder), *["--private"] * bool(private)])
+        told = f"{error}; {folder} is complete, and `{again}` pushes it"
         raise OSError(told) from error
     return f"{api.endpoint}/{repo_id}"
 

@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 import math
 import numbers
 import warnings
@@ -1272,7 +1273,7 @@ def _renamed_by_place(
     """Names of today for names of `spec` that are gone: the part from the first number on is the same, or without
     numbers the last part, and as many norms with that ending are `free` as are `lost`; they keep their order.
     A wrong guess would stop the load: the checkpoint holds one element for a swapped norm, and a gain for another.
-    Among swapped norms nothing would, so those with that ending must have the same `settings`, number by number."""
+    Among swapped norms nothing would, so those with that ending must have the same `settings` at the same numbers."""
 
     def by_ending(names: Iterable[str]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -1289,15 +1290,20 @@ def _renamed_by_place(
     candidates = by_ending(name for name in free if not name.startswith("^"))
     today: dict[str, str] = {}
     said: dict[str, set[Any]] = {}
+
+    def differ(one: str, other: str) -> bool:
+        pairs = ((n, x, m, y) for n, x in said[one] for m, y in said[other])
+        return any(x != y and all(a == b or "*" in (a, b) for a, b in zip(n, m, strict=False)) for n, x, m, y in pairs)
+
     for name in lost:
         said.setdefault(number_template(name), set()).add((_numbers(name), (settings or {}).get(name)))
     for ending, gone in by_ending(n for n in lost if n not in renamed and not n.startswith("^")).items():
         if len(there := candidates.get(ending, [])) != len(gone):
             continue
-        if (other := next((template for template in gone if said[template] != said[gone[0]]), None)) is not None:
+        if (found := next(((a, b) for a, b in itertools.combinations(gone, 2) if differ(a, b)), None)) is not None:
             if not part:
                 warnings.warn(
-                    f"config.adanorm names modules that were renamed, and {gone[0]!r} and {other!r} have other "
+                    f"config.adanorm names modules that were renamed, and {found[0]!r} and {found[1]!r} have other "
                     f"settings: which of {', '.join(there)} is which cannot be told. Load with the version of "
                     "transformers that wrote them",
                     stacklevel=2,
@@ -1372,6 +1378,8 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
         overrides = {**source.__dict__["_overrides"], **overrides}
         new.__dict__["_source"] = source.__dict__["_source"]
         new.__dict__["_source_has_values"] = source.__dict__["_source_has_values"]
+        if ADJUSTED_EPS in source.__dict__ and new.eps == source.eps:
+            new.__dict__[ADJUSTED_EPS] = True
     else:
         new.__dict__["_source"] = source
         if source.__dict__.get(ADJUSTED_EPS):  # the config's eps is another

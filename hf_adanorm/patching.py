@@ -94,7 +94,8 @@ def patch_model(
             norm, see `fold_affine`) or `"fade"` (kept as constants that `FadeCallback` or `set_fade` fade out).
         on_unfoldable: for `affine="fold"`, what to do with a norm that something else reads too: `"keep"` leaves it
             as it is, `"fade"` fades it, `"approximate"` folds a post-norm residual norm but for the deviation of its
-            gain, `"calibrate"` folds every norm by a fit to `fold_inputs`, with C and k as they will be, `"raise"`.
+            gain, `"calibrate"` folds by a fit to `fold_inputs`, with C and k as they will be, from the first norm on
+            that does not fold exactly (one in a fade goes on with it), `"raise"`.
         on_tied: for `affine="fold"` and a norm whose head shares its weight with an embedding: `"keep"` leaves the
             norm as it is, `"untie"` gives the head its own copy, to fold into.
         fold_inputs: for `affine="fold"`, a batch for the model to run on, if its own dummy inputs do not suit.

@@ -216,11 +216,13 @@ class Options:
         spelled out."""
         readable = source_settings(source)
         facts = {
-            "eps": info.eps if self.eps is None else float(self.eps),
+            "eps": info.eps,
             "normalized_shape": info.normalized_shape,
             "channels_first": info.channels_first,
         }
         overrides: dict[str, Any] = {key: value for key, value in facts.items() if readable.get(key) != value}
+        if self.eps is not None:
+            overrides["eps"] = float(self.eps)
         centered = self.centered if self.centered is not None else info.kind == "layernorm"
         settings: dict[str, Any] = {}
         for key, setting in NORM_CLASSES[self.norm].SETTINGS.items():

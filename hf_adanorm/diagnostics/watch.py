@@ -397,7 +397,8 @@ class _Watcher:
         k = getattr(watched.module, "k", self.k)
         shares = [mean.new_zeros(())] * 2
         if k:
-            progress = watched.module._buffers.get("fade_progress")  # of a swapped norm on its way: k of the moment
+            own = hasattr(watched.module, "k")
+            progress = watched.module._buffers.get("fade_progress") if own else None  # on its way: k of the moment
             limit = 1 / (k if progress is None else k * progress)
             shares = [torch.count_nonzero(beyond) / y.numel() for beyond in (y >= limit, y > 0.5 * limit)]
         counts = torch.histc(y.clamp(*HISTOGRAM_RANGE), HISTOGRAM_BINS, *HISTOGRAM_RANGE) if self.histogram else None

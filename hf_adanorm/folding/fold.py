@@ -208,7 +208,7 @@ def fold_norms(
     inputs = _checked(model, fold_inputs) if fold_inputs is not None else dummy_inputs(model)
     calibrate = on_unfoldable == "calibrate"
     heads = untie_heads(model) if on_tied == "untie" else {}
-    moving = [name for name, group in groups.items() if comes_in(group) or is_swapped(model.get_submodule(name))]
+    moving = [name for name, group in groups.items() if _moves(model.get_submodule(name), group)]
     plan = FoldPlan(
         model,
         names,
@@ -255,6 +255,15 @@ def fold_norms(
     return FoldReport(tuple(plan.result()), difference, side, tuple(plan.added_biases), tuple(plan.protect()), untied)
 
 
+def _moves(module: nn.Module, group: NormGroup) -> bool:
+    """Whether what `module` becomes is, but for gain and bias, another function."""
+    if comes_in(group) or not is_swapped(module):
+        return comes_in(group)
+    plain = module.fade is None and (not module.can_be_plain or module.is_plain(module.settings()))
+    same = group.eps in (None, module.eps) and (group.centered is not False) == module.centered
+    return not (plain and same)
+
+
 def _checked(model: nn.Module, fold_inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`fold_inputs`, with which the model runs. Raises ValueError, with the model's own words, when it does not."""
     inputs = dict(fold_inputs)
@@ -277,6 +286,7 @@ def _replacements(plan: FoldPlan, groups: Mapping[str, NormGroup]) -> dict[str, 
         settings: dict[str, Any] = {} if group is None else group.settings()
         settings["centered"] = info.kind == "layernorm" if group is None else group.centered is not False
         settings["channels_first"] = info.channels_first
+        settings["reference"] = (group and group.reference) or getattr(module, "reference", "paper")
 
         def norm(x: Tensor) -> Tensor:
             eps = None if group is None else group.eps

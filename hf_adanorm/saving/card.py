@@ -210,11 +210,11 @@ def renewed_card(existing: str | None, config: Mapping[str, Any], **more: Any) -
     """The card for a push over an `existing` one, of a model with the given config.json: our section describes that
     model, and is gone if it is no patched one. A card without our section stays as it is; `more` as in `render_card`.
     """
+    if existing is not None and describes(existing, config) is not False:
+        return existing
     if not any(True for _ in _specs(config)):
         return None if existing is None else without_section(existing)
-    if existing is None or describes(existing, config) is False:
-        return render_card(config, existing=existing, **more)
-    return existing
+    return render_card(config, existing=existing, **more)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

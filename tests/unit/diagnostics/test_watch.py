@@ -136,6 +136,14 @@ def test_in_the_middle_of_a_fade_the_shares_are_those_of_the_k_of_the_moment():
     assert start.share_falling == start.share_negative == 0
 
 
+def test_a_fade_of_a_norm_without_k_leaves_the_k_that_was_given():
+    norms = [LayerNormSimple(WIDTH), LayerNormSimple(WIDTH)]
+    norms[1].start_fade()
+    x = torch.randn(ROWS, WIDTH)
+    plain, fading = (record_alone(norm, x, torch.randn(ROWS, WIDTH), k=1.0).records[0] for norm in norms)
+    assert fading.share_negative == plain.share_negative > 0
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_theorem_1_holds_in_the_record(name):
     """The four rows of Theorem 1: who re-centres, who re-scales."""

@@ -216,6 +216,25 @@ def test_a_calibrated_fold_that_is_exact_adds_no_bias_and_leaves_a_stock_model()
     assert unchanged(model, state(exact))
 
 
+def test_a_plain_norm_that_becomes_another_plain_one_takes_no_bias() -> None:
+    model = build("llama")
+    batch = {"input_ids": torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(1))}
+    patch_model(model, "layernorm-simple", targets="all", affine="fold")
+    names = set(dict(model.named_parameters()))
+    patch_model(model, "detachnorm", targets="all", affine="fold", on_unfoldable="calibrate", fold_inputs=batch)
+    assert set(dict(model.named_parameters())) == names
+
+
+def test_a_ramp_does_not_lead_to_the_authors_form() -> None:
+    model = build("bert-cls").bert
+    place = model.encoder.layer[1].output
+    place.LayerNorm = LayerNormSimple(place.LayerNorm.weight.shape, reference="lancopku")
+    with pytest.warns(UserWarning, match='a norm with reference="lancopku" sets k and C at once'):
+        patch_model(model, "adanorm", affine="fold", on_unfoldable="approximate")
+    assert place.LayerNorm.fade is None
+    assert place.LayerNorm.reference == "lancopku"
+
+
 def test_the_report_of_a_fit_says_what_share_of_each_output_is_not_reproduced() -> None:
     model = build("bert-cls")
     batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hf_adanorm import fold_affine, is_patched, patch_model, set_fade
+from hf_adanorm import fold_affine, is_patched, patch_model, set_fade, unpatch_model
 from hf_adanorm.folding.fold import fold_norms
 from hf_adanorm.running import dummy_inputs
 from hf_adanorm.saving import install
@@ -433,6 +433,26 @@ def test_the_eps_of_a_fold_outlives_the_norm_that_it_was_adjusted_on(tmp_path: P
     assert again.encoder.layer[1].output.LayerNorm.eps == other.eps != model.config.layer_norm_eps
     with torch.no_grad():
         assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
+def test_an_eps_that_was_adjusted_lasts_through_a_second_patch_and_back() -> None:
+    model = build("bert-cls").bert
+    norm = "encoder.layer.0.output.LayerNorm"
+    patch_model(model, "layernorm-simple", include=norm)
+    how = {"affine": "fold", "on_unfoldable": "approximate"}
+    quietly(patch_model, model, "layernorm-simple", include="attention.output.LayerNorm", **how)
+    adjusted = model.get_submodule(norm).eps
+    patch_model(model, "detachnorm", include=norm)
+    quietly(unpatch_model, model)
+    assert model.get_submodule(norm).eps == adjusted != model.config.layer_norm_eps
+
+
+def test_a_given_eps_is_saved_where_the_model_has_it_in_memory_alone(tmp_path: Path) -> None:
+    model = build("bert-cls").bert
+    norm = "encoder.layer.0.output.LayerNorm"
+    model.get_submodule(norm).eps = 0.1
+    quietly(patch_model, model, "layernorm-simple", include=norm, eps=0.1)
+    assert reloaded(model, tmp_path).get_submodule(norm).eps == 0.1
 
 
 def test_a_fold_that_changed_values_only_needs_no_spec() -> None:

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from hf_adanorm import patch_model, unpatch_model, write_model_card
-from hf_adanorm.saving.card import BEGIN, END, PROJECT, render_card, renewed_card, without_section
+from hf_adanorm.saving.card import BEGIN, END, PROJECT, render_card, renewed_card, with_section, without_section
 from tests.integration.hub_client import NORMS, build
 from tests.integration.hub_server import HubServer
 from tests.zoo.tiny_text import make_tokenizer
@@ -151,6 +151,12 @@ def test_a_card_brought_up_to_another_model_loses_the_scores_and_tags_of_the_one
     data = ModelCard(renewed_card(before, model.config.to_dict())).data
     assert data.eval_results is None
     assert data.tags == (["mine"] if norm is None else ["mine", "hf_adanorm", norm])
+
+
+def test_a_section_that_is_true_of_a_stock_model_stays() -> None:
+    config = unpatch_model(build()).config.to_dict()
+    card = with_section(None, "The control.", title="mine")
+    assert renewed_card(card, config) == card
 
 
 def test_a_card_without_front_matter_gains_one(saved: Path) -> None:

@@ -161,6 +161,14 @@ def test_stacks_of_other_settings_are_not_told_apart_by_their_order() -> None:
         assert modeling_adanorm._renamed_by_place(lost, free, dict(zip(lost, (one, other), strict=True))) == {}
 
 
+def test_stacks_of_the_same_settings_are_told_by_their_order_whatever_their_numbers() -> None:
+    lost = ["encoder.layers.2.norm", "encoder.layers.3.norm", "decoder.layers.0.norm", "decoder.layers.1.norm"]
+    free = [f"{stack}.layers.{i}.norm" for stack, size in (("e", 4), ("d", 2)) for i in range(size)]
+    same = dict.fromkeys(lost, NormGroup(norm="adanorm", C=1.0, modules=()))
+    expected = {name: name.replace("encoder", "e").replace("decoder", "d") for name in lost}
+    assert modeling_adanorm._renamed_by_place(lost, free, same) == expected
+
+
 def test_layers_of_other_settings_in_stacks_that_are_alike_are_found_by_their_numbers() -> None:
     lost = [f"{stack}.layers.{i}.norm" for i in range(2) for stack in "ab"]
     free = [name.replace("a.", "c.").replace("b.", "d.") for name in lost]
