@@ -77,7 +77,9 @@ def test_scores(run: Run, task: ByteTask, model: Path) -> dict[str, float] | Non
     with tempfile.TemporaryDirectory() as folder:
         text, output = Path(folder) / "test.txt", Path(folder) / "bits.json"
         text.write_bytes(task.splits["test"].tobytes())
-        arguments = {"model": model.resolve(), "data": text, "output": output, "stride": options.eval_stride}
+        arguments = {"model": model.resolve(), "data": text, "output": output}
+        if task.windows is not None:  # a memory reads streams
+            arguments["stride"] = options.eval_stride
         run.fresh_process("score_bytes.py", sequence_length=options.sequence_length, **arguments)
         scores = json.loads(output.read_text(encoding="utf-8"))
     write_json(run.output_dir / "test_bits.json", scores)

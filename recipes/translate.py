@@ -69,7 +69,10 @@ def main() -> None:
     with clear_use(arguments):
         opener = gzip.open if arguments.input.endswith(".gz") else open
         with opener(arguments.input, "rt", encoding="utf-8-sig", newline="\n") as file:
-            texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
+            try:
+                texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
+            except UnicodeDecodeError as error:
+                raise DataError(f"--input {arguments.input} is not UTF-8: {error}") from error
         if not any(texts):
             raise DataError(f"{arguments.input} is empty")
         names = ("batch_size", "mixed_precision", "source_lang_code", "source_prefix")

@@ -178,8 +178,10 @@ class Run:
             self.saved_step = self.progress.step
             self.stopwatch = Stopwatch(self.progress)
             self.running_loss = torch.zeros((), device=accelerator.device)  # this process's share
+            if self.progress.running_loss is None:  # of before, with a step left out that was counted
+                self.progress.running_loss, self.progress.running_steps = 0.0, 0
             if self.is_main:
-                self.running_loss += self.progress.running_loss or 0.0  # null: of before, with a step left out
+                self.running_loss += self.progress.running_loss
             self.model.train()
             with norms_to_trackers(accelerator, self.model, options, self.progress.step) as self.send_norms:
                 yield

@@ -35,7 +35,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OptionError(f"--gather {path} cannot be read ({error}): report again with --report_only") from error
-    if "mixed_precision" not in summary:
+    if "grid" not in summary:
         again = f"python {summary['command']} --report_only" if "command" in summary else "its command, --report_only"
         raise OptionError(f"--gather {path} is of an earlier version; report again: {again}")
     if not summary["options"]:
@@ -90,8 +90,14 @@ examples, corrected for it.
 
 
 def is_own(summary: Mapping[str, Any] | None) -> bool:
-    """Whether a comparison is by the row's own config, and so of its own data as far as its options say."""
-    return summary is not None and summary["title"] == NEEDS[summary["column"]].config
+    """Whether a comparison is by the row's own config, and so of its own data as far as its options say, or by another
+    on the same data set of the Hub."""
+    if summary is None or summary["title"] == NEEDS[summary["column"]].config:
+        return summary is not None
+    path = str(_CONFIGS / f"{NEEDS[summary['column']].config}.yaml")
+    had, meant = summary["options"], _options(choose_recipe(None, path)[1], "--config", path)
+    names = ("dataset_name", "dataset_config", "train_file")
+    return bool(meant.get("dataset_name")) and all(had.get(name) == meant.get(name) for name in names)
 
 
 def scores_table(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -144,7 +150,7 @@ def departures(summary: Mapping[str, Any]) -> str:
     for name in dict.fromkeys(name for row in summary["rows"] for name in row["choice"]):
         values = {row["norm"]: row["choice"][name] for row in summary["rows"] if name in row["choice"]}
         had[name] = meant[name]  # said here, or else below
-        if any(row["tried"] > 1 for row in summary["rows"]):
+        if len(summary["grid"].get(name, ())) > 1:
             chosen = ", ".join(f"{title_of(norm)} {value}" for norm, value in values.items())
             by_grid.append(f"{name} chosen on validation: {chosen} ({_said(meant[name])})")
         else:
@@ -157,7 +163,8 @@ def departures(summary: Mapping[str, Any]) -> str:
     processes = summary["num_processes"] or 1
     pairs[f"processes x {accumulation}"] = (processes * had[accumulation], need.processes * meant[accumulation])
     precision = summary["mixed_precision"] or had["mixed_precision"] or "no"
-    pairs["mixed_precision"] = (precision, meant["mixed_precision"] or "no")
+    if len(summary["grid"].get("mixed_precision", ())) < 2:
+        pairs["mixed_precision"] = (precision, meant["mixed_precision"] or "no")
     said = [f"{name} {_said(one)} ({_said(other)})" for name, (one, other) in pairs.items() if one != other]
     budget = f"{summary['steps']:,} updates a run, {summary['train_samples']:,} training examples"
     return f"{column}: {_data(summary, had, meant)}{budget}; {', '.join([*by_grid, *said]) or 'no other departure'}."

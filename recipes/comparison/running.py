@@ -172,7 +172,7 @@ class Comparison:
         """Raise OptionError when a run that ended was divided over another number of processes than those before it,
         and so had other batches, or ran in another precision."""
         for name in LAUNCHED:
-            if name in (record := run.record):
+            if name in (record := run.record) and name not in self.grid:
                 value, folder = self.launched.setdefault(name, (record[name], run.folder))
                 if value != record[name]:
                     raise OptionError(

@@ -153,6 +153,7 @@ def summarize(
         }
         for norm in choices
     ]
+    tried = dict.fromkeys(name for run in search for name in run.choice)
     plain = records[id(min(finished, key=lambda run: run.norm != BASELINE))] if finished else {}
     return {
         "title": title,
@@ -165,6 +166,9 @@ def summarize(
         "higher_is_better": task.higher_is_better,
         "rows": rows,
         **{name: plain.get(name) for name in ("options", "steps", "train_samples", *LAUNCHED)},
+        "grid": {
+            name: list(dict.fromkeys(run.choice[name] for run in search if name in run.choice)) for name in tried
+        },
         "num_resamples": num_resamples,
         "num_test_examples": _num_examples(finished, task, split),
         "command": command,

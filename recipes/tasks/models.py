@@ -138,8 +138,11 @@ def load_classifier(auto_class: Any, name: str, names: Sequence[str]) -> PreTrai
 def try_out(model: PreTrainedModel, name: str, **inputs: Any) -> Any:
     """What a model returns for `inputs`, in eval mode. Raises OptionError, in the model's own words, for one that
     cannot be given what `name` says."""
-    try:  # with a copy: BigBird is another model for good once it has read a short text
-        return copy.deepcopy(model).eval()(**inputs)
+    copied = copy.deepcopy(model).eval()  # BigBird is another model for good once it has read a short text
+    try:
+        if copied.config._attn_implementation not in (None, "eager", "sdpa"):  # flash attention asks for a GPU
+            copied.set_attn_implementation("eager")
+        return copied(**inputs)
     except Exception as error:  # of whatever kind the model makes of it
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         hint = "; if it needs a pad_token_id, give one, 0 for bytes" if "NoneType" in said else ""

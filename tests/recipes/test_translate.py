@@ -60,6 +60,13 @@ def test_an_empty_file_is_refused(model, tmp_path, monkeypatch, capsys):
     assert "in is empty" in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_utf_8_is_named(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").write_bytes("Straße\n".encode("latin-1"))
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert f"--input {tmp_path / 'in'} is not UTF-8" in capsys.readouterr().err
+
+
 def test_a_tokenizer_without_languages_takes_none(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").write_text("a b\n")
     files = ("--input", tmp_path / "in", "--output", tmp_path / "out")

@@ -96,7 +96,7 @@ def test_a_step_that_is_not_finite_leaves_the_training_loss_finite_and_the_run_r
             path = tmp_path / "run" / "checkpoint-2" / "progress.json"
             saved = json.loads(path.read_text())
             assert (saved["running_loss"], saved["running_steps"]) == (pytest.approx(losses[0]), 1)
-            path.write_text(json.dumps({**saved, "running_loss": None, "running_steps": 0}))  # NaN, as it once was
+            path.write_text(json.dumps({**saved, "running_loss": None, "running_steps": 2}))  # NaN, as it once was
     assert run.progress.train_history == [{"step": 3, "loss": pytest.approx(losses[2])}]
 
 
