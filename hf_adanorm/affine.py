@@ -150,9 +150,9 @@ def fold(
         )
     jumps = any(comes_in(group) and group.fade is None and _can_jump(module) for _, module, _, group in swaps)
     if not calibrate and jumps:
-        why = "ramp=False" if not ramp else 'a norm with reference="lancopku"'
+        what = "ramp=False" if not ramp else 'a norm with reference="lancopku"'
         change.warn(
-            f"{why} sets k and C at once: the outputs of a pretrained model change a lot until it is trained again"
+            f"{what} sets k and C at once: the outputs of a pretrained model change a lot until it is trained again"
         )
 
 
