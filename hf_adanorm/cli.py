@@ -485,13 +485,15 @@ def _copy_processor(name: str, revision: str | None, folder: Path) -> bool:
 
 def _check_push(repo_id: str | None) -> None:
     """Before the work, what would stop the push after it."""
-    from huggingface_hub import get_token
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
 
     if repo_id is not None:
         validate_repo_id(repo_id)
-        if get_token() is None:
-            raise ValueError("--push-to-hub needs a token: hf auth login, or HF_TOKEN")
+        try:
+            build_hf_headers(token=True)
+        except LocalTokenNotFoundError as error:
+            raise ValueError("--push-to-hub needs a token: hf auth login, or HF_TOKEN") from error
 
 
 def _push(folder: Path, repo_id: str, private: bool) -> str:
