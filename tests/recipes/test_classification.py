@@ -162,7 +162,7 @@ def test_two_processes_do_what_one_does(texts, tmp_path):
         ({"batch_size": 0}, "--batch_size must be positive, got 0"),
         ({"seed": -1}, "--seed must be in [0, 4294967295], got -1"),
         ({"report_to": "[bogus]"}, "bogus"),
-        ({"model_name_or_path": "no/such", "model_config": "{}"}, "--model_name_or_path no/such: "),
+        ({"model_name_or_path": "no/such/model", "model_config": "{}"}, "--model_name_or_path no/such/model: "),
         ({"model_config": '{"model_type": "bert", "hidden_act": "nosuch"}'}, "no bert can be built from it: KeyError"),
     ],
 )

@@ -98,7 +98,11 @@ def test_a_model_of_other_classes_is_refused(names, said, saved, prepare):
         ({"text_pair_column": "txt"}, DataError, "--text_pair_column 'txt': the train split has no such column"),
         ({"label_names": ["only"]}, DataError, "label 1 is outside the range 0 to 0"),
         ({"model_config": {}}, OptionError, "give either --model_name_or_path or model_config"),
-        ({"model_name_or_path": "no/such", "model_config": {}}, OptionError, "--model_name_or_path no/such: "),
+        (
+            {"model_name_or_path": "no/such/model", "model_config": {}},
+            OptionError,
+            "--model_name_or_path no/such/model: ",
+        ),
     ],
 )
 def test_what_would_stop_the_training_is_refused(changes, error, said, prepare):
