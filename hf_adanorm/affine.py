@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._tables import counted
 from .detection import NormInfo
-from .folding import FoldReport, comes_in, fold_norms
+from .folding import FoldReport, OnUnfoldable, comes_in, fold_norms
 from .modeling_adanorm import NormGroup, SwappedNorm, is_as, is_swapped, source_settings
 from .swapping import Change, Plan
 
@@ -80,7 +80,7 @@ def _fading_group(module: nn.Module, info: NormInfo, group: NormGroup) -> NormGr
 
 
 def fold(
-    plan: Plan, change: Change, on_unfoldable: str, on_tied: str, inputs: Mapping[str, Any] | None, ramp: bool
+    plan: Plan, change: Change, on_unfoldable: OnUnfoldable, on_tied: str, inputs: Mapping[str, Any] | None, ramp: bool
 ) -> None:
     """Fold the gains and biases of the norms in the plan, and take out of it those that stay as they are."""
     _refuse_other_functions(plan, "fold")
@@ -100,7 +100,7 @@ def fold(
             change,
             list(groups),
             fold_inputs=inputs,
-            on_unfoldable=on_unfoldable,  # type: ignore[arg-type]
+            on_unfoldable=on_unfoldable,
             on_tied=on_tied,
             groups=groups,
         )

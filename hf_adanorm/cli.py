@@ -337,7 +337,7 @@ def _in_our_words(message: str) -> str:
 
 
 def _load_config(name: str, revision: str | None, gguf_file: str | None = None) -> PreTrainedConfig:
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -486,7 +486,7 @@ def _copy_processor(name: str, revision: str | None, folder: Path) -> bool:
 def _check_push(repo_id: str | None) -> None:
     """Before the work, what would stop the push after it."""
     from huggingface_hub.errors import LocalTokenNotFoundError
-    from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers, validate_repo_id
 
     if repo_id is not None:
         validate_repo_id(repo_id)

@@ -22,6 +22,7 @@ from torch import nn
 from ._tables import counted
 from .affine import fade, fold, warn_of_dropped
 from .detection import check_module
+from .folding import OnUnfoldable
 from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
 from .options import CHOICES
 from .report import Report
@@ -62,7 +63,7 @@ def patch_model(
     layers: Iterable[int] | int | None = None,
     targets: Targets = "layernorm",
     affine: str = "drop",
-    on_unfoldable: str = "keep",
+    on_unfoldable: OnUnfoldable = "keep",
     on_tied: str = "keep",
     fold_inputs: Mapping[str, Any] | None = None,
     ramp: bool = True,
