@@ -380,7 +380,9 @@ class Run:
         """Run another script of the recipes, with the precision of this run, in a process that shares nothing with
         this one; when it is asked to stop meanwhile, both end."""
         options, precision = self.options, self.accelerator.mixed_precision
-        words = [word for name, value in arguments.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+        words = []
+        for name, value in arguments.items():  # with "=", as a text may begin with a hyphen
+            words += [f"--{name}={value}"] if np.ndim(value) == 0 else [f"--{name}", *map(str, value)]
         words += ["--mixed_precision", precision, "--batch_size", str(options.eval_batch_size)]
         if not run_fresh_process(self.script.with_name(script), words, lambda: self.interruption.signalled):
             self.print(f"stopped by {self.interruption.name} in the test; start the same command to go on")

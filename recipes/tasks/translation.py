@@ -152,7 +152,7 @@ def translate_arguments(options: Any) -> dict[str, str]:
 
 
 def _use(options: Any) -> str:
-    said = "".join(f" --{name} {shlex.quote(value)}" for name, value in translate_arguments(options).items())
+    said = "".join(f" --{name}={shlex.quote(value)}" for name, value in translate_arguments(options).items())
     said = said.replace("{", "{{").replace("}", "}}")
     moses = " (in and out in Moses's tokens)" if options.text_preparation == "moses" else ""
     return f"python recipes/translate.py --model {{model}} --input SENTENCES --output TRANSLATIONS{said}{moses}"

@@ -206,12 +206,12 @@ def test_other_architectures_start_from_a_config(arguments, tmp_path, sizes, cap
     changes = {"norm": "layernorm-simple"}
     if sizes["model_type"] == "t5":
         config = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-        changes |= {"targets": "rmsnorm", "source_prefix": "translate: "}
+        changes |= {"targets": "rmsnorm", "source_prefix": "- translate: "}
     else:
         config = {**TINY_TRANSLATOR, **sizes}
     translation.main(arguments(tmp_path, model_config=json.dumps(config), max_steps=2, **changes))
     assert read_results(tmp_path)["norm_modules"] > 0
-    how = "--output TRANSLATIONS --source_prefix 'translate: '" if "source_prefix" in changes else "TRANSLATIONS\n"
+    how = "--output TRANSLATIONS --source_prefix='- translate: '" if "source_prefix" in changes else "TRANSLATIONS\n"
     assert how in capsys.readouterr().out
     config = AutoConfig.from_pretrained(tmp_path / "best")
     assert config.decoder_start_token_id == config.eos_token_id == 2
