@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     arguments = parser.parse_args()
     with clear_use(arguments):
+        if not Path(arguments.input).is_file():
+            raise DataError(f"--input {arguments.input}: no such file")
         opener = gzip.open if arguments.input.endswith(".gz") else open
         with opener(arguments.input, "rt", encoding="utf-8-sig", newline="\n") as file:
             try:

@@ -60,6 +60,12 @@ def test_an_empty_file_is_refused(model, tmp_path, monkeypatch, capsys):
     assert "in is empty" in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_there_is_named(model, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert f"--input {tmp_path / 'in'}: no such file" in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_utf_8_is_named(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").write_bytes("Straße\n".encode("latin-1"))
     with pytest.raises(SystemExit, match="2"):
