@@ -17,19 +17,16 @@ __all__ = [
     "AdaNorm",
     "AdaNormSpec",
     "DetachNorm",
-    "FadeCallback",
     "LayerNormSimple",
     "NoNorm",
     "WatchNormsCallback",
     "__version__",
     "calibrate_k",
     "compare_outputs",
-    "finish_fading",
     "fold_affine",
     "inspect_model",
     "is_patched",
     "patch_model",
-    "set_fade",
     "unpatch_model",
     "watch_norms",
     "write_model_card",
@@ -40,7 +37,6 @@ if TYPE_CHECKING:
     from .calibration import calibrate_k
     from .diagnostics import WatchNormsCallback, compare_outputs, watch_norms
     from .diagnostics import plots as plots
-    from .fading import FadeCallback, finish_fading, set_fade
     from .folding import fold_affine
     from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, LayerNormSimple, NoNorm, __version__
     from .patching import inspect_model, is_patched, patch_model, unpatch_model
@@ -53,7 +49,6 @@ __getattr__ = lazily(
         "calibration": "calibrate_k",
         "cpu_kernel": "cpu_kernel",
         "diagnostics": "WatchNormsCallback compare_outputs plots watch_norms",
-        "fading": "FadeCallback finish_fading set_fade",
         "folding": "fold_affine",
         "modeling_adanorm": "AdaNorm AdaNormSpec DetachNorm LayerNormSimple NoNorm __version__ modeling_adanorm",
         "patching": "inspect_model is_patched patch_model unpatch_model",

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import itertools
@@ -40,7 +39,7 @@ from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
 __version__ = "0.1.0"
-FORMAT = 2  # of the spec, the highest that is read; a reader refuses a higher one
+FORMAT = 1  # of the spec; a reader refuses a higher one
 # Marks in the __dict__ of stock modules that a fold changed beyond their tensors, for the spec.
 ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"
 # How a key in saved checkpoints ends that no model has: loaders that know nothing of us list it as what went wrong.
@@ -397,27 +396,12 @@ class Setting:
     """The least number; flags have no range."""
     inclusive: bool = True
     """Whether it may be `minimum` itself."""
-    start: float | None = None
-    """The number from which a ramp takes it to its value, where it makes the norm plain N(x); None: it has no ramp."""
 
     def check(self, name: str, value: Any) -> float | bool:
         """`value`; TypeError or ValueError for one of the wrong type or out of range."""
         if isinstance(self.default, bool):
             return _check_bool(name, value)
         return check_number(name, value, minimum=self.minimum, inclusive=self.inclusive)
-
-
-PATIENCE = 100  # training passes of a norm, after which a fade that nothing moves is spoken of
-
-
-@functools.cache
-def warn_of_still_fade() -> None:
-    """Once in a process."""
-    warnings.warn(
-        "a fade is pending in this model and nothing has moved it: its norms compute what they did before. "
-        "FadeCallback moves it in Trainer, set_fade(model, t) in a loop of your own, and finish_fading(model) ends it",
-        stacklevel=2,
-    )
 
 
 class SwappedNorm(nn.Module):
@@ -440,16 +424,14 @@ class SwappedNorm(nn.Module):
     SETTINGS: ClassVar[dict[str, Setting]] = {}
     """The arguments of its constructor that belong to this kind alone."""
     normalizes: ClassVar[bool] = True
-    """Whether it computes y = N(x): if not, there is no plain N(x) into which gains and biases fold or fade."""
+    """Whether it computes y = N(x): if not, there is no plain N(x) into which gains and biases fold."""
     is_identity: ClassVar[bool] = False
     """Whether it hands its input on: nothing to time or to tag."""
-    can_be_plain: ClassVar[bool] = False
-    """Whether it is LayerNorm-simple, in both passes, while each setting is at its `start`: ramps begin there."""
     keeps_affine: ClassVar[bool] = False
     """Whether the gain and bias of the norm that it replaces live on in it (see `affine`), to be trained further."""
     color: ClassVar[int] = 5
     """Of its lines in all pictures: an index of `hf_adanorm.diagnostics.plots.COLORS`."""
-    initial: ClassVar[dict[str, float]] = {"fade_bias": 0.0, "fade_progress": 0.0}
+    initial: ClassVar[dict[str, float]] = {}
     """What those of its tensors hold that do not begin at 1."""
     elementwise_affine: ClassVar[bool] = False
     weight: Tensor
@@ -502,26 +484,18 @@ class SwappedNorm(nn.Module):
         own = {name: getattr(self, name) for name in self.SETTINGS}
         return own if self.centered else {**own, "centered": False}
 
-    @classmethod
-    def is_plain(cls, settings: Mapping[str, Any]) -> bool:
-        """Whether one with these settings is LayerNorm-simple in both passes."""
-        return cls.can_be_plain and all(settings[name] == setting.start for name, setting in cls.SETTINGS.items())
-
     def backward_factor(self, y: Tensor) -> Tensor | None:
         """What the backward pass multiplies dl/d(output) by to give dl/dy, with y = N(x), float32 of (rows, H), whose
-        memory it may take; None for 1. In the middle of a fade that is the gain of the moment, of (H,)."""
-        if (gain := self._buffers.get("fade_gain")) is None:
-            return None
-        progress = cast(Tensor, self._buffers["fade_progress"])
-        return torch.lerp(gain.float(), torch.ones_like(gain, dtype=torch.float32), progress).flatten()
+        memory it may take; None for 1."""
+        return None
 
     def affine(self) -> dict[str, Tensor]:
-        """The "gain" and the "bias" that it holds, if any: those that fade."""
-        return {key: value for key in _FADE_KEYS if (value := self._buffers.get(f"fade_{key}")) is not None}
+        """The "gain" and the "bias" that it holds, if any."""
+        return {}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """What a new norm holds: `weight` and a fade's gain 1, its bias 0, its progress 0 (see `initial`). Called by
+        """What a new norm holds: `weight` is 1, see `initial` for the rest. Called by
         who gives memory to a norm that was built on the meta device (FSDP does); a tensor that a checkpoint has filled
         keeps its values."""
         for name, tensor in (*self._buffers.items(), *self._parameters.items()):
@@ -544,73 +518,9 @@ class SwappedNorm(nn.Module):
     def _is_hf_initialized(self, value: bool) -> None:
         self.__dict__["_is_hf_initialized"] = value
 
-    def start_fade(self, gain: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Keep `gain` and `bias` (of normalized_shape) as constants that fade out as `fade_progress` goes from 0 to 1,
-        while C leaves 1 and k leaves 0. At 0 the norm is the one it replaced.
-
-        Raises:
-            ValueError: the norm has reference="lancopku", which is not where a fade of a LayerNorm leads.
-        """
-        if self.reference != "paper":
-            raise ValueError(f'a fade does not go with reference="{self.reference}": fade to the paper\'s norm')
-        for name, value in (("fade_gain", gain), ("fade_bias", bias)):
-            if value is not None:
-                self.register_buffer(name, value)
-                self._is_hf_initialized = not value.is_meta
-        # float32 whatever the model's dtype, and a tensor, so that a compiled model is not compiled at every step
-        self.register_buffer("fade_progress", torch.zeros(1, dtype=torch.float32, device=self.weight.device))
-
-    def stop_fade(self) -> None:
-        """Forget the state: from here on this is a plain norm."""
-        for name in ("fade_gain", "fade_bias", "fade_progress"):
-            self._buffers.pop(name, None)
-            self._non_persistent_buffers_set.discard(name)
-
-    @property
-    def fade(self) -> tuple[str, ...] | None:
-        """What is fading, ("gain", "bias") or less; () if it is only k and C; None for a plain norm."""
-        if "fade_progress" not in self._buffers:
-            return None
-        return tuple(name for name in ("gain", "bias") if f"fade_{name}" in self._buffers)
-
-    def _fading_now(self, name: str) -> Tensor | None:
-        """The gain or the bias of the moment; None where there is none."""
-        if (value := self._buffers.get(f"fade_{name}")) is None:
-            return None
-        wide = _upcast(value)
-        end = torch.ones_like(wide) if name == "gain" else torch.zeros_like(wide)
-        progress = cast(Tensor, self._buffers["fade_progress"]).to(wide.dtype)
-        return torch.lerp(wide, end, progress).to(value.dtype)  # exact at both ends
-
-    def _faded_affine(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """N(x) with the gain and bias of the moment, and that bias."""
-        gain, bias = self._fading_now("gain"), self._fading_now("bias")
-        if self.centered and not _in_forward_mode():
-            # Fused as the stock norm was: at progress 0 the same bits.
-            return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps), bias
-        if self.centered:
-            h = _normalize(x, self.normalized_shape, self.eps, True)
-            h = h if gain is None else h * gain
-        else:
-            h = F.rms_norm(x, self.normalized_shape, gain, self.eps)
-        return (h if bias is None else h + bias), bias
-
-    def _faded(self, x: Tensor) -> Tensor:
-        return self._faded_affine(x)[0]
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.pop(prefix + NOTICE, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SwappedNorm:
-        progress = self._buffers.get("fade_progress")
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        moved = self._buffers.get("fade_progress")
-        if progress is not None and moved is not None and moved.dtype != torch.float32:
-            # `model.half()` would round it, and with it every later step of the fade
-            empty = progress.is_meta or moved.is_meta
-            self._buffers["fade_progress"] = moved.float() if empty else progress.to(moved.device)
-        return self
 
     def _forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -630,25 +540,9 @@ class SwappedNorm(nn.Module):
         if isinstance(given, torch.fx.Proxy):  # to fx this is one call, as torch's own modules are
             tracer: Any = given.tracer
             return cast(Tensor, tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {}))
-        forward = self._forward
-        if "fade_progress" in self._buffers:
-            forward = self._faded
-            if self.training and not torch.compiler.is_compiling():
-                self._watch_fade()
         if self.channels_first:
-            return forward(x.movedim(1, -1)).movedim(-1, 1)
-        return forward(x)
-
-    def _watch_fade(self) -> None:
-        """Say once, if training goes on and nothing moves the fade. Every write to a tensor raises its version, so
-        that no value need come from a device."""
-        progress = self._buffers["fade_progress"]
-        version = None if progress is None or progress.is_inference() else progress._version
-        seen, passes = self.__dict__.get("_fade_watch", (None, 0))
-        passes = passes + 1 if seen == version else 0
-        self.__dict__["_fade_watch"] = (version, passes)
-        if passes == PATIENCE and version is not None:
-            warn_of_still_fade()
+            return self._forward(x.movedim(1, -1)).movedim(-1, 1)
+        return self._forward(x)
 
     def __prepare_scriptable__(self) -> SwappedNorm:
         raise NotImplementedError(
@@ -662,18 +556,7 @@ class SwappedNorm(nn.Module):
             shown["channels_first"] = True
         if self.reference != "paper":
             shown["reference"] = self.reference
-        words = [str(self.normalized_shape)]
-        if self.fade is not None:  # what it computes now, and where it goes
-            progress = self._buffers["fade_progress"]
-            t = None if progress is None or progress.is_meta else float(progress)
-            for key, setting in self.SETTINGS.items():
-                if (start := setting.start) is not None and key in shown and shown[key] != start:
-                    now = "?" if t is None else f"{start + t * (shown[key] - start):g}"
-                    shown[key] = f"{now} -> {shown[key]:g}"
-            what = f"fade of {' and '.join(self.fade)}" if self.fade else "ramp"
-            words.append(f"{what} at {'?' if t is None else f'{100 * t:.3g}'} %")
-        words[1:1] = [f"{key}={value}" for key, value in shown.items()]
-        return ", ".join(words)
+        return ", ".join([str(self.normalized_shape), *(f"{key}={value}" for key, value in shown.items())])
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle holds no tensors of the replaced module, only its class and attributes.
@@ -717,7 +600,6 @@ class LayerNormSimple(SwappedNorm):
 
     norm = "layernorm-simple"
     title, summary, color = "LayerNorm-simple", "no gain, no bias", 0
-    can_be_plain = True
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.reference == "lancopku":
@@ -756,10 +638,9 @@ class AdaNorm(SwappedNorm):
 
     norm, title, color = "adanorm", "AdaNorm", 1
     SETTINGS: ClassVar = {
-        "C": Setting(1.0, "AdaNorm: the scale C > 0 in z = C (1 - k y) y", inclusive=False, start=1.0),
-        "k": Setting(0.1, "AdaNorm: the slope k >= 0 in z = C (1 - k y) y", start=0.0),
+        "C": Setting(1.0, "AdaNorm: the scale C > 0 in z = C (1 - k y) y", inclusive=False),
+        "k": Setting(0.1, "AdaNorm: the slope k >= 0 in z = C (1 - k y) y"),
     }
-    can_be_plain = True
     C: float
     k: float
 
@@ -775,11 +656,7 @@ class AdaNorm(SwappedNorm):
         self._set(C=C, k=k)
 
     def backward_factor(self, y: Tensor) -> Tensor | None:
-        if (progress := self._buffers.get("fade_progress")) is None:
-            return y.mul_(-self.C * self.k).add_(self.C)  # phi(y)
-        gain, C, k = super().backward_factor(y), 1.0 + (self.C - 1.0) * progress, self.k * progress
-        phi = C - C * k * y
-        return phi if gain is None else phi * gain
+        return y.mul_(-self.C * self.k).add_(self.C)  # phi(y)
 
     def _forward(self, x: Tensor) -> Tensor:
         dtype = _output_dtype(x)
@@ -792,15 +669,6 @@ class AdaNorm(SwappedNorm):
         if not (x.requires_grad and torch.is_grad_enabled()):
             return _adanorm_forward(x, *arguments)
         return _AdaNormFunction.apply_eager(x, arguments, self._kernel(x, dtype))
-
-    def _faded(self, x: Tensor) -> Tensor:
-        h, bias = self._faded_affine(x)  # h = gain * y + bias
-        progress = cast(Tensor, self._buffers["fade_progress"])[0].to(_upcast(x).dtype)
-        C, k = 1.0 + (self.C - 1.0) * progress, self.k * progress
-        y = _normalize(x.detach(), self.normalized_shape, self.eps, self.centered)
-        phi = (C - (C * k) * y).to(h.dtype)
-        z = phi * h  # phi * gain * y + bias, with the same bits as h while phi is 1
-        return z if bias is None else z + (1.0 - phi) * bias.to(h.dtype)
 
 
 class DetachNorm(SwappedNorm):
@@ -862,14 +730,6 @@ class DetachNorm(SwappedNorm):
             return _detachnorm_written(x, *arguments)
         return _DetachNormFunction.apply_eager(x, arguments, self._kernel(x, dtype))
 
-    def _faded(self, x: Tensor) -> Tensor:
-        h = self._faded_affine(x)[0]
-        # The forward pass of h, the backward pass of DetachNorm: their difference is zero but for its gradient.
-        swap = self._forward(x) - _normalize(x, self.normalized_shape, self.eps, self.centered)
-        if (gain := self._fading_now("gain")) is not None:
-            swap = swap * gain.to(h.dtype)
-        return h + (swap - swap.detach())
-
 
 class NoNorm(SwappedNorm):
     """The paper's "w/o Norm": returns a copy of its input. A copy, as models write in place into what a norm returns
@@ -908,7 +768,7 @@ class DyT(SwappedNorm):
     norm, title, color = "dyt", "DyT", 4
     summary = "gain * tanh(alpha * x) + bias"
     normalizes, keeps_affine = False, True
-    initial: ClassVar = {**SwappedNorm.initial, "dyt_bias": 0.0, "dyt_alpha": 0.5}
+    initial: ClassVar = {"dyt_bias": 0.0, "dyt_alpha": 0.5}
 
     def __init__(self, normalized_shape: int | Iterable[int], eps: float = 1e-5, **layout: Any) -> None:
         super().__init__(normalized_shape, eps, **layout)
@@ -917,7 +777,7 @@ class DyT(SwappedNorm):
         self.reset_parameters()
 
     def affine(self) -> dict[str, Tensor]:
-        return {key: self.get_parameter(f"dyt_{key}") for key in _FADE_KEYS}
+        return {key: self.get_parameter(f"dyt_{key}") for key in ("gain", "bias")}
 
     def _forward(self, x: Tensor) -> Tensor:
         gain, bias, alpha = (_upcast(self.get_parameter(f"dyt_{name}")) for name in ("gain", "bias", "alpha"))
@@ -933,7 +793,6 @@ NORM_CLASSES: dict[str, type[SwappedNorm]] = {
 # Far beyond any model: what is larger is no spec of ours.
 _MAX_GROUPS, _MAX_MODULES, _MAX_NAME = 10_000, 100_000, 512
 _OVERRIDE_KEYS = ("centered", "eps", "channels_first", "normalized_shape", "reference")
-_FADE_KEYS = ("gain", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -960,9 +819,6 @@ class NormGroup:
     normalized_shape: tuple[int, ...] | None = None
     reference: str | None = None
     """Of a norm put in by hand, "lancopku"; None is "paper"."""
-    fade: tuple[str, ...] | None = None
-    """In the middle of a fade: which of ("gain", "bias") the checkpoint holds, as `fade_gain` and `fade_bias` beside
-    `fade_progress`; () if only k and C are on their way."""
 
     @property
     def kind(self) -> type[SwappedNorm]:
@@ -975,9 +831,8 @@ class NormGroup:
 
     def to_dict(self) -> dict[str, Any]:
         out = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        for key in ("normalized_shape", "fade"):
-            if key in out:
-                out[key] = list(out[key])
+        if "normalized_shape" in out:
+            out["normalized_shape"] = list(out["normalized_shape"])
         out["modules"] = list(out.pop("modules"))
         return out
 
@@ -989,7 +844,7 @@ class NormGroup:
         norm = data.get("norm")
         if not isinstance(norm, str) or norm not in NORM_CLASSES:
             raise ValueError(f"norm must be one of {sorted(NORM_CLASSES)}, got {short_repr(norm)}")
-        allowed = {"norm", "modules", "fade", *(own := NORM_CLASSES[norm].SETTINGS), *_OVERRIDE_KEYS}
+        allowed = {"norm", "modules", *(own := NORM_CLASSES[norm].SETTINGS), *_OVERRIDE_KEYS}
         if unknown := [key for key in data if key not in allowed]:
             raise ValueError(f"{short_repr(unknown[0])} is no setting of norm {norm!r}; known are {sorted(allowed)}")
         modules = data.get("modules")
@@ -1008,22 +863,8 @@ class NormGroup:
             settings["normalized_shape"] = _check_shape(settings["normalized_shape"])
         if "reference" in settings and _check_reference(settings["reference"]) == "paper":
             del settings["reference"]
-        if "reference" in settings and (settings.get("centered") is False or "fade" in settings):
-            raise ValueError(
-                f'reference="{settings["reference"]}" goes neither with centered=False nor with a fade, '
-                f"got {short_repr(settings.get('centered'))} and {short_repr(settings.get('fade'))}"
-            )
-        if "fade" in settings:
-            fade = settings["fade"]
-            if (
-                not isinstance(fade, (list, tuple))
-                or any(key not in _FADE_KEYS for key in fade)
-                or (not NORM_CLASSES[norm].normalizes)
-            ):
-                raise ValueError(
-                    f"fade must list some of {list(_FADE_KEYS)}, got {short_repr(fade)} for norm {norm!r}"
-                )
-            settings["fade"] = tuple(key for key in _FADE_KEYS if key in fade)
+        if "reference" in settings and settings.get("centered") is False:
+            raise ValueError(f'reference="{settings["reference"]}" subtracts the mean: centered must not be False')
         if settings.get("detach_mean") is False and settings.get("detach_variance") is False:
             raise ValueError("detach_mean and detach_variance are both False: set at least one to True")
         return cls(norm=norm, modules=tuple(modules), **settings)
@@ -1043,8 +884,6 @@ class AdaNormSpec:
     """Linear layers that were given a bias by a fold, named as in `NormGroup.modules`."""
     eps: tuple[tuple[str, float], ...] = ()
     """(name, eps) of norms that were not swapped but whose eps a fold adjusted."""
-    format: int = 1
-    """1: the names are those of the modules, 2: some are those of the checkpoint's keys, where the two differ."""
     version: str = __version__
     """Of hf_adanorm, when the spec was written."""
 
@@ -1052,7 +891,7 @@ class AdaNormSpec:
         """The spec as JSON types: {"format": 1, "version": "0.1.0", "groups": [{"norm": ..., "modules": [...]}]}, and
         "biases": [...] and "eps": {name: value} where there are any."""
         out: dict[str, Any] = {
-            "format": self.format,
+            "format": FORMAT,
             "version": self.version,
             "groups": [group.to_dict() for group in self.groups],
         }
@@ -1121,7 +960,6 @@ class AdaNormSpec:
             groups=tuple(NormGroup.from_dict(group) for group in groups),
             biases=tuple(biases),
             eps=tuple((n, check_number("eps", value, minimum=0.0, inclusive=True)) for n, value in eps.items()),
-            format=fmt,
             version=version,
         )
 
@@ -1227,7 +1065,7 @@ def find_modules(
     prefix = base_prefix(model)
     tables = [spec_names(model, by_name), {name: plain_name(name, prefix) for name in by_name}]
     indices: list[dict[str, list[tuple[str, str]]]] = []
-    for table in tables if spec.format > 1 else reversed(tables):
+    for table in tables:
         index: dict[str, list[tuple[str, str]]] = {}
         for name, spelled in table.items():
             index.setdefault(number_template(spelled), []).append((name, spelled))
@@ -1324,7 +1162,7 @@ def _has_gain(name: str, module: nn.Module) -> bool:
     return _may_be_norm(name, module, False) and isinstance(getattr(module, "weight", None), Tensor)
 
 
-# -------------------------------------------------------------------------------------------------- the swap
+# --------------------------------------------------------------------------------------------------- the loader
 
 
 def source_settings(module: nn.Module) -> dict[str, Any]:
@@ -1361,16 +1199,6 @@ def make_norm(source: nn.Module, group: NormGroup) -> SwappedNorm:
     where: dict[str, Any] = {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
     centered = group.centered is not False
     new = NORM_CLASSES[group.norm](**{**found, **overrides}, **settings, centered=centered, **where)
-    if group.fade is not None:
-        if isinstance(source, SwappedNorm) and source.fade == group.fade:
-            state = [source._buffers.get(f"fade_{key}") for key in _FADE_KEYS]
-            new.start_fade(*state)
-            new._buffers["fade_progress"] = source._buffers["fade_progress"]
-        else:  # values come from the checkpoint, or from who patches
-            state = [torch.empty(new.normalized_shape, **where) if key in group.fade else None for key in _FADE_KEYS]
-            new.start_fade(*state)
-            new.reset_parameters()
-            new._is_hf_initialized = False
     if type(new) is type(source):  # what one of its kind has learned
         new._parameters.update(source._parameters)
     new.train(source.training)
@@ -1496,7 +1324,7 @@ def noticed(model: nn.Module) -> Iterator[None]:
 
 def is_as(module: nn.Module, group: NormGroup) -> bool:
     """Whether `module` is already swapped with the settings of `group`, by the base model inside a model say."""
-    if not is_swapped(module) or module.norm != group.norm or module.fade != group.fade:
+    if not is_swapped(module) or module.norm != group.norm:
         return False
     wanted = {key: getattr(group, key) for key in (*group.kind.SETTINGS, *_OVERRIDE_KEYS[1:])}
     same = all(value is None or getattr(module, key) == value for key, value in wanted.items())

@@ -33,8 +33,8 @@ class Option(NamedTuple):
 
 CHOICES = {
     "targets": ("layernorm", "rmsnorm", "all"),
-    "affine": ("drop", "fold", "fade"),
-    "on_unfoldable": ("keep", "fade", "approximate", "calibrate", "raise"),
+    "affine": ("drop", "fold"),
+    "on_unfoldable": ("keep", "approximate", "calibrate", "raise"),
     "on_tied": ("keep", "untie"),
 }
 
@@ -99,5 +99,4 @@ def patch_options() -> dict[str, Option]:
             CHOICES["on_tied"],
         ),
         "fold_inputs": Option(None, "with affine fold: a batch for the model to run on"),
-        "ramp": Option(True, "with affine fold: let k and C come in step by step"),
     }

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from ._tables import counted
-from .affine import fade, fold, warn_of_dropped
+from .affine import fold, warn_of_dropped
 from .detection import check_module
 from .folding import OnUnfoldable
 from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
@@ -66,7 +66,6 @@ def patch_model(
     on_unfoldable: OnUnfoldable = "keep",
     on_tied: str = "keep",
     fold_inputs: Mapping[str, Any] | None = None,
-    ramp: bool = True,
 ) -> ModelT:
     """Swap the norms of `model` in place and return it.
 
@@ -84,24 +83,22 @@ def patch_model(
         detach_variance: DetachNorm: none flows through the standard deviation. Not both False.
         eps: None keeps that of each replaced norm.
         centered: None keeps what the replaced norm does (an RMSNorm does not subtract the mean). True is the paper's.
-            A fold and a fade start from the function of the source, and so take neither another eps nor another
+            A fold starts from the function of the source, and so takes neither another eps nor another
             centering.
         include: only these norms. A pattern or a list of them: the ending of names (of `model.named_modules()`), in
             which `*` stands for any number, or, where no norm has it, a regular expression for the whole name.
         exclude: all but these, in the same way.
         layers: only norms inside these layers, counted from 0 within every stack of layers, negative from the end.
         targets: `"layernorm"`, `"rmsnorm"` or `"all"`.
-        affine: what becomes of trained gains and biases: `"drop"`, `"fold"` (into the linear layers that read the
-            norm, see `fold_affine`) or `"fade"` (kept as constants that `FadeCallback` or `set_fade` fade out).
+        affine: what becomes of trained gains and biases: `"drop"` or `"fold"` (into the linear layers that read the
+            norm, see `fold_affine`). A folded AdaNorm starts at k = 0 and C = 1, as the function that it replaces.
         on_unfoldable: for `affine="fold"`, what to do with a norm that something else reads too: `"keep"` leaves it
-            as it is, `"fade"` fades it, `"approximate"` folds a post-norm residual norm but for the deviation of its
+            as it is, `"approximate"` folds a post-norm residual norm but for the deviation of its
             gain, `"calibrate"` folds by a fit to `fold_inputs`, with C and k as they will be, from the first norm on
-            that does not fold exactly (one in a fade goes on with it), `"raise"`.
+            that does not fold exactly, `"raise"`.
         on_tied: for `affine="fold"` and a norm whose head shares its weight with an embedding: `"keep"` leaves the
             norm as it is, `"untie"` gives the head its own copy, to fold into.
         fold_inputs: for `affine="fold"`, a batch for the model to run on, if its own dummy inputs do not suit.
-        ramp: for `affine="fold"`, start AdaNorm at k = 0, C = 1 and let `FadeCallback` or `set_fade` take them to
-            their values; False sets them at once, with a warning. `"calibrate"` needs no ramp.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, a pattern that matches no norm, nothing
@@ -143,10 +140,8 @@ def patch_model(
     with all_or_nothing(model) as change:
         if affine == "drop":
             warn_of_dropped(plan, change)
-        elif affine == "fade":
-            fade(plan)
         else:
-            fold(plan, change, on_unfoldable, on_tied, fold_inputs, ramp)
+            fold(plan, change, on_unfoldable, on_tied, fold_inputs)
         apply_plan(plan)
         _warn_of_untouched_rmsnorms(plan, change)
     return model

@@ -1,7 +1,7 @@
 """One change of a model's norms: planned, checked, applied as a whole, and taken back as a whole.
 
 1. `make_plan` chooses the norms, says what each becomes, and raises for whatever does not fit. It changes nothing.
-2. `all_or_nothing(model)` opens the change that a patch, a fold, the start of a fade and their way back are parts of.
+2. `all_or_nothing(model)` opens the change that a patch, a fold and their way back are parts of.
    It notes how every module is put together; the few tensors whose values a fold overwrites are kept by `keep`.
 3. `apply_plan` replaces the modules and writes the specs.
 4. Warnings are said last, with everything in place. Whatever is raised before the end, a KeyboardInterrupt, a
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,6 @@ from .selection import Patterns, check_patterns, match_layers, match_names
 
 # What nn.Module keeps in tables of its own: parameters, buffers, submodules, hooks.
 _TABLES = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Change:
@@ -71,25 +70,17 @@ class Change:
             for module in modules.values()
         ]
         self._data = [(tensor, tensor.data) for root in others for tensor in (*root.parameters(), *root.buffers())]
-        self._kept: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._warnings: list[str] = []
 
     def warn(self, message: str) -> None:
         """To be said at the end of the call."""
         self._warnings.append(message)
 
-    def keep(
-        self, tensor: Tensor, new: Tensor | None = None, inverse: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        """Call it before `tensor` is overwritten; more than once does no harm.
-
-        Where the new values are given, and a function that takes them back but for rounding, the old ones are not
-        copied: half a byte for each element says by how many last places they differ from what it gives.
-        """
-        if new is not None and inverse is not None and (gaps := _gaps(tensor, inverse(new))) is not None:
-            self._kept.append((tensor, gaps, inverse))
-        elif not any(kept is tensor for kept, _, _ in self._kept):
-            self._kept.append((tensor, tensor.detach().clone(), None))
+    def keep(self, tensor: Tensor) -> None:
+        """Remember the values of `tensor`. Call it before they are overwritten; more than once does no harm."""
+        if not any(kept is tensor for kept, _ in self._kept):
+            self._kept.append((tensor, tensor.detach().clone()))
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -98,10 +89,7 @@ class Change:
         while True:
             try:
                 while self._kept:
-                    tensor, old, inverse = self._kept[-1]
-                    if inverse is not None:
-                        old = _closed(old, inverse(tensor))
-                        self._kept[-1] = (tensor, old, None)
+                    tensor, old = self._kept[-1]
                     tensor.copy_(old)
                     self._kept.pop()
                 for tensor, data in self._data:
@@ -118,28 +106,6 @@ class Change:
                 break
         if interrupt is not None:
             raise interrupt
-
-
-def _gaps(old: Tensor, back: Tensor) -> Tensor | None:
-    """uint8 of half as many elements: `old` - `back`, of one dtype, in last places; None where some are too far."""
-    if old.element_size() not in _INTEGERS or not old.is_contiguous():
-        return None
-    kind = _INTEGERS[old.element_size()]
-    gap = (old.detach().view(kind) - back.contiguous().view(kind)).flatten()  # wraps around, and so back again
-    if bool(((gap < -8) | (gap > 7)).any()):
-        return None
-    gap = (gap + 8).to(torch.uint8)
-    odd = gap[1::2]
-    packed = gap[0::2].clone()
-    packed[: len(odd)] |= odd << 4
-    return packed
-
-
-def _closed(gaps: Tensor, back: Tensor) -> Tensor:
-    """Inverse of `_gaps`: `old`."""
-    kind = _INTEGERS[back.element_size()]
-    gap = torch.stack([gaps & 15, gaps >> 4], dim=1).flatten()[: back.numel()].to(kind) - 8
-    return (back.contiguous().view(kind) + gap.view(back.shape)).view(back.dtype)
 
 
 @contextlib.contextmanager

@@ -281,7 +281,7 @@ normalize_backward.register_autograd(_second, setup_context=_keep_again)
 def _layer(norm: Any, x: Tensor, C: float, k: float, detach_mean: bool, detach_variance: bool) -> Tensor:
     """What `norm` gives for x: by the kernels, or by its own class where they do not serve."""
     dtype = modeling_adanorm._output_dtype(x)
-    plain = norm.centered and not norm.channels_first and norm.reference == "paper" and norm.fade is None
+    plain = norm.centered and not norm.channels_first and norm.reference == "paper"
     if not (plain and supports(x, norm.normalized_shape, dtype)):
         return cast(Tensor, type(norm).forward(norm, x))
     return cast(Tensor, normalize(x, dtype, norm.eps, C, k, detach_mean, detach_variance)[0])

@@ -203,17 +203,15 @@ def _edges(centers: Sequence[int]) -> list[float]:
 def plot_losses(
     curves: Mapping[str, Curve],
     *,
-    fading: tuple[int, int] | None = None,
     reference: float | None = None,
     smooth: int = 1,
     ylabel: str = "training loss (nats)",
     ax: Axes | None = None,
 ) -> Axes:
-    """Losses over training steps, a line for each label; also for dropping gains against fading them out.
+    """Losses over training steps, a line for each label.
 
     Args:
         curves: per label, the losses of steps 1, 2, ... or a mapping from step to loss.
-        fading: first and last step of a fade, shown as a shaded span.
         reference: a level to compare with, such as the loss before the patch, shown as a thin line.
         smooth: average over this many neighbouring values (fewer at the ends); 1 draws them as they are.
         ylabel: what is drawn, with its unit.
@@ -234,8 +232,6 @@ def plot_losses(
         steps, values = zip(*pairs, strict=True)
         few = len(values) <= 25
         ax.plot(steps, _smoothed(values, smooth), label=label, **_style(index, marked=few))
-    if fading is not None:
-        ax.axvspan(*fading, color="#999999", alpha=0.2, linewidth=0, label="fading")
     if reference is not None:
         ax.axhline(reference, color="#555555", linewidth=0.8, linestyle=":", label="before the patch")
     return _finish(ax, "training step", ylabel, "best")

@@ -291,7 +291,7 @@ class _Watcher:
             self.stance = torch.compiler.set_stance("force_eager")
 
     def is_stale(self) -> bool:
-        """Whether norms were replaced since (patched, or done fading)."""
+        """Whether norms were replaced since (patched)."""
         modules = set(self.model.modules())
         return any(watched.module not in modules for watched in self.norms)
 
@@ -397,9 +397,7 @@ class _Watcher:
         k = getattr(watched.module, "k", self.k)
         shares = [mean.new_zeros(())] * 2
         if k:
-            own = hasattr(watched.module, "k")
-            progress = watched.module._buffers.get("fade_progress") if own else None  # on its way: k of the moment
-            limit = 1 / (k if progress is None else k * progress)
+            limit = 1 / k
             shares = [torch.count_nonzero(beyond) / y.numel() for beyond in (y >= limit, y > 0.5 * limit)]
         counts = torch.histc(y.clamp(*HISTOGRAM_RANGE), HISTOGRAM_BINS, *HISTOGRAM_RANGE) if self.histogram else None
         forward = torch.stack([mean.mean(), std.mean(), *shares])

@@ -58,7 +58,7 @@ from .heads import settle_heads, untie_heads
 from .plan import BLOCK, TOLERANCES, FoldedNorm, FoldPlan, comes_in, eps_name
 from .uses import is_side_output, named_outputs
 
-OnUnfoldable = Literal["keep", "fade", "approximate", "calibrate", "raise"]
+OnUnfoldable = Literal["keep", "approximate", "calibrate", "raise"]
 
 
 _HEADER = ("norm", "action", "consumers, or why not")
@@ -259,7 +259,7 @@ def _moves(module: nn.Module, group: NormGroup) -> bool:
     """Whether what `module` becomes is, but for gain and bias, another function."""
     if comes_in(group) or not is_swapped(module):
         return comes_in(group)
-    plain = module.fade is None and (not module.can_be_plain or module.is_plain(module.settings()))
+    plain = module.norm != "adanorm" or (module.settings().get("k"), module.settings().get("C")) == (0.0, 1.0)
     same = group.eps in (None, module.eps) and (group.centered is not False) == module.centered
     return not (plain and same)
 

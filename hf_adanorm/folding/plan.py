@@ -362,10 +362,7 @@ class FoldPlan:
                     if finite
                     else f"the weights of {name} are not finite: there is nothing to fold into"
                 )
-            if once:
-                change.keep(part, new, lambda x: step.inverse(x.double()).to(x.dtype))
-            else:
-                change.keep(module.weight)
+            change.keep(module.weight)
             part.copy_(new)
             biases.append(new_bias)
         if bias is not None:
@@ -422,8 +419,8 @@ def _is_numbered(path: str) -> bool:
 
 
 def comes_in(group: NormGroup) -> bool:
-    """Whether a ramp leads from plain N(x) to the norm."""
-    return group.kind.can_be_plain and not group.kind.is_plain(group.settings())
+    """Whether the norm differs from plain N(x) and a schedule can lead from there to it."""
+    return group.norm == "adanorm" and (group.k, group.C) != (0.0, 1.0)
 
 
 def eps_name(module: nn.Module) -> str | None:

@@ -34,12 +34,6 @@ PROJECT = "https://github.com/hf-adanorm/hf-adanorm"  # as in pyproject.toml
 # Of a push: files in the repository whose scores are another model's once our section of the card is another.
 STALE = f"{EVAL_RESULTS}/*"
 INSTALL = f"pip install git+{PROJECT}"
-_FADING = {  # by whether gains and biases are on their way out, or settings alone on their way in
-    True: "It was saved before the end of a fade, with gains and biases on their way out in the checkpoint: "
-    "`set_fade` or `FadeCallback` of hf_adanorm goes on with it, `finish_fading` ends it.",
-    False: "It was saved before the end of a ramp that takes the settings below from where they change nothing (k "
-    "from 0, C from 1): `set_fade` or `FadeCallback` of hf_adanorm goes on with it, `finish_fading` ends it.",
-}
 _MAX_NAMES = 8  # of a group that the table lists; the list below it has all
 
 # What a pipeline takes and gives, by task; LABEL stands for a label of the model's.
@@ -336,7 +330,6 @@ _AFFINE = {
 def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec], **more: Any) -> str:
     groups = [(group, where) for where, spec in specs.items() for group in spec.groups]
     names = ", ".join(dict.fromkeys(group.kind.title for group, _ in groups))
-    fading = [group.fade for group, _ in groups if group.fade is not None]
     affine = frozenset(group.kind.keeps_affine for group, _ in groups)
     architecture = _architecture(config)
     targets = {
@@ -358,7 +351,7 @@ def _render_section(config: Mapping[str, Any], specs: Mapping[str, AdaNormSpec],
         lost.append("where the folding adjusted an eps, it is the config's")
     section = jinja2.Template(source, trim_blocks=True, lstrip_blocks=True).render(
         heading=f"Swapped norms: {names}" if groups else "Folded norms",
-        about=_FADING[any(fading)] if fading else _AFFINE.get(affine),
+        about=_AFFINE.get(affine),
         rows=[_row(group, where) for group, where in groups],
         lost=", and ".join(lost),
         auto=next(iter(matching), "AutoModel"),
@@ -381,10 +374,8 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _row(group: NormGroup, where: str) -> dict[str, str]:
     data = group.to_dict()
     modules = [f"`{name}`" for name in data.pop("modules")]
-    kind, fade = NORM_CLASSES[data.pop("norm")], data.pop("fade", None)
+    kind = NORM_CLASSES[data.pop("norm")]
     settings = [f"{key} = {value}" for key, value in data.items()]
-    if fade is not None:
-        settings.append(f"fade of {' and '.join(fade)}" if fade else "ramp")
     name = f"{kind.title} ({kind.summary})" if kind.summary else kind.title
     more = f" and {len(modules) - _MAX_NAMES} more" if len(modules) > _MAX_NAMES else ""
     nested = f" in `{where if where.isidentifier() else 'a nested config'}`" if where else ""

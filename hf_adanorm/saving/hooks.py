@@ -30,7 +30,6 @@ from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -50,7 +49,7 @@ from hf_adanorm.modeling_adanorm import (
 
 from . import card
 from .files import write_file
-from .spec import differences, has_spec, in_words, refresh_specs, spec_in_file, swapped_norms
+from .spec import differences, has_spec, in_words, refresh_specs, spec_in_file
 
 FILE_NAME = "modeling_adanorm.py"
 
@@ -176,8 +175,6 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
         _SAVING.reset(token)
     for note in saving.notes:
         warnings.warn(note, stacklevel=3)
-    if any(_waits_to_fade(norm) for _, norm in swapped_norms(model)):
-        modeling_adanorm.warn_of_still_fade()
     return result
 
 
@@ -187,14 +184,6 @@ def load_state_dict(original: Callable[..., Any], file: Any, bound: BoundArgumen
     for key in [key for key in state_dict if key.endswith(NOTICE)]:
         del state_dict[key]  # what torch.load gives bears the versions of the modules as well
     return state_dict
-
-
-def _waits_to_fade(norm: nn.Module) -> bool:
-    """Whether its fade is at its start and `set_fade` was never asked, not even to leave it there."""
-    progress = norm._buffers.get("fade_progress")
-    if progress is None or progress.is_meta or "_fade_is_led" in norm.__dict__:
-        return False
-    return float(progress) == 0.0
 
 
 def _keep_out_of_the_index(folder: Path) -> None:

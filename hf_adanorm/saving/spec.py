@@ -22,12 +22,10 @@ from hf_adanorm.modeling_adanorm import (
     AdaNormSpec,
     NormGroup,
     SwappedNorm,
-    base_prefix,
     find_modules,
     is_own_reference,
     is_swapped,
     number_template,
-    plain_name,
     source_settings,
     spec_names,
 )
@@ -223,7 +221,6 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
             norm=module.norm,
             modules=(),
             centered=centered,
-            fade=module.fade,
             **settings,
             **_overrides(module),
         )
@@ -239,11 +236,7 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     def patterns(names: list[str]) -> tuple[str, ...]:
         return tuple(_with_stars([spelled[name] for name in names], by_template))
 
-    prefix = base_prefix(model)
-    touched = {*(name for names in groups.values() for name in names), *biases, *eps}
     return AdaNormSpec(
-        # Where the names are those of the modules, older releases can read them, too.
-        format=1 if all(spelled[name] == plain_name(name, prefix) for name in touched) else 2,
         groups=tuple(dataclasses.replace(group, modules=patterns(names)) for group, names in groups.items()),
         biases=patterns(biases),
         eps=tuple((spelled[name], value) for name, value in eps.items()),

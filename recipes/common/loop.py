@@ -6,7 +6,7 @@
         return
     task = run.prepare(prepare_task)             # data, model, patch, optimiser
     with run.training():                         # resumes; clear endings, SIGTERM and Ctrl-C
-        for step in run:                         # sets the learning rate and the fade
+        for step in run:                         # sets the learning rate
             for batch in step:                   # micro-batches, on the device; then clips, checks and steps
                 loss = cross_entropy(run.model(**batch)...) / step.size
                 run.backward(loss, batch)
@@ -40,7 +40,6 @@ from common.batches import eval_batches, train_batches
 from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, write_json
 from common.endings import clear_endings, clear_errors
 from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
-from common.fade import fade, finish_saved_fade, is_fading
 from common.options import leave, options_that_change
 from common.progress import ProgressBar, Stopwatch
 from common.publishing import prepare_push, publish
@@ -211,7 +210,6 @@ class Run:
                 for size, micro_batches in steps:
                     self.learning_rate = learning_rate_at(progress.step, self.total_steps, options)
                     set_learning_rate(self.optimizer, self.learning_rate)
-                    fade(self.bare, progress.step, self.total_steps, options)
                     self.step = Step(self, size, micro_batches)
                     yield self.step
                     self._save_or_stop()
@@ -266,7 +264,6 @@ class Run:
     def _begin_evaluation(self) -> None:
         self.step.evaluates = True
         self.stopwatch.pause()
-        self.eligible = fade(self.bare, self.progress.step, self.total_steps, self.options)
 
     @property
     def done(self) -> bool:
@@ -343,14 +340,13 @@ class Run:
             self._stop()
 
     def note(self, scores: dict[str, float]) -> None:
-        """Record an evaluation; save the model when it is the best so far (the earlier one of equals) and nothing in
-        it fades any more."""
+        """Record an evaluation; save the model when it is the best so far (the earlier one of equals)."""
         progress = self.progress
         progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
         self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
         self.print(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         name, higher = self.task.selection(self.options)
-        if self.eligible and is_better(scores, progress.best_metrics, name, higher=higher):
+        if is_better(scores, progress.best_metrics, name, higher=higher):
             self.checkpoints.save_best(progress.step, self.save_model)
             progress.best_step, progress.best_metrics = progress.step, scores
 
@@ -360,8 +356,6 @@ class Run:
         state_dict = self.accelerator.get_state_dict(getattr(self.model, "_orig_mod", self.model))  # a collective call
         self.bare.save_pretrained(folder, state_dict=state_dict, is_main_process=self.is_main)
         if self.is_main:
-            if is_fading(self.bare, self.options):
-                finish_saved_fade(folder, self.task.auto_class)
             self.task.processor.save_pretrained(folder)
 
     # -------------------------------------------------------------------------------------------------- the end

@@ -126,9 +126,6 @@ class PatchOptions:
     calibrate_k: bool = option(
         False, "AdaNorm: a k for each norm, at most --k, that its outliers allow on a batch of training data"
     )
-    fade_ratio: float = option(
-        0.6, "share of all steps over which gains and biases fade out, or k and C come in", within="(0, 1]"
-    )
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import SAFE_WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,15 +13,13 @@ from torch import nn
 def load_average(model: nn.Module, output_dir: Path, count: int) -> list[int]:
     """Load into `model` the mean over the newest `count` checkpoints in `output_dir`; return their steps.
 
-    Floating point tensors are averaged in float64; others are those of the newest. Checkpoints of before a fade has
-    arrived are left out: they are of another model.
+    Floating point tensors are averaged in float64; others are those of the newest.
 
     Raises FileNotFoundError when there are none.
     """
     folders = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]))[-count:]
     if not folders:
         raise FileNotFoundError(f"{output_dir} holds no checkpoint to average")
-    folders = [folder for folder in folders if not _fades(folder)]
     mean: dict[str, torch.Tensor] = {}
     for folder in folders:
         for name, tensor in load_file(folder / SAFE_WEIGHTS_NAME).items():
@@ -41,8 +38,3 @@ def load_average(model: nn.Module, output_dir: Path, count: int) -> list[int]:
     if unexpected or untied:
         raise RuntimeError(f"the checkpoints in {output_dir} are of another model: {[*unexpected, *untied][:5]}")
     return [int(folder.name.rsplit("-", 1)[1]) for folder in folders]
-
-
-def _fades(folder: Path) -> bool:
-    with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
-        return any(file.get_tensor(name) < 1 for name in file.keys() if name.endswith(".fade_progress"))  # noqa: SIM118

@@ -198,16 +198,6 @@ def test_patch_of_a_model_with_layers_offloaded_to_disk(tmp_path: Path) -> None:
         assert torch.allclose(model(**inputs("bert")).logits, build("bert")(**inputs("bert")).logits, atol=1e-6)
 
 
-def test_fade_of_offloaded_gains_is_refused(tmp_path: Path) -> None:
-    build("bert").save_pretrained(tmp_path / "model")
-    model = AutoModelForMaskedLM.from_pretrained(
-        tmp_path / "model", device_map=DISK, offload_folder=str(tmp_path / "offload")
-    )
-    with pytest.raises(ValueError, match="offloaded"):
-        patch_model(model, affine="fade")
-    assert not is_patched(model)
-
-
 def test_accelerate_saves_and_loads_the_whole_state(tmp_path: Path) -> None:
     from accelerate import Accelerator
 

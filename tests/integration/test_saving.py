@@ -143,22 +143,16 @@ def test_head_norm_that_was_not_in_the_checkpoint_stays_stock(tmp_path: Path) ->
     assert len(norms(model)) == 5
 
 
-@pytest.mark.parametrize("affine", ["drop", "fade"])
-def test_norms_that_the_checkpoint_lacks_start_as_new_ones(affine: Any, tmp_path: Path) -> None:
-    patch_model(build("bert"), affine=affine).save_pretrained(tmp_path)
+def test_norms_that_the_checkpoint_lacks_start_as_new_ones(tmp_path: Path) -> None:
+    patch_model(build("bert")).save_pretrained(tmp_path)
     model = BertModel.from_pretrained(tmp_path, num_hidden_layers=4, add_pooling_layer=False)
-    fading = affine == "fade"
-    expected = {"weight": 1.0, **({"fade_gain": 1.0, "fade_bias": 0.0, "fade_progress": 0.0} if fading else {})}
     new = model.encoder.layer[3].output.LayerNorm
-    assert {name: set(t.tolist()) for name, t in new.named_buffers()} == {k: {v} for k, v in expected.items()}
-    old = model.encoder.layer[1].output.LayerNorm
-    assert not fading or len(set(old.fade_gain.tolist())) > 1  # those of the checkpoint
+    assert {name: set(t.tolist()) for name, t in new.named_buffers()} == {"weight": {1.0}}
 
 
-@pytest.mark.parametrize("affine", ["drop", "fade"])
-def test_a_model_that_gets_its_memory_late_is_initialized(affine: Any) -> None:
+def test_a_model_that_gets_its_memory_late_is_initialized() -> None:
     """As FSDP does: built on the meta device, `to_empty`, then `init_weights` or each module's `reset_parameters`."""
-    config = patch_model(build("bert"), affine=affine).config
+    config = patch_model(build("bert")).config
     with torch.device("meta"):
         models = [transformers.AutoModel.from_config(config) for _ in range(2)]
     for model, by_module in zip(models, (False, True), strict=True):
@@ -171,13 +165,6 @@ def test_a_model_that_gets_its_memory_late_is_initialized(affine: Any) -> None:
             model.init_weights()
         for name, norm in swapped_norms(model):
             assert all(set(t.tolist()) <= {0.0, 1.0} for t in norm.buffers()), name
-
-
-def test_initializing_again_leaves_a_fade_alone() -> None:
-    model = patch_model(build("bert"), affine="fade").to(torch.bfloat16)
-    before = model.state_dict()
-    model.init_weights()
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_some_layers_only(tmp_path: Path) -> None:

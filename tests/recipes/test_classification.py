@@ -227,17 +227,6 @@ def test_sentence_pairs_with_named_classes(texts, tmp_path):
     )
 
 
-def test_a_fade_ends_in_a_plain_patched_model(texts, tmp_path):
-    trained = tmp_path / "layernorm"
-    classification.main(arguments_for(texts, trained, norm="layernorm", max_steps=10))
-    changes = {"model_config": "{}", "model_name_or_path": trained / "best", "affine": "fade", "fade_ratio": 0.5}
-    classification.main(arguments_for(texts, tmp_path / "run", max_steps=10, eval_steps=2, **changes))
-    results = read_results(tmp_path / "run")
-    assert results["best_step"] >= 5  # earlier ones are no AdaNorm yet
-    names = [name for name, _ in load(tmp_path / "run").named_parameters()]
-    assert not [name for name in names if "LayerNorm" in name]
-
-
 def test_a_pretrained_model_folds_by_a_fit_with_a_k_for_each_norm(texts, tmp_path):
     trained, fitted = tmp_path / "layernorm", tmp_path / "run"
     classification.main(arguments_for(texts, trained, norm="layernorm", max_steps=10))

@@ -174,7 +174,6 @@ def test_numbers_outside_their_range_are_named(name: str, value: float) -> None:
     ("changes", "said"),
     [
         ({"norm": "none", "affine": "fold"}, "normalises nothing"),
-        ({"norm": "none", "affine": "fade"}, "normalises nothing"),
         ({"norm": "detachnorm", "detach_mean": False, "detach_variance": False}, "detach"),
         ({"include": ["nowhere"]}, "nowhere"),
         ({"layers": [7]}, "7"),

@@ -217,36 +217,6 @@ def test_other_architectures_start_from_a_config(arguments, tmp_path, sizes, cap
     assert config.decoder_start_token_id == config.eos_token_id == 2
 
 
-def test_a_pretrained_model_goes_on_and_its_gains_fade_out(arguments, tmp_path):
-    control, faded = tmp_path / "control", tmp_path / "faded"
-    translation.main(arguments(control, norm="layernorm", max_steps=10, eval_steps=10))
-    start = {"model_config": "{}", "model_name_or_path": control / "best", "affine": "fade", "fade_ratio": 0.5}
-    translation.main(arguments(faded, max_steps=8, eval_steps=2, **start))
-    results = read_results(faded)
-    assert results["history"][0]["loss"] == pytest.approx(read_results(control)["validation"]["loss"], abs=0.3)
-    assert results["best_step"] in {4, 6, 8}  # not before the fade has arrived
-    model = AutoModelForSeq2SeqLM.from_pretrained(faded / "best")
-    norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
-    assert len(norms) == NUM_NORMS
-    assert all(norm.fade is None for norm in norms)
-
-
-def test_a_pretrained_pre_norm_model_folds_and_its_k_rises(arguments, tmp_path):
-    control, folded = tmp_path / "control", tmp_path / "folded"
-    translation.main(arguments(control, norm="layernorm", max_steps=10, eval_steps=10))
-    start = {"model_config": "{}", "model_name_or_path": control / "best", "affine": "fold", "fade_ratio": 0.5}
-    start |= {"on_unfoldable": "fade", "learning_rate": 1e-9, "warmup_steps": 0}
-    translation.main(arguments(folded, max_steps=4, eval_steps=1, **start))
-    results = read_results(folded)
-    losses = [record["loss"] for record in results["history"]]
-    assert losses[-1] == pytest.approx(losses[-2], rel=1e-6)  # k has arrived after half of the steps
-    assert losses[-1] != pytest.approx(losses[0], rel=1e-6)
-    assert losses[0] == pytest.approx(read_results(control)["validation"]["loss"], abs=0.1)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folded / "best")
-    norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
-    assert [(norm.k, norm.fade) for norm in norms] == [(0.1, None)] * NUM_NORMS
-
-
 def test_the_same_text_is_tokenised_once_for_all_runs(pairs, tmp_path):
     cache = tmp_path / "cache"
     translation.main(arguments_for(pairs, cache, tmp_path / "a", max_steps=1, preprocessing_workers=2))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_adanorm.modeling_adanorm import NORM_CLASSES
 
-H, EPS, T = 6, 1e-2, 0.25
+H, EPS = 6, 1e-2
 Function = Callable[[Tensor], Tensor]
 
 
@@ -27,7 +27,6 @@ def random(*size: int, seed: int) -> Tensor:
 
 
 X, V, W, MANY = random(H, seed=0) * 2 + 0.5, random(H, seed=1), random(H, seed=2), random(3, H, seed=3)
-GAIN, BIAS = random(H, seed=4) + 1.5, random(H, seed=5)
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -138,12 +137,9 @@ def statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def definition(norm: Any) -> Function:
-    """z = phi * gain * N(x) + bias around X, with phi and what DetachNorm detaches as constants."""
+    """z = phi * N(x) around X, with phi and what DetachNorm detaches as constants."""
     mean_there, std_there = statistics(norm, X)
     C, k = getattr(norm, "C", 1.0), getattr(norm, "k", 0.0)
-    gain, bias = torch.ones(()), torch.zeros(())
-    if norm.fade is not None:
-        gain, bias, C, k = GAIN + T * (1 - GAIN), (1 - T) * BIAS, 1 + T * (C - 1), T * k
     phi = C * (1 - k * (X - mean_there) / std_there)
 
     def f(x: Tensor) -> Tensor:
@@ -151,7 +147,7 @@ def definition(norm: Any) -> Function:
         if norm.norm == "detachnorm":
             mean = mean_there if norm.detach_mean else mean
             std = std_there if norm.detach_variance else std
-        return phi * gain * (x - mean) / std + bias
+        return phi * (x - mean) / std
 
     return f
 
@@ -168,14 +164,7 @@ def norms(dtype: torch.dtype) -> Iterator[nn.Module]:
         if settings.get("detach_variance", True):
             layouts.append({"centered": False})
         for layout in layouts:
-            for fading in (False, True):
-                if fading and "reference" in layout:
-                    continue
-                norm = NORM_CLASSES[name](H, EPS, **settings, **layout, dtype=dtype)
-                if fading:
-                    norm.start_fade(GAIN.to(dtype), BIAS.to(dtype))
-                    norm.fade_progress.fill_(T)  # type: ignore[operator]
-                yield norm
+            yield NORM_CLASSES[name](H, EPS, **settings, **layout, dtype=dtype)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -289,7 +289,7 @@ def test_version_and_help_need_neither_torch_nor_transformers() -> None:
 
 def test_errors_speak_of_options_not_of_arguments() -> None:
     said = {
-        "eps=0.5 does not go with affine='fade', which": "--eps 0.5 does not go with --affine fade, which",
+        "eps=0.5 does not go with affine='fold', which": "--eps 0.5 does not go with --affine fold, which",
         'on_unfoldable="keep" leaves': "--on-unfoldable keep leaves",
         "targets must be one of": "--targets must be one of",
         "detach_mean and detach_variance are both False": "detach_mean and --detach-variance are both False",

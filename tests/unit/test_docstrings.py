@@ -11,7 +11,7 @@ import pytest
 
 import hf_adanorm
 
-SHOWN = ["patch_model", "inspect_model", "unpatch_model", "AdaNorm", "watch_norms", "compare_outputs", "FadeCallback"]
+SHOWN = ["patch_model", "inspect_model", "unpatch_model", "AdaNorm", "watch_norms", "compare_outputs"]
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(hf_adanorm.__path__, "hf_adanorm.")

@@ -6,9 +6,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.weight_average import load_average
-from hf_adanorm import patch_model
-from hf_adanorm.fading import finish_fading, set_fade
-from tests.zoo.round_trip import tiny
 
 
 class Tied(nn.Module):
@@ -31,15 +28,6 @@ def test_floats_are_averaged_and_all_else_is_of_the_newest(tmp_path):
     assert load_average(model, tmp_path, 2) == [20, 100]
     assert model.second.weight.unique().tolist() == [2.5]
     assert model.count == 100
-
-
-def test_checkpoints_of_before_a_fade_has_arrived_are_left_out(tmp_path):
-    model = patch_model(tiny(), affine="fade")
-    for step, progress in ((8, 0.8), (10, 1.0), (12, 1.0)):
-        set_fade(model, progress)
-        write(tmp_path, step, **{name: tensor.clone() for name, tensor in model.state_dict().items()})
-    assert load_average(model, tmp_path, 3) == [10, 12]
-    finish_fading(model)
 
 
 def test_checkpoints_of_another_model_or_none_are_named(tmp_path):

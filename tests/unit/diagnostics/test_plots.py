@@ -44,7 +44,7 @@ def all_pictures(log):
         "gradients": plots.plot_gradients({"AdaNorm": log, "DetachNorm": log})[1],
         "theorem": plots.plot_theorem(log)[0],
         "heatmap": plots.plot_heatmap(log),
-        "losses": plots.plot_losses({"drop": [3.0, 2.0, 1.0], "fade": {1: 2.5, 3: 1.5}}, fading=(1, 2), reference=2.4),
+        "losses": plots.plot_losses({"drop": [3.0, 2.0, 1.0], "fade": {1: 2.5, 3: 1.5}}, reference=2.4),
         "phi": plots.plot_phi(log),
     }
 

@@ -24,7 +24,6 @@ from hf_adanorm import (
     NoNorm,
     WatchNormsCallback,
     patch_model,
-    set_fade,
     watch_norms,
 )
 from hf_adanorm.diagnostics.log import FIELDS, HISTOGRAM_BINS
@@ -122,26 +121,6 @@ def test_statistics_are_those_of_the_definitions(name):
     for field, value in expected.items():
         assert getattr(record, field) == pytest.approx(value, rel=2e-4, abs=2e-9), field
     assert expected["share_falling"] > expected["share_negative"] or name != "adanorm"
-
-
-def test_in_the_middle_of_a_fade_the_shares_are_those_of_the_k_of_the_moment():
-    torch.manual_seed(1)
-    x = torch.randn(ROWS, WIDTH)
-    norms = [AdaNorm(WIDTH, k=0.4), AdaNorm(WIDTH, k=0.8), AdaNorm(WIDTH, k=0.8)]
-    for norm, progress in zip(norms[1:], (0.5, 0.0), strict=True):
-        norm.start_fade()
-        norm.fade_progress.fill_(progress)
-    here, fading, start = (record_alone(norm, x, torch.randn(ROWS, WIDTH)).records[0] for norm in norms)
-    assert fading.share_falling == here.share_falling > here.share_negative == fading.share_negative > 0
-    assert start.share_falling == start.share_negative == 0
-
-
-def test_a_fade_of_a_norm_without_k_leaves_the_k_that_was_given():
-    norms = [LayerNormSimple(WIDTH), LayerNormSimple(WIDTH)]
-    norms[1].start_fade()
-    x = torch.randn(ROWS, WIDTH)
-    plain, fading = (record_alone(norm, x, torch.randn(ROWS, WIDTH), k=1.0).records[0] for norm in norms)
-    assert fading.share_negative == plain.share_negative > 0
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -365,23 +344,6 @@ def test_steps_can_be_ended_by_hand():
     assert log.steps == [11, 13]
     with pytest.raises(RuntimeError, match="outside"):
         log.end_step()
-
-
-def test_fading_norms_are_watched_with_their_gain_of_the_moment():
-    model = bert()
-    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
-        nn.init.uniform_(norm.weight, 0.5, 2.0)
-    stock = copy.deepcopy(model)
-    patch_model(model, "adanorm", affine="fade")
-    set_fade(model, 0.0)
-    logs = []
-    for each in (stock, model):
-        with watch_norms(each, every=1) as log:
-            each.train()(**batch()).loss.backward()
-        logs.append(log)
-    # before the fade begins the model is the stock one
-    for field in ("grad_detached_mean", "grad_detached_var", "grad_input_var"):
-        torch.testing.assert_close(logs[1].values(field), logs[0].values(field), rtol=1e-3, atol=1e-12)
 
 
 def test_a_model_patched_while_it_is_watched_is_looked_at_again():

@@ -49,7 +49,7 @@ def test_calibration_moves_less_than_approximation(k: float) -> None:
     moved = {}
     for way in ("approximate", "calibrate"):
         model = build("bert-mlm")
-        quietly(patch_model, model, "adanorm", k=k, affine="fold", on_unfoldable=way, fold_inputs=batch, ramp=False)
+        quietly(patch_model, model, "adanorm", k=k, affine="fold", on_unfoldable=way, fold_inputs=batch)
         moved[way] = float((logits(model, batch) - before).norm() / before.norm())
     assert moved["calibrate"] < 0.8 * moved["approximate"]
 
@@ -106,7 +106,7 @@ def test_a_fit_adds_no_bias_where_none_would_arrive_and_is_no_further_off_than_t
         before, off = model(**inputs), {}
         for way in ("keep", "calibrate"):
             new = copy.deepcopy(model)
-            options = {"affine": "fold", "on_unfoldable": way, "ramp": False, "fold_inputs": inputs}
+            options = {"affine": "fold", "on_unfoldable": way, "fold_inputs": inputs}
             quietly(patch_model, new, "adanorm", C=C, k=0.1, **options)
             off[way] = float((new(**inputs) - before).norm())
     layer, old = (part.conv if path == "convolved" else part.linear for part in (new, model))
@@ -129,32 +129,6 @@ def test_a_calibrated_fold_keeps_padded_rows_of_mamba_those_of_rows_without_padd
         assert difference(logits[:, 5:], model(input_ids=ids).logits) <= 1e-5
 
 
-def test_what_cannot_be_folded_is_kept_or_faded() -> None:
-    kept, faded = build("gpt2-lm"), build("gpt2-lm")
-    inputs = dummy_inputs(kept)
-    before = logits(kept, inputs)
-    with pytest.warns(UserWarning, match="1 of 5 norms cannot be folded and stay as they are"):
-        patch_model(kept, "adanorm", affine="fold")
-    quietly(patch_model, faded, "adanorm", affine="fold", on_unfoldable="fade")
-    assert type(kept.transformer.ln_f) is nn.LayerNorm
-    assert [m.fade for m in faded.modules() if hasattr(m, "fade")] == [(), (), (), (), ("gain", "bias")]
-    for model in (kept, faded):
-        assert difference(logits(model, inputs), before) <= 1e-5
-
-
-def test_no_ramp_warns() -> None:
-    with pytest.warns(UserWarning, match="ramp=False"):
-        patch_model(build("vit"), "adanorm", affine="fold", ramp=False)
-
-
-def test_no_ramp_ends_one_that_is_on_its_way_and_warns() -> None:
-    model = build("vit")
-    patch_model(model, "adanorm", affine="fold")
-    with pytest.warns(UserWarning, match="ramp=False sets k and C at once"):
-        patch_model(model, "adanorm", affine="fold", ramp=False)
-    assert [m.fade for m in model.modules() if hasattr(m, "fade")] == [None] * 5
-
-
 def test_unpatching_keeps_the_fold() -> None:
     model = build("whisper")
     inputs = dummy_inputs(model)
@@ -175,21 +149,19 @@ def test_what_an_approximate_fold_drops_is_said() -> None:
 # --- what is not N(x) with gain and bias -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("swapped", [False, True, "ramping", "adanorm"])
-def test_norms_without_gain_and_bias_are_fitted_too(swapped: bool | str) -> None:
+@pytest.mark.parametrize("swapped", [False, True])
+def test_norms_without_gain_and_bias_are_fitted_too(swapped: bool) -> None:
     model = build("gpt2-lm untied")
     batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
     if not swapped:
         fold_affine(model)
     else:
-        name, settings = ("layernorm-simple", {}) if swapped is True else ("adanorm", {"k": 0.2, "C": 0.7})
-        quietly(patch_model, model, name, affine="fold", ramp=swapped == "ramping", **settings)
+        quietly(patch_model, model, "layernorm-simple", affine="fold")
     at_once = copy.deepcopy(model)
     before = logits(model, batch)
     quietly(patch_model, at_once, "adanorm", C=1.5, k=0.1)
     options = {"affine": "fold", "on_unfoldable": "calibrate", "fold_inputs": batch}
     patch_model(model, "adanorm", C=1.5, k=0.1, **options)
-    assert [m.fade for m in model.modules() if hasattr(m, "fade")] == [None] * 5
     assert (logits(model, batch) - before).norm() < 0.4 * (logits(at_once, batch) - before).norm()
     again = state(model)
     patch_model(model, "adanorm", C=1.5, k=0.1, **options)
@@ -223,16 +195,6 @@ def test_a_plain_norm_that_becomes_another_plain_one_takes_no_bias() -> None:
     names = set(dict(model.named_parameters()))
     patch_model(model, "detachnorm", targets="all", affine="fold", on_unfoldable="calibrate", fold_inputs=batch)
     assert set(dict(model.named_parameters())) == names
-
-
-def test_a_ramp_does_not_lead_to_the_authors_form() -> None:
-    model = build("bert-cls").bert
-    place = model.encoder.layer[1].output
-    place.LayerNorm = LayerNormSimple(place.LayerNorm.weight.shape, reference="lancopku")
-    with pytest.warns(UserWarning, match='a norm with reference="lancopku" sets k and C at once'):
-        patch_model(model, "adanorm", affine="fold", on_unfoldable="approximate")
-    assert place.LayerNorm.fade is None
-    assert place.LayerNorm.reference == "lancopku"
 
 
 def test_the_report_of_a_fit_says_what_share_of_each_output_is_not_reproduced() -> None:

@@ -245,7 +245,6 @@ def test_attaching_it_to_a_base_with_other_norms_raises(other: str, stray: Path)
         ({"C": 1.2}, r"needs adanorm, C=1\.3 at bert\.embeddings\.LayerNorm, .* and 4 more; .* has adanorm, C=1\.2\."),
         ({"eps": 1e-5}, r"needs adanorm, eps=0\.001 at .* has adanorm, eps=1e-05\."),
         ({"centered": False}, r"needs adanorm, centered=True at .* has adanorm, centered=False\."),
-        ({"affine": "fade", "eps": None}, r"fade=None at .* has adanorm, eps=1e-12, fade=\('gain', 'bias'\)\."),
     ],
 )
 def test_what_differs_is_what_is_named(options: dict[str, Any], told: str, stray: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 import warnings
@@ -42,16 +41,6 @@ def test_a_card_that_a_save_wrote_is_what_write_model_card_writes(saved: Path) -
     before = (saved / "README.md").read_text()
     (saved / "README.md").unlink()
     assert write_model_card(saved).read_text() == before
-
-
-def test_a_card_names_the_auto_class_of_the_task_and_what_is_on_its_way() -> None:
-    for folder, auto, way in (
-        ("gpt2-fold", "AutoModelForCausalLM", "ramp"),
-        ("bert-fading", "AutoModel", "fade of gain"),
-    ):
-        text = render_card(json.loads((CHECKPOINTS / folder / "config.json").read_text()))
-        assert set(re.findall(r"import (AutoModel\w*)", text)) == {auto}
-        assert f", {way}" in text
 
 
 def test_an_unpatched_save_takes_our_section_away(saved: Path) -> None:
@@ -198,13 +187,6 @@ def test_the_card_names_the_norm_and_its_settings(tmp_path: Path, norm: str) -> 
         "none": "| w/o Norm (no normalisation) | as the replaced norm |",
     }
     assert shown[norm] in text
-
-
-def test_the_card_of_a_model_in_the_middle_of_a_fade_says_so(tmp_path: Path) -> None:
-    patch_model(build(None), affine="fade").save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "before the end of a fade" in text
-    assert "have no gain and no bias" not in text
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,6 @@ FIRST = {
     "the travelling file": "import hf_adanorm.modeling_adanorm",
     "the spec": "import hf_adanorm.saving.spec",
     "the hooks": "import hf_adanorm.saving.hooks",
-    "fading": "import hf_adanorm.fading",
 }
 LAZY = """
 import hf_adanorm

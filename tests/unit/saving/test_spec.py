@@ -107,23 +107,10 @@ def test_a_reference_is_written_only_where_it_is_not_the_paper() -> None:
     assert NormGroup.from_dict(other).to_dict() == other
 
 
-@pytest.mark.parametrize("given", [{"reference": "x"}, {"reference": 1}, {"centered": False}, {"fade": ["gain"]}])
+@pytest.mark.parametrize("given", [{"reference": "x"}, {"reference": 1}, {"centered": False}])
 def test_a_reference_that_no_norm_can_have_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="reference"):
         NormGroup.from_dict({"norm": "adanorm", "modules": ["h"], "reference": "lancopku", **given})
-
-
-def test_a_fade_to_the_authors_code_is_refused_as_it_would_end_elsewhere() -> None:
-    norm = AdaNorm(4, reference="lancopku")
-    with pytest.raises(ValueError, match='does not go with reference="lancopku"'):
-        norm.start_fade()
-    assert norm.fade is None
-
-
-def test_a_spec_of_format_1_with_the_modules_own_names_is_read(vit: Callable[..., Any]) -> None:
-    layers = "layers." if hasattr(ViTModel(CASES["vit"].config()), "layers") else "encoder.layer."
-    model, expected = vit(lambda name: name.replace("encoder.layer.", layers))
-    assert torch.equal(logits(model), expected)
 
 
 def test_names_of_another_version_are_recognised_by_their_place(vit: Callable[..., Any], tmp_path: Path) -> None:
