@@ -92,7 +92,8 @@ if __name__ == "__main__":  # help, and mistakes in the options, before torch is
     except OptionError as mistake:
         sys.exit(_refuse(mistake))
 
-from common.checkpoints import EXIT_RESUME, lock_folder
+from common.checkpoints import lock_folder
+from common.endings import EXIT_RESUME
 from comparison.gather import gather
 from comparison.running import Comparison, RunInterrupted
 from comparison.runs import RecordError

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
-from common.endings import clear_use
-from common.options import DataError, positive
+from common.endings import DataError, clear_use
+from common.options import positive
 from common.progress import with_time_left
 from common.saved import load_saved
 from tasks.bytes import (

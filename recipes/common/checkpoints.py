@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import RNG_STATE_NAME, load
 from safetensors import SafetensorError
 
-from common.options import OptionError
+from common.endings import OptionError, SaveError
 from hf_adanorm.saving import TEMPORARY, write_file
 
 try:
@@ -38,16 +38,9 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-EXIT_CANNOT_SAVE = 74  # EX_IOERR: a checkpoint could not be written; the one before it stands
-EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
-
 
 class ResumeError(ValueError):
     """The checkpoints in `output_dir` belong to a run with other options."""
-
-
-class SaveError(OSError):
-    """A checkpoint cannot be written, for instance because the disk is full. The one before it stands."""
 
 
 @dataclass(kw_only=True)

@@ -37,10 +37,10 @@ import torch
 from accelerate.utils import send_to_device, set_seed
 
 from common.batches import eval_batches, train_batches
-from common.checkpoints import EXIT_RESUME, Checkpoints, Interruption, write_json
-from common.endings import clear_endings, clear_errors
+from common.checkpoints import Checkpoints, Interruption, write_json
+from common.endings import EXIT_RESUME, DivergedError, clear_endings, clear_errors
 from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
-from common.options import leave, options_that_change
+from common.options import options_that_change
 from common.progress import ProgressBar, Stopwatch
 from common.publishing import prepare_push, publish
 from common.results import format_results, versions
@@ -167,10 +167,7 @@ class Run:
     def training(self) -> Iterator[None]:
         """While a run trains, is tested and writes its results: from the newest checkpoint on, to a clear ending."""
         accelerator, options = self.accelerator, self.options
-        with (
-            clear_endings(accelerator, self.output_dir, self.record),
-            Interruption(accelerator) as self.interruption,
-        ):
+        with clear_endings(), self._divergence_recorded(), Interruption(accelerator) as self.interruption:
             self.progress = self.checkpoints.resume()
             if self.progress.step:
                 self.print(f"resuming from step {self.progress.step}")
@@ -184,6 +181,17 @@ class Run:
             self.model.train()
             with norms_to_trackers(accelerator, self.model, options, self.progress.step) as self.send_norms:
                 yield
+
+    @contextmanager
+    def _divergence_recorded(self) -> Iterator[None]:
+        try:
+            yield
+        except DivergedError as error:
+            if self.is_main:
+                record = {**self.record, "step": error.step, "diverged": str(error)}
+                write_json(self.output_dir / "diverged.json", record)
+            self.accelerator.wait_for_everyone()  # every process raised it
+            raise
 
     def __iter__(self) -> Iterator[Step]:
         """The steps from the newest checkpoint on, to the last or until early stopping."""
@@ -300,7 +308,7 @@ class Run:
         signal, step = self.interruption.name, self.progress.step
         self.print(f"stopped by {signal} at step {step}; start the same command to resume")
         self.accelerator.end_training()
-        leave(EXIT_RESUME)
+        sys.exit(EXIT_RESUME)
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
@@ -340,7 +348,7 @@ class Run:
             self._stop()
 
     def note(self, scores: dict[str, float]) -> None:
-        """Record an evaluation; save the model when it is the best so far (the earlier one of equals)."""
+        """Record an evaluation; save the model when it is the best so far, the earlier one of equals."""
         progress = self.progress
         progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
         self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
@@ -380,7 +388,7 @@ class Run:
         words += ["--mixed_precision", precision, "--batch_size", str(options.eval_batch_size)]
         if not run_fresh_process(self.script.with_name(script), words, lambda: self.interruption.signalled):
             self.print(f"stopped by {self.interruption.name} in the test; start the same command to go on")
-            leave(EXIT_RESUME)
+            sys.exit(EXIT_RESUME)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`: the recipe's own figures, which name at least `train_samples`, `train_tokens` and

@@ -1,8 +1,8 @@
 """The options that all recipes share, and how they are read.
 
 A recipe declares one flat, keyword-only dataclass that inherits from the groups here. Every field becomes a flag of
-the same name; `--config FILE.yaml` sets any of them, and flags given on the command line win over the file. Paths in a
-config file (options ending in `_file`) are relative to that file, paths on the command line to the current directory.
+the same name. `--config FILE.yaml` sets any of them; flags on the command line override the file. Paths in a config
+file (options ending in `_file`) are relative to that file, paths on the command line to the current directory.
 """
 
 from __future__ import annotations
@@ -10,55 +10,36 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import importlib.util
-import json
+import functools
 import math
-import os
-import re
-import runpy
 import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from common.endings import EXIT_CODES, OptionError, is_first_on_machine
+from hf_adanorm.options import norms, patch_options
 
 T = TypeVar("T")
 
-# The package's options without the package, which would import torch.
-_STATED = runpy.run_path(str(Path(importlib.util.find_spec("hf_adanorm").origin).with_name("options.py")))
-NORMS, PATCH_OPTIONS = _STATED["norms"](), _STATED["patch_options"]()
-
-
-def leave(code: int) -> NoReturn:
-    """End the process with `code`; `launch/keep_code.py` is told, where that started it: launchers turn it into 1."""
-    if note := os.environ.get("HF_ADANORM_EXIT_CODE"):
-        Path(note).write_text(str(code), encoding="utf-8")
-    sys.exit(code)
-
-
-class OptionError(ValueError):
-    """An option, or a combination of options, cannot be used. The message names it and the nearest fix."""
-
-
-class DataError(ValueError):
-    """The data cannot be used. The message names the file or split, what is wrong and the nearest fix."""
-
+NORMS, PATCH_OPTIONS = norms(), patch_options()
 
 Change = Literal["results", "onward", "nothing"]
 
 
 def option(default: Any, help: str, *, changes: Change = "results", within: str = "") -> Any:  # noqa: A002
-    """A dataclass field with a default, the text that `--help` shows, the interval that a number must be in, such as
-    "[0, 1)" or "(0, inf)", and what another value of it changes.
+    """Declare a dataclass field with its default and the text that `--help` shows.
 
-    "results": weights or scores; it must be the same when a run is resumed and in all runs of a comparison. "onward":
-    what happens from then on; a resumed run may go on with another value, the runs of a comparison must agree.
-    "nothing": where a run writes and how it is watched.
+    Args:
+        changes: what another value changes. "results": weights or scores; it must be the same when a run is resumed
+            and in all runs of a comparison. "onward": what happens from then on; a resumed run may change it, the runs
+            of a comparison must agree. "nothing": where a run writes and how it is watched.
+        within: the interval that a number must be in, such as "[0, 1)" or "(0, inf)".
     """
     metadata = {"help": help, "changes": changes, "within": within}
     if isinstance(default, (list, dict)):
@@ -67,20 +48,20 @@ def option(default: Any, help: str, *, changes: Change = "results", within: str 
 
 
 def positive(text: str) -> int:
-    """A number of a command line that must be at least 1. Raises ValueError, as argparse takes it."""
+    """Return a command line's number, which must be at least 1. Raises ValueError, which argparse reports."""
     if (number := int(text)) < 1:
         raise ValueError
     return number
 
 
 def options_that_change(options_class: type[Any], *changes: Change) -> frozenset[str]:
-    """The names of the options of which another value changes one of these."""
+    """Return the names of the options whose value changes one of these; see `option`."""
     fields = dataclasses.fields(options_class)
     return frozenset(item.name for item in fields if item.metadata["changes"] in changes)
 
 
 def check_ranges(options: Any) -> None:
-    """Raise OptionError for a number that is not within the interval of its option."""
+    """Raise OptionError for a number outside the interval of its option."""
     for item in dataclasses.fields(options):
         within, value = item.metadata["within"], getattr(options, item.name)
         if not within or value is None:
@@ -91,17 +72,6 @@ def check_ranges(options: Any) -> None:
         if not (above and below):
             least = "positive" if within == "(0, inf)" else f"at least {low:g}"
             raise OptionError(f"--{item.name} must be {least if math.isinf(high) else f'in {within}'}, got {value}")
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Raise OptionError for a tracker that accelerate does not know. It is read off its source text: accelerate would
-    import torch."""
-    package = Path(importlib.util.find_spec("accelerate").origin).parent
-    kinds = (package / "utils" / "dataclasses.py").read_text(encoding="utf-8").partition("class LoggerType(")[2]
-    known = re.findall(r'^    [A-Z_]+ = "(\w+)"$', kinds.partition("\nclass ")[0], re.MULTILINE)
-    for name in names:
-        if name not in known:
-            raise OptionError(f"--report_to {name}: expected {', '.join(known)}{did_you_mean(name, known)}")
 
 
 @dataclass(kw_only=True)
@@ -120,8 +90,8 @@ class PatchOptions:
     exclude: list[str] | str | None = option(*PATCH_OPTIONS["exclude"][:2])
     layers: list[int] | None = option(*PATCH_OPTIONS["layers"][:2])
     targets: Literal[PATCH_OPTIONS["targets"].choices] = option(*PATCH_OPTIONS["targets"][:2])
-    affine: Literal[PATCH_OPTIONS["affine"].choices] = option(*PATCH_OPTIONS["affine"][:2])
-    on_unfoldable: Literal[PATCH_OPTIONS["on_unfoldable"].choices] = option(*PATCH_OPTIONS["on_unfoldable"][:2])
+    affine: Literal["drop", "fold"] = option(*PATCH_OPTIONS["affine"][:2])
+    on_unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = option(*PATCH_OPTIONS["on_unfoldable"][:2])
     on_tied: Literal[PATCH_OPTIONS["on_tied"].choices] = option(*PATCH_OPTIONS["on_tied"][:2])
     calibrate_k: bool = option(
         False, "AdaNorm: a k for each norm, at most --k, that its outliers allow on a batch of training data"
@@ -221,58 +191,108 @@ class RunOptions:
     hub_private: bool = option(False, "make that repository private if it is new", changes="nothing")
 
 
-class _Parser(ArgumentParser):
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        if message:
-            print(message, end="", file=sys.stderr)
-        leave(status)
+# ------------------------------------------------------------------------------------------------------ reading
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's types and defaults, the description as it is laid out."""
+def did_you_mean(value: object, known: Iterable[str], prefix: str = "") -> str:
+    """Return a "did you mean" suffix for an error, or "" if no known name is close."""
+    close = difflib.get_close_matches(str(value), list(known), n=1)
+    return f"; did you mean {prefix + close[0] if prefix else repr(close[0])}?" if close else ""
 
 
-def build_parser(options_class: type[Any], description: str | None = None) -> ArgumentParser:
-    """A parser with one flag for each field of `options_class`, and `--config`."""
-    usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
-    parser = _Parser(usage=usage, description=description, formatter_class=_HelpFormatter)
-    parser.add_argument("--config", type=str | None, default=None, help="YAML file that sets any of the options below")
+@functools.cache
+def _hints(options_class: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(options_class)
-    groups = {}
-    for base in options_class.__mro__:
-        if dataclasses.is_dataclass(base) and vars(base).get("__annotations__"):
-            group = parser.add_argument_group(base.__name__.removesuffix("Options").lower())
-            groups.update(dict.fromkeys(vars(base)["__annotations__"], group))
-    for item in dataclasses.fields(options_class):
-        if item.default is not dataclasses.MISSING:
-            default = item.default
-        elif item.default_factory is not dataclasses.MISSING:
-            default = item.default_factory()
-        else:
-            raise TypeError(f"{options_class.__name__}.{item.name} needs a default")
-        groups[item.name].add_argument(
-            f"--{item.name}", type=hints[item.name], default=default, help=item.metadata["help"]
-        )
-    return parser
+    return {item.name: hints[item.name] for item in dataclasses.fields(options_class)}
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """Return the alternatives of a type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+EXPECTED |= {dict: "a mapping", types.NoneType: "null"}
+
+
+def _expected(hint: Any) -> str:
+    said = []
+    for kind in _kinds(hint):
+        origin = typing.get_origin(kind)
+        said += map(str, typing.get_args(kind)) if origin is Literal else [EXPECTED[origin or kind]]
+    return ", ".join(said[:-1]) + (" or " if said[:-1] else "") + said[-1]
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    """Return a YAML value as one of `kind`. Raises ValueError if it is not."""
+    origin = typing.get_origin(kind) or kind
+    if origin is Literal and value in typing.get_args(kind):
+        return value
+    if origin is list and isinstance(value, list):
+        (inner,) = typing.get_args(kind)
+        if inner is str:  # names may look like numbers
+            value = [str(item) if type(item) is int else item for item in value]
+        return [_as_kind(item, inner) for item in value]
+    if origin is float and not isinstance(value, bool):
+        return float(value)  # YAML takes 1e-3, without a point, for text
+    if origin in (bool, int, str, dict, types.NoneType) and type(value) is origin:
+        return value
+    raise ValueError(value)
+
+
+def convert(name: str, value: Any, hint: Any, *, is_text: bool = False) -> Any:
+    """Return a value of a config as the type `hint` of the option `name`; with `is_text`, the text of a flag.
+
+    A single value where a list is expected becomes a list of one. Raises OptionError naming the option and what was
+    expected.
+    """
+    kinds, given = _kinds(hint), value
+    is_list = any(typing.get_origin(kind) is list for kind in kinds)
+    if is_text:
+        if types.NoneType in kinds and value == "null":
+            return None
+        lists_text = is_list and typing.get_args(next(k for k in kinds if typing.get_origin(k) is list)) == (str,)
+        chosen = any(typing.get_origin(kind) is Literal for kind in kinds)
+        if not (str in kinds or lists_text or chosen) or (is_list and value.startswith(("[", "- "))):
+            value = _from_yaml(name, value)
+    if is_list and str not in kinds and not isinstance(value, (list, types.NoneType)):
+        value = [value]
+    for kind in kinds:
+        try:
+            return _as_kind(value, kind)
+        except (ValueError, TypeError):
+            continue
+    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    raise OptionError(f"--{name}: expected {_expected(hint)}, got {given!r}{did_you_mean(given, choices)}")
+
+
+def _from_yaml(name: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise OptionError(f"--{name}: {text!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error."""
+    """YAML in which a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is repeated", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_config(
     path: str | Path, names: Collection[str] | None = None, elsewhere: Mapping[str, str] | None = None
 ) -> Any:
-    """The options of a YAML file by name, its relative `*_file` paths resolved against the file's folder.
+    """Return the options of a YAML file by name, with relative `*_file` paths resolved against the file's folder.
 
-    Raises OptionError for a file that is missing, is not a YAML mapping or holds an option that is none of `names`
-    (by default, any name will do); `elsewhere` tells which script has it.
+    Args:
+        names: the known options; by default any name is accepted.
+        elsewhere: the script that each option of other recipes belongs to, for the error.
+
+    Raises OptionError for a file that is missing, is not a YAML mapping, or holds an unknown option.
     """
     path = Path(path)
     if not path.is_file():
@@ -289,48 +309,63 @@ def read_config(
     for key in values:
         if names is not None and key not in names:
             script = (elsewhere or {}).get(key)
-            hint = f": it is one of recipes/{script}" if script else did_you_mean(key, names)
+            hint = f": recipes/{script} has it" if script else did_you_mean(key, names)
             raise OptionError(f"--config {path}: unknown option {key!r}{hint}")
     if values.get("mixed_precision") is False:
-        values["mixed_precision"] = "no"  # for YAML, an unquoted no is false
+        values["mixed_precision"] = "no"  # YAML reads an unquoted no as false
     for key, value in values.items():
         if str(key).endswith("_file") and isinstance(value, str) and not Path(value).is_absolute():
             values[key] = str((path.parent / value).resolve())
     return values
 
 
-def did_you_mean(value: object, known: Iterable[str], prefix: str = "") -> str:
-    """The nearest of what is known, as the end of a sentence; "" where nothing is near."""
-    close = difflib.get_close_matches(str(value), list(known), n=1)
-    return f"; did you mean {prefix + close[0] if prefix else repr(close[0])}?" if close else ""
-
-
 def _scripts_by_option() -> dict[str, str]:
-    """Which script each option of the recipes belongs to, as far as their options have been imported."""
-    found = {}
-    for options_class in RunOptions.__subclasses__():
-        script = re.sub("(?<=[a-z])(?=[A-Z])", "_", options_class.__name__.removesuffix("Options")).lower()
-        found |= {item.name: f"{script}.py" for item in dataclasses.fields(options_class)}
-    return found
+    """Return the script of each option, for the recipes whose options have been imported."""
+    return {item.name: recipe.script for recipe in RunOptions.__subclasses__() for item in dataclasses.fields(recipe)}
 
 
-def _as_meant(name: str, value: Any, hint: Any) -> Any:
-    """A value from a config or, as text, from the command line; one where a list is expected is a list of one.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        if is_first_on_machine():
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
-    Raises OptionError for none of the choices.
-    """
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
-    if choices and isinstance(value, str) and value not in [*choices, "null"]:
-        raise OptionError(f"--{name}: expected {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
-    lists = [kind for kind in kinds if typing.get_origin(kind) is list]
-    if not lists or str in kinds or isinstance(value, (list, type(None))):
-        return value
-    if not isinstance(value, str):
-        return [value]
-    if value.startswith(("[", "- ")) or value == "null":  # a list in YAML, either way
-        return value
-    return json.dumps([value]) if typing.get_args(lists[0]) == (str,) else f"[{value}]"
+
+def build_parser(options_class: type[Any], description: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser with one flag for each field of `options_class`, and `--config`. Flags are read as text."""
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file that sets any of the options below")
+    groups = {}
+    for base in options_class.__mro__:
+        if dataclasses.is_dataclass(base) and vars(base).get("__annotations__"):
+            group = parser.add_argument_group(base.__name__.removesuffix("Options").lower())
+            groups.update(dict.fromkeys(vars(base)["__annotations__"], group))
+    defaults = options_class()
+    for item in dataclasses.fields(options_class):
+        hint, default = _hints(options_class)[item.name], getattr(defaults, item.name)
+        said = "" if default in (None, [], {}, "") else f" (default: {yaml.safe_dump(default).splitlines()[0]})"
+        is_list = any(typing.get_origin(kind) is list for kind in _kinds(hint))
+        groups[item.name].add_argument(
+            f"--{item.name}",
+            nargs="+" if is_list else None,
+            metavar=_metavar(hint),
+            help=(item.metadata["help"] + said).replace("%", "%%"),
+        )
+    return parser
+
+
+def _metavar(hint: Any) -> str:
+    kind = _kinds(hint)[0]
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}"
+    return {bool: "true|false", int: "N", float: "X", dict: "YAML"}.get(typing.get_origin(kind) or kind, "TEXT")
 
 
 def parse_options(options_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
@@ -339,41 +374,39 @@ def parse_options(options_class: type[T], argv: Sequence[str] | None = None, des
     demo = getattr(options_class, "demo", None)
     if argv is None and len(sys.argv) == 1 and demo:
         parser.error(f"there is nothing to train on: try --config recipes/configs/{demo}, or see --help")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    hints = typing.get_type_hints(options_class)
-    names = {item.name for item in dataclasses.fields(options_class)}  # type: ignore[arg-type]
-    base = parser.get_defaults()
+    hints = _hints(options_class)
+    given, rest = parser.parse_known_args(argv)
+    flags = vars(given)
+    values: dict[str, Any] = {}
     try:
-        config_path = _last_value(argv, "--config")
-        if config_path is not None:
-            values = read_config(config_path, names, _scripts_by_option())
-            values = {name: _as_meant(name, value, hints[name]) for name, value in values.items()}
-            base = parser.parse_object(values, namespace=base)
-        for position, argument in enumerate(argv):
-            flag, equals, value = argument.partition("=")
-            name = flag[2:].split(".", 1)[0].rstrip("+")
-            if not argument.startswith("--") or not name or name in {"config", "help"}:
-                continue
-            if name not in names:
-                raise OptionError(f"unknown option --{name}{did_you_mean(name, names, '--')}")
-            if equals and flag[2:] in names:
-                argv[position] = f"{flag}={_as_meant(name, value, hints[name])}"
-            elif flag[2:] in names and position + 1 < len(argv):
-                argv[position + 1] = _as_meant(name, argv[position + 1], hints[name])
-        parsed: Namespace = parser.parse_args(argv, namespace=base)
-        options = options_class(**{name: parsed[name] for name in names})
+        if config := flags.pop("config", None):
+            values = read_config(config, hints, _scripts_by_option())
+            values = {name: convert(name, value, hints[name]) for name, value in values.items()}
+        for name, value in flags.items():
+            if isinstance(value, list) and len(value) > 1:
+                value = [convert(name, item, hints[name], is_text=True) for item in value]
+                values[name] = [item for part in value for item in (part if isinstance(part, list) else [part])]
+            else:
+                text = value[0] if isinstance(value, list) else value
+                values[name] = convert(name, text, hints[name], is_text=True)
+        for name, text in _unknown(rest):
+            mapping, dot, key = name.partition(".")
+            if not dot or mapping not in hints or dict not in map(typing.get_origin, _kinds(hints[mapping])):
+                raise OptionError(f"unknown option --{name}{did_you_mean(name, hints, '--')}")
+            values[mapping] = {**values.get(mapping, {}), key: _from_yaml(name, text)}
+        options = options_class(**values)
         check_ranges(options)
-        check_trackers(getattr(options, "report_to", ()))
     except OptionError as error:
         parser.error(str(error))
     return options
 
 
-def _last_value(argv: Sequence[str], flag: str) -> str | None:
-    value = None
-    for position, argument in enumerate(argv):
-        if argument == flag and position + 1 < len(argv):
-            value = argv[position + 1]
-        elif argument.startswith(flag + "="):
-            value = argument.split("=", 1)[1]
-    return value
+def _unknown(words: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """Yield the flags that argparse does not know, with their values. Raises OptionError for anything else."""
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise OptionError(f"unexpected argument {word!r}")
+        name, equals, value = word[2:].partition("=")
+        yield name, value if equals else words.pop(0) if words and not words[0].startswith("--") else ""

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from common.options import DataError
+from common.endings import DataError
 
 
 def load_saved(auto_class: Any, name: Any) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,12 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    LoggerType,
     set_seed,
 )
 from torch import nn
 
 import hf_adanorm
-from common.endings import fate
 from common.options import (
     NORMS,
     PATCH_OPTIONS,
@@ -31,6 +31,7 @@ from common.options import (
     OptionError,
     PatchOptions,
     RunOptions,
+    did_you_mean,
 )
 
 # A fold by a fit and a k for each norm are taken from so many training examples.
@@ -46,10 +47,7 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
     has `gradient_accumulation_steps` of them.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    for name in run.report_to:
-        if name not in [*installed, "all"]:
-            raise OptionError(f"--report_to {name}: it is not installed: pip install {name}")
+    check_trackers(run.report_to)
     accelerator = Accelerator(
         # Without being told, accelerate takes processes that torchrun starts on CPUs for so many single runs.
         cpu=launched > 1 and not torch.accelerator.is_available(),
@@ -68,8 +66,6 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
             f"the launcher started {launched} processes, but accelerate found {accelerator.num_processes}: see "
             "recipes/launch for files that fit this machine"
         )
-    if launched > 1:
-        fate.share()
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed asks for the size of a batch where no data loader is prepared; it only enters its own reports.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
@@ -79,6 +75,16 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     return accelerator
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise OptionError for a tracker that accelerate does not know, or that is not installed."""
+    known = [str(kind) for kind in LoggerType]
+    for name in names:
+        if name not in known:
+            raise OptionError(f"--report_to {name}: expected {', '.join(known)}{did_you_mean(name, known)}")
+        if name not in [*map(str, get_available_trackers()), "all"]:
+            raise OptionError(f"--report_to {name}: it is not installed: pip install {name}")
 
 
 def calibration_rows(data: Any) -> list[Any]:

@@ -11,18 +11,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.checkpoints import Progress
+from common.endings import DivergedError
 from common.options import OptimizationOptions
 
 # A spike is told by the mean and the spread over so many steps. Before there are as many, steep steps are the rule.
 SPIKE_WINDOW = 128
-
-
-class DivergedError(ArithmeticError):
-    """Optimiser step `step`, counted from 1, was spoilt, and the options say to stop."""
-
-    def __init__(self, message: str, step: int):
-        super().__init__(message)
-        self.step = step
 
 
 def check_trained(progress: Progress) -> None:

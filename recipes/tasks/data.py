@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from common.options import DataError
+from common.endings import DataError
 from tasks.idx_images import is_idx, labels_beside, load_idx_images
 from tasks.options import DataOptions
 

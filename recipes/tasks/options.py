@@ -77,6 +77,7 @@ class ImageOptions:
 class ClassificationOptions(RunOptions, OptimizationOptions, TextOptions, ImageOptions, ModelOptions, PatchOptions):
     """Options of the classification recipe."""
 
+    script: ClassVar[str] = "classification.py"
     demo: ClassVar[str] = "demo.yaml"
     task: Literal["text", "image"] = option("text", "what is classified: texts, or pairs of them, or images")
     batch_size: int = option(32, "training examples a micro-batch on each process", within="(0, inf)")
@@ -153,6 +154,7 @@ class TranslationOptions(
 ):
     """Options of the translation recipe."""
 
+    script: ClassVar[str] = "translation.py"
     demo: ClassVar[str] = "demo_en_de.yaml"
     max_tokens: int = option(
         4096, "most tokens of a micro-batch on each process, source or target, padding included", within="(0, inf)"
@@ -202,6 +204,7 @@ class ByteDataOptions:
 class LanguageModelingOptions(RunOptions, OptimizationOptions, ByteDataOptions, ModelOptions, PatchOptions):
     """Options of the language modelling recipe."""
 
+    script: ClassVar[str] = "language_modeling.py"
     demo: ClassVar[str] = "enwik_sample.yaml --train_file A_TEXT"
     batch_size: int = option(16, "training segments a micro-batch on each process", within="(0, inf)")
     eval_batch_size: int = option(
@@ -219,6 +222,7 @@ PUNCTUATION_TAGS = ["PUNCT", "``", "''", ":", ",", "."]
 class ParsingOptions(RunOptions, OptimizationOptions, ModelOptions, PatchOptions):
     """Options of the parsing recipe: a treebank, and how words and tags are taken from it."""
 
+    script: ClassVar[str] = "parsing.py"
     demo: ClassVar[str] = "ud_ewt.yaml --train_file A_TREEBANK --validation_file ANOTHER"
     train_file: str | None = option(None, "treebank in CoNLL-U or CoNLL-X, plain or .gz")
     validation_file: str | None = option(None, "treebank to choose the best checkpoint on")

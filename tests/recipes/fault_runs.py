@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from common.checkpoints import EXIT_RESUME
+from common.endings import EXIT_RESUME
 from tests.recipes.tiny_configs import TINY_CLASSIFIER, TINY_DECODER, TINY_PARSER, TINY_TRANSLATOR
 
 # Layers are dropped at random, as by this type's default.

@@ -18,7 +18,7 @@ from PIL import Image
 
 import classification
 import compare
-from common.checkpoints import EXIT_RESUME
+from common.endings import EXIT_RESUME
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
 PARTIAL = "detachnorm:detach_variance=false"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoints import EXIT_CANNOT_SAVE, EXIT_RESUME
+from common.endings import EXIT_CANNOT_SAVE, EXIT_RESUME
 from tests.recipes.fault_runs import EVERY, STEPS, arguments
 from tests.recipes.recipe_process import RECIPES, check_whole, resumed_from, same_weights, start, two_processes, wait
 

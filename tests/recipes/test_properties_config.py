@@ -192,7 +192,7 @@ def test_contradictions_are_refused_before_the_model_changes(changes: dict[str, 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("seed: 1\nseed: 2\n", "'seed' stands there twice"),
+        ("seed: 1\nseed: 2\n", "the key 'seed' is repeated"),
         ("seed: [1\n", "not a YAML file"),
         ("\tseed: 1\n", "not a YAML file"),
         ("- seed\n", "expected a mapping"),

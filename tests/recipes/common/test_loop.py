@@ -11,7 +11,7 @@ import pytest
 import torch.nn.functional as F
 
 import classification
-from common.checkpoints import EXIT_RESUME
+from common.endings import EXIT_RESUME
 from common.loop import Run
 from common.options import parse_options
 from tasks.data import data_content

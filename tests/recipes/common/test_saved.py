@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from common.options import DataError
+from common.endings import DataError
 from common.saved import load_saved
 from hf_adanorm import patch_model
 from tests.zoo.round_trip import tiny
