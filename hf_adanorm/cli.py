@@ -47,10 +47,8 @@ Include = Annotated[
     list[str] | None, typer.Option(help=f"{PATCH_OPTIONS['include'].help}; may be given several times.")
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="leave these norms as they are; written like --include.")]
-IncludeRegex = Annotated[str | None, typer.Option(help="--include, a regular expression in any case.")]
-ExcludeRegex = Annotated[str | None, typer.Option(help="--exclude, a regular expression in any case.")]
 Layers = Annotated[list[int] | None, typer.Option(help="Only norms of this layer, negative from the end.")]
-Targets = Annotated[str, typer.Option(help='"layernorm", "rmsnorm" or "all".')]
+Targets = Annotated[str, typer.Option(help=PATCH_OPTIONS["targets"].help)]
 OnTied = Annotated[str, typer.Option(help=PATCH_OPTIONS["on_tied"].help)]
 GgufFile = Annotated[str | None, typer.Option(metavar="FILE", help="The GGUF file there that holds the model.")]
 PushToHub = Annotated[str | None, typer.Option(metavar="ID", help="Push the result to this repository.")]
@@ -82,10 +80,8 @@ def inspect(
     revision: Revision = None,
     include: Include = None,
     exclude: Exclude = None,
-    include_regex: IncludeRegex = None,
-    exclude_regex: ExcludeRegex = None,
     layers: Layers = None,
-    targets: Targets = "layernorm",
+    targets: Targets = PATCH_OPTIONS["targets"].default,
     gguf_file: GgufFile = None,
     as_json: Json = False,
 ) -> None:
@@ -94,8 +90,8 @@ def inspect(
 
     report = inspect_model(
         _empty_model(_load_config(name, revision, gguf_file)),
-        include=_patterns("include", include, include_regex),
-        exclude=_patterns("exclude", exclude, exclude_regex),
+        include=include or None,
+        exclude=exclude or None,
         layers=layers or None,
         targets=targets,  # type: ignore[arg-type]
     )
@@ -120,10 +116,8 @@ def patch(
     revision: Revision = None,
     include: Include = None,
     exclude: Exclude = None,
-    include_regex: IncludeRegex = None,
-    exclude_regex: ExcludeRegex = None,
     layers: Layers = None,
-    targets: Targets = "layernorm",
+    targets: Targets = PATCH_OPTIONS["targets"].default,
     affine: Annotated[str, typer.Option(help=PATCH_OPTIONS["affine"].help)] = PATCH_OPTIONS["affine"].default,
     on_unfoldable: Annotated[str, typer.Option(help=PATCH_OPTIONS["on_unfoldable"].help)] = PATCH_OPTIONS[
         "on_unfoldable"
@@ -151,8 +145,8 @@ def patch(
         "detach_variance": detach_variance,
         "eps": eps,
         "centered": centered,
-        "include": _patterns("include", include, include_regex),
-        "exclude": _patterns("exclude", exclude, exclude_regex),
+        "include": include or None,
+        "exclude": exclude or None,
         "layers": layers or None,
         "targets": targets,
         "affine": affine,
@@ -421,12 +415,6 @@ def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
         return build(config)  # type: ignore[no-any-return]
-
-
-def _patterns(option: str, patterns: list[str] | None, regex: str | None) -> str | list[str] | None:
-    if patterns and regex:
-        raise ValueError(f"--{option} and --{option}-regex exclude each other: give one of them")
-    return f"{regex}$" if regex else patterns or None
 
 
 # What a tokenizer or a processor is made of, by names or patterns; copied as it is, code excepted.

@@ -32,7 +32,7 @@ class Option(NamedTuple):
 
 
 CHOICES = {
-    "targets": ("layernorm", "rmsnorm", "all"),
+    "targets": ("auto", "layernorm", "rmsnorm", "all"),
     "affine": ("drop", "fold"),
     "on_unfoldable": ("keep", "approximate", "calibrate", "raise"),
     "on_tied": ("keep", "untie"),
@@ -82,11 +82,11 @@ def patch_options() -> dict[str, Option]:
         "eps": Option(None, "added to the variance; by default what the replaced norm uses"),
         "centered": Option(None, "whether the mean is subtracted; by default as the replaced norm does"),
         "include": Option(
-            None, "swap only norms whose name ends so (* is any number) or as a whole matches a regular expression"
+            None, "swap only norms whose name ends so; * is anything between dots, re: starts a regular expression"
         ),
         "exclude": Option(None, "leave these norms as they are; written like include"),
         "layers": Option(None, "swap only norms in these layers, counted from 0, negative from the end"),
-        "targets": Option("layernorm", "kind of norm to swap", CHOICES["targets"]),
+        "targets": Option("auto", "kind of norm to swap; auto: those on the residual stream", CHOICES["targets"]),
         "affine": Option("drop", "what becomes of trained gains and biases", CHOICES["affine"]),
         "on_unfoldable": Option(
             "keep",

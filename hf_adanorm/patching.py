@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from ._tables import counted
 from .affine import fold, warn_of_dropped
 from .detection import check_module
 from .folding import OnUnfoldable
@@ -27,21 +26,19 @@ from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
 from .options import CHOICES
 from .report import Report
 from .saving import left_by_folds, plain_modules, swapped_norms, write_specs
-from .selection import Patterns, check_layers
+from .selection import Patterns, check_layers, layer_positions
 from .swapping import (
-    Change,
     Options,
-    Plan,
     all_or_nothing,
     apply_plan,
     check_choice,
-    choose_norms,
+    choose,
     make_plan,
     refuse_wrapped,
     restored,
 )
 
-Targets = Literal["layernorm", "rmsnorm", "all"]
+Targets = Literal["auto", "layernorm", "rmsnorm", "all"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -61,7 +58,7 @@ def patch_model(
     include: Patterns = None,
     exclude: Patterns = None,
     layers: Iterable[int] | int | None = None,
-    targets: Targets = "layernorm",
+    targets: Targets = "auto",
     affine: str = "drop",
     on_unfoldable: OnUnfoldable = "keep",
     on_tied: str = "keep",
@@ -85,11 +82,14 @@ def patch_model(
         centered: None keeps what the replaced norm does (an RMSNorm does not subtract the mean). True is the paper's.
             A fold starts from the function of the source, and so takes neither another eps nor another
             centering.
-        include: only these norms. A pattern or a list of them: the ending of names (of `model.named_modules()`), in
-            which `*` stands for any number, or, where no norm has it, a regular expression for the whole name.
-        exclude: all but these, in the same way.
+        include: only these norms. A pattern or a list of them: the ending of names (of `model.named_modules()`). `*`
+            stands for anything between two dots, and at the end for everything below: `"encoder.layer.1.*"`. `re:`
+            starts a regular expression for the whole name.
+        exclude: all except these, written in the same way.
         layers: only norms inside these layers, counted from 0 within every stack of layers, negative from the end.
-        targets: `"layernorm"`, `"rmsnorm"` or `"all"`.
+        targets: `"auto"` swaps LayerNorms and RMSNorms on the residual stream. It skips query, key, latent and other
+            norms inside a branch of a layer, unless `include` names them. `"layernorm"`, `"rmsnorm"` and `"all"` swap
+            every norm of that kind. `"auto"` may run the model over a few tokens to see what a norm reads.
         affine: what becomes of trained gains and biases: `"drop"` or `"fold"` (into the linear layers that read the
             norm, see `fold_affine`). A folded AdaNorm starts at k = 0 and C = 1, as the function that it replaces.
         on_unfoldable: for `affine="fold"`, what to do with a norm that something else reads too: `"keep"` leaves it
@@ -143,7 +143,6 @@ def patch_model(
         else:
             fold(plan, change, on_unfoldable, on_tied, fold_inputs)
         apply_plan(plan)
-        _warn_of_untouched_rmsnorms(plan, change)
     return model
 
 
@@ -201,7 +200,7 @@ def inspect_model(
     include: Patterns = None,
     exclude: Patterns = None,
     layers: Iterable[int] | int | None = None,
-    targets: Targets = "layernorm",
+    targets: Targets = "auto",
 ) -> Report:
     """List every norm of `model`: what it computes, whether `patch_model` would swap it, and why not.
 
@@ -220,21 +219,11 @@ def inspect_model(
     """
     check_module(model)
     options = Options(include=include, exclude=exclude, layers=check_layers(layers), targets=targets)
-    rows = tuple(choose_norms(model, options))
-    return Report(model_class=type(model).__name__, rows=rows, asked=options != Options())
-
-
-# ------------------------------------------------------------------------------------------------------- warnings
-
-
-def _warn_of_untouched_rmsnorms(plan: Plan, change: Change) -> None:
-    """A language model of RMSNorms whose vision tower or indexer has a few LayerNorms stays as good as unpatched."""
-    if plan.options.targets != "layernorm" or plan.options.include is not None:
-        return
-    left = [row for row in plan.rows if row.kind == "rmsnorm"]
-    if len(left) > len(plan.swaps):
-        parts = ", ".join(sorted({row.name.split(".")[0] for row in plan.rows if row.chosen})[:4])
-        change.warn(
-            f"{counted(len(plan.swaps), 'LayerNorm')} swapped (in {parts}), while {counted(len(left), 'RMSNorm')}, "
-            'most of this model\'s norms, stayed as they are: targets="all" or "rmsnorm" swaps those as well'
-        )
+    rows = tuple(choose(model, options))
+    positions = layer_positions(model, [row.name for row in rows])
+    return Report(
+        model_class=type(model).__name__,
+        rows=rows,
+        asked=options != Options(),
+        num_layers=max((size for _, size in positions.values()), default=0),
+    )

@@ -1,10 +1,10 @@
-"""The table that `inspect_model` returns: as text, as HTML in a notebook, as data for scripts."""
+"""The table that `inspect_model` returns: text, HTML in a notebook, data for scripts."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -12,9 +12,9 @@ from ._tables import counted, html_table, text_table
 from .detection import NormInfo
 from .modeling_adanorm import is_swapped
 
+DEEP = 12
+"""Layers from which on k is commented: k = 0.1 loses the gradient of 12 post-norm layers, not that of 4."""
 HEADER = ("count", "class", "computes", "status", "names")
-UNCHOSEN = ("exclude", "not in include", "not in layers")
-"""Reasons that the caller's own options give."""
 _FORMULAS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "other": "-"}
 
 
@@ -27,10 +27,16 @@ class NormRow:
     info: NormInfo
     kind: str
     """`"layernorm"`, `"rmsnorm"` or `"other"`; for a swapped norm, of the norm that was there before."""
-    chosen: bool = False
-    """Whether `patch_model` with the same options swaps it."""
+    cause: Literal["", "chosen", "option", "branch", "obstacle"] = ""
+    """What decided: `patch_model` with the same options swaps it; `include`, `exclude` or `layers` leave it out; it is
+    inside a branch of its layer, and `targets="auto"` leaves it out; or it cannot be swapped by these `targets`."""
     reason: str = ""
-    """Why it does not."""
+    """Why it is not chosen."""
+
+    @property
+    def chosen(self) -> bool:
+        """Whether `patch_model` with the same options swaps it."""
+        return self.cause == "chosen"
 
     @property
     def is_swapped(self) -> bool:
@@ -41,11 +47,6 @@ class NormRow:
         """Parameters that a swap removes."""
         return 0 if self.is_swapped else sum(p.numel() for p in self.module.parameters(recurse=False))
 
-    @property
-    def was_refused(self) -> bool:
-        """Whether `patch_model` cannot swap it, or would only if it were asked to by name or kind."""
-        return not self.chosen and self.reason not in UNCHOSEN
-
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -55,6 +56,8 @@ class Report:
     rows: tuple[NormRow, ...]
     asked: bool = True
     """Whether options chose among the norms. Without any, the stock norms of a patched model count as not chosen."""
+    num_layers: int = 0
+    """Layers of the longest stack that holds a norm."""
 
     @property
     def num_swapped(self) -> int:
@@ -107,19 +110,20 @@ class Report:
         }
 
     def status(self, row: NormRow) -> str:
-        """What is said of one norm."""
+        """Return what becomes of one norm, in a few words."""
         if row.is_swapped:
             return f"swapped: {row.module}"
-        if row.was_refused:
-            return f"left alone: {row.reason}"
+        if row.cause in ("branch", "obstacle"):
+            return f"skipped: {row.reason}"
         if row.chosen and (self.asked or not self.num_swapped):
             return "would be swapped"
         return f"not chosen: {row.reason}" if row.reason else "not chosen"
 
     def table(self) -> list[tuple[str, str, str, str, str]]:
-        """Norms that differ only in the numbers of their names share a line: (count, class, computes, status, names).
-        `*` stands for every number; where only some have the line's status, they follow in brackets. `include` takes
-        a list of such names."""
+        """Return lines of (count, class, computes, status, names); norms that differ only in numbers share one.
+
+        `*` stands for every number. Where only some have the line's status, they follow in brackets. `include` takes a
+        list of such names."""
         lines: dict[tuple[str, ...], list[str]] = {}
         everywhere = Counter(_pattern(row.name) for row in self.rows)
         for row in self.rows:
@@ -139,26 +143,43 @@ class Report:
         if self.num_swappable:
             what = "would be swapped" if self.asked or not self.num_swapped else "not chosen"
             parts.append(f"{self.num_swappable} {what} ({counted(self.num_affine_parameters, 'parameter')})")
-        unchosen = sum(not (row.is_swapped or row.chosen or row.was_refused) for row in self.rows)
+        unchosen = sum(not row.is_swapped and row.cause == "option" for row in self.rows)
         parts += [f"{unchosen} not chosen"] if unchosen else []
-        parts.append(f"{self.num_skipped - unchosen} left alone")
+        parts.append(f"{self.num_skipped - unchosen} skipped")
         return f"{self.model_class}: {counted(len(self.rows), 'norm')}, {', '.join(parts)}"
 
+    def notes(self) -> list[str]:
+        """Return sentences about the model as a whole: norms that `targets="auto"` skips, and k in deep models."""
+        notes = []
+        if branch := sum(not row.is_swapped and row.cause == "branch" for row in self.rows):
+            norms = counted(branch, "norm")
+            notes.append(f'{norms} off the residual stream: targets="all" or include swaps them.')
+        if self.num_layers >= DEEP and any(row.chosen for row in self.rows):
+            k = 0.1 / self.num_layers**0.5
+            notes.append(
+                f"{self.num_layers} layers: post-norm models trained from scratch with AdaNorm need a small k, about "
+                f"{k:.2g} (0.1 / sqrt(layers)); for pretrained weights, calibrate_k proposes k."
+            )
+        return notes
+
     def __str__(self) -> str:
-        return f"{self._summary()}\n{text_table(HEADER, self.table())}" if self.rows else self._summary()
+        if not self.rows:
+            return self._summary()
+        return "\n".join([self._summary(), text_table(HEADER, self.table()), *self.notes()])
 
     __repr__ = __str__
 
     def every_name(self) -> str:
-        """A line for each norm, with its whole name, as text."""
+        """Return a text with one line per norm, with its whole name."""
         return text_table(("name", "status"), [(row.name, self.status(row)) for row in self.rows])
 
     def _repr_html_(self) -> str:
-        return html_table(HEADER, self.table(), self._summary(), [("every name", self.every_name())])
+        notes = [("notes", "\n".join(self.notes()))] if self.notes() else []
+        return html_table(HEADER, self.table(), self._summary(), [*notes, ("every name", self.every_name())])
 
 
 def _numbers(names: list[str]) -> str:
-    """The numbers in the names, neighbours as a range."""
+    """Return the numbers in the names, neighbors as a range."""
     found = [[part for part in name.split(".") if part.isdigit()] for name in names]
     ranges: list[list[int]] = []
     for number in (int(parts[0]) for parts in found):

@@ -144,6 +144,28 @@ def _build(model: nn.Module, rows: int, video: bool) -> dict[str, Tensor]:
     }
 
 
+def quick_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments that may let `model(**inputs)` reach its layers with little work, cheapest first.
+
+    One row of a few tokens, without masks. A decoder comes first by itself, on a made-up output of the encoder.
+    Yields nothing for a model without a config. Whether the model accepts them is for the caller to find out.
+    """
+    if getattr(model, "config", None) is None:
+        return
+    for video in (False, True):
+        try:
+            inputs: dict[str, Any] = dict(_build(model, 1, video))
+        except Exception:  # a config that lacks what it takes
+            continue
+        if "decoder_input_ids" in inputs and not video:
+            width = int(_setting(model.config, "d_model", "hidden_size", default=1))
+            encoded = torch.ones(1, 4, width, device=(p := next(model.parameters())).device, dtype=p.dtype)
+            yield {"decoder_input_ids": inputs["decoder_input_ids"], "encoder_outputs": (encoded,)}
+        yield inputs
+        if "input_ids" in inputs and len(inputs) > 1:
+            yield {"input_ids": inputs["input_ids"]}
+
+
 # Masks that say what is padding, and the inputs whose positions they cover: the first that is there counts.
 _SOUND = ("input_features", "input_values", "audio_values", "input_audio_embeds")
 PADDING_MASKS = {

@@ -1,25 +1,120 @@
-"""Which of a model's norms a call means: `include`, `exclude`, `layers`.
+"""Choose the norms that a call means: `targets`, `include`, `exclude` and `layers`.
 
-A pattern is read alike wherever it stands (`patch_model`, a command line, a config; alone or in a list): as the ending
-of names, in which `*` stands for any number, as in the lines of a report; where no norm has that ending, as a regular
-expression that must match the whole name. A `$` at its end says that it is one. `layers` counts within every stack of
-layers. Whatever matches nothing raises.
+- `targets="auto"` means the norms on the residual stream, LayerNorms and RMSNorms alike. Query, key, latent and other
+  norms inside a branch of a layer are skipped with a reason (`detection.off_stream`).
+- A pattern is the ending of a name, split at dots. `*` stands for anything within one part of the name, and at the end
+  of a pattern for everything below. `re:` starts a regular expression that must match the whole name. A pattern that
+  matches nothing raises.
+- `layers` counts within every stack of layers, negative from the end.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
 from torch import nn
 
-from .modeling_adanorm import short_repr
+from .detection import NormInfo, is_stack, iter_norms, off_stream, reads_values, recognize
+from .modeling_adanorm import is_swapped, short_repr
+from .report import NormRow
 
 Patterns = str | Sequence[str] | None
+_KINDS = {
+    "auto": ("layernorm", "rmsnorm"),
+    "all": ("layernorm", "rmsnorm"),
+    "layernorm": ("layernorm",),
+    "rmsnorm": ("rmsnorm",),
+}
+
+
+def choose_norms(
+    model: nn.Module,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    layers: tuple[int, ...] | None = None,
+    targets: str = "auto",
+) -> list[NormRow]:
+    """Return every norm of the model. Those that are not chosen carry the reason.
+
+    Raises:
+        ValueError: a pattern or a layer that matches no norm.
+    """
+    rows = [
+        NormRow(name=name, module=module, info=info, kind=_kind(module, info))
+        for name, module, info in iter_norms(model)
+    ]
+    for row in rows:
+        if reason := _obstacle(model, row, targets):
+            row.cause, row.reason = "obstacle", reason
+    in_reach = [row for row in rows if not row.cause]
+    names = [row.name for row in in_reach]
+    try:
+        included = match_names("include", include, names)
+        excluded = match_names("exclude", exclude, names)
+    except ValueError as error:
+        raise ValueError(f"{error}{_out_of_reach([include, exclude], rows)}") from None
+    in_layers = None if layers is None else match_layers(model, layers, names)
+    in_branch: dict[str, str] = {}
+    if targets == "auto" and include is None:
+        in_branch = off_stream(model, [(row.name, row.module, row.info) for row in in_reach])
+    for row in in_reach:
+        inside = getattr(row.info, "inside", "")
+        if row.name in excluded:
+            row.cause, row.reason = "option", "exclude"
+        elif include is not None and row.name not in included:
+            row.cause, row.reason = "option", "not in include"
+        elif in_layers is not None and row.name not in in_layers:
+            row.cause, row.reason = "option", "not in layers"
+        elif inside and row.name not in included:
+            row.cause = "branch"
+            row.reason = f"part of the conditioned norm {inside}; name it in include to swap it"
+        elif row.name in in_branch:
+            row.cause, row.reason = "branch", in_branch[row.name]
+        else:
+            row.cause = "chosen"
+    return rows
+
+
+def _obstacle(model: nn.Module, row: NormRow, targets: str) -> str:
+    """Why no `include` can choose this norm; empty if one can."""
+    if row.kind == "other":
+        return row.info.reason
+    if row.kind not in _KINDS[targets]:
+        return f"{'an RMSNorm' if row.kind == 'rmsnorm' else 'a LayerNorm'}, which targets={row.kind!r} swaps"
+    if not row.name:
+        return "it is the norm itself, and a swap happens inside a model: make the new norm directly"
+    parent_name, _, key = row.name.rpartition(".")
+    tensors = [*row.module._parameters, *row.module._buffers]
+    if not row.is_swapped and reads_values(model.get_submodule(parent_name), key, tensors):
+        parent = type(model.get_submodule(parent_name)).__name__
+        return f"{parent} reads its {' and '.join(tensors)} in some modes and does not call it: a swap has no effect"
+    return ""
+
+
+def _kind(module: nn.Module, info: NormInfo) -> str:
+    """Return the kind of the norm; for a swapped one, that of the norm which it replaced."""
+    source = module.__dict__.get("_source") if is_swapped(module) else None
+    if source is not None and (found := recognize(source)) is not None and found.kind != "other":
+        return found.kind
+    return info.kind
+
+
+def _out_of_reach(options: Sequence[Patterns], rows: Sequence[NormRow]) -> str:
+    """Return the reason why a norm that a pattern does match cannot be chosen, or an empty string."""
+    for patterns in options:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            for row in rows:
+                if row.cause == "obstacle" and _matches(pattern, row.name):
+                    return f" ({row.name}: {row.reason})"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------- patterns
 
 
 def check_patterns(option: str, patterns: Patterns) -> None:
@@ -27,36 +122,42 @@ def check_patterns(option: str, patterns: Patterns) -> None:
     if patterns is None or isinstance(patterns, str):
         return
     if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"{option} must be a name's ending, a regular expression or a list of them, got {short_repr(patterns)}"
-        )
+        raise TypeError(f"{option} must be the ending of a name or a list of them, got {short_repr(patterns)}")
     if not patterns or not all(patterns):
-        raise ValueError(f"{option}={short_repr(patterns)} holds no name: leave it out to mean every norm")
+        raise ValueError(f"{option}={short_repr(patterns)} is empty; omit it to select every norm")
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """Return the regular expression for a whole name; `re.error` if a `re:` pattern is none."""
+    if pattern.startswith("re:"):
+        return re.compile(pattern.removeprefix("re:"))
+    head, last = (pattern[:-1], ".+") if pattern == "*" or pattern.endswith(".*") else (pattern, "")
+    return re.compile(r"(?:.*\.)?" + re.escape(head).replace(r"\*", r"[^.]*") + last)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return _regex(pattern).fullmatch(name) is not None
+    except (re.error, OverflowError):
+        return False
 
 
 def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[str]:
-    """The names that the patterns match; ValueError for a pattern that matches none, with the closest names."""
+    """Return the names that the patterns match; ValueError for a pattern that matches none, with the closest names."""
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-        ending = re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", r"\d+"))
-        ended = {name for name in names if ending.fullmatch(name)}
-        why = "as a regular expression for the whole name it matches none"
         try:
-            matched = {name for name in names if re.fullmatch(pattern, name)}
+            regex = _regex(pattern)
         except (re.error, OverflowError) as error:
-            matched, why = set(), f"it is not a regular expression: {error}"
-        if not ended and not matched:
-            raise ValueError(
-                f"{option}: {short_repr(pattern)} is the ending of no norm's name, and {why}. "
-                f"{_closest(pattern, names)}"
-            )
-        if isinstance(patterns, str) and ended and matched and ended != matched:  # in a list, it never was the other
-            warnings.warn(
-                f"{option}={short_repr(pattern)} is read as the ending of a name and means {len(ended)} norms; as a "
-                f"regular expression, {short_repr(pattern + '$')}, it would mean {len(matched)}",
-                stacklevel=5,
-            )
-        found |= ended or matched
+            raise ValueError(f"{option}: {short_repr(pattern)} is not a regular expression: {error}") from None
+        matched = {name for name in names if regex.fullmatch(name)}
+        if not matched:
+            hint = ""
+            if any(_matches(f"re:{pattern}", name) for name in names):
+                hint = f" It matches as a regular expression: write {short_repr('re:' + pattern)}."
+            closest = _closest(pattern, names)
+            raise ValueError(f"{option}: {short_repr(pattern)} matches the ending of no norm's name.{hint} {closest}")
+        found |= matched
     return found
 
 
@@ -68,8 +169,11 @@ def _closest(pattern: str, names: Sequence[str]) -> str:
     return f"Closest: {', '.join(map(repr, close or sorted(names)[:3]))}"
 
 
+# --------------------------------------------------------------------------------------------------------- layers
+
+
 def check_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
-    """`layers` as a tuple of integers; TypeError or ValueError for anything else."""
+    """Return `layers` as a tuple of integers; TypeError or ValueError for anything else."""
     if layers is None:
         return None
     given: tuple[Any, ...] = (
@@ -79,37 +183,29 @@ def check_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in given):
         raise TypeError(f"layers must be integers, got {short_repr(layers)}")
     if not given:
-        raise ValueError("layers is empty: leave it out to mean every layer")
+        raise ValueError("layers is empty; omit it to select every layer")
     return tuple(int(n) for n in given)
 
 
 def layer_positions(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """For every name inside a stack of layers: its layer's index and the number of layers in that stack.
+    """Return, for every name inside a stack of layers, its layer's index and the number of layers in that stack.
 
-    A stack is the outermost `nn.ModuleList` (or `nn.Sequential` of blocks of one class) on the way to the module, be
-    it the model itself.
+    A stack is the outermost `nn.ModuleList` (or `nn.Sequential` of blocks of one class) on the way to the module. It
+    may be the model itself.
     """
     positions = {}
     for name in names:
         module: nn.Module = model
         for part in name.split("."):
-            if part.isdigit() and _is_stack(module):
+            if part.isdigit() and is_stack(module):
                 positions[name] = (list(module._modules).index(part), len(module._modules))
                 break
             module = module._modules[part]  # type: ignore[assignment]
     return positions
 
 
-def _is_stack(module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList):
-        return True
-    children = list(module.children())
-    one_class = len({type(child) for child in children}) == 1
-    return isinstance(module, nn.Sequential) and one_class and any(True for _ in children[0].children())
-
-
 def match_layers(model: nn.Module, layers: tuple[int, ...], names: Sequence[str]) -> set[str]:
-    """The names within the given layers; ValueError for an index that no stack has."""
+    """Return the names within the given layers; ValueError for an index that no stack has."""
     positions = layer_positions(model, names)
     if not positions:
         raise ValueError(f"layers={list(layers)}: none of the norms is inside a stack of layers")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .detection import NormInfo, check_module, iter_norms, recognize
+from .detection import NormInfo, check_module, recognize
 from .modeling_adanorm import (
     ADJUSTED_EPS,
     NORM_CLASSES,
@@ -38,7 +38,7 @@ from .modeling_adanorm import (
 from .options import CHOICES
 from .report import NormRow
 from .saving import write_specs
-from .selection import Patterns, check_patterns, match_layers, match_names
+from .selection import Patterns, check_patterns, choose_norms
 
 # --------------------------------------------------------------------------------------------------------- the change
 
@@ -158,7 +158,7 @@ class Options:
     include: Patterns = None
     exclude: Patterns = None
     layers: tuple[int, ...] | None = None
-    targets: str = "layernorm"
+    targets: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, list(NORM_CLASSES))
@@ -217,7 +217,7 @@ class Plan:
 def make_plan(model: nn.Module, options: Options) -> Plan:
     """Choose the norms and check that each can be swapped. Changes nothing; raises what `patch_model` raises."""
     refuse_wrapped(model)
-    plan = Plan(model=model, options=options, rows=choose_norms(model, options))
+    plan = Plan(model=model, options=options, rows=choose(model, options))
     for row in plan.rows:
         if not row.chosen:
             continue
@@ -236,67 +236,11 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
     return plan
 
 
-def choose_norms(model: nn.Module, options: Options) -> list[NormRow]:
-    """Every norm of the model with the reason why it is left alone, or none if it is chosen."""
-    rows = [
-        NormRow(name=name, module=module, info=info, kind=_kind(module, info))
-        for name, module, info in iter_norms(model)
-    ]
-    kinds = ("layernorm", "rmsnorm") if options.targets == "all" else (options.targets,)
-    in_reach = [row for row in rows if row.kind in kinds]
-    names = [row.name for row in in_reach]
-    try:
-        included = match_names("include", options.include, names)
-        excluded = match_names("exclude", options.exclude, names)
-    except ValueError as error:
-        raise ValueError(f"{error}{_out_of_reach(options, rows, kinds)}") from None
-    layers = None if options.layers is None else match_layers(model, options.layers, names)
-    for row in rows:
-        if row.kind == "other":
-            row.reason = row.info.reason
-        elif row.kind not in kinds:
-            row.reason = _other_kind(row)
-        elif row.name in excluded:
-            row.reason = "exclude"
-        elif options.include is not None and row.name not in included:
-            row.reason = "not in include"
-        elif layers is not None and row.name not in layers:
-            row.reason = "not in layers"
-        elif not row.name:
-            row.reason = "it is the norm itself, and a swap happens inside a model: make the new norm directly"
-        elif (inside := getattr(row.info, "inside", "")) and row.name not in included:
-            row.reason = f"part of the conditioned norm {inside}; name it in include to swap it"
-        else:
-            row.chosen = True
-    return rows
-
-
-def _other_kind(row: NormRow) -> str:
-    return f"{'an RMSNorm' if row.kind == 'rmsnorm' else 'a LayerNorm'}, which targets={row.kind!r} swaps"
-
-
-def _out_of_reach(options: Options, rows: list[NormRow], kinds: Sequence[str]) -> str:
-    """A hint for a pattern that only matches norms which `targets` leaves out, or which cannot be swapped."""
-    for option, patterns in (("include", options.include), ("exclude", options.exclude)):
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-            for row in rows:
-                if row.kind in kinds:
-                    continue
-                try:
-                    match_names(option, pattern if isinstance(patterns, str) else [pattern], [row.name])
-                except ValueError:
-                    continue
-                why = row.info.reason if row.kind == "other" else _other_kind(row)
-                return f" ({row.name} is {why})"
-    return ""
-
-
-def _kind(module: nn.Module, info: NormInfo) -> str:
-    """The kind of the norm, for a swapped one that of the norm which it replaced."""
-    source = module.__dict__.get("_source") if is_swapped(module) else None
-    if source is not None and (found := recognize(source)) is not None and found.kind != "other":
-        return found.kind
-    return info.kind
+def choose(model: nn.Module, options: Options) -> list[NormRow]:
+    """Return every norm of the model. Those that the options do not choose carry the reason."""
+    return choose_norms(
+        model, include=options.include, exclude=options.exclude, layers=options.layers, targets=options.targets
+    )
 
 
 _WRAPPERS = {

@@ -174,7 +174,7 @@ def fold_affine(
         )
         if configs_of(model):
             if report.protect:
-                exactly = "|".join(re.escape(name) for name in report.protect) + "$"
+                exactly = "re:" + "|".join(re.escape(name) for name in report.protect)
                 apply_plan(make_plan(model, Options(norm="layernorm-simple", include=exactly, targets="all")))
             write_specs(model)
     still_tied = report.untied and any(getattr(c, "tie_word_embeddings", False) for c in configs_of(model))

@@ -70,10 +70,10 @@ GOOD = {
     "eps": st.none() | st.floats(1e-12, 0.1),
     "layers": st.none() | st.lists(st.sampled_from([0, 1, -1, -2]), min_size=1, max_size=2) | st.sampled_from([0, -1]),
     "centered": st.sampled_from([None, True]),
-    "targets": st.sampled_from(["layernorm", "all"]),
+    "targets": st.sampled_from(["auto", "layernorm", "all"]),
     "on_unfoldable": st.just("keep"),  # the others go with a fold
     "detach_mean": st.booleans(),
-    "exclude": st.sampled_from([None, r".*\.1\..*"]),
+    "exclude": st.sampled_from([None, r"re:.*\.1\..*"]),
 }
 nan, infinite = float("nan"), float("inf")
 BAD = {

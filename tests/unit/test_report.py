@@ -33,7 +33,7 @@ def test_report_as_text_groups_by_class_and_says_why() -> None:
     text = str(inspect_model(model, exclude=["embeddings.LayerNorm"]))
     lines = text.splitlines()
     assert lines[0].startswith("BertForMaskedLM: 6 norms, 2 swapped (128 parameters removed), 3 would be swapped (192")
-    assert "1 not chosen, 0 left alone" in lines[0]
+    assert "1 not chosen, 0 skipped" in lines[0]
     assert any(line.startswith("1 ") and "AdaNorm((32,)" in line and "C=1.3" in line for line in lines)
     assert any(line.startswith("1 ") and "would be swapped" in line and "layer.1.output" in line for line in lines)
     assert any(line.startswith("1 ") and "not chosen: exclude" in line for line in lines)

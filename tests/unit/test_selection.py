@@ -10,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    FalconMambaModel,
+    PreTrainedModel,
+    Qwen3Model,
+)
 
 from hf_adanorm import inspect_model, patch_model
 from hf_adanorm.selection import match_layers, match_names
@@ -61,59 +69,54 @@ def test_default_is_every_norm() -> None:
     assert chosen(bert()) == ALL
 
 
-def test_string_is_a_regular_expression_for_the_whole_name() -> None:
-    assert chosen(bert(), include=r"encoder\.layer\.[02]\.output\.LayerNorm") == {
-        "encoder.layer.0.output.LayerNorm",
-        "encoder.layer.2.output.LayerNorm",
-    }
-
-
-def test_string_that_matches_a_part_of_the_name_only_raises() -> None:
-    with pytest.raises(ValueError, match="regular expression for the whole name"):
-        patch_model(bert(), include="attention")
-
-
-def test_list_holds_name_endings() -> None:
-    assert chosen(bert(), include=["attention.output.LayerNorm", "embeddings.LayerNorm"]) == {
-        name for name in ALL if "attention" in name or "embeddings" in name
-    }
-
-
 @pytest.mark.parametrize(
     ("pattern", "means"),
     [
         ("output.LayerNorm", ALL - {"embeddings.LayerNorm"}),  # an ending
         ("embeddings.LayerNorm", {"embeddings.LayerNorm"}),  # a whole name
-        ("*.output.LayerNorm", {f"encoder.layer.{i}.output.LayerNorm" for i in range(3)}),  # a line of a report
-        (r"encoder\.layer\.[02]\.output\.LayerNorm", {f"encoder.layer.{i}.output.LayerNorm" for i in (0, 2)}),
-        ("encoder.*", ALL - {"embeddings.LayerNorm"}),
+        ("*.output.LayerNorm", ALL - {"embeddings.LayerNorm"}),
+        ("layer.*.output.LayerNorm", {f"encoder.layer.{i}.output.LayerNorm" for i in range(3)}),  # a line of a report
+        ("encoder.*", ALL - {"embeddings.LayerNorm"}),  # everything below
+        ("enc*.layer.0.*", {n for n in ALL if ".0." in n}),
+        ("*", ALL),
+        (r"re:encoder\.layer\.[02]\.output\.LayerNorm", {f"encoder.layer.{i}.output.LayerNorm" for i in (0, 2)}),
     ],
 )
 def test_a_pattern_means_the_same_alone_and_in_a_list(pattern: str, means: set[str]) -> None:
     assert chosen(bert(), include=pattern) == means
     assert chosen(bert(), include=[pattern]) == means
-    assert chosen(bert(), exclude=pattern) == ALL - means
+    rest = {row.name for row in inspect_model(bert(), exclude=pattern).rows if row.chosen}
+    assert rest == ALL - means
 
 
-def test_a_line_of_a_report_that_would_also_do_as_a_regular_expression_is_said() -> None:
-    line = "encoder.layer.*.output.LayerNorm"
-    with pytest.warns(UserWarning, match=r"ending of a name and means 3 norms.*LayerNorm\$', it would mean 6"):
-        assert chosen(bert(), include=line) == {f"encoder.layer.{i}.output.LayerNorm" for i in range(3)}
-    assert chosen(bert(), include=line + "$") == ALL - {"embeddings.LayerNorm"}
+def test_the_pattern_of_a_layer_does_not_match_layers_whose_number_begins_with_it() -> None:
+    names = {row.name for row in inspect_model(bert(12), include="encoder.layer.1.*").rows if row.chosen}
+    assert names == {"encoder.layer.1.attention.output.LayerNorm", "encoder.layer.1.output.LayerNorm"}
+
+
+@pytest.mark.parametrize("pattern", ["attention", r"encoder\.layer\.0\..*", r"re:encoder\.layer"])
+def test_a_pattern_that_matches_part_of_a_name_only_raises(pattern: str) -> None:
+    with pytest.raises(ValueError, match="matches the ending of no norm's name"):
+        patch_model(bert(), include=pattern)
+
+
+def test_a_regular_expression_without_its_marker_is_told() -> None:
+    with pytest.raises(ValueError, match=r"write 're:encoder\\\\.layer\\\\.0\\\\.\.\*'"):
+        patch_model(bert(), include=r"encoder\.layer\.0\..*")
 
 
 def test_ending_starts_at_a_dot() -> None:
-    with pytest.raises(ValueError, match="'Norm' is the ending of no norm's name"):
+    with pytest.raises(ValueError, match="'Norm' matches the ending of no norm's name"):
         patch_model(bert(), include=["Norm"])
 
 
 def test_exclude_wins_over_include() -> None:
-    got = chosen(bert(), include=r"encoder.*", exclude=["attention.output.LayerNorm"])
+    got = chosen(bert(), include="encoder.*", exclude=["attention.output.LayerNorm"])
     assert got == {f"encoder.layer.{i}.output.LayerNorm" for i in range(3)}
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
-@pytest.mark.parametrize("patterns", [["output.LayerNorm", "atention.output.LayerNorm"], r"encoder\.layers.*"])
+@pytest.mark.parametrize("patterns", [["output.LayerNorm", "atention.output.LayerNorm"], "encoder.layers.*"])
 def test_pattern_that_matches_nothing_raises_though_others_match(option: str, patterns: Any) -> None:
     model = bert()
     with pytest.raises(ValueError, match=rf"{option}.*Closest: ") as error:
@@ -131,7 +134,14 @@ def test_closest_names_help_with_a_typing_error() -> None:
 
 @pytest.mark.parametrize(
     ("patterns", "error"),
-    [("(", ValueError), (["("], ValueError), ([], ValueError), ([""], ValueError), (3, TypeError), ([1], TypeError)],
+    [
+        ("re:(", ValueError),
+        (["re:("], ValueError),
+        ([], ValueError),
+        ([""], ValueError),
+        (3, TypeError),
+        ([1], TypeError),
+    ],
 )
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_bad_patterns_raise_and_name_the_option(option: str, patterns: Any, error: type[Exception]) -> None:
@@ -141,7 +151,7 @@ def test_bad_patterns_raise_and_name_the_option(option: str, patterns: Any, erro
 
 def test_everything_excluded_raises() -> None:
     with pytest.raises(ValueError, match=r"no norm to swap.*embeddings\.LayerNorm: exclude"):
-        patch_model(bert(), exclude=".*")
+        patch_model(bert(), exclude="*")
 
 
 def test_layers_count_from_both_ends() -> None:
@@ -191,33 +201,43 @@ def test_layers_go_together_with_include() -> None:
     }
 
 
-def llama() -> LlamaModel:
-    config = LlamaConfig(
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=9,
-    )
-    return LlamaModel(config)
+def tiny(model_class: Any, **fields: Any) -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return model_class(model_class.config_class(**{**sizes, "num_key_value_heads": 2, "vocab_size": 19, **fields}))
 
 
-def test_targets_default_leaves_rmsnorms_alone_and_says_so() -> None:
-    with pytest.raises(ValueError, match="an RMSNorm, which targets='rmsnorm' swaps"):
-        patch_model(llama())
+def test_auto_skips_query_and_key_norms_with_a_reason() -> None:
+    rows = {row.name: row for row in inspect_model(tiny(Qwen3Model, head_dim=8)).rows}
+    row = rows["layers.0.self_attn.q_norm"]
+    assert (row.chosen, row.cause) == (False, "branch")
+    assert row.reason == "its input has a head axis (8 of 16 channels)"
+    assert {name for name, row in rows.items() if row.chosen} == {
+        "norm",
+        *(f"layers.{i}.{part}_layernorm" for i in range(2) for part in ("input", "post_attention")),
+    }
 
 
-@pytest.mark.parametrize("targets", ["rmsnorm", "all"])
-def test_targets_that_mean_rmsnorms(targets: str) -> None:
-    model = llama()
-    assert len(chosen(model, targets=targets)) == 5
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [({}, 5), ({"targets": "all"}, 9), ({"targets": "rmsnorm"}, 9), ({"include": "q_norm"}, 2), ({"layers": 0}, 2)],
+)
+def test_how_query_norms_are_reached(options: dict[str, Any], count: int) -> None:
+    model = tiny(Qwen3Model, head_dim=8)
+    assert len(chosen(model, **options)) == count
     assert not any(m.centered for m in model.modules() if getattr(m, "is_adanorm_module", False))
 
 
-def test_include_that_targets_leaves_out_names_targets() -> None:
-    with pytest.raises(ValueError, match="targets"):
-        patch_model(llama(), include=["input_layernorm"])
+def test_include_that_targets_leave_out_names_targets() -> None:
+    with pytest.raises(ValueError, match="an RMSNorm, which targets='rmsnorm' swaps"):
+        patch_model(tiny(Qwen3Model), include=["input_layernorm"], targets="layernorm")
+
+
+@pytest.mark.parametrize("options", [{"targets": "all"}, {"include": "*"}])
+def test_norms_whose_weight_a_kernel_reads_are_never_swapped(options: dict[str, Any]) -> None:
+    model = tiny(FalconMambaModel, state_size=4)
+    assert chosen(model, **options) == {"norm_f", "layers.0.norm", "layers.1.norm"}
+    with pytest.raises(ValueError, match="FalconMambaMixer reads its weight in some modes and does not call it"):
+        patch_model(model, include="b_layernorm")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,169 @@
+"""Which norms are on the residual stream: known architectures, and small modules that show one rule each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_adanorm.detection import iter_norms, off_stream, reads_values
+from tests.zoo import tiny_models
+
+# model type -> the last parts of the names of norms inside a branch, each with a word of its reason
+BRANCHES = {
+    "llama": {},
+    "bert": {},
+    "bart": {},
+    "t5": {},
+    "albert": {},
+    "swin": {},
+    "convnext": {},
+    "perceiver": {},
+    "gemma2": {},
+    "chameleon": {},
+    "gemma3_text": {"q_norm": "head axis", "k_norm": "head axis"},
+    "gemma3n_text": {"q_norm": "q_proj", "k_norm": "k_proj"},
+    "olmo2": {"q_norm": "output of self_attn.q_proj", "k_norm": "output of self_attn.k_proj"},
+    "esmc": {"q_norm": "q_proj", "k_norm": "k_proj"},
+    "persimmon": {"q_layernorm": "head axis", "k_layernorm": "head axis"},
+    "deepseek_v32": {"q_a_layernorm": "q_a_proj", "kv_a_layernorm": "kv_a_proj", "k_norm": "self_attn.indexer.wk"},
+    "minimax": {"self_attn.norm": "between the input and the output of self_attn (MiniMaxLightningAttention)"},
+    "pvt": {"self.layer_norm": "between the input and the output of attention.self"},
+    "falcon_mamba": {"dt_layernorm": "x_proj", "b_layernorm": "x_proj", "c_layernorm": "x_proj"},
+}
+
+
+def tiny(model_type: str) -> PreTrainedModel:
+    _, config = next(iter(tiny_models.configs(model_type)))
+    return tiny_models.build(tiny_models.model_classes(model_type, config)[0], config)
+
+
+def in_branches(model: nn.Module) -> dict[str, str]:
+    return off_stream(model, [norm for norm in iter_norms(model) if norm[2].kind != "other"])
+
+
+@pytest.mark.parametrize("model_type", BRANCHES)
+def test_known_architectures(model_type: str) -> None:
+    found = in_branches(tiny(model_type))
+    expected = BRANCHES[model_type]
+    for ending, word in expected.items():
+        reasons = [reason for name, reason in found.items() if name.endswith(f".{ending}")]
+        assert reasons
+        assert all(word in reason for reason in reasons)
+    assert not [name for name in found if not name.endswith(tuple(f".{ending}" for ending in expected))]
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "gemma3_text", "bert"])
+def test_the_meta_device_gives_the_same_answer(model_type: str) -> None:
+    _, config = next(iter(tiny_models.configs(model_type)))
+    with torch.device("meta"):
+        model = tiny_models.model_classes(model_type, config)[0]._from_config(config)
+    assert in_branches(model) == in_branches(tiny(model_type))
+
+
+class Attention(nn.Module):
+    """Returns more than one tensor and normalizes what it makes of its input by hand."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.norm = nn.RMSNorm(inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down(self.norm(self.up(x).tanh())), None
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.before = nn.LayerNorm(width)
+        self.attention = Attention(width, inner)
+        self.after = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.after(self.attention(self.before(x))[0])
+
+
+class Config(PreTrainedConfig):
+    model_type = "stream-test"
+    vocab_size = 11
+    hidden_size = 8
+
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, inner: int, fails: bool = False) -> None:
+        super().__init__(Config())
+        self.embedding = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(Layer(8, inner) for _ in range(3))
+        self.fails, self.runs = fails, 0
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.fails:
+            raise RuntimeError("no inputs suit")
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            self.runs += 1
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(("inner", "fails"), [(8, False), (16, False), (16, True)])
+def test_an_inner_norm_is_skipped_whether_a_pass_or_widths_tell(inner: int, fails: bool) -> None:
+    found = in_branches(Model(inner, fails))
+    assert set(found) == {f"layers.{i}.attention.norm" for i in range(3)}
+    word = (
+        "its width is 16, that of the residual stream 8" if fails else "between the input and the output of attention"
+    )
+    assert all(word in reason for reason in found.values())
+
+
+def test_without_inputs_norms_of_the_stream_s_width_are_kept() -> None:
+    assert not in_branches(Model(8, fails=True))
+
+
+def test_the_pass_ends_when_nothing_is_left_to_decide() -> None:
+    model = Model(8)
+    in_branches(model)
+    assert model.runs == 1
+
+
+def test_no_pass_where_the_structure_tells() -> None:
+    model = tiny("llama")
+    model.forward = None  # type: ignore[method-assign,assignment]
+    assert not in_branches(model)
+
+
+def test_state_is_what_it_was() -> None:
+    model = tiny("olmo2").train()
+    model.layers[0].eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    in_branches(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(4)
+        self.other = nn.RMSNorm(4)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            return x * self.norm.weight
+        return self.norm(self.other(x.to(self.other.weight.dtype)))
+
+
+def test_a_read_of_values_is_told_from_a_read_of_the_dtype() -> None:
+    assert reads_values(Fused(), "norm", ["weight"])
+    assert not reads_values(Fused(), "other", ["weight"])
