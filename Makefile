@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# What checks the code, and what builds the documentation, need less than all: where all is installed, it serves them.
+# The demo, the checks of the code and the documentation need less than the tests. Where all is installed, it serves them.
+DEMO := $(or $(wildcard $(STAMP)),$(VENV)/.installed-demo)
 QUALITY := $(or $(wildcard $(STAMP)),$(VENV)/.installed-quality)
 DOCS := $(VENV)/.installed-docs
 DEMO_DIR ?= outputs/demo
@@ -30,13 +31,12 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(STAMP)
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,$*]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[cli,$*]'
 	@touch $@
 
-demo: $(STAMP)  ## train a small classifier with AdaNorm and with LayerNorm, compare them
+demo: $(DEMO)  ## train a small classifier with AdaNorm and with LayerNorm, compare them (1 GB to install)
 	@for norm in adanorm layernorm; do \
-		$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-			recipes/classification.py --config recipes/configs/demo.yaml --norm $$norm --seed $(DEMO_SEED) \
+		$(BIN)/python recipes/classification.py --config recipes/configs/demo.yaml --norm $$norm --seed $(DEMO_SEED) \
 			--output_dir $(DEMO_DIR)/$$norm --overwrite_output_dir true || exit 1; \
 	done
 	@echo

@@ -42,7 +42,7 @@ SLOW = (
     "or unpickle or pushes or broken_upload or stopped or killed or ctrl_c or bad_input or every_config"
 )
 RESULTS = Path("outputs/versions.jsonl")
-EXTRAS = ("cli", "plots", "recipes", "test")
+EXTRAS = ("cli", "demo", "plots", "recipes", "test")
 # uv compiles nothing: where no bytecode is written, every process of a test would compile torch and transformers anew.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
@@ -99,7 +99,7 @@ def lowest(session: nox.Session) -> None:
     """The same, the recipes and the Hub, with every dependency at the lower bound that pyproject.toml gives."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs = [*project["dependencies"], *(need for extra in EXTRAS for need in project["optional-dependencies"][extra])]
-    session.install(*(need.replace(">=", "==") for need in needs), "-e", ".")
+    session.install(*(need.replace(">=", "==") for need in needs if "[" not in need), "-e", ".")
     run_suites(session, SUITES + AT_THE_BOUNDS)
 
 

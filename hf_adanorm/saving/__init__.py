@@ -7,13 +7,10 @@ from hf_adanorm._lazy import lazily
 if TYPE_CHECKING:
     from .card import (
         CARD_NAME,
-        STALE,
         describes,
         read_card,
         read_config,
         renewed_card,
-        with_section,
-        without_folders,
         write_model_card,
     )
     from .files import TEMPORARY, leads_outside, write_file
@@ -24,8 +21,7 @@ if TYPE_CHECKING:
 __getattr__ = lazily(
     __name__,
     {
-        "card": "CARD_NAME STALE describes read_card read_config renewed_card with_section without_folders "
-        "write_model_card",
+        "card": "CARD_NAME describes read_card read_config renewed_card write_model_card",
         "files": "TEMPORARY leads_outside write_file",
         "spec": "configs_of left_by_folds own_configs plain_modules resolved_spec swapped_norms write_specs",
         "wrapping": "when_imported",

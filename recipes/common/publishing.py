@@ -16,16 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from common.options import OptionError
 from hf_adanorm import write_model_card
-from hf_adanorm.saving import (
-    CARD_NAME,
-    STALE,
-    describes,
-    read_card,
-    read_config,
-    with_section,
-    without_folders,
-    write_file,
-)
+from hf_adanorm.saving import CARD_NAME, read_card, write_file
 
 _IS_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -44,20 +35,16 @@ def prepare_push(options: Any) -> None:
 
 def publish(folder: Path, results: dict[str, Any], options: Any) -> None:
     """Write the card of the model in `folder`, and push the folder if `options` say so."""
-    stale = None
     if options.push_to_hub:
         api = HfApi()
         # Somebody may have written the repository's card: keep it, bring our section in it up to date.
         if api.file_exists(options.hub_model_id, CARD_NAME):
             text = read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or ""
             write_file(folder / CARD_NAME, text)
-            stale = STALE if describes(text, read_config(folder)) is False else None
     _write_card(folder, results, options)
     if options.push_to_hub:
         message = f"Best model: {options.norm}, step {results['best_step']}"
-        api.upload_folder(
-            repo_id=options.hub_model_id, folder_path=folder, commit_message=message, delete_patterns=stale
-        )
+        api.upload_folder(repo_id=options.hub_model_id, folder_path=folder, commit_message=message)
         print(f"pushed to {options.hub_model_id}", flush=True)
 
 
@@ -68,28 +55,14 @@ def _write_card(folder: Path, results: dict[str, Any], options: Any) -> None:
     is_id = not local and _IS_ID.fullmatch(options.dataset_name) and not Path(options.dataset_name).exists()
     base = getattr(options, "model_name_or_path", None)
     base = base if base and _IS_ID.fullmatch(base) and not Path(base).exists() else None
-    if options.norm != "layernorm" or "adanorm" in read_config(folder):
-        write_model_card(
-            folder,
-            model_id=options.hub_model_id,
-            base_model=base if base != options.hub_model_id else None,
-            datasets=[options.dataset_name] if is_id else None,
-            dataset_name=None if is_id else "local files",
-            dataset_split=split,
-            results=scores,
-            task=results.get("pipeline"),
-            command=results["command"],
-        )
-    else:  # the control
-        rows = "\n".join(f"| {split} | {name} | {value:.6g} |" for name, value in scores.items())
-        section = "The LayerNorm control of a comparison of norms.\n\n| split | metric | value |\n|---|---|---|\n"
-        section += f"{rows}\n\n```bash\n{without_folders(results['command'])}\n```"
-        text = with_section(
-            read_card(folder / CARD_NAME),
-            section,
-            title=options.hub_model_id or "LayerNorm",
-            library_name="transformers",
-            pipeline_tag=results.get("pipeline"),
-            base_model=base if base != options.hub_model_id else None,
-        )
-        write_file(folder / CARD_NAME, text)
+    write_model_card(
+        folder,
+        model_id=options.hub_model_id,
+        base_model=base if base != options.hub_model_id else None,
+        datasets=[options.dataset_name] if is_id else None,
+        dataset_name=None if is_id else "local files",
+        dataset_split=split,
+        results=scores,
+        task=results.get("pipeline"),
+        command=results["command"],
+    )

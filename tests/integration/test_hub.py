@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
-from hf_adanorm.saving.card import BEGIN, END, INSTALL, describes
+from hf_adanorm.saving.card import BEGIN, END, describes
 from tests.integration.hub_client import REPOS
 from tests.integration.hub_server import HubServer
 
@@ -223,13 +223,10 @@ def test_pushed_cards_say_how_to_load_and_pass_validation(
     assert card.data.library_name == "transformers"
     assert "hf_adanorm" in card.data.tags
     call = f'AutoModelForSequenceClassification.from_pretrained("{repo}"'
-    assert f"{call})" in text
     assert f"{call}, trust_remote_code=True)" in text
     assert "ignore_mismatched_sizes=True" in text
     assert describes(text, json.loads(session.hub.repos[repo].files()["config.json"]))
-    assert "```json" not in text
     assert f"\n# {repo.partition('/')[2]}\n" in text
-    assert INSTALL in text
 
 
 def test_tags_of_a_push_reach_the_card(session: Session, pushed: dict[str, Any]) -> None:
@@ -244,7 +241,7 @@ def test_a_card_that_is_there_is_never_overwritten(session: Session, pushed: dic
 def test_a_second_push_leaves_nothing_of_the_norms_before(session: Session, pushed: dict[str, Any]) -> None:
     other, stock = session.card("me/other-norms"), session.card("me/stock-again")
     assert ModelCard(other).data.tags == ["hf_adanorm", "adanorm"]
-    assert "DetachNorm" not in other
+    assert "detachnorm" not in other.lower()
     assert ModelCard(stock).data.tags is None
     assert "hf_adanorm" not in stock
 

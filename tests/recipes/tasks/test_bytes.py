@@ -37,8 +37,8 @@ def test_the_memory_of_every_micro_batch_comes_back_with_a_checkpoint(tmp_path):
     memory.held = {}
     accelerator.load_state(str(tmp_path))
     again = [model(input_ids=batch, **memory.inputs(number)).logits for number, batch in enumerate(text)]
-    assert all(torch.equal(left, right) for left, right in zip(outputs, again, strict=True))
-    assert not torch.equal(outputs[0], model(input_ids=text[0]).logits)
+    torch.testing.assert_close(outputs, again)
+    assert float((outputs[0] - model(input_ids=text[0]).logits).abs().max()) > 1e-4  # the memory matters
 
 
 def test_no_more_is_kept_than_the_memory(tmp_path):
@@ -58,7 +58,7 @@ def test_after_a_step_that_was_not_finite_the_streams_go_on_with_an_empty_memory
     memory.keep(0, model(input_ids=torch.randint(256, (2, 16)), **memory.inputs(0)))
     memory.held[0][1][3, 1, 5] = float("nan")
     batch = torch.randint(256, (2, 16))
-    assert torch.equal(model(input_ids=batch, **memory.inputs(0)).logits, model(input_ids=batch).logits)
+    torch.testing.assert_close(model(input_ids=batch, **memory.inputs(0)).logits, model(input_ids=batch).logits)
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

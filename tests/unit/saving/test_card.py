@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from hf_adanorm import patch_model, unpatch_model, write_model_card
-from hf_adanorm.saving.card import BEGIN, END, PROJECT, render_card, renewed_card, with_section, without_section
-from tests.integration.hub_client import NORMS, build
+from hf_adanorm.saving.card import BEGIN, END, render_card, renewed_card, without_section
+from tests.integration.hub_client import build
 from tests.integration.hub_server import HubServer
 from tests.zoo.tiny_text import make_tokenizer
 
-CHECKPOINTS = Path(__file__).parents[2] / "integration" / "checkpoints"
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 @pytest.fixture
@@ -84,32 +84,12 @@ def test_results_data_and_command_reach_front_matter_and_text(saved: Path) -> No
     assert "\npython recipes/classification.py --norm adanorm --train_file=train.csv\n" in card.text
     assert card.data.license == "apache-2.0"
     assert card.text.startswith("\n# model\n")
-    (entry,) = yaml.safe_load((saved / ".eval_results" / "cornell-movie-review-data-rotten_tomatoes.yaml").read_text())
-    assert entry == {
-        "dataset": {"id": "cornell-movie-review-data/rotten_tomatoes", "task_id": "default"},
-        "value": 0.7721,
-        "notes": "accuracy on test",
-    }
 
 
 def test_the_license_is_that_of_the_base_model_where_its_card_is_at_hand(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
     assert ModelCard(write_model_card(saved, base_model=str(tmp_path / "base")).read_text()).data.license == "mit"
-
-
-def test_the_projects_address_is_one() -> None:
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
-    assert project["urls"]["Homepage"] == PROJECT
-
-
-def test_the_examples_of_a_card_run(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_tokenizer().save_pretrained(saved)
-    blocks = re.findall(r"```python\n(.*?)```", write_model_card(saved, model_id=str(saved)).read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(block, {})
-    assert re.fullmatch(r"\[{'label': 'LABEL_\d', 'score': 0\.\d+}\]\n", capsys.readouterr().out)
 
 
 def test_refreshing_replaces_our_section_only(saved: Path) -> None:
@@ -142,12 +122,6 @@ def test_a_card_brought_up_to_another_model_loses_the_scores_and_tags_of_the_one
     assert data.tags == (["mine"] if norm is None else ["mine", "hf_adanorm", norm])
 
 
-def test_a_section_that_is_true_of_a_stock_model_stays() -> None:
-    config = unpatch_model(build()).config.to_dict()
-    card = with_section(None, "The control.", title="mine")
-    assert renewed_card(card, config) == card
-
-
 def test_a_card_without_front_matter_gains_one(saved: Path) -> None:
     (saved / "README.md").write_text("# By hand\n\nText.\n")
     text = write_model_card(saved).read_text()
@@ -176,49 +150,84 @@ def test_long_lists_of_modules_are_cut_in_the_table_and_whole_in_the_spec(tmp_pa
     assert all(f"encoder.layer.{i}.output.LayerNorm" in text for i in range(11))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_card_names_the_norm_and_its_settings(tmp_path: Path, norm: str) -> None:
-    build(norm).save_pretrained(tmp_path)
+TASKS = {
+    "text-classification": (transformers.BertForSequenceClassification, transformers.BertConfig, SIZES),
+    "token-classification": (transformers.BertForTokenClassification, transformers.BertConfig, SIZES),
+    "fill-mask": (transformers.BertForMaskedLM, transformers.BertConfig, SIZES),
+    "text-generation": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        {"n_embd": 16, "n_layer": 1, "n_head": 2},
+    ),
+    "text2text-generation": (
+        transformers.BartForConditionalGeneration,
+        transformers.BartConfig,
+        {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("task", [*TASKS, "chat"])
+def test_the_quickstart_of_a_card_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str) -> None:
+    model_class, config_class, sizes = TASKS["text-generation" if task == "chat" else task]
+    tokenizer = make_tokenizer()
+    tokenizer.mask_token = "[UNK]"
+    if task == "chat":
+        tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id"), 2)
+    patch_model(model_class(config_class(vocab_size=64, pad_token_id=0, **special, **sizes))).save_pretrained(tmp_path)
+    text = write_model_card(tmp_path, model_id=str(tmp_path)).read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "trust_remote_code=True" in block
+    assert ("apply_chat_template" in block) == (task == "chat")
+    exec(block, {})
+    assert capsys.readouterr().out
+
+
+def test_the_card_names_the_norm_its_settings_and_how_it_differs(tmp_path: Path) -> None:
+    build("detachnorm", detach_mean=False).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    shown = {
-        "adanorm": "| AdaNorm | C = 1.0, k = 0.1 |",
-        "layernorm-simple": "| LayerNorm-simple (no gain, no bias) | as the replaced norm |",
-        "detachnorm": "| detach_mean = True, detach_variance = True |",
-        "none": "| w/o Norm (no normalisation) | as the replaced norm |",
-    }
-    assert shown[norm] in text
+    assert "| detachnorm | detach_mean = False, detach_variance = True |" in text
+    assert "DetachNorm computes y" in text
+    assert "AdaNorm computes" not in text
 
 
 @pytest.mark.parametrize(
     ("left", "lost"),
     [
-        ({"biases": ["h.*.attn.q_proj"]}, "the biases that the folding added are left out."),
-        ({"eps": {"h.0.ln_1": 1e-6}}, "where the folding adjusted an eps, it is the config's."),
+        ({"biases": ["h.*.attn.q_proj"]}, "biases that the fold added are missing"),
+        ({"eps": {"h.0.ln_1": 1e-6}}, "eps the fold adjusted"),
     ],
 )
-def test_the_card_of_a_fold_without_swapped_norms_promises_no_error_of_loading(
-    left: dict[str, Any], lost: str
-) -> None:
+def test_the_limits_are_those_of_the_model(left: dict[str, Any], lost: str) -> None:
     swapped = [{"norm": "adanorm", "modules": ["h.*.ln_1"]}]
     spec: dict[str, Any] = {"format": 1, "version": "0.1.0", "groups": [], **left}
-    texts = [render_card({"adanorm": {**spec, "groups": groups}}) for groups in ([], swapped)]
-    assert ["size mismatch" in text for text in texts] == [False, True]
-    assert ["**loads without an error and is another model**" in text for text in texts] == [True, False]
-    assert ["ignore_mismatched_sizes" in text for text in texts] == [False, True]
-    assert lost in texts[0]
+    folded, patched = (render_card({"adanorm": {**spec, "groups": groups}}) for groups in ([], swapped))
+    assert "size mismatch" in patched
+    assert "ignore_mismatched_sizes" in patched
+    assert "**loads without an error" in folded
+    assert lost in folded
+    assert "size mismatch" not in folded
 
 
-def test_write_model_card_refuses_what_is_no_patched_model(tmp_path: Path, saved: Path) -> None:
+def test_a_stock_model_gets_a_card_with_its_results_and_a_folded_one_the_tag_of_the_hub() -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    stock = render_card(config, results={"accuracy": 0.5}, dataset_name="local files")
+    assert ModelCard(stock).data.tags is None
+    assert "| local files | accuracy | 0.5 |" in stock
+    assert "## Norms" not in stock
+    folded = render_card({**config, "flashnorm_folded": True})
+    assert ModelCard(folded).data.tags == ["hf_adanorm", "weightless-rmsnorm"]
+    assert "trust_remote_code" not in folded
+
+
+def test_write_model_card_refuses_a_folder_without_a_valid_config(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="save_pretrained"):
         write_model_card(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no patched model"):
-        write_model_card(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not a JSON"):
         write_model_card(tmp_path)
-    with pytest.raises(ValueError, match="datasets or dataset_name"):
-        write_model_card(saved, results={"accuracy": 1.0})
 
 
 @pytest.mark.parametrize(
