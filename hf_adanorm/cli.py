@@ -509,16 +509,15 @@ def _push(folder: Path, repo_id: str, private: bool) -> str:
 def _take_over_card(theirs: Path, folder: Path, repo_id: str) -> dict[str, Any]:
     """The repository's card in the place of the folder's, with a section of ours that is true of the folder's model.
     What the upload leaves out or deletes: a card that cannot be read, scores of another model."""
-    from .saving import CARD_NAME, STALE, read_card, read_config, renewed_card, write_file
+    from .saving import CARD_NAME, read_card, read_config, renewed_card, write_file
 
     try:
-        before = read_card(theirs) or ""
-        text = renewed_card(before, read_config(folder), model_id=repo_id) or ""
+        text = renewed_card(read_card(theirs), read_config(folder), model_id=repo_id)
     except ValueError as error:
         warnings.warn(f"the card of {repo_id} stays as it is: {error}", stacklevel=2)
         return {"ignore_patterns": CARD_NAME}
-    write_file(folder / CARD_NAME, text)
-    return {} if text == before else {"delete_patterns": STALE}
+    write_file(folder / CARD_NAME, text or "")
+    return {}
 
 
 def _results(pairs: list[str]) -> dict[str, float] | None:

@@ -345,7 +345,8 @@ def _lost(specs: Mapping[str, AdaNormSpec]) -> str:
 def _is_trusted(config: Mapping[str, Any]) -> bool:
     """Check whether the repository carries the code that loads it."""
     auto_map = config.get("auto_map")
-    return isinstance(auto_map, Mapping) and any(str(name).startswith("AutoModel") for name in auto_map)
+    entries = auto_map.items() if isinstance(auto_map, Mapping) else ()
+    return any(str(name).startswith("AutoModel") and "--" not in str(target) for name, target in entries)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
