@@ -17,6 +17,7 @@ __all__ = [
     "AdaNorm",
     "AdaNormSpec",
     "DetachNorm",
+    "DyT",
     "LayerNormSimple",
     "NoNorm",
     "WatchNormsCallback",
@@ -27,6 +28,7 @@ __all__ = [
     "inspect_model",
     "is_patched",
     "patch_model",
+    "register_norm",
     "unpatch_model",
     "watch_norms",
     "write_model_card",
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from .diagnostics import WatchNormsCallback, compare_outputs, watch_norms
     from .diagnostics import plots as plots
     from .folding import fold_affine
-    from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, LayerNormSimple, NoNorm, __version__
+    from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, DyT, LayerNormSimple, NoNorm, __version__
+    from .norms import register_norm
     from .patching import inspect_model, is_patched, patch_model, unpatch_model
     from .saving import write_model_card
 
@@ -50,11 +53,17 @@ __getattr__ = lazily(
         "cpu_kernel": "cpu_kernel",
         "diagnostics": "WatchNormsCallback compare_outputs plots watch_norms",
         "folding": "fold_affine",
-        "modeling_adanorm": "AdaNorm AdaNormSpec DetachNorm LayerNormSimple NoNorm __version__ modeling_adanorm",
+        "modeling_adanorm": "AdaNorm AdaNormSpec DetachNorm DyT LayerNormSimple NoNorm __version__ modeling_adanorm",
+        "norms": "register_norm",
         "patching": "inspect_model is_patched patch_model unpatch_model",
         "saving": "write_model_card",
     },
 )
+
+
+def serve(format: int, stock: Any, classes: Any) -> Any:  # noqa: A002
+    """Answer the code of a saved model, which asks whether this package reads its format; see `saving.hooks.serve`."""
+    return importlib.import_module(".saving.hooks", __name__).serve(format, stock, classes)
 
 
 def _add_kernel(modeling: Any) -> None:

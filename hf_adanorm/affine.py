@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._tables import counted
 from .folding import FoldReport, OnUnfoldable, comes_in, fold_norms
 from .modeling_adanorm import NormGroup, SwappedNorm, is_as, is_swapped, source_settings
+from .norms import computes_n
 from .swapping import Change, Plan
 
 
@@ -23,9 +24,9 @@ def _refuse_other_functions(plan: Plan, affine: str) -> None:
     options = plan.options
     for name, module, info, _ in plan.swaps:
         if is_swapped(module):
-            if module.keeps_affine:
+            if module.affine():
                 raise ValueError(
-                    f"affine={affine!r} does not go with {name}, a {module.title} with a gain and a bias of its own: "
+                    f"affine={affine!r} does not go with {name}, a {module.norm_name} with a gain and bias: "
                     "unpatch_model(model) gives them to the norm that it replaced, and that one can be patched"
                 )
             continue
@@ -43,12 +44,12 @@ def _refuse_other_functions(plan: Plan, affine: str) -> None:
 
 def _start(group: NormGroup) -> NormGroup:
     """The group of a norm that starts as plain N(x)."""
-    return replace(group, C=1.0, k=0.0) if comes_in(group) else group
+    return replace(group, settings={**group.settings, "C": 1.0, "k": 0.0}) if comes_in(group) else group
 
 
 def _is_plain(module: SwappedNorm) -> bool:
     settings = module.settings()
-    return module.norm == "layernorm-simple" or (settings.get("k") == 0.0 and settings.get("C") == 1.0)
+    return module.norm_name == "layernorm-simple" or (settings.get("k") == 0.0 and settings.get("C") == 1.0)
 
 
 def fold(
@@ -63,7 +64,7 @@ def fold(
     groups = {
         name: group
         for name, module, _, group in plan.swaps
-        if not is_swapped(module) or (calibrate and module.normalizes and not is_as(module, group))
+        if not is_swapped(module) or (calibrate and computes_n(type(module.inner)) and not is_as(module, group))
     }
     report = FoldReport(())
     if groups:
@@ -125,11 +126,11 @@ def _without_given_eps(module: nn.Module, group: NormGroup) -> NormGroup:
 def warn_of_dropped(plan: Plan, change: Change) -> None:
     """One warning for what trained gains and biases the plan drops."""
     trained = 0
-    for _, module, info, group in plan.swaps:
-        if group.kind.keeps_affine:
+    for _, module, info, _ in plan.swaps:
+        if hasattr(plan.options.cls, "from_norm"):
             continue
         if is_swapped(module):
-            held = module.affine().items() if module.keeps_affine else ()
+            held = module.affine().items()
             trained += any(not t.is_meta and _differs(t, float(key == "gain")) for key, t in held)
             continue
         for name, parameter in module.named_parameters(recurse=False):

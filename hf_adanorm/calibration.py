@@ -89,8 +89,8 @@ def calibrate_k(
         ValueError: no batches, no norm that ran, a number out of range, or a norm that met NaN or infinity.
     """
     check_module(model)
-    check_number("k", k, minimum=0.0, inclusive=False)
-    check_number("margin", margin, minimum=0.0, inclusive=False)
+    check_number("k", k, inclusive=False)
+    check_number("margin", margin, inclusive=False)
     if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be a list of batches, each {{argument name: tensor, ...}}, got {type(batches).__name__}"

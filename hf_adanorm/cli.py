@@ -25,7 +25,7 @@ try:
 except ImportError:  # the library itself needs torch and transformers only
     sys.exit("error: the command line needs typer and rich: pip install typer rich")
 
-from .options import patch_options
+from .options import norms, patch_options
 from .saving import TEMPORARY, leads_outside
 
 PATCH_OPTIONS = patch_options()
@@ -138,11 +138,10 @@ def patch(
         )
     _check_push(push_to_hub)
     config = _load_config(name, revision, gguf_file)
+    given = {"C": C, "k": k, "detach_mean": detach_mean, "detach_variance": detach_variance}
+    known = norms()[norm].settings if norm in norms() else {}
     options: dict[str, Any] = {
-        "C": C,
-        "k": k,
-        "detach_mean": detach_mean,
-        "detach_variance": detach_variance,
+        **{key: value for key, value in given.items() if key in known or value != PATCH_OPTIONS[key].default},
         "eps": eps,
         "centered": centered,
         "include": include or None,

@@ -1,17 +1,14 @@
 """The options of a patch, each stated once: its default, its choices and what it is in a line.
 
-The command line and the recipes take them from `patch_options`; the explicit signature of `patch_model` is held
-against it by a test. What is particular to a norm is said by its class in modeling_adanorm.py. It is read off the
-source text, so that this file needs neither torch nor the rest of the package: the recipes show help and find mistakes
-before they import either.
+Importing this file imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from .norms import BUILT_IN, TITLES
 
 
 class Norm(NamedTuple):
@@ -39,38 +36,21 @@ CHOICES = {
 }
 
 
-@functools.cache
+_SETTINGS: dict[str, dict[str, tuple[float | bool, str]]] = {
+    "adanorm": {
+        "C": (1.0, "AdaNorm: the scale C > 0 in z = C (1 - k y) y"),
+        "k": (0.1, "AdaNorm: the slope k >= 0 in z = C (1 - k y) y"),
+    },
+    "detachnorm": {
+        "detach_mean": (True, "DetachNorm: let no gradient flow through the mean"),
+        "detach_variance": (True, "DetachNorm: let no gradient flow through the standard deviation"),
+    },
+}
+
+
 def norms() -> dict[str, Norm]:
-    """Every norm that `patch_model` knows, by name."""
-    tree = ast.parse(Path(__file__).with_name("modeling_adanorm.py").read_text(encoding="utf-8"))
-    said = {node.name: _attributes(node) for node in tree.body if isinstance(node, ast.ClassDef)}
-    shared = said["SwappedNorm"]
-    kinds = [{**shared, **attributes} for attributes in said.values() if "norm" in attributes]
-    return {
-        ast.literal_eval(norm["norm"]): Norm(
-            ast.literal_eval(norm["title"]),
-            ast.literal_eval(norm["color"]),
-            {
-                ast.literal_eval(key): tuple(map(ast.literal_eval, call.args))
-                for key, call in zip(norm["SETTINGS"].keys, norm["SETTINGS"].values, strict=True)
-            },
-        )
-        for norm in kinds
-    }
-
-
-def _attributes(node: ast.ClassDef) -> dict[str, Any]:
-    """The expressions that a class body gives to its names."""
-    found: dict[str, Any] = {}
-    for line in node.body:
-        if not isinstance(line, (ast.Assign, ast.AnnAssign)) or line.value is None:
-            continue
-        for target in line.targets if isinstance(line, ast.Assign) else [line.target]:
-            names, values = [target], [line.value]
-            if isinstance(target, ast.Tuple) and isinstance(line.value, ast.Tuple):
-                names, values = target.elts, line.value.elts
-            found |= {name.id: value for name, value in zip(names, values, strict=True) if isinstance(name, ast.Name)}
-    return found
+    """Return every built-in norm, by name. To be replaced by `norms.settings_of` where it is still used."""
+    return {name: Norm(TITLES[name], index, _SETTINGS.get(name, {})) for index, name in enumerate(BUILT_IN)}
 
 
 @functools.cache

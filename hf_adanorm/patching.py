@@ -15,6 +15,7 @@ stock saving and loading:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -22,8 +23,10 @@ from torch import nn
 from .affine import fold, warn_of_dropped
 from .detection import check_module
 from .folding import OnUnfoldable
-from .modeling_adanorm import NORM_CLASSES, is_swapped, replace_modules
+from .modeling_adanorm import is_swapped, replace_modules
+from .norms import STOCK, check_settings, computes_n, resolve_norm
 from .options import CHOICES
+from .replaced import replaced_by
 from .report import Report
 from .saving import left_by_folds, plain_modules, swapped_norms, write_specs
 from .selection import Patterns, check_layers, layer_positions
@@ -47,22 +50,19 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def patch_model(
     model: ModelT,
-    norm: str = "adanorm",
+    norm: str | type[nn.Module] | partial[nn.Module] = "adanorm",
     *,
-    C: float = 1.0,
-    k: float | Mapping[str, float] = 0.1,
-    detach_mean: bool = True,
-    detach_variance: bool = True,
-    eps: float | None = None,
-    centered: bool | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     layers: Iterable[int] | int | None = None,
     targets: Targets = "auto",
+    eps: float | None = None,
+    centered: bool | None = None,
     affine: str = "drop",
     on_unfoldable: OnUnfoldable = "keep",
     on_tied: str = "keep",
     fold_inputs: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> ModelT:
     """Swap the norms of `model` in place and return it.
 
@@ -72,12 +72,10 @@ def patch_model(
     Args:
         model: any transformers model or plain `nn.Module`, on any device, the meta device included. Not yet wrapped
             by DDP, FSDP, DeepSpeed or `torch.compile`.
-        norm: `"adanorm"`, `"layernorm-simple"`, `"detachnorm"` or `"none"` (the paper's "w/o Norm").
-        C: AdaNorm's C in phi(y) = C * (1 - k * y); > 0. The other norms take no notice of it.
-        k: AdaNorm's k; >= 0. One number, or one for each norm by its name (`calibrate_k(model, batches).k`). A deep
-            post-norm model from scratch loses its gradient with 0.1, whatever C; 0.1 / sqrt(layers) keeps it at first.
-        detach_mean: DetachNorm: no gradient flows through the mean.
-        detach_variance: DetachNorm: none flows through the standard deviation. Not both False.
+        norm: the norm to swap in. A name (`"adanorm"`, `"layernorm-simple"`, `"detachnorm"`, `"dyt"`, `"none"`, or one
+            given to `register_norm`), a class, or a `functools.partial` of a class. A class of your own is an
+            `nn.Module` whose constructor takes `(normalized_shape, eps, ...)`, with its settings as keyword-only
+            parameters. `"layernorm"` puts the replaced norms back.
         eps: None keeps that of each replaced norm.
         centered: None keeps what the replaced norm does (an RMSNorm does not subtract the mean). True is the paper's.
             A fold starts from the function of the source, and so takes neither another eps nor another
@@ -99,6 +97,10 @@ def patch_model(
         on_tied: for `affine="fold"` and a norm whose head shares its weight with an embedding: `"keep"` leaves the
             norm as it is, `"untie"` gives the head its own copy, to fold into.
         fold_inputs: for `affine="fold"`, a batch for the model to run on, if its own dummy inputs do not suit.
+        **settings: settings of the norm, such as C and k of AdaNorm. A mapping gives a value for each norm by its
+            name (`calibrate_k(model, batches).k`); norms that it does not list take the default. A deep post-norm
+            model that is trained from scratch loses its gradient with k = 0.1, whatever C; start with
+            0.1 / sqrt(layers).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, a pattern that matches no norm, nothing
@@ -112,30 +114,31 @@ def patch_model(
         >>> model.encoder.layer[0].output.LayerNorm
         AdaNorm((32,), eps=1e-12, C=1.0, k=0.1)
     """
-    options = Options(
-        norm=norm,
-        C=C,
-        k=dict(k) if isinstance(k, Mapping) else k,
-        detach_mean=detach_mean,
-        detach_variance=detach_variance,
-        eps=eps,
-        centered=centered,
-        include=include,
-        exclude=exclude,
-        layers=check_layers(layers),
-        targets=targets,
-    )
     check_choice("affine", affine, CHOICES["affine"])
     check_choice("on_unfoldable", on_unfoldable, CHOICES["on_unfoldable"])
-    if affine != "drop" and not NORM_CLASSES[norm].normalizes:
-        raise ValueError(
-            f'affine={affine!r} does not go with norm="{norm}", which normalises nothing: use affine="drop"'
-        )
     check_choice("on_tied", on_tied, CHOICES["on_tied"])
     if affine != "fold" and (on_unfoldable != "keep" or on_tied != "keep" or fold_inputs is not None):
         name = "fold_inputs" if on_tied == "keep" else f"on_tied={on_tied!r}"
         name = name if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"
         raise ValueError(f'{name} goes with affine="fold", got affine={affine!r}')
+    choice: dict[str, Any] = {
+        "include": include,
+        "exclude": exclude,
+        "layers": check_layers(layers),
+        "targets": targets,
+    }
+    if norm == STOCK:
+        if settings or eps is not None or centered is not None or affine != "drop":
+            raise ValueError('norm="layernorm" puts the replaced norms back; it takes include, exclude and layers')
+        return _restore(model, Options(**choice))
+    cls, given = resolve_norm(norm)
+    settings = {**given, **settings}
+    check_settings(cls, settings)
+    options = Options(cls=cls, settings=settings, eps=eps, centered=centered, **choice)
+    if affine != "drop" and not computes_n(cls):
+        raise ValueError(
+            f'affine={affine!r} does not go with norm="{options.norm}", which does not compute N(x): use affine="drop"'
+        )
     plan = make_plan(model, options)
     with all_or_nothing(model) as change:
         if affine == "drop":
@@ -149,8 +152,9 @@ def patch_model(
 def unpatch_model(model: ModelT) -> ModelT:
     """Put the replaced norms back, in place, and return the model.
 
-    Gains and biases come back bit for bit. Those that are not there any more (after a reload) become 1 and 0, with
-    one warning. `config.adanorm` goes, and so do our `auto_map` entries.
+    Gains and biases that a norm has learned go back into the norm that it replaced. Otherwise those of the replaced
+    norm come back bit for bit; where they are lost (after a reload), they become 1 and 0, with one warning.
+    `config.adanorm` and our `auto_map` entries are removed.
 
     Raises:
         ValueError: the model is not patched, or already wrapped (DDP, FSDP, DeepSpeed, `torch.compile`).
@@ -163,13 +167,26 @@ def unpatch_model(model: ModelT) -> ModelT:
         False
     """
     refuse_wrapped(model)
-    swapped = swapped_norms(model)
-    if not swapped:
-        raise ValueError(f"{type(model).__name__} holds no swapped norm: there is nothing to take back")
-    fresh = sum(not module.__dict__["_source_has_values"] and not module.affine() for _, module in swapped)
-    sources = [module.__dict__["_source"] for _, module in swapped]
-    with all_or_nothing(model, [source for source in sources if source is not None]) as change:
-        replace_modules(model, {id(module): restored(module) for _, module in swapped})
+    if not (swapped := swapped_norms(model)):
+        raise ValueError(f"{type(model).__name__} has no swapped norm: there is nothing to restore")
+    return _put_back(model, swapped)
+
+
+def _restore(model: ModelT, options: Options) -> ModelT:
+    """Put back the replaced norms that the options choose, if any."""
+    refuse_wrapped(model)
+    chosen = {row.name for row in choose(model, options) if row.chosen}
+    swapped = [(name, module) for name, module in swapped_norms(model) if name in chosen]
+    return _put_back(model, swapped) if swapped else model
+
+
+def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
+    kept = [replaced_by(module) for _, module in swapped]
+    fresh = sum(
+        (old is None or not old.has_values) and not m.affine() for (_, m), old in zip(swapped, kept, strict=True)
+    )
+    with all_or_nothing(model, [old.module for old in kept if old is not None]) as change:
+        replace_modules(model, restored(model, swapped))
         write_specs(model)  # biases that a fold added stay, and loading has to know of them
         if num_biases := len(left_by_folds(dict(plain_modules(model)))[0]):
             change.warn(
@@ -178,8 +195,8 @@ def unpatch_model(model: ModelT) -> ModelT:
             )
         if fresh:
             change.warn(
-                f"the trained gains and biases of {fresh} of {len(swapped)} norms are not at hand (a saved model does "
-                "not hold them): they come back as gain 1 and bias 0"
+                f"the checkpoint does not store the original gains and biases of {fresh} of {len(swapped)} norms; the "
+                "restored norms start with gain 1 and bias 0"
             )
     return model
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from .detection import NormInfo, is_stack, iter_norms, off_stream, reads_values, recognize
 from .modeling_adanorm import is_swapped, short_repr
+from .replaced import source_of
 from .report import NormRow
 
 Patterns = str | Sequence[str] | None
@@ -98,7 +99,7 @@ def _obstacle(model: nn.Module, row: NormRow, targets: str) -> str:
 
 def _kind(module: nn.Module, info: NormInfo) -> str:
     """Return the kind of the norm; for a swapped one, that of the norm which it replaced."""
-    source = module.__dict__.get("_source") if is_swapped(module) else None
+    source = source_of(module) if is_swapped(module) else None
     if source is not None and (found := recognize(source)) is not None and found.kind != "other":
         return found.kind
     return info.kind

@@ -12,9 +12,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +26,10 @@ from .detection import NormInfo, check_module, recognize
 from .modeling_adanorm import (
     ADJUSTED_EPS,
     NORM_CLASSES,
-    LayerNormSimple,
     NormGroup,
     SwappedNorm,
+    check_bool,
+    check_number,
     is_as,
     is_swapped,
     make_norm,
@@ -35,7 +37,10 @@ from .modeling_adanorm import (
     short_repr,
     source_settings,
 )
+from .norms import did_you_mean, name_of
+from .norms import remember as remember_class
 from .options import CHOICES
+from .replaced import remember, replaced_by
 from .report import NormRow
 from .saving import write_specs
 from .selection import Patterns, check_patterns, choose_norms
@@ -148,11 +153,8 @@ def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
 class Options:
     """The checked options of one call that choose norms and say what they become."""
 
-    norm: str = "adanorm"
-    C: float = 1.0
-    k: float | dict[str, float] = 0.1
-    detach_mean: bool = True
-    detach_variance: bool = True
+    cls: type[nn.Module] = NORM_CLASSES["adanorm"]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     eps: float | None = None
     centered: bool | None = None
     include: Patterns = None
@@ -161,47 +163,73 @@ class Options:
     targets: str = "auto"
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, list(NORM_CLASSES))
         check_choice("targets", self.targets, CHOICES["targets"])
-        # The constructors hold the ranges; every value is checked, whichever norm it belongs to.
-        for kind in NORM_CLASSES.values():
-            values = {key: getattr(self, key) for key in kind.SETTINGS}
-            by_norm = {key: value for key, value in values.items() if isinstance(value, dict)}
-            for key, value in ((key, value) for key, found in by_norm.items() for value in found.values()):
-                kind.SETTINGS[key].check(key, value)
-            kind(1, **{key: value for key, value in values.items() if key not in by_norm})
         if self.eps is not None:
-            LayerNormSimple(1, eps=self.eps)
+            check_number("eps", self.eps)
         if self.centered is not None:
-            LayerNormSimple(1, centered=self.centered)
+            check_bool("centered", self.centered)
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
 
+    @property
+    def norm(self) -> str:
+        """The name of the norm."""
+        return name_of(self.cls)
+
     def group(self, name: str, source: nn.Module, info: NormInfo) -> NormGroup:
-        """What `source`, called `name`, becomes. Only what cannot be read off `source` without running it is
-        spelled out."""
+        """Return what `source`, called `name`, becomes. Only what cannot be read off `source` is spelled out."""
         readable = source_settings(source)
-        facts = {
-            "eps": info.eps,
-            "normalized_shape": info.normalized_shape,
-            "channels_first": info.channels_first,
-        }
+        facts = {"eps": info.eps, "normalized_shape": info.normalized_shape, "channels_first": info.channels_first}
         overrides: dict[str, Any] = {key: value for key, value in facts.items() if readable.get(key) != value}
         if self.eps is not None:
             overrides["eps"] = float(self.eps)
         centered = self.centered if self.centered is not None else info.kind == "layernorm"
-        settings: dict[str, Any] = {}
-        for key, setting in NORM_CLASSES[self.norm].SETTINGS.items():
-            value = getattr(self, key)
-            if isinstance(value, dict):  # one for each norm
-                if name not in value:
-                    names = ", ".join(map(repr, sorted(value)[:3])) + (", ..." if len(value) > 3 else "")
-                    raise ValueError(
-                        f"{key} has no value for the norm {name!r}; it has {len(value)}: {names or 'none'}"
-                    )
-                value = value[name]
-            settings[key] = setting.check(key, value)
-        return NormGroup(norm=self.norm, modules=(), centered=None if centered else False, **settings, **overrides)
+        settings = {
+            # One value for each norm; those that are not listed take the default.
+            key: value.get(name) if isinstance(value, Mapping) else value
+            for key, value in self.settings.items()
+            if not isinstance(value, Mapping) or name in value
+        }
+        rule = None if is_swapped(source) else output_rule(source, info)
+        group = NormGroup(
+            norm=self.norm,
+            modules=(),
+            centered=None if centered else False,
+            settings={key: plain_value(value) for key, value in settings.items()},
+            output_dtype=rule,
+            **overrides,
+        )
+        make_norm(source, group, {self.norm: self.cls})  # the constructor checks the values
+        return group
+
+
+def plain_value(value: Any) -> Any:
+    """Return a setting as a JSON scalar: numbers of NumPy and tensors of one element become plain ones."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.item() if hasattr(value, "item") else float(value)
+
+
+def output_rule(source: nn.Module, info: NormInfo) -> str | None:
+    """Return how the dtype of the outputs depends on that of the weight, see `SwappedNorm.output_dtype`."""
+    if isinstance(source, nn.LayerNorm) or not any(True for _ in source.parameters()) or hasattr(source, "_hf_hook"):
+        return None
+    shape = (1, *info.normalized_shape, 2) if info.channels_first else (2, *info.normalized_shape)
+
+    def returned(given: torch.dtype, own: torch.dtype) -> torch.dtype:
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta", own), False) for p in source.parameters()}
+        memo |= {id(b): b.to("meta") for b in source.buffers()}
+        plain = copy.deepcopy(source, memo)
+        with torch.no_grad():
+            return plain.forward(torch.empty(shape, dtype=given, device="meta")).dtype  # type: ignore[no-any-return]
+
+    try:
+        narrow, wide = returned(torch.float32, torch.float16), returned(torch.float16, torch.float32)
+    except Exception:  # of whatever kind a norm raises that needs more than its input
+        return None
+    if wide != torch.float32:
+        return None
+    return "weight" if narrow == torch.float16 else "promote"
 
 
 @dataclass
@@ -227,6 +255,13 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
                 f"torch.nn.utils.parametrize.remove_parametrizations first, or exclude={[row.name]!r}"
             )
         plan.swaps.append((row.name, row.module, row.info, options.group(row.name, row.module, row.info)))
+    known = {row.name for row in plan.rows}
+    for key, value in options.settings.items():
+        for name in value if isinstance(value, Mapping) else ():
+            if name not in known:
+                raise ValueError(
+                    f"{key} has a value for {name!r}, which is no norm of the model{did_you_mean(name, known)}"
+                )
     if not plan.swaps:
         skipped = next((f" ({row.name}: {row.reason})" for row in plan.rows if row.reason), "")
         raise ValueError(
@@ -274,21 +309,32 @@ def apply_plan(plan: Plan) -> None:
     """Replace the modules and write the specs. Nothing before the first replacement changes the model."""
     fallback = next((t for t in plan.model.parameters() if t.is_floating_point()), None)
     replacements: dict[int, nn.Module] = {}
-    for _, module, info, group in plan.swaps:
-        if is_as(module, group):
+    trainable = _trainable_around(plan.model, [name for name, *_ in plan.swaps])
+    for name, module, info, group in plan.swaps:
+        if is_as(module, group) and type(module.inner) is plan.options.cls:
             continue
-        new = make_norm(module, group)
+        new = make_norm(module, group, {group.norm: plan.options.cls})
         if fallback is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
             new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
-        if not is_swapped(module):
-            new.__dict__["_source_has_values"] = True
-        _take_over(new, module, info)
-        _carry_dispatch_hook(module, new)
+        _inherit(new, module, info, plan.options.cls, group)
+        _carry_hooks(module, new)
+        remember(new, module, has_values=True, around_was_trainable=trainable[name])
         replacements[id(module)] = new
     if not replacements:
         return
+    if plan.options.norm not in NORM_CLASSES:
+        remember_class(plan.options.cls)
     replace_modules(plan.model, replacements)
     write_specs(plan.model)
+
+
+def _carry_hooks(source: nn.Module, new: nn.Module) -> None:
+    for key in (
+        *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+        *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    ):
+        new.__dict__[key] = source.__dict__[key]
+    _carry_dispatch_hook(source, new)
 
 
 def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
@@ -308,43 +354,102 @@ def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _take_over(new: SwappedNorm, source: nn.Module, info: NormInfo) -> None:
-    """Copy gain and bias of the norm that is replaced to where the new one holds its own, if it does; what was frozen
-    stays so."""
-    held = source.affine() if is_swapped(source) else {}
-    for key, tensor in new.affine().items():
-        name, offset = (info.gain_name, info.gain_offset) if key == "gain" else (info.bias_name, 0.0)
-        if key in held:
-            tensor.copy_(held[key])
-        elif name is not None:
-            tensor.copy_(getattr(source, name).detach().add(offset))
-    own = list(source.parameters(recurse=False))
+def _inherit(new: SwappedNorm, source: nn.Module, info: NormInfo, cls: type[nn.Module], group: NormGroup) -> None:
+    """Give `new` what it takes over from the norm that it replaces: what a norm of the same class has learned, or what
+    the class's `from_norm` makes of gain and bias. A frozen norm stays frozen."""
+    if is_swapped(source) and type(source.inner) is type(new.inner):
+        for name, parameter in source.inner.named_parameters():
+            owner, _, key = name.rpartition(".")
+            setattr(new.inner.get_submodule(owner), key, parameter)
+    elif hasattr(cls, "from_norm"):
+        made = cls.from_norm(_stand_in(source, info), **group.settings)
+        for name, tensor in (*new.inner.named_parameters(), *new.inner.named_buffers()):
+            value = made.state_dict().get(name)
+            if value is not None and not value.is_meta and (new.inner is not new or name != "weight"):
+                tensor.copy_(value)
+    own = list(source.parameters())
     if own and not any(parameter.requires_grad for parameter in own):
         new.requires_grad_(False)
     new._is_hf_initialized = not new.weight.is_meta
 
 
+def _stand_in(source: nn.Module, info: NormInfo) -> nn.Module:
+    """Return torch's own norm with the gain, bias and eps of `source`, however that one keeps them."""
+    shape, eps = info.normalized_shape, source.eps if is_swapped(source) else info.eps
+    norm: nn.Module
+    if info.kind == "rmsnorm":
+        norm = nn.RMSNorm(shape, eps=eps)
+    else:
+        norm = nn.LayerNorm(shape, eps=eps)
+    held = source.affine() if is_swapped(source) else {}
+    if not is_swapped(source):
+        for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
+            if name is not None:
+                held[key] = getattr(source, name).detach().add(offset)
+    for key, name in (("gain", "weight"), ("bias", "bias")):
+        if key in held and getattr(norm, name, None) is not None:
+            setattr(norm, name, nn.Parameter(held[key].detach().clone()))
+    return norm
+
+
+def _trainable_around(model: nn.Module, names: Sequence[str]) -> dict[str, bool]:
+    """Return for each norm whether the parameters next to it, in the nearest module that has others, are trainable."""
+    inside = [f"{name}." for name in names]
+    others = [(n, p) for n, p in model.named_parameters() if not any(n.startswith(prefix) for prefix in inside)]
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in others:
+        parts = name.split(".")[:-1]
+        for end in range(len(parts) + 1):
+            total, free = counts.get(place := ".".join(parts[:end]), (0, 0))
+            counts[place] = (total + 1, free + parameter.requires_grad)
+    found = {}
+    for name in names:
+        place = name
+        while place and place not in counts:
+            place = place.rpartition(".")[0]
+        found[name] = counts.get(place, (0, 1))[1] > 0
+    return found
+
+
 # --------------------------------------------------------------------------------------------------------- and back
 
 
-def restored(module: SwappedNorm) -> nn.Module:
-    """The module that `module` replaced, on its device and in its dtype."""
-    source = module.__dict__["_source"]
-    if source is None:  # a norm that the user put there by hand
-        source = nn.LayerNorm(module.normalized_shape, eps=module.eps)
+def restored(model: nn.Module, swapped: Sequence[tuple[str, SwappedNorm]]) -> dict[int, nn.Module]:
+    """Return the module that each swapped norm replaced, on its device and in its dtype, by the id of the norm.
+
+    Gains and biases that a norm has learned go back into it. A gain is frozen or made trainable where the parameters
+    around it were since.
+    """
+    trainable = _trainable_around(model, [name for name, _ in swapped])
+    found = {}
+    for name, module in swapped:
+        kept = replaced_by(module)
+        found[id(module)] = source = _restored(module)
+        if kept is not None and kept.around_was_trainable != trainable[name]:
+            source.requires_grad_(trainable[name])
+    return found
+
+
+def _restored(module: SwappedNorm) -> nn.Module:
+    kept = replaced_by(module)
+    if kept is None:  # a norm that the user put there by hand
+        source: nn.Module = nn.LayerNorm(module.normalized_shape, eps=module.eps)
     elif ADJUSTED_EPS in module.__dict__:  # by a fold, after the swap
+        source = kept.module
         source.__dict__.update(dict.fromkeys({"eps", "variance_epsilon"} & source.__dict__.keys(), module.eps))
         source.__dict__[ADJUSTED_EPS] = True
+    else:
+        source = kept.module
     weight = module.weight
-    if not module.__dict__["_source_has_values"]:
+    if kept is None or not kept.has_values:
         if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
             source = source.to_empty(device=weight.device)
         _reset_affine(source)
-        _put_back(module.affine(), source)
+    _put_back(module.affine(), source)
     if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
         source.to(device=weight.device, dtype=weight.dtype)
     source.train(module.training)
-    return source  # type: ignore[no-any-return]
+    return source
 
 
 @torch.no_grad()
@@ -365,4 +470,5 @@ def _put_back(affine: dict[str, Tensor], source: nn.Module) -> None:
         return
     for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
         if key in affine and name is not None:
-            getattr(source, name).copy_(affine[key].float().sub(offset))
+            target = getattr(source, name)
+            target.copy_(affine[key].float().sub(offset).view_as(target))

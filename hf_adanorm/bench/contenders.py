@@ -14,7 +14,7 @@ from hf_adanorm.modeling_adanorm import NORM_CLASSES, AdaNorm
 from hf_adanorm.patching import patch_model
 
 BASELINE = "layernorm"
-OWN = tuple(norm for norm, kind in NORM_CLASSES.items() if not kind.is_identity)
+OWN = tuple(norm for norm in NORM_CLASSES if norm != "none")
 
 
 class WrittenOut(nn.Module):

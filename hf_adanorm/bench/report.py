@@ -160,7 +160,7 @@ def draw(results: Sequence[Measurement], where: dict[str, Any]) -> Any:
                 if not ratios:
                     continue
                 y = number + (index - (len(variants) - 1) / 2) * 0.7 / len(variants)
-                color = COLORS[NORM_CLASSES[name].color] if name in NORM_CLASSES else "#777777"
+                color = COLORS[list(NORM_CLASSES).index(name)] if name in NORM_CLASSES else "#777777"
                 axis.plot([ratios[0], ratios[-1]], [y, y], color=color, linewidth=3, alpha=0.5, solid_capstyle="round")
                 axis.plot(
                     statistics.median(ratios), y, "osD^"[index % 4], color=color, markersize=5,

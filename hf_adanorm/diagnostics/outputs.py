@@ -132,7 +132,7 @@ def compare_outputs(
     """
     for name, model in (("model_a", model_a), ("model_b", model_b)):
         check_module(model, name)
-    tolerance = check_number("tolerance", tolerance, minimum=0.0, inclusive=True)
+    tolerance = check_number("tolerance", tolerance)
     outputs_a, outputs_b = _run(model_a, inputs), _run(model_b, inputs)
     modules_a, modules_b = dict(model_a.named_modules()), dict(model_b.named_modules())
     names_a, names_b = {name for name, _ in outputs_a}, {name for name, _ in outputs_b}

@@ -32,6 +32,7 @@ from transformers import TrainerCallback
 
 from hf_adanorm.detection import NormInfo, check_module, iter_norms
 from hf_adanorm.modeling_adanorm import check_number, is_swapped
+from hf_adanorm.norms import computes_n
 
 from .log import FORWARD_FIELDS, HISTOGRAM_BINS, HISTOGRAM_RANGE, INPUT_FIELDS, OUTPUT_FIELDS, NormLog, NormRecord
 
@@ -147,7 +148,7 @@ def _check(every: int, k: float, start_step: int) -> None:
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    check_number("k", k, minimum=0.0, inclusive=False)
+    check_number("k", k, inclusive=False)
 
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -231,7 +232,7 @@ class _Watcher:
                 skipped.append(name)
                 continue
             swapped = is_swapped(module)
-            found = _Watched(name, module, info, str(module.norm) if swapped else info.kind)
+            found = _Watched(name, module, info, str(module.norm_name) if swapped else info.kind)
             if name in known:
                 old = known[name]
                 found.order, found.before, found.after = old.order, old.before, old.after
@@ -381,7 +382,7 @@ class _Watcher:
         """(statistics of the input, sigma per row, what dl/d(output) is multiplied by to give dl/dy, histogram)."""
         info = watched.info
         x = self.rows(info, x)
-        if not getattr(watched.module, "normalizes", True):
+        if is_swapped(watched.module) and not computes_n(type(watched.module.inner)):
             mean, std = _mean_and_var(x)[0], _mean_and_var(x)[1].sqrt()
             nan = mean.new_full((), math.nan)
             return torch.stack([mean.mean(), std.mean(), nan, nan]), None, None, None

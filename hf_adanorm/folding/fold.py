@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
-from hf_adanorm.modeling_adanorm import LayerNormSimple, NormGroup, check_number, is_swapped
+from hf_adanorm.modeling_adanorm import NORM_CLASSES, LayerNormSimple, NormGroup, check_number, is_swapped
 from hf_adanorm.options import CHOICES
 from hf_adanorm.running import SLOW_BAR, dummy_inputs, hooked, run
 from hf_adanorm.saving import configs_of, resolved_spec, write_specs
@@ -175,7 +175,7 @@ def fold_affine(
         if configs_of(model):
             if report.protect:
                 exactly = "re:" + "|".join(re.escape(name) for name in report.protect)
-                apply_plan(make_plan(model, Options(norm="layernorm-simple", include=exactly, targets="all")))
+                apply_plan(make_plan(model, Options(cls=LayerNormSimple, include=exactly, targets="all")))
             write_specs(model)
     still_tied = report.untied and any(getattr(c, "tie_word_embeddings", False) for c in configs_of(model))
     return replace(report, is_stock=not report.protect and not still_tied and resolved_spec(model) is None)
@@ -196,7 +196,7 @@ def fold_norms(
     model, groups = change.model, groups or {}
     _check_model(model)
     if tolerance is not None:
-        check_number("tolerance", tolerance, minimum=0.0, inclusive=True)
+        check_number("tolerance", tolerance)
     if on_unfoldable == "calibrate" and fold_inputs is None:
         raise ValueError(
             'on_unfoldable="calibrate" fits to real activations: pass fold_inputs, one batch of real data'
@@ -259,7 +259,7 @@ def _moves(module: nn.Module, group: NormGroup) -> bool:
     """Whether what `module` becomes is, but for gain and bias, another function."""
     if comes_in(group) or not is_swapped(module):
         return comes_in(group)
-    plain = module.norm != "adanorm" or (module.settings().get("k"), module.settings().get("C")) == (0.0, 1.0)
+    plain = module.norm_name != "adanorm" or (module.settings().get("k"), module.settings().get("C")) == (0.0, 1.0)
     same = group.eps in (None, module.eps) and (group.centered is not False) == module.centered
     return not (plain and same)
 
@@ -282,8 +282,8 @@ def _replacements(plan: FoldPlan, groups: Mapping[str, NormGroup]) -> dict[str, 
 
     def make(name: str) -> Callable[[Tensor], Tensor]:
         info, module, group = plan.infos[name], plan.modules[name], groups.get(name)
-        kind = LayerNormSimple if group is None else group.kind
-        settings: dict[str, Any] = {} if group is None else group.settings()
+        kind = LayerNormSimple if group is None else NORM_CLASSES[group.norm]
+        settings: dict[str, Any] = {} if group is None else dict(group.settings)
         settings["centered"] = info.kind == "layernorm" if group is None else group.centered is not False
         settings["channels_first"] = info.channels_first
         settings["reference"] = (group and group.reference) or getattr(module, "reference", "paper")

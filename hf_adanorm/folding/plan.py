@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_adanorm.detection import NormInfo, iter_norms
 from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS, NormGroup, is_swapped
+from hf_adanorm.norms import computes_n
 from hf_adanorm.running import with_masks
 from hf_adanorm.swapping import Change
 
@@ -249,8 +250,8 @@ class FoldPlan:
             if any(read not in sums for read in self.watched.norm_reads[following_norm]):
                 return f"{following_norm} also reads something else than this norm's residual sum"
             module = self.modules[following_norm]
-            if is_swapped(module) and not module.normalizes:
-                return f"{following_norm}, which reads the sum, is {module.title} and does not take its scale away"
+            if is_swapped(module) and not computes_n(type(module.inner)):
+                return f"{following_norm}, which reads the sum, is {module.norm_name} and does not take its scale away"
             if eps_name(module) is None:
                 return f"the eps of {following_norm} cannot be set"
         return None
@@ -321,8 +322,6 @@ class FoldPlan:
             beside_std = getattr(following, "reference", "paper") == "lancopku"  # where eps is added to it
             setattr(following, key, getattr(following, key) / (scale if beside_std else scale**2))
             following.__dict__[ADJUSTED_EPS] = True
-            if is_swapped(following):  # whose spec says what the stock norm does not
-                following.__dict__["_overrides"] = {**following.__dict__["_overrides"], "eps": following.eps}
 
     @torch.no_grad()
     def neutralize(self, change: Change) -> None:
@@ -420,7 +419,7 @@ def _is_numbered(path: str) -> bool:
 
 def comes_in(group: NormGroup) -> bool:
     """Whether the norm differs from plain N(x) and a schedule can lead from there to it."""
-    return group.norm == "adanorm" and (group.k, group.C) != (0.0, 1.0)
+    return group.norm == "adanorm" and {"C": 1.0, "k": 0.1, **group.settings} != {"C": 1.0, "k": 0.0}
 
 
 def eps_name(module: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from .files import TEMPORARY, leads_outside, write_file
     from .spec import configs_of, left_by_folds, own_configs, plain_modules, resolved_spec, swapped_norms, write_specs
+    from .travel import CodeReport, inspect_code
     from .wrapping import when_imported
 
 # `import hf_adanorm` comes through here and must stay cheap: the spec and the card need torch and transformers.
@@ -24,6 +25,7 @@ __getattr__ = lazily(
         "card": "CARD_NAME describes read_card read_config renewed_card write_model_card",
         "files": "TEMPORARY leads_outside write_file",
         "spec": "configs_of left_by_folds own_configs plain_modules resolved_spec swapped_norms write_specs",
+        "travel": "CodeReport inspect_code",
         "wrapping": "when_imported",
     },
 )

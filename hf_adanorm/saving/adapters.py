@@ -121,7 +121,7 @@ def _warn_unless_trained_here(config: Any, model: nn.Module) -> None:
     """The adapter has no record of norms, so it was trained on a stock base, or where hf_adanorm was not imported."""
     name = config.base_model_name_or_path
     known, saved = _saved_spec(name, config.revision)
-    saved = saved or AdaNormSpec(groups=())
+    saved = saved or AdaNormSpec()
     if known and not (differing := differences(saved, model)):
         return
     why = (

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -42,22 +42,48 @@ from hf_adanorm.modeling_adanorm import (
     AdaNormSpec,
     add_notice,
     apply_spec,
-    is_own_reference,
     is_swapped,
-    noticed,
+    notice_hook,
+    own_file,
 )
+from hf_adanorm.norms import classes_from_folder, find_classes
+from hf_adanorm.norms import remember as remember_class
+from hf_adanorm.replaced import remember
 
-from . import card
+from . import card, travel
 from .files import write_file
-from .spec import differences, has_spec, in_words, refresh_specs, spec_in_file
-
-FILE_NAME = "modeling_adanorm.py"
+from .spec import all_configs, differences, has_spec, in_words, refresh_specs, refuse_loose_norms, spec_in_file
 
 
 def post_init(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     if (data := getattr(model.config, "adanorm", None)) is not None:
-        apply_spec(model, AdaNormSpec.from_dict(data))
+        spec = AdaNormSpec.from_dict(data)
+        classes = find_classes(spec.classes)
+        for cls in classes.values():
+            remember_class(cls)
+        apply_spec(model, spec, classes, replaced=remember)
     return original(model)
+
+
+def serve(format: int, stock: type[PreTrainedModel], classes: Mapping[str, type]) -> dict[str, Any] | None:  # noqa: A002
+    """Return the methods of a model class in the code of a saved model, which hands over to the stock class: with the
+    package present its hooks apply the spec. None if the spec is of a later format."""
+    if format > modeling_adanorm.FORMAT:
+        return None
+
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        with classes_from_folder(classes):
+            return stock.from_pretrained(*args, **kwargs)
+
+    def _from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+        with classes_from_folder(classes):
+            return stock._from_config(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def register_for_auto_class(cls: type, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: it would make transformers take the class for foreign code."""
+
+    methods = (from_pretrained, _from_config, register_for_auto_class)
+    return {method.__name__: classmethod(method) for method in methods}
 
 
 def to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: BoundArguments) -> Any:
@@ -66,12 +92,14 @@ def to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: 
         result = original(config)
         if path.name == CONFIG_NAME:
             with _in_second_place(path.parent):
-                _remove_own_file(path.parent)
+                if travel.remove_code(path.parent):
+                    _remove_card_section(path.parent)
         return result
+    classes = _classes_of(config)
     own = copy.deepcopy(config)  # auto_map belongs to the folder, not to the model in memory
     with _in_second_place(path.parent):
-        write_file(path.parent / FILE_NAME, Path(modeling_adanorm.__file__).read_bytes())
-        own.auto_map = {**(getattr(config, "auto_map", None) or {}), **_auto_map(config)}
+        module = travel.write_code(path.parent, classes)
+        own.auto_map = {**(getattr(config, "auto_map", None) or {}), **_auto_map(config, module)}
     result = original(own)
     if saving is not None and saving.config is config:
         saving.saved = own
@@ -80,7 +108,13 @@ def to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: 
     return result
 
 
-def _auto_map(config: PreTrainedConfig) -> dict[str, str]:
+def _classes_of(config: PreTrainedConfig) -> dict[str, type]:
+    """Return the author's norms that the config and those nested in it name. Raise ValueError if one cannot travel."""
+    specs = [AdaNormSpec.from_dict(data) for part in all_configs(config) if (data := getattr(part, "adanorm", None))]
+    return travel.check_classes({name: entry for spec in specs for name, entry in spec.classes.items()})
+
+
+def _auto_map(config: PreTrainedConfig, module: str) -> dict[str, str]:
     """One entry for every Auto class that knows this config. Entries that point elsewhere are left alone, and so are
     configs from outside transformers: such models need the package to load."""
     if not type(config).__module__.startswith("transformers."):
@@ -98,24 +132,12 @@ def _auto_map(config: PreTrainedConfig) -> dict[str, str]:
         names = names if isinstance(names, (tuple, list)) else (names,)
         architectures = config.architectures or ()
         name = next((name for name in names if name in architectures), names[0])
-        entries[auto_class.__name__] = f"{modeling_adanorm.__name__.rpartition('.')[2]}.{name}"
+        entries[auto_class.__name__] = f"{module}.{name}"
     return entries
 
 
 def _is_free(reference: Any) -> bool:
-    return reference is None or (isinstance(reference, str) and is_own_reference(reference))
-
-
-def _remove_own_file(folder: Path) -> None:
-    target = folder / FILE_NAME
-    if target.is_file() and _first_line(target) == _first_line(Path(modeling_adanorm.__file__)):  # a file of ours
-        target.unlink()
-        _remove_card_section(folder)
-
-
-def _first_line(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.readline()
+    return reference is None or bool(own_file(reference))
 
 
 # ---------------------------------------------------------------------------------------------------- the model card
@@ -159,13 +181,16 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
     folder, saving = Path(bound.arguments["save_directory"]), _Saving(model.config)
     token = _SAVING.set(saving)
     try:
+        refuse_loose_norms(model)
         with _in_second_place(folder):
             refresh_specs(model)
             saving.config = model.config
+        if has_spec(model.config):
+            _classes_of(model.config)
         if (state_dict := bound.arguments.get("state_dict")) is not None:
             bound.arguments["state_dict"] = state_dict = dict(state_dict)
             add_notice(model, state_dict)
-        with noticed(model) if has_spec(model.config) else nullcontext():
+        with _noticed(model) if has_spec(model.config) else nullcontext():
             result = original(model)
         if saving.saved is not None:
             with _in_second_place(folder):
@@ -176,6 +201,16 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
     for note in saving.notes:
         warnings.warn(note, stacklevel=3)
     return result
+
+
+@contextmanager
+def _noticed(model: PreTrainedModel) -> Iterator[None]:
+    """While `model` is being saved, its state dict has the notice."""
+    hook = model.register_state_dict_post_hook(notice_hook)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load_state_dict(original: Callable[..., Any], file: Any, bound: BoundArguments) -> Any:
@@ -258,7 +293,7 @@ def load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: Boun
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapter = folder / "adapter_config.json"
     known, spec = spec_in_file(adapter if adapter.is_file() else folder / CONFIG_NAME)
-    if known and (differing := differences(spec or AdaNormSpec(groups=()), model)):
+    if known and (differing := differences(spec or AdaNormSpec(), model)):
         told = f"training resumes with other norms than the checkpoint in {folder} was saved with"
         warnings.warn(f"{told}. {in_words(differing, model)}", stacklevel=6)
     return original(trainer)
@@ -279,7 +314,8 @@ def create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundAr
         path = Path(trainer.args.output_dir) / card.CARD_NAME
         with _in_second_place(path.parent):
             own = copy.deepcopy(model.config)
-            own.auto_map = _auto_map(model.config)
+            module = (travel.ENTRY if _classes_of(model.config) else travel.LOADER).removesuffix(".py")
+            own.auto_map = _auto_map(model.config, module)
             model_id = getattr(trainer, "hub_model_id", None)
             write_file(path, card.render_card(own.to_dict(), existing=card.read_card(path), model_id=model_id))
     return result
@@ -288,10 +324,10 @@ def create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundAr
 def push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
     """It copies a list of known files from the checkpoint and uploads the folder."""
     checkpoint = Path(bound.arguments["checkpoint_folder"])
-    if trainer.is_world_process_zero() and (checkpoint / FILE_NAME).is_file():
+    if trainer.is_world_process_zero() and (checkpoint / travel.LOADER).is_file():
         output_dir = Path(trainer.args.output_dir)
         with _in_second_place(output_dir):
-            write_file(output_dir / FILE_NAME, Path(modeling_adanorm.__file__).read_bytes())
+            travel.write_code(output_dir, _classes_of(trainer.accelerator.unwrap_model(trainer.model).config))
             text = card.read_card(output_dir / card.CARD_NAME)
             renewed = card.renewed_card(
                 card.read_card(checkpoint / card.CARD_NAME) if text is None else text, card.read_config(checkpoint)

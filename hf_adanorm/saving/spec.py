@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,12 +24,14 @@ from hf_adanorm.modeling_adanorm import (
     NormGroup,
     SwappedNorm,
     find_modules,
-    is_own_reference,
     is_swapped,
     number_template,
+    own_file,
     source_settings,
     spec_names,
 )
+from hf_adanorm.norms import digest, files_of, known_classes
+from hf_adanorm.replaced import source_of
 
 
 def swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
@@ -108,7 +111,7 @@ def clear_specs(model: nn.Module) -> None:
     for config in configs_of(model):
         config.__dict__.pop("adanorm", None)
         auto_map = getattr(config, "auto_map", None) or {}
-        kept = {key: ref for key, ref in auto_map.items() if not (isinstance(ref, str) and is_own_reference(ref))}
+        kept = {key: ref for key, ref in auto_map.items() if not own_file(ref)}
         if kept:
             config.auto_map = kept
         else:
@@ -180,20 +183,26 @@ def _side(kind: str, value: Any, other: Any) -> str:
         return f"the {kind} of a fold" + (f", {value:g}" if kind == "eps" else "") if value else f"its stock {kind}"
     if value is None:
         return "its stock norms"
-    settings = {key: value for key, value in vars(value).items() if key not in ("norm", "modules")}
-    if other is not None and other.norm == value.norm:
-        settings = {key: value for key, value in settings.items() if value != getattr(other, key)}
-    else:
-        settings = {key: value for key, value in settings.items() if value is not None}
+    settings, others = _flat(value), {} if other is None or other.norm != value.norm else _flat(other)
+    if others:
+        settings = {key: settings.get(key) for key in {**settings, **others} if settings.get(key) != others.get(key)}
     return ", ".join([value.norm, *(f"{key}={value}" for key, value in settings.items())])
 
 
+def _flat(group: NormGroup) -> dict[str, Any]:
+    data = group.to_dict()
+    return {
+        **data.pop("settings", {}),
+        **{key: value for key, value in data.items() if key not in ("norm", "modules")},
+    }
+
+
 def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, str], Any]:
-    spec, named = find_modules(model, spec, plain_modules(model))
+    named = find_modules(model, spec, plain_modules(model))
     found: dict[tuple[str, str], Any] = {}
     for group in spec.groups:
         for name, module in (pair for pattern in group.modules for pair in named[pattern].items()):
-            source = module.__dict__.get("_source") or module
+            source = source_of(module) or module
             eps = source_settings(source).get("eps") if group.eps is None else group.eps
             # The shape and the layout follow from the architecture, whether or not they are spelled out.
             found["norm", name] = dataclasses.replace(
@@ -205,25 +214,26 @@ def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, st
                 channels_first=None,
             )
     found |= {("bias", name): True for pattern in spec.biases for name in named[pattern]}
-    return found | {("eps", name): value for pattern, value in spec.eps for name in named[pattern]}
+    return found | {("eps", name): value for pattern, value in spec.eps.items() for name in named[pattern]}
 
 
 def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     """The spec of what is swapped in `model`: names relative to its base model, one group a set of settings."""
     groups: dict[NormGroup, list[str]] = {}
+    classes: dict[str, dict[str, Any]] = {}
     modules = dict(plain_modules(model))
     for name, module in modules.items():
         if not is_swapped(module):
             continue
-        centered = None if module.centered else False
-        settings = {key: value for key, value in module.settings().items() if key != "centered"}
         group = NormGroup(
-            norm=module.norm,
+            norm=module.norm_name,
             modules=(),
-            centered=centered,
-            **settings,
+            settings=module.settings(),
+            centered=None if module.centered else False,
             **_overrides(module),
         )
+        if (entry := entry_of(module)) is not None and classes.setdefault(module.norm_name, entry) != entry:
+            raise ValueError(f"two classes of this model are called {module.norm_name!r}: name one with register_norm")
         groups.setdefault(group, []).append(name)
     biases, eps = left_by_folds(modules)
     if not groups and not biases and not eps:
@@ -239,7 +249,8 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     return AdaNormSpec(
         groups=tuple(dataclasses.replace(group, modules=patterns(names)) for group, names in groups.items()),
         biases=patterns(biases),
-        eps=tuple((spelled[name], value) for name, value in eps.items()),
+        eps={spelled[name]: value for name, value in eps.items()},
+        classes=classes,
     )
 
 
@@ -260,9 +271,9 @@ def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]
             continue
         here = f"{outer}." if outer else ""
         inner = {name.removeprefix(here): module for name, module in modules.items() if name.startswith(here)}
-        spec, named = find_modules(model, spec, inner.items())
+        named = find_modules(model, spec, inner.items())
         biases |= {here + name for pattern in spec.biases for name in named[pattern]}
-        eps |= {here + name: value for pattern, value in spec.eps for name in named[pattern]}
+        eps |= {here + name: value for pattern, value in spec.eps.items() for name in named[pattern]}
     return (
         [name for name, module in modules.items() if name in biases and getattr(module, "bias", None) is not None],
         {
@@ -273,13 +284,40 @@ def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]
     )
 
 
+def entry_of(module: SwappedNorm) -> dict[str, Any] | None:
+    """Return what the spec says of the author's class of a norm; None for a built-in norm."""
+    return None if module.inner is module else _class_entry(cast(Any, type(module.inner)))
+
+
+@functools.cache  # as the files were when the class was first swapped in
+def _class_entry(cls: Any) -> dict[str, Any]:
+    files = files_of(cls)
+    file = files[0].name if files else cls.__module__
+    return {"class": cls.__name__, "file": file, "files": {path.name: digest(path) for path in files}}
+
+
 def _overrides(module: SwappedNorm) -> dict[str, Any]:
-    """The settings that loading cannot read off the stock norm: all, for a norm that was put in by hand."""
-    if module.__dict__["_source"] is None:
-        overrides = {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
-    else:
-        overrides = module.__dict__["_overrides"]
-    return {**overrides, "reference": None if module.reference == "paper" else module.reference}
+    """Return the settings that loading cannot read off the stock norm: all, for a norm that was put in by hand."""
+    source = source_of(module)
+    readable = {} if source is None else source_settings(source)
+    found = {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
+    found = {key: value for key, value in found.items() if readable.get(key) != value}
+    if source is not None and source.__dict__.get(ADJUSTED_EPS):  # the config's eps is another
+        found["eps"] = module.eps
+    reference = None if module.reference == "paper" else module.reference
+    return {**found, "reference": reference, "output_dtype": module.output_dtype}
+
+
+def refuse_loose_norms(model: nn.Module) -> None:
+    """Raise ValueError for a norm of a registered class that was put into the model by hand, which no spec names."""
+    classes = tuple(known_classes())
+    held = {id(module.inner) for module in model.modules() if is_swapped(module)}
+    for name, module in model.named_modules():
+        if classes and type(module) in classes and id(module) not in held:
+            raise ValueError(
+                f"{name} is a {type(module).__name__} that was put in by hand, and the saved model would load without "
+                f"it: use patch_model(model, {type(module).__name__}, include={name!r})"
+            )
 
 
 def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:

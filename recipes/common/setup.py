@@ -111,7 +111,9 @@ def apply_patch(
     try:
         calibrates = options.calibrate_k and "k" in NORMS[options.norm].settings
         batch = inputs() if inputs is not None and (calibrates or options.affine == "fold") else None
-        settings = {name: getattr(options, name) for name in PATCH_OPTIONS if hasattr(options, name)}
+        of_others = {name for norm in NORMS.values() for name in norm.settings} - {*NORMS[options.norm].settings}
+        names = [name for name in PATCH_OPTIONS if hasattr(options, name) and name not in of_others]
+        settings = {name: getattr(options, name) for name in names}
         if calibrates and batch is not None:
             settings["k"] = hf_adanorm.calibrate_k(model, [batch], k=options.k).k
         hf_adanorm.patch_model(model, **settings, fold_inputs=batch if options.affine == "fold" else None)
@@ -125,7 +127,7 @@ def count_norms(model: nn.Module, norm: str) -> int:
     if norm == "layernorm":
         return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
     swapped = (module for module in model.modules() if getattr(module, "is_adanorm_module", False))
-    return sum(module.norm == norm for module in swapped)
+    return sum(module.norm_name == norm for module in swapped)
 
 
 def allow_unused_parameters(accelerator: Accelerator, model: nn.Module) -> None:

@@ -1,0 +1,52 @@
+"""The norm that a swapped one replaced, kept beside it for `unpatch_model`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from .modeling_adanorm import is_swapped
+
+_KEY = "_adanorm_replaced"
+
+
+class Replaced:
+    """A replaced norm. It is no submodule: it has no part in the state dict, and moves only when it is put back.
+
+    Args:
+        module: the norm.
+        has_values: whether its gain and bias are those of the model. After a reload they are not.
+        around_was_trainable: whether the parameters next to it were trainable when it was replaced.
+    """
+
+    def __init__(self, module: nn.Module, has_values: bool = False, around_was_trainable: bool = True) -> None:
+        self.module, self.has_values, self.around_was_trainable = module, has_values, around_was_trainable
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replaced:
+        return Replaced(copy.deepcopy(self.module, memo), self.has_values, self.around_was_trainable)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickle holds no tensors of the replaced norm, only its class and attributes.
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in self.module.parameters()
+        }
+        return Replaced, (copy.deepcopy(self.module, memo), False, self.around_was_trainable)
+
+
+def remember(new: nn.Module, source: nn.Module, **known: bool) -> None:
+    """Keep `source` beside `new`, or what `source` itself replaced."""
+    new.__dict__[_KEY] = source.__dict__.get(_KEY) if is_swapped(source) else Replaced(source, **known)
+
+
+def replaced_by(module: nn.Module) -> Replaced | None:
+    """Return what `module` replaced; None for a norm that was put in by hand."""
+    found: Replaced | None = module.__dict__.get(_KEY)
+    return found
+
+
+def source_of(module: nn.Module) -> nn.Module | None:
+    """Return the norm that `module` replaced; None for a norm that was put in by hand."""
+    found = replaced_by(module)
+    return None if found is None else found.module

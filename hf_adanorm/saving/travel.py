@@ -1,0 +1,181 @@
+"""Write the code that travels with a saved model: the loader, and the files of the author's norm classes.
+
+A model of built-in norms brings `modeling_adanorm.py`, byte for byte the one of this package. A model with
+norms of the author's also brings their files, and an entry file to which `auto_map` in config.json points.
+transformers copies the files that it finds by regular expressions, so what those miss is refused on saving.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_adanorm import modeling_adanorm
+from hf_adanorm.norms import digest, files_of, find_classes
+
+from .files import leads_outside, write_file
+
+LOADER, ENTRY = "modeling_adanorm.py", "modeling_adanorm_with_classes.py"
+# As in transformers.dynamic_module_utils.get_relative_imports.
+_SEEN = re.compile(r"^\s*import\s+\.(\S+)\s*$|^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
+
+
+def entry_file(classes: Mapping[str, type]) -> str:
+    """Return the text of the entry file for the author's norms, by name."""
+    files = {name: files_of(cls)[0].stem for name, cls in classes.items()}
+    imports = sorted({f"from .{files[name]} import {cls.__name__}" for name, cls in classes.items()})
+    named = ", ".join(f'"{name}": {cls.__name__}' for name, cls in classes.items())
+    return "\n".join(
+        [
+            '"""Models with swapped norms of the classes below. Written by hf_adanorm; see modeling_adanorm.py."""',
+            "",
+            "from .modeling_adanorm import model_classes",
+            *imports,
+            "",
+            f"__getattr__ = model_classes(__name__, {{{named}}})",
+            "",
+        ]
+    )
+
+
+def check_classes(entries: Mapping[str, Mapping[str, object]]) -> dict[str, type]:
+    """Return the classes of a spec whose files can travel.
+
+    Raises:
+        ValueError: a class or a file could not be loaded where hf_adanorm is missing. The message names the line.
+    """
+    for name, entry in entries.items():
+        if not entry["files"]:
+            raise ValueError(
+                f"the norm {name!r} cannot be saved: its class {entry['class']} is defined in {entry['file']}, not "
+                "in a file of its own. Move it to a file such as my_norms.py and import it from there"
+            )
+    classes = find_classes(entries)
+    by_name: dict[str, Path] = {}
+    for name, cls in classes.items():
+        files = files_of(cls)
+        if "." in cls.__qualname__:
+            raise ValueError(
+                f"the norm {name!r} cannot be saved: {cls.__qualname__} must stand at the top of its file"
+            )
+        for path in files:
+            if not path.stem.isidentifier() or path.name in (LOADER, ENTRY, "__init__.py"):
+                raise ValueError(f"the norm {name!r} cannot be saved: rename {path.name}, a name that has another use")
+            other = by_name.setdefault(path.name, path)
+            if other != path and digest(other) != digest(path):
+                raise ValueError(f"two files of this model's norms are called {path.name}: {other} and {path}")
+            for line, why in _obstacles(path):
+                raise ValueError(f"the norm {name!r} cannot be saved: {path}, line {line}: {why}")
+    return classes
+
+
+def _obstacles(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file that would not work, or not be seen, in the folder of a saved model."""
+    text = path.read_text(encoding="utf-8")
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            if node.level > 1 or not node.module or "." in node.module:
+                yield node.lineno, "write `from .name import ...`, with the file name.py in the same folder"
+            elif not path.with_name(f"{node.module}.py").is_file():
+                yield node.lineno, f"there is no {node.module}.py in the same folder"
+            else:
+                found[node.lineno] = node.module
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            for top in (name.partition(".")[0] for name in names):
+                if top == "hf_adanorm":
+                    yield node.lineno, "import hf_adanorm: the file must work where hf_adanorm is missing"
+                elif path.with_name(f"{top}.py").is_file() or (path.parent / top / "__init__.py").is_file():
+                    yield node.lineno, f"import {top}, a file in the same folder: write `from .{top} import ...`"
+    seen = {}
+    for match in _SEEN.finditer(text):
+        line = text.count("\n", 0, match.end()) + 1
+        seen[line] = match[1] or match[2]
+    for line in sorted(seen.keys() - found.keys()):
+        yield line, "transformers takes this text for an import: rewrite it"
+    for line in sorted(found.keys() - seen.keys()):
+        yield line, "transformers does not see this import: write `from .name import` on one line of its own"
+
+
+def write_code(folder: Path, classes: Mapping[str, type]) -> str:
+    """Write the code of a model with these norms of the author's; return the module that `auto_map` points to."""
+    write_file(folder / LOADER, Path(modeling_adanorm.__file__).read_bytes())
+    for cls in classes.values():
+        for path in files_of(cls):
+            if (folder / path.name).resolve() != path.resolve():
+                write_file(folder / path.name, path.read_bytes())
+    if classes:
+        write_file(folder / ENTRY, entry_file(classes))
+        return Path(ENTRY).stem
+    (folder / ENTRY).unlink(missing_ok=True)
+    return Path(LOADER).stem
+
+
+def remove_code(folder: Path) -> bool:
+    """Remove our files from the folder of a model that is not patched any more; tell whether there were any."""
+    own = _first_line(Path(modeling_adanorm.__file__))
+    target = folder / LOADER
+    if not target.is_file() or _first_line(target) != own:
+        return False
+    target.unlink()
+    (folder / ENTRY).unlink(missing_ok=True)
+    return True
+
+
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.readline()
+
+
+@dataclass(frozen=True)
+class CodeReport:
+    """The code in the folder of a model, see `inspect_code`."""
+
+    loader: str
+    """"ours" if modeling_adanorm.py is the one of this hf_adanorm, byte for byte; "modified" if not; "none"."""
+    loader_sha256: str = ""
+    entry: str = "none"
+    """The same for the entry file that joins the loader and the author's classes."""
+    files: dict[str, str] = field(default_factory=dict)
+    """The author's own files and their SHA-256: what trust_remote_code=True executes besides the loader."""
+    expected: dict[str, str] = field(default_factory=dict)
+    """The author's files that config.json names, and the SHA-256 that they had when the model was saved."""
+
+
+def inspect_code(folder: Path, spec: modeling_adanorm.AdaNormSpec | None = None) -> CodeReport:
+    """Describe the code in a folder, without executing it.
+
+    Args:
+        folder: the folder of a saved model.
+        spec: what its config.json says.
+    """
+    loader, entry = folder / LOADER, folder / ENTRY
+    files = {
+        path.name: digest(path)
+        for path in sorted(folder.glob("*.py"))
+        if path.name not in (LOADER, ENTRY) and not leads_outside(path, folder)
+    }
+    classes = {} if spec is None else spec.classes
+    expected = {name: sha for entry in classes.values() for name, sha in entry["files"].items()}
+    sha = digest(loader) if loader.is_file() else ""
+    ours = digest(Path(modeling_adanorm.__file__))
+    return CodeReport(
+        loader="none" if not sha else "ours" if sha == ours else "modified",
+        loader_sha256=sha,
+        entry="none" if not entry.is_file() else "ours" if _is_entry(entry, classes) else "modified",
+        files=files,
+        expected=expected,
+    )
+
+
+def _is_entry(path: Path, classes: Mapping[str, Mapping[str, object]]) -> bool:
+    stand_ins = {
+        name: (str(entry["class"]), str(entry["file"]).removesuffix(".py")) for name, entry in classes.items()
+    }
+    imports = {f"from .{file} import {cls}" for cls, file in stand_ins.values()}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return set(lines[3:-2]) == imports and lines[0].startswith('"""Models with swapped norms')
