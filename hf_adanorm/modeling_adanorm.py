@@ -1134,7 +1134,9 @@ def apply_spec(
             replacements[key] = make_norm(module, group, classes or {})
             if replaced is not None:
                 replaced(replacements[key], module)
-    linear = [(name, module) for pattern in spec.biases for name, module in found[pattern].items()]
+    linear: list[tuple[str, Any]] = [
+        (name, module) for pattern in spec.biases for name, module in found[pattern].items()
+    ]
     for name, module in linear:
         if not isinstance(module, _LINEAR):
             raise ValueError(f"config.adanorm gives a bias to {name!r}, a {type(module).__name__} and no linear layer")

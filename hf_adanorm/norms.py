@@ -100,8 +100,9 @@ def title_of(norm: str) -> str:
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest of `known`, or ""."""
-    close = difflib.get_close_matches(str(value)[:100], list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(value)[:100].lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 # ------------------------------------------------------------------------------------------------------ a norm given
