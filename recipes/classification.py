@@ -23,13 +23,12 @@ if __name__ == "__main__":  # help, and mistakes in the options, before torch is
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from common.checkpoints import write_json
-from common.evaluation import load_metric, main_first, mean
+from common.evaluation import accuracy, mean
 from common.loop import Run
 from tasks.data import data_content
 from tasks.images import prepare_image
@@ -39,8 +38,8 @@ OPTIONS, TASK = ClassificationOptions, ClassificationTask
 PREPARE = {"text": prepare_text, "image": prepare_image}
 
 
-def evaluate(run: Run, task: ClassificationTask, metric: Any) -> dict[str, float]:
-    """Loss and accuracy on the validation split, every example counted once; the same on every process."""
+def evaluate(run: Run, task: ClassificationTask) -> dict[str, float]:
+    """Return loss and accuracy (percent) on the validation split, the same on every process."""
 
     def outputs_of(batch: dict[str, torch.Tensor], indices: list[int]) -> list[tuple[int, float]]:
         labels = batch.pop("labels")
@@ -50,12 +49,12 @@ def evaluate(run: Run, task: ClassificationTask, metric: Any) -> dict[str, float
 
     data = task.splits["validation"]
     outputs = run.evaluate(data, task.lengths["validation"], task.collate, outputs_of)
-    accuracy = metric.compute(predictions=[output[0] for output in outputs], references=data["labels"][:])
-    return {**accuracy, "loss": mean([output[1] for output in outputs])}
+    correct = accuracy([output[0] for output in outputs], data["labels"][:])
+    return {"accuracy": correct, "loss": mean([output[1] for output in outputs])}
 
 
 def test_scores(run: Run, task: ClassificationTask, model: Path) -> dict[str, float] | None:
-    """Accuracy on the test split of the saved model, loaded by stock `from_pretrained` in a fresh process."""
+    """Return the accuracy on the test split of the saved model, loaded by stock calls in a fresh process."""
     if task.raw_test is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -63,10 +62,11 @@ def test_scores(run: Run, task: ClassificationTask, model: Path) -> dict[str, fl
         task.raw_test.select_columns(task.columns).to_parquet(data)
         arguments = {"model": model.resolve(), "data": data, "output": output, "columns": task.columns}
         run.fresh_process("predict.py", task=run.options.task, **arguments)
-        predictions = json.loads(output.read_text(encoding="utf-8"))
+        found = json.loads(output.read_text(encoding="utf-8"))
+    predictions = [task.names.index(prediction["label"]) for prediction in found]
     labels = task.splits["test"]["labels"][:]
     write_json(run.output_dir / "test_predictions.json", {"predictions": predictions, "labels": labels})
-    return load_metric("accuracy").compute(predictions=predictions, references=labels)
+    return {"accuracy": accuracy(predictions, labels)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,7 +76,6 @@ def main(argv: list[str] | None = None) -> None:
     if run.finished:
         return
     task = run.prepare(PREPARE[options.task])
-    metric = main_first(run.accelerator, lambda: load_metric("accuracy"))
     with run.training():
         for step in run:
             for batch in step:
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
                 loss = F.cross_entropy(logits, labels, reduction="sum") / step.size
                 run.backward(loss, batch)
             if step.evaluates:
-                run.note(evaluate(run, task, metric))
+                run.note(evaluate(run, task))
         best = run.best()
         if run.alone():
             sizes = {"train_samples": len(task.train_data), "train_tokens": sum(task.lengths["train"])}

@@ -1,24 +1,40 @@
-"""Translate a file with a saved model, through the stock API and nothing of the training code.
+"""Translate a file with a saved model, through the stock API and none of the training code.
 
     python recipes/translate.py --model outputs/run/best --input source.txt --output translations.txt
 
-One sentence a line; gzip is read by its ending. Beam size, length penalty and language tokens are those saved with the
-model. The translation recipe runs this in a fresh process, so that its test scores are those of the model as others
-load it.
+The input has one sentence per line; a name that ends in .gz means gzip. Beam size, length penalty and language tokens
+are those saved with the model. The translation recipe runs this script in a fresh process to test its models.
 """
 
+from __future__ import annotations
+
 import argparse
+
+from common.endings import DataError, clear_use
+from common.options import saved_model_parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = saved_model_parser(__doc__)
+    parser.add_argument("--input", required=True, help="text file, one sentence per line")
+    parser.add_argument("--output", required=True, help="text file to write")
+    parser.add_argument("--source_lang_code", help="source language of a multilingual tokenizer")
+    parser.add_argument("--source_prefix", default="", help="put before every sentence, as in training")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # help, and mistakes in the options, before torch is imported
+    parse_arguments()
+
 import gzip
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-import hf_adanorm  # noqa: F401  (from here on stock from_pretrained knows patched models)
-from common.endings import DataError, clear_use
-from common.options import positive
 from common.progress import with_time_left
-from common.saved import load_saved
+from common.saved import device_and_autocast, load_saved
 
 
 @torch.inference_mode()
@@ -30,56 +46,54 @@ def translate_texts(
     source_lang_code: str | None = None,
     source_prefix: str = "",
 ) -> list[str]:
-    """The translation of every text; batches of similar length."""
+    """Return the translation of every text; batches hold texts of similar length."""
     texts = [source_prefix + text for text in texts]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, autocast = device_and_autocast(precision)
+    model = load_saved(AutoModelForSeq2SeqLM, model_dir).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if source_lang_code is not None:
-        if not hasattr(type(tokenizer), "src_lang"):  # transformers 5.0 reloads NLLB's as one that knows no languages
+        if not hasattr(type(tokenizer), "src_lang"):  # transformers 5.0 reloads NLLB's without its languages
             kind = type(tokenizer).__name__
             raise DataError(
                 f"--source_lang_code {source_lang_code}: the {kind} of {model_dir} takes no source language"
             )
         tokenizer.src_lang = source_lang_code
-    model = load_saved(AutoModelForSeq2SeqLM, model_dir).to(device).eval()
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     translations = [""] * len(texts)
     for start in with_time_left(range(0, len(order), batch_size), "translation"):
         indices = order[start : start + batch_size]
         batch = tokenizer([texts[index] for index in indices], truncation=True, padding=True, return_tensors="pt")
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        with autocast:
             output = model.generate(**inputs)
         for index, text in zip(indices, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             translations[index] = " ".join(text.split())
     return translations
 
 
+def read_lines(name: str) -> list[str]:
+    """Return the sentences of the input file. Raises DataError if it is missing, empty or not UTF-8."""
+    if not Path(name).is_file():
+        raise DataError(f"--input {name}: no such file")
+    with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8-sig", newline="\n") as file:
+        try:
+            texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
+        except UnicodeDecodeError as error:
+            raise DataError(f"--input {name} is not UTF-8: {error}") from error
+    if not any(texts):
+        raise DataError(f"--input {name} is empty")
+    return texts
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub name of the saved model")
-    parser.add_argument("--input", required=True, help="text file, one sentence a line")
-    parser.add_argument("--output", required=True, help="text file to write")
-    parser.add_argument("--source_lang_code", help="source language of a multilingual tokeniser")
-    parser.add_argument("--source_prefix", default="", help="put before every sentence, as in the training")
-    parser.add_argument("--batch_size", type=positive, default=32)
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     with clear_use(arguments):
-        if not Path(arguments.input).is_file():
-            raise DataError(f"--input {arguments.input}: no such file")
-        opener = gzip.open if arguments.input.endswith(".gz") else open
-        with opener(arguments.input, "rt", encoding="utf-8-sig", newline="\n") as file:
-            try:
-                texts = [line.removesuffix("\r") for line in file.read().removesuffix("\n").split("\n")]
-            except UnicodeDecodeError as error:
-                raise DataError(f"--input {arguments.input} is not UTF-8: {error}") from error
-        if not any(texts):
-            raise DataError(f"{arguments.input} is empty")
+        texts = read_lines(arguments.input)
         names = ("batch_size", "mixed_precision", "source_lang_code", "source_prefix")
         translations = translate_texts(arguments.model, texts, *(getattr(arguments, name) for name in names))
         Path(arguments.output).write_text("\n".join(translations) + "\n", encoding="utf-8")
+    if not arguments.quiet:
+        print(f"wrote {len(translations):,} translations to {arguments.output}")
 
 
 if __name__ == "__main__":

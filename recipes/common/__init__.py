@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-NEEDED = ("accelerate", "datasets", "evaluate", "numpy", "PIL", "rich", "yaml")
+NEEDED = ("accelerate", "datasets", "numpy", "PIL", "tqdm", "yaml")
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     print(f"error: not installed: {', '.join(missing)}. In the checkout: pip install -e '.[recipes]'", file=sys.stderr)
     sys.exit(2)

@@ -172,8 +172,11 @@ class Checkpoints:
         self.keep = keep
         self.overwrite = overwrite
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock_folder(self.folder)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock_folder(self.folder)
+            except OSError as error:
+                raise OptionError(f"--output_dir {output_dir}: cannot be written: {error.strerror}") from error
             for path in self.folder.glob(f"{TEMPORARY}*"):
                 _remove(path)
         accelerator.wait_for_everyone()
@@ -216,9 +219,15 @@ class Checkpoints:
                 "--output_dir, or --overwrite_output_dir true to start afresh"
             )
         if differing:
+            extend = ""
+            if (self.folder / "results.json").exists():
+                extend = (
+                    f". To train its model further, give --model_name_or_path {self.folder / 'best'} instead of "
+                    "model_config, and another --output_dir"
+                )
             raise ResumeError(
                 f"{latest} was written with other options ({'; '.join(differing)}). Give the same options to resume, "
-                "another --output_dir, or --overwrite_output_dir true to start afresh"
+                f"another --output_dir, or --overwrite_output_dir true to start afresh{extend}"
             )
         return latest
 

@@ -26,6 +26,9 @@ exit codes:
 Launchers (torchrun, accelerate launch) end with 1 instead of 2 to 75; the printed line says what happened.
 """
 
+# For --help of the scripts that apply a saved model.
+USE_EXIT_CODES = "exit codes: 0 finished; 2 bad input, which one line names"
+
 # Errors of the operating system that mean a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -25,8 +23,6 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 T = TypeVar("T")
-
-METRICS = Path(__file__).resolve().parents[1] / "metrics"
 
 
 def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -49,12 +45,9 @@ def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
     return result if accelerator.is_main_process else function()  # type: ignore[return-value]
 
 
-def load_metric(name: str) -> evaluate.EvaluationModule:
-    """The metric module `recipes/metrics/{name}`, through `evaluate`.
-
-    Every process holds all predictions after `gather_by_index`, so each computes the metric alone and in memory.
-    """
-    return evaluate.load(str(METRICS / name), experiment_id=uuid.uuid4().hex, keep_in_memory=True)
+def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Return the share of predictions that equal their label, in percent."""
+    return 100 * float(np.mean(np.asarray(predictions) == np.asarray(labels)))
 
 
 def gather_by_index(accelerator: Accelerator, indices: Sequence[int], values: Sequence[Any], total: int) -> list[Any]:

@@ -35,6 +35,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 from accelerate.utils import send_to_device, set_seed
+from tqdm import tqdm
 
 from common.batches import eval_batches, train_batches
 from common.checkpoints import Checkpoints, Interruption, write_json
@@ -51,6 +52,7 @@ from common.setup import (
     make_accelerator,
     make_optimizer,
     norms_to_trackers,
+    processes_line,
     set_learning_rate,
 )
 from common.steps import check_trained, optimizer_step
@@ -90,6 +92,7 @@ class Run:
         with clear_errors():
             self.accelerator = make_accelerator(options, options)
             self.is_main = self.accelerator.is_main_process
+            self.print(processes_line(self.accelerator, self.script.name))
             found = main_first(self.accelerator, lambda: content(options) if self.is_main else {})
             self.checkpoints = Checkpoints(
                 self.output_dir,
@@ -121,9 +124,10 @@ class Run:
         }
 
     def print(self, text: str) -> None:
-        """On the main process alone."""
+        """Print on the main process."""
         if self.is_main:
-            print(text, flush=True)
+            tqdm.write(text)  # above a bar
+            sys.stdout.flush()
 
     @property
     def division(self) -> dict[str, int]:
@@ -174,8 +178,6 @@ class Run:
             self.saved_step = self.progress.step
             self.stopwatch = Stopwatch(self.progress)
             self.running_loss = torch.zeros((), device=accelerator.device)  # this process's share
-            if self.progress.running_loss is None:  # of before, with a step left out that was counted
-                self.progress.running_loss, self.progress.running_steps = 0.0, 0
             if self.is_main:
                 self.running_loss += self.progress.running_loss
             self.model.train()
@@ -385,7 +387,7 @@ class Run:
         words = []
         for name, value in arguments.items():  # with "=", as a text may begin with a hyphen
             words += [f"--{name}={value}"] if np.ndim(value) == 0 else [f"--{name}", *map(str, value)]
-        words += ["--mixed_precision", precision, "--batch_size", str(options.eval_batch_size)]
+        words += ["--mixed_precision", precision, "--batch_size", str(options.eval_batch_size), "--quiet"]
         if not run_fresh_process(self.script.with_name(script), words, lambda: self.interruption.signalled):
             self.print(f"stopped by {self.interruption.name} in the test; start the same command to go on")
             sys.exit(EXIT_RESUME)

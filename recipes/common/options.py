@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from common.endings import EXIT_CODES, OptionError, is_first_on_machine
+from common.endings import EXIT_CODES, USE_EXIT_CODES, OptionError, is_first_on_machine
 from hf_adanorm.options import norms, patch_options
 
 T = TypeVar("T")
@@ -52,6 +52,18 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
+
+
+def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all scripts share that apply a saved model."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=USE_EXIT_CODES
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub name of the saved model")
+    parser.add_argument("--batch_size", type=positive, default=32)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument("--quiet", action="store_true", help="print no result")
+    return parser
 
 
 def options_that_change(options_class: type[Any], *changes: Change) -> frozenset[str]:
@@ -196,7 +208,7 @@ class RunOptions:
 
 def did_you_mean(value: object, known: Iterable[str], prefix: str = "") -> str:
     """Return a "did you mean" suffix for an error, or "" if no known name is close."""
-    close = difflib.get_close_matches(str(value), list(known), n=1)
+    close = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.7)
     return f"; did you mean {prefix + close[0] if prefix else repr(close[0])}?" if close else ""
 
 

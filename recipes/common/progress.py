@@ -1,14 +1,13 @@
-"""How fast a run goes, and how it is shown."""
+"""Measures how fast a run is, and shows it."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from common.checkpoints import Progress
@@ -20,14 +19,14 @@ UNTIMED_STEPS = 5
 
 
 def time_left(seconds: float) -> str:
-    """Such as "3:20 left" or "2:03:20 left"."""
+    """Return a text such as "3:20 left" or "2:03:20 left"."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
 
 
 def with_time_left(batches: Sequence[T], what: str, *, every: float = 30.0, shown: bool = True) -> Iterator[T]:
-    """The batches; a line every so many seconds says how many are done and, by the pace so far, the time left."""
+    """Yield the batches; every `every` seconds a line reports how many are done and estimates the time left."""
     started = said = time.monotonic()
     for done, batch in enumerate(batches, start=1):
         yield batch
@@ -39,7 +38,7 @@ def with_time_left(batches: Sequence[T], what: str, *, every: float = 30.0, show
 
 
 class Stopwatch:
-    """Counts what was trained on and how long it took, without the first steps of this process and without pauses."""
+    """Counts examples and training time, except for the first steps of this process and for pauses."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -78,39 +77,27 @@ class Stopwatch:
 
 
 class ProgressBar:
-    """Steps done, speed and time left: a bar on the main process's terminal, if it is to be `shown`, else lines."""
+    """Shows steps done, speed and time left: a bar if the main process writes to a terminal, else lines."""
 
     def __init__(self, total: int, *, main: bool, shown: bool, first_step: int = 0, unit: str = "samples/s"):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
-        console = Console(stderr=True)
-        self.unit = unit
-        self.main = main
-        self.total = total
-        self.first_step = first_step
+        self.total, self.main, self.first_step, self.unit = total, main, first_step, unit
         self.started = time.perf_counter()
-        self.bar = Bar(*columns, console=console, disable=not (main and shown and console.is_terminal))
-        self.task = self.bar.add_task("training", total=total, completed=first_step, speed="")
+        self.bar = tqdm(total=total, initial=first_step, disable=not (main and shown and sys.stderr.isatty()))
 
     def __enter__(self) -> ProgressBar:
-        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.bar.close()
 
     def update(self, step: int, speed: float | None) -> None:
-        """Show that `step` steps are done at `speed` a second."""
-        self.bar.update(self.task, completed=step, speed="" if speed is None else f"{speed:,.0f} {self.unit}")
+        """Show that `step` steps are done, at `speed` units per second."""
+        self.bar.set_postfix_str("" if speed is None else f"{speed:,.0f} {self.unit}", refresh=False)
+        self.bar.update(step - self.bar.n)
 
     def log(self, step: int, speed: float | None, loss: float, lr: float) -> None:
-        """Show the training loss: in the bar, or where there is none as a line."""
-        self.bar.update(self.task, description=f"loss {loss:.4f}")
+        """Show the training loss: in the bar or, without one, as a line."""
+        self.bar.set_description(f"loss {loss:.4f}", refresh=False)
         if self.main and self.bar.disable:
             pace = "" if speed is None else f", {speed:,.0f} {self.unit}"
             print(

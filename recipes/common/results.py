@@ -28,13 +28,9 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# What runs of classification, which were all that there were, did not write down.
-ACCURACY = {"score": "accuracy", "label": "accuracy (%)", "scale": 100.0, "decimals": 2, "higher_is_better": True}
-
-
 def format_results(results: Sequence[dict[str, Any]]) -> str:
     """A plain table, one line a run, all of one recipe."""
-    metric = results[0].get("metric", ACCURACY)
+    metric = results[0]["metric"]
 
     def score(scores: dict[str, float] | None) -> str:
         value = (scores or {}).get(metric["score"])

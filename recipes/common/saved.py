@@ -1,21 +1,29 @@
-"""A saved model, loaded as others load it."""
+"""Applies saved models the way others do: stock `from_pretrained`, and the options of the scripts that use it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoConfig, PreTrainedModel
 
+import hf_adanorm  # noqa: F401  (registers the norms, so that stock from_pretrained loads patched models)
 from common.endings import DataError
 
 
 def load_saved(auto_class: Any, name: Any) -> PreTrainedModel:
-    """What stock `auto_class.from_pretrained` makes of a folder or a name on the Hub.
+    """Return what stock `auto_class.from_pretrained` loads from a folder or a name on the Hub, in eval mode.
 
-    Raises DataError where weights are missing, which would be left at chance: scores would be those of no model.
-    Sinusoidal positions, which FSMT and Pegasus compute and do not save, are none of them.
+    Raises DataError for a model of another kind, and for missing weights, which would be random. Sinusoidal
+    positions, which FSMT and Pegasus compute and do not save, may be missing.
     """
-    model, info = auto_class.from_pretrained(name, output_loading_info=True)
+    try:
+        model, info = auto_class.from_pretrained(name, output_loading_info=True)
+    except ValueError as error:
+        config = AutoConfig.from_pretrained(name)
+        kind = next(iter(config.architectures or []), config.model_type)
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"--model {name}: {auto_class.__name__} cannot load a {kind}: {reason}") from error
     fixed = {
         id(parameter)
         for module in model.modules()
@@ -26,4 +34,11 @@ def load_saved(auto_class: Any, name: Any) -> PreTrainedModel:
     if missing := sorted(key for key in info["missing_keys"] if id(own.get(key)) not in fixed):
         few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise DataError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {few}")
-    return model
+    return model.eval()
+
+
+def device_and_autocast(precision: str) -> tuple[str, torch.autocast]:
+    """Return the device to run on, and the context of a precision: "no", "fp16" or "bf16"."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return device, torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)

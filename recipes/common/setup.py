@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -69,12 +70,23 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed asks for the size of a batch where no data loader is prepared; it only enters its own reports.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    # It reports tied weights at each checkpoint. They are saved once, on purpose.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     set_seed(run.seed)
     if not (accelerator.is_main_process and run.progress_bar and sys.stderr.isatty()):
         # In a log file bars are noise; the loop's own lines tell where it stands.
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     return accelerator
+
+
+def processes_line(accelerator: Accelerator, script: str) -> str:
+    """Return the first line of a run: how many processes it has and, for a single one, how to start two."""
+    processes, device = accelerator.num_processes, accelerator.device.type
+    if processes > 1:
+        return f"{processes} processes on {device}"
+    launcher = "torchrun --nproc_per_node 2" if device == "cpu" else "accelerate launch --multi_gpu --num_processes 2"
+    return f"1 process on {device} (two: {launcher} recipes/{script} ...)"
 
 
 def check_trackers(names: Iterable[str]) -> None:

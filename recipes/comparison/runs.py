@@ -126,7 +126,9 @@ def summarize(
     scores: dict[str, dict[int, float]] = {}
     for run in finished:
         score = records[id(run)][split][task.score]  # null: not finite
-        scores.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score * task.scale
+        scores.setdefault(run.norm, {})[run.seed] = (
+            math.nan if score is None else score * run.record["metric"]["scale"]
+        )
     over_examples = _over_examples(finished, scores, task, num_resamples) if split == "test" else {}
     gaps: dict[str, dict[int, float]] = {norm: {} for norm in scores}
     for run in finished:
@@ -161,7 +163,7 @@ def summarize(
         "split": split,
         "score": task.score,
         "label": task.label,
-        "scale": task.scale,
+        "scale": plain["metric"]["scale"] if plain else task.scale,
         "decimals": task.decimals,
         "higher_is_better": task.higher_is_better,
         "rows": rows,

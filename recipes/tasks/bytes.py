@@ -86,7 +86,8 @@ def load_byte_splits(options: ByteDataOptions) -> dict[str, np.ndarray]:
         elif length:
             if not 0 < length < len(train):
                 raise DataError(
-                    f"--{split}_characters {length:,}: only {len(train):,} bytes of {options.train_file} are left"
+                    f"--{split}_characters {length:,}: {options.train_file} has only {len(train):,} bytes to divide; "
+                    "give fewer, so that some are left to train on"
                 )
             splits[split], train = train[-length:], train[:-length]
     if "validation" not in splits:

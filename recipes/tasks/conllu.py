@@ -81,6 +81,16 @@ def read_conllu(
     return sentences
 
 
+def check_forms(sentences: Sequence[Sentence], file: str | Path) -> None:
+    """Raise DataError for a treebank without its words: some licenses allow to share the trees, but not the text."""
+    forms = [form for sentence in sentences for form in sentence.forms]
+    if (blank := forms.count("_")) > len(forms) / 2:
+        raise DataError(
+            f"{file}: {blank:,} of {len(forms):,} words are '_': the text was removed from this treebank; restore it "
+            "as its README describes"
+        )
+
+
 def check_tags(sentences: Iterable[Sentence], file: str | Path, tag_column: str) -> None:
     """Raise DataError for a file whose tags all are left blank."""
     if all(tag == "_" for sentence in sentences for tag in sentence.tags):
@@ -195,9 +205,9 @@ def attachments(
 
 
 def attachment_scores(counts: np.ndarray) -> dict[str, float]:
-    """Unlabelled and labelled attachment scores, each in [0, 1], of the summed `attachments` (2, 3)."""
+    """Return unlabeled and labeled attachment scores, in percent, of the summed `attachments` (2, 3)."""
     scores = {}
     for kind, (words, right_head, right) in zip(("with", "without"), counts.tolist(), strict=True):
-        scores[f"uas_{kind}_punctuation"] = right_head / max(words, 1)
-        scores[f"las_{kind}_punctuation"] = right / max(words, 1)
+        scores[f"uas_{kind}_punctuation"] = 100 * right_head / max(words, 1)
+        scores[f"las_{kind}_punctuation"] = 100 * right / max(words, 1)
     return scores

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import glob
+import gzip
 import hashlib
 import itertools
+import re
+import sys
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +21,17 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from common.endings import DataError
+from common.options import did_you_mean
 from tasks.idx_images import is_idx, labels_beside, load_idx_images
 from tasks.options import DataOptions
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test")
 DATA_OPTIONS = ("train_file", "validation_file", "test_file", "dataset_name")
-# The options that name columns of text, which a CSV cannot tell from numbers, dates and missing values.
-TEXT_COLUMNS = ("text_column", "text_pair_column", "source_lang", "target_lang")
-# More classes than that must occur at least in part: an identifier is no class.
-MOST_CLASSES = 30_000
+# The options that name columns whose cells in a CSV are text, whatever they look like.
+TEXT_COLUMNS = ("text_column", "text_pair_column", "label_column", "source_lang", "target_lang")
+# With more classes than this, and as many as half of the examples, the column is an identifier.
+MANY_CLASSES = 1000
 
 
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
@@ -159,7 +164,9 @@ def load_file(
         raise DataError(f"the {split} split is empty ({file})")
     extra: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
     if FORMATS[suffix] == "csv":
+        _check_cells(path, extra.get("sep", ","), option_name)
         extra |= {
+            "index_col": False,  # else cells beyond the header would shift the columns
             "keep_default_na": False,
             "na_values": [""],
             "converters": {name: _as_text for name in text_columns if name},
@@ -185,10 +192,29 @@ def _cache(paths: Sequence[Path]) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"adanorm-{content_of(paths)[:32]}")
 
 
+def _check_cells(path: Path, delimiter: str, option_name: str) -> None:
+    """Raise DataError where a row has cells beyond the header. Empty ones, after a trailing delimiter, are ignored."""
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(
+            path, "rt", encoding="utf-8-sig", errors="replace", newline=""
+        ) as file:
+            rows = csv.reader(file, delimiter=delimiter)
+            width = len(next(rows, []))
+            for row, cells in enumerate(rows, start=1):
+                if any(cells[width:]):
+                    raise DataError(
+                        f"--{option_name} {path}, row {row} (line {rows.line_num}): {len(cells)} cells, but the "
+                        f"header has {width}; put quotes around a cell that contains {delimiter!r}"
+                    )
+    except (csv.Error, OSError, EOFError, zlib.error):
+        return  # the reader proper reports it
+
+
 def _check_quotes(file: str | Path, data: Dataset) -> None:
     """Raise DataError where a quotation mark that begins a cell has swallowed the rows up to the next one."""
     for column in data.column_names:
-        for row, cell in enumerate(data.data.column(column).to_pylist()):
+        for row, cell in enumerate(data.data.column(column).to_pylist(), start=1):
             if isinstance(cell, str) and "\t" in cell and "\n" in cell:
                 raise DataError(
                     f"{file}, row {row}, column {column!r}: the quotation mark before {cell[:20]!r} takes in the rows "
@@ -230,88 +256,129 @@ def is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in {"string", "large_string"}
 
 
-def check_text_column(splits: dict[str, Dataset], column: str, option_name: str) -> None:
+def split_files(options: Any) -> dict[str, str]:
+    """Return the local file of each split, for errors."""
+    files = {split: getattr(options, f"{split}_file", None) for split in SPLITS}
+    return {split: file for split, file in files.items() if file is not None}
+
+
+def check_text_column(
+    splits: dict[str, Dataset], column: str, option_name: str, files: Mapping[str, str] | None = None
+) -> None:
     """Raise DataError unless every split has `column` with a string in every row."""
     for split, data in splits.items():
         check_column(data, split, column, option_name)
-        feature = data.features[column]
+        feature, place = data.features[column], _place(split, files)
         values = data.data.column(column)
         if not is_text(feature) or values.null_count:
-            found = ((row, value) for row, value in enumerate(values.to_pylist()) if not isinstance(value, str))
-            row, value = next(found, (None, None))
-            if row is None:  # values of several types
-                raise DataError(f"{split} split, column {column!r}: expected text in every row, got {feature}")
-            raise DataError(f"{split} split, column {column!r}, row {row}: expected text, got {value!r}")
+            found = [(row, value) for row, value in enumerate(values.to_pylist(), start=1) if type(value) is not str]
+            if not found:  # values of several types
+                raise DataError(f"{place}, column {column!r}: expected text in every row, got {feature}")
+            if missing := [row for row, value in found if value is None]:
+                raise DataError(f"{place}, column {column!r}: no text in {_rows(missing)}")
+            raise DataError(f"{place}, column {column!r}, row {found[0][0]}: expected text, got {found[0][1]!r}")
 
 
 def check_column(data: Dataset, split: str, column: str, option_name: str) -> None:
-    """Raise DataError naming the closest column unless the split has `column`."""
+    """Raise DataError, with the closest name if there is one, unless the split has `column`."""
     if column not in data.column_names:
-        close = difflib.get_close_matches(column, data.column_names, n=1) or data.column_names[:1]
         raise DataError(
             f"--{option_name} {column!r}: the {split} split has no such column, only "
-            f"{', '.join(map(repr, data.column_names))}; did you mean --{option_name} {close[0]}?"
+            f"{', '.join(map(repr, data.column_names))}{did_you_mean(column, data.column_names, f'--{option_name} ')}"
         )
 
 
+def _place(split: str, files: Mapping[str, str] | None) -> str:
+    return (files or {}).get(split, f"{split} split")
+
+
+def _rows(rows: Sequence[int], most: int = 10) -> str:
+    """Return rows, counted from 1, for an error: "row 3", "rows 3, 5 and 8", "rows 3, ... and 25 more"."""
+    said = list(map(str, rows[:most]))
+    last = [f"{len(rows) - most:,} more"] if len(rows) > most else said[-1:] if len(said) > 1 else []
+    said = said[: most if len(rows) > most else max(len(said) - len(last), 1)]
+    return f"row{'s' * (len(rows) > 1)} {', '.join(said)}" + (f" and {last[0]}" if last else "")
+
+
 def resolve_labels(
-    splits: dict[str, Dataset], column: str, label_names: Sequence[str] | None = None
+    splits: dict[str, Dataset],
+    column: str,
+    label_names: Sequence[str] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> tuple[list[str], dict[str, list[int]]]:
-    """The names of the classes, and every split's labels as integers from 0.
+    """Return the names of the classes, and the labels of each split as integers from 0.
 
-    Integer labels stand for themselves; strings are numbered in the order of `label_names`, by default sorted. Which
-    classes there are is decided by `label_names`, the data set's own list, or the training split.
+    The rule, the same for CSV, JSON and Parquet:
 
-    Raises DataError for a missing column, labels that are neither integers nor strings, a label outside the range, and
-    classes of the training split that differ in spaces alone; warns of spaces around a label.
+    1. A label is a name: the text in the file, unchanged (`1`, `01` and `True` in a CSV are three names). A whole
+       number or a boolean of a JSON or Parquet file counts as its JSON text (`1`, `true`); other values are refused.
+    2. The classes are `label_names`, in this order; else those that the data set itself declares; else the names in
+       the training split, in numeric order if all are whole numbers, else in alphabetical order.
+    3. If `label_names` contains none of the training labels and these are whole numbers from 0, number n is the n-th
+       name, counted from 0.
+
+    Raises DataError for a missing column or label, a label that is none of the classes, fewer than two classes, and
+    classes that differ in spaces only; warns of spaces around a label.
     """
-    raw: dict[str, list[Any]] = {}
+    given: dict[str, list[str]] = {}
+    feature = splits["train"].features.get(column)
     for split, data in splits.items():
         check_column(data, split, column, "label_column")
-        raw[split] = data.data.column(column).to_pylist()
-        if None in raw[split]:
-            raise DataError(f"{split} split, column {column!r}, row {raw[split].index(None)}: there is no label")
-    feature = splits["train"].features[column]
-    if label_names is None and isinstance(feature, ClassLabel):
-        label_names = feature.names
-    kind = str if all(isinstance(value, str) for value in raw["train"]) else int
+        place = f"{_place(split, files)}, column {column!r}"
+        values = data.data.column(column).to_pylist()
+        if missing := [row for row, value in enumerate(values, start=1) if value is None]:
+            raise DataError(f"{place}: no label in {_rows(missing)}")
+        given[split] = [_label_text(value, f"{place}, row {row}") for row, value in enumerate(values, start=1)]
+    found, declared = set(given["train"]), feature.names if isinstance(feature, ClassLabel) else None
+    numbered = declared is not None  # such a data set holds numbers
     if label_names is not None:
         names = [str(name) for name in label_names]
         if len(set(names)) != len(names):
-            raise DataError(f"--label_names holds a name twice: {names}")
-    elif kind is str:
-        names = sorted(set(raw["train"]))
-        _check_spaces(names, column)
+            raise DataError(f"--label_names contains a name twice: {names}")
+        if declared is not None and set(declared) == set(names):
+            given = {split: [declared[int(label)] for label in labels] for split, labels in given.items()}
+            numbered = False
+        elif declared is None:
+            numbered = not found & set(names) and all(_is_number(label) for label in found)
+    elif declared is not None:
+        names = list(declared)
     else:
-        highest = max((value for value in raw["train"] if isinstance(value, int)), default=-1)
-        different = len({value for value in raw["train"] if isinstance(value, int)})
-        if highest >= max(10 * different, MOST_CLASSES):
+        names = sorted(found, key=int) if all(map(_is_number, found)) else sorted(found)
+        _check_spaces(names, column)
+        if len(names) > max(MANY_CLASSES, len(given["train"]) // 2):
             raise DataError(
-                f"train split, column {column!r}: labels go up to {highest}, but only {different} different ones "
-                "occur: number the classes from 0, give them as text, or name all of them by --label_names"
+                f"--label_column {column}: {len(names):,} different labels in {len(given['train']):,} training "
+                "examples look like an identifier; if they are the classes, give them by --label_names"
             )
-        names = [str(number) for number in range(highest + 1)]
-    numbers = {name: number for number, name in enumerate(names)}
-    labels: dict[str, list[int]] = {}
-    for split, values in raw.items():
-        labels[split] = []
-        for row, value in enumerate(values):
-            where = f"{split} split, column {column!r}, row {row}"
-            if kind is str:
-                if value not in numbers:
-                    alike = [name for name in names if name.strip() == str(value).strip()]
-                    hint = f"; it differs from {alike[0]!r} in spaces alone" if alike else ""
-                    raise DataError(f"{where}: label {value!r} is none of the {len(names)} classes {names[:20]}{hint}")
-                labels[split].append(numbers[value])
-            elif not isinstance(value, int):
-                raise DataError(f"{where}: labels must be all integers or all strings, got {value!r}")
-            elif not 0 <= value < len(names):
-                raise DataError(f"{where}: label {value} is outside the range 0 to {len(names) - 1}")
-            else:
-                labels[split].append(int(value))
     if len(names) < 2:
         raise DataError(f"the training split has a single class, {names}: there is nothing to learn")
-    return names, labels
+    numbers = {str(number) if numbered else name: number for number, name in enumerate(names)}
+    for split, labels in given.items():
+        unknown = [row for row, label in enumerate(labels, start=1) if label not in numbers]
+        if unknown:
+            label = labels[unknown[0] - 1]
+            alike = [name for name in numbers if name.strip() == label.strip()]
+            hint = f"; it differs from {alike[0]!r} in spaces only" if alike else ""
+            kind = (
+                f"a number from 0 to {len(names) - 1}" if numbered else f"one of the {len(names)} classes {names[:20]}"
+            )
+            raise DataError(
+                f"{_place(split, files)}, column {column!r}, {_rows(unknown)}: the label {label!r} is not {kind}{hint}"
+            )
+    return names, {split: [numbers[label] for label in labels] for split, labels in given.items()}
+
+
+def _label_text(value: Any, place: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, int)):
+        return str(value)
+    raise DataError(f"{place}: expected a label as text or a whole number, got {value!r}")
+
+
+def _is_number(label: str) -> bool:
+    """Return whether a label is a whole number as one writes it, without leading zeros."""
+    return re.fullmatch(r"-?(0|[1-9]\d*)", label) is not None
 
 
 def _check_spaces(names: Sequence[str], column: str) -> None:
@@ -320,8 +387,8 @@ def _check_spaces(names: Sequence[str], column: str) -> None:
         if plain.count(stripped) > 1:
             alike = [other for other in names if other.strip() == stripped]
             raise DataError(
-                f"train split, column {column!r}: the labels {' and '.join(map(repr, alike))} differ in spaces alone; "
-                "take the spaces away, or give the classes by --label_names"
+                f"train split, column {column!r}: the labels {' and '.join(map(repr, alike))} differ in spaces only; "
+                "remove the spaces, or give the classes by --label_names"
             )
         if name != stripped:
-            warnings.warn(f"column {column!r}: there are spaces around the label {name!r}", stacklevel=3)
+            warnings.warn(f"column {column!r}: the label {name!r} has spaces around it", stacklevel=3)

@@ -27,7 +27,7 @@ from common.evaluation import main_first
 from common.loop import Run
 from common.options import OptionError
 from tasks import image_cnn  # noqa: F401  (registers the CNN with the Auto classes)
-from tasks.data import DataError, check_column, is_text, load_splits, resolve_labels
+from tasks.data import DataError, check_column, is_text, load_splits, resolve_labels, split_files
 from tasks.models import (
     build_fresh,
     check_model_source,
@@ -55,14 +55,14 @@ def prepare_image(run: Run) -> ClassificationTask:
     raw = main_first(accelerator, lambda: load_splits(options))
     for split, data in raw.items():
         check_column(data, split, options.image_column, "image_column")
-    names, labels = resolve_labels(raw, options.label_column, options.label_names)
+    names, labels = resolve_labels(raw, options.label_column, options.label_names, split_files(options))
     files = {split: getattr(options, f"{split}_file") for split in raw}
     splits = {split: as_images(data, options.image_column, files[split]) for split, data in raw.items()}
     main_first(accelerator, lambda: _check_images(splits, options.image_column, accelerator))
     processor = main_first(accelerator, lambda: _processor(options))
 
     def collate(rows: list[dict[str, Any]], augment: Callable[[PilImage.Image, int], PilImage.Image]) -> Any:
-        images = [open_image(row[options.image_column], f"row {row['index']}") for row in rows]
+        images = [open_image(row[options.image_column], f"row {row['index'] + 1}") for row in rows]
         images = [augment(image, row["index"]) for image, row in zip(images, rows, strict=True)]
         batch_labels = torch.tensor([row["labels"] for row in rows])
         return {**processor(images=images, return_tensors="pt"), "labels": batch_labels}
@@ -110,14 +110,18 @@ def _check_images(splits: dict[str, Dataset], column: str, accelerator: Accelera
     if not accelerator.is_main_process:
         return
     for split, data in splits.items():
-        for row, value in enumerate(data[column]):
+        for row, value in enumerate(data[column], start=1):
             with _opened(value, f"{split} split, row {row}"):
                 pass
 
 
 def open_image(value: dict[str, Any] | None, where: str) -> PilImage.Image:
-    """An encoded image, as RGB; one of 16 bits is scaled to 8. Raises DataError saying where it cannot be read."""
-    with _opened(value, where) as image:
+    """Return an encoded image as RGB, turned as its EXIF orientation says; 16 bits are scaled to 8.
+
+    Raises DataError naming the place of an image that cannot be read.
+    """
+    with _opened(value, where) as opened:
+        image = ImageOps.exif_transpose(opened)
         if image.mode == "I" or image.mode.startswith("I;16"):
             values = np.asarray(image).astype(np.int64)
             if image.mode != "I" or values.max(initial=0) > 255:  # 32 bits may hold 8 as well
@@ -164,13 +168,34 @@ def _processor(options: Any) -> Any:
     if options.model_name_or_path:
         processor = load_pretrained(AutoImageProcessor, options.model_name_or_path)
         if options.image_size:
-            processor.size = {"height": options.image_size, "width": options.image_size}
+            resize_to(processor, options.image_size)
         return processor
     side = options.image_size or getattr(fresh_config(options), "image_size", None)
     if not isinstance(side, int):
         raise OptionError("--image_size is missing: the model's config does not tell the size of its images")
     half = [0.5] * 3
     return ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=half, image_std=half)
+
+
+def resize_to(processor: Any, side: int) -> None:
+    """Set an image processor, and its crop, to images of `side` x `side`.
+
+    Raises OptionError for a processor that then gives other sizes or a frame around the image.
+    """
+    crop, shortest = getattr(processor, "crop_size", None), (processor.size or {}).get("shortest_edge")
+    if shortest:
+        before = (crop.get("height") if crop else None) or shortest
+        processor.size = {"shortest_edge": max(side, round(shortest * side / before))}
+    else:
+        processor.size = {"height": side, "width": side}
+    if crop:
+        processor.crop_size = {"height": side, "width": side}
+    white = PilImage.new("RGB", (4 * side, 3 * side), "white")
+    pixels = processor(images=white, return_tensors="pt")["pixel_values"][0]
+    if pixels.shape[-2:] != (side, side) or bool((pixels.amax((1, 2)) - pixels.amin((1, 2)) > 1e-3).any()):
+        raise OptionError(
+            f"--image_size {side}: {type(processor).__name__} cannot be set to another size; omit the option"
+        )
 
 
 def _build_model(options: Any, names: Sequence[str]) -> PreTrainedModel:

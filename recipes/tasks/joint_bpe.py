@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from common.endings import OptionError
+
 # In fairseq's and BART's order, so that the configs' defaults (pad 1, end 2) hold for fresh models.
 BOS, PAD, EOS, UNK = SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
@@ -23,7 +25,10 @@ def train_joint_bpe(
     """A tokeniser for `text </s>`, whose `decode` gives plain text back; saved and loaded like any other.
 
     A word carries a mark for the space before it; punctuation marks are never merged with letters, unless
-    `split_punctuation` is off, for text that is tokenised already. The same texts give the same vocabulary.
+    `split_punctuation` is off, for text that is tokenized already. The vocabulary contains every character of the
+    texts. The same texts give the same vocabulary.
+
+    Raises OptionError if the characters alone exceed `vocab_size`.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     steps = [normalizers.NFC(), normalizers.Replace(chr(160), " "), normalizers.Strip()]
@@ -36,10 +41,14 @@ def train_joint_bpe(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=list(SPECIAL),
-        limit_alphabet=1000,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() > vocab_size:  # the trainer keeps all characters
+        raise OptionError(
+            f"--vocab_size {vocab_size}: the text has {tokenizer.get_vocab_size() - len(SPECIAL):,} different "
+            f"characters; give at least {tokenizer.get_vocab_size():,}, and more to merge them into words"
+        )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from tasks.bleu import moses_tokenize
-from tasks.data import SPLITS, DataError, check_text_column, limited, read_splits
+from tasks.data import SPLITS, DataError, check_text_column, limited, read_splits, split_files
 from tasks.options import ParallelOptions
 
 # The columns that the recipe works with: `reference` is the target as it came, `target` as it was prepared.
@@ -76,7 +76,7 @@ def _columns(data: Dataset, split: str, options: ParallelOptions) -> Dataset:
         langs = {f"{column}.{lang}": lang for lang in (options.source_lang, options.target_lang)}
         data = data.rename_columns({name: lang for name, lang in langs.items() if name in data.column_names})
     for name in ("source_lang", "target_lang"):
-        check_text_column({split: data}, getattr(options, name), name)
+        check_text_column({split: data}, getattr(options, name), name, split_files(options))
     data = data.select_columns([options.source_lang, options.target_lang])
     return data.rename_columns({options.source_lang: SOURCE, options.target_lang: TARGET})
 

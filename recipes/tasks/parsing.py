@@ -19,7 +19,7 @@ from common.options import OptionError
 from common.setup import calibration_rows
 from common.task import Task
 from tasks.arc_standard import Encoded, ParserVocabulary, training_examples
-from tasks.conllu import Sentence, check_tags, read_conllu
+from tasks.conllu import Sentence, check_forms, check_tags, read_conllu
 from tasks.data import DataError
 from tasks.models import build_fresh, check_model_source, fresh_config, label_mappings, load_model, load_pretrained
 from tasks.transition_parser import TransitionParserConfig
@@ -52,7 +52,6 @@ class ParsingTask(Task):
 
     score = "uas_without_punctuation"
     label = "UAS without punctuation (%)"
-    scale = 100.0
     unit = "transitions/s"
     use = "python recipes/predict.py --task parsing --model {model} --data raw.conllu --output parsed.conllu"
 
@@ -89,6 +88,7 @@ def prepare_parsing(run: Run) -> ParsingTask:
         file, limit = getattr(options, f"{split}_file"), getattr(options, f"max_{split}_samples")
         if file is not None and (split != "test" or options.score_test):
             gold[split] = read_conllu(file, tag_column=options.tag_column)[:limit]
+            check_forms(gold[split], file)
             check_tags(gold[split], file, options.tag_column)
             coarse_tags = {tag for sentence in gold[split] for tag in sentence.coarse_tags}
             if split != "train" and coarse_tags.isdisjoint(options.punctuation_tags):

@@ -19,7 +19,7 @@ from common.loop import Run
 from common.setup import calibration_rows
 from common.task import Task
 from common.token_batches import TokenPlan
-from tasks.data import USE, check_text_column, load_splits, resolve_labels
+from tasks.data import USE, check_text_column, load_splits, resolve_labels, split_files
 from tasks.models import (
     build_fresh,
     check_model_source,
@@ -42,8 +42,8 @@ class ClassificationTask(Task):
 
     score = "accuracy"
     label = "accuracy (%)"
-    scale = 100.0
 
+    names: list[str]  # of the classes, in order
     splits: dict[str, Dataset]
     lengths: dict[str, list[int]]
     raw_test: Dataset | None
@@ -67,6 +67,7 @@ class ClassificationTask(Task):
 
         sizes = ", ".join(f"{len(data):,} to {USE[split]}" for split, data in splits.items())
         return cls(
+            names=list(names),
             train_data=splits["train"],
             train_collate=fields.pop("train_collate", lambda epoch: collate),
             plan=plan,
@@ -86,10 +87,10 @@ def prepare_text(run: Run) -> ClassificationTask:
     check_model_source(options)
     raw = main_first(accelerator, lambda: load_splits(options))
     columns = [options.text_column, *([options.text_pair_column] if options.text_pair_column else [])]
-    check_text_column(raw, options.text_column, "text_column")
+    check_text_column(raw, options.text_column, "text_column", split_files(options))
     if options.text_pair_column:
-        check_text_column(raw, options.text_pair_column, "text_pair_column")
-    names, labels = resolve_labels(raw, options.label_column, options.label_names)
+        check_text_column(raw, options.text_pair_column, "text_pair_column", split_files(options))
+    names, labels = resolve_labels(raw, options.label_column, options.label_names, split_files(options))
 
     if options.model_name_or_path:
         tokenizer = main_first(accelerator, lambda: load_pretrained(AutoTokenizer, options.model_name_or_path))

@@ -158,7 +158,7 @@ def test_divergence_is_recorded_with_its_step(text, tmp_path):
     ("changes", "said"),
     [
         ({"train_file": "absent.txt"}, "--train_file absent.txt: no such file"),
-        ({"test_characters": 6000}, "--test_characters 6,000: only 6,000 bytes"),
+        ({"test_characters": 6000}, "has only 6,000 bytes to divide; give fewer"),
         ({"validation_characters": "null"}, "no validation data"),
         ({"validation_characters": 10}, "the validation split has 10 bytes: too few"),
         ({"eval_stride": 17}, "--eval_stride must be between 1 and --sequence_length 16"),

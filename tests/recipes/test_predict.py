@@ -1,12 +1,15 @@
 """Predicting a file with a saved model, by the stock API."""
 
 import json
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, ViTConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, ViTConfig, pipeline
 
 import predict
 from hf_adanorm import patch_model
@@ -30,15 +33,21 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("columns", [["first"], ["first", "second"]])
-def test_every_row_has_its_class_in_the_order_of_the_file_whatever_the_batch(model, columns, tmp_path, monkeypatch):
+def test_every_row_has_its_class_in_the_order_of_the_file_whatever_the_batch(
+    model, columns, tmp_path, monkeypatch, capsys
+):
     data = Dataset.from_list([dict(zip(("first", "second"), row, strict=True)) for row in ROWS])
     data.to_parquet(tmp_path / "data.parquet")
     argv = ["predict.py", "--model", model, "--data", tmp_path / "data.parquet", "--output", tmp_path / "out.json"]
     monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--batch_size", 3, "--columns", *columns])))
     predict.main()
-    alone = [predict.predict_texts(str(model), [row[: len(columns)]], 1, "no")[0] for row in ROWS]
-    assert json.loads((tmp_path / "out.json").read_text()) == alone
-    assert len(set(alone)) > 1
+    assert capsys.readouterr().out == f"wrote 4 predictions to {tmp_path / 'out.json'}\n"
+    found = json.loads((tmp_path / "out.json").read_text())
+    classify = pipeline("text-classification", str(model))
+    for row, prediction in zip(ROWS, found, strict=True):
+        (alone,) = classify([dict(zip(("text", "text_pair"), row[: len(columns)], strict=False))])
+        assert prediction == {"label": alone["label"], "score": pytest.approx(alone["score"], rel=1e-5)}
+    assert len({prediction["label"] for prediction in found}) > 1
 
 
 @pytest.mark.parametrize(
@@ -46,8 +55,11 @@ def test_every_row_has_its_class_in_the_order_of_the_file_whatever_the_batch(mod
     [
         ({"data": "tabel.csv"}, "error: --data {tmp}/tabel.csv: no such file; did you mean table.csv?"),
         ({"columns": "text"}, "error: --columns 'text': the given split has no such column, only 'first', 'second'"),
-        ({"model": "nowhere"}, "error: --model {tmp}/nowhere: no such folder"),
-        ({"model": "vit"}, "error: --model {tmp}/vit: Unrecognized configuration class"),
+        ({"model": "nowhere"}, "error: --model {tmp}/nowhere: not a local folder, and the Hub has no such model"),
+        (
+            {"model": "vit"},
+            "error: --model {tmp}/vit: AutoModelForSequenceClassification cannot load a vit: Unrecognized",
+        ),
     ],
 )
 def test_what_is_not_there_is_said_in_a_line(changes, said, model, tmp_path, monkeypatch, capsys):
@@ -64,10 +76,10 @@ def test_what_is_not_there_is_said_in_a_line(changes, said, model, tmp_path, mon
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_csv_is_read_by_its_ending(model, tmp_path, monkeypatch):
-    (tmp_path / "table.csv").write_text("first\n" + "\n".join(row[0] for row in ROWS) + "\n")
-    argv = ["predict.py", "--model", model, "--data", tmp_path / "table.csv", "--output", tmp_path / "out.json"]
-    monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--columns", "first"])))
-    predict.main()
-    found = predict.predict_texts(str(model), [row[:1] for row in ROWS], 4, "no")
-    assert json.loads((tmp_path / "out.json").read_text()) == found
+@pytest.mark.parametrize("script", ["predict", "translate", "score_bytes"])
+def test_help_comes_before_torch(script):
+    command = [sys.executable, "-X", "importtime", Path(predict.__file__).with_name(f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "exit codes: " in done.stdout
+    assert not re.search(r"\| +(torch|transformers|datasets)$", done.stderr, re.MULTILINE)

@@ -84,8 +84,6 @@ def spoilt(kind: str, rows: list[dict[str, Any]], suffix: str) -> list[dict[str,
         rows = [{"label": row["label"]} for row in rows]
     elif kind == "text is a number":
         rows = [{**row, "text": 7} for row in rows]
-    elif kind == "negative label":
-        rows[-1]["label"] = -1
     elif kind == "one class":
         rows = [{**row, "label": 0} for row in rows]
     elif kind == "missing text" and suffix == ".csv":
@@ -101,7 +99,7 @@ def check(path: Path) -> None:
     resolve_labels(loaded, "label")
 
 
-SPOILT = ["float labels", "no label column", "no text column", "text is a number", "negative label", "one class"]
+SPOILT = ["float labels", "no label column", "no text column", "text is a number", "one class"]
 SPOILT += ["missing text"]
 
 

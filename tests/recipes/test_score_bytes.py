@@ -108,6 +108,17 @@ def test_by_default_windows_are_as_long_as_in_training_and_short_files_one(lengt
     assert scores["bits"][0] == pytest.approx(first, rel=1e-5)
 
 
+def test_without_an_output_the_score_is_printed(saved, monkeypatch, capsys):
+    _, folder = saved
+    (folder / "text").write_bytes(some_bytes(14).tobytes())
+    monkeypatch.setattr(sys, "argv", ["score_bytes.py", "--model", str(folder), "--data", str(folder / "text")])
+    score_bytes.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    bits = whole_bits(saved[0], some_bytes(14)[:13]).sum().item()
+    assert line.endswith(" bits per character")
+    assert float(line.split()[0]) == pytest.approx(bits / 12, rel=0.5)
+
+
 def test_random_bytes_cost_eight_bits_whatever_the_stride(saved, monkeypatch):
     for stride in ("1", "5", "12"):
         scores = score(saved[1], some_bytes(300), monkeypatch, "--stride", stride)
@@ -122,8 +133,8 @@ def test_random_bytes_cost_eight_bits_whatever_the_stride(saved, monkeypatch):
         (40, ["--stride", "0"], "argument --stride: invalid positive value: '0'"),
         (40, ["--batch_size", "0"], "argument --batch_size: invalid positive value: '0'"),
         (40, ["--sequence_length", "17"], "--sequence_length 17 is beyond the model's 16 positions"),
-        (1, [], "1 bytes; a byte is scored by those before it"),
-        (0, [], "0 bytes; a byte is scored by those before it"),
+        (1, [], "1 bytes; a byte is predicted from those before it"),
+        (0, [], "0 bytes; a byte is predicted from those before it"),
     ],
 )
 def test_what_cannot_be_scored_is_said_in_a_line(length, more, said, saved, monkeypatch, capsys):

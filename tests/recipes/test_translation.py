@@ -180,6 +180,8 @@ def test_two_processes_do_what_one_does_and_resume(arguments, tmp_path):
     assert right["average_validation"]["loss"] == pytest.approx(left["average_validation"]["loss"], abs=1e-5)
     for name, value in weights(one, 12).items():
         assert value.sub(weights(two, 12)[name]).abs().max() < 1e-4, name
+    assert said[0].startswith("2 processes on cpu\n")
+    assert "Removed shared tensor" not in said[0] + said[1]
     lines = [line for log in said for line in log.splitlines() if line.startswith("step 4")]
     assert len(lines) == 2, said  # one of training, one of validation, from one process
 

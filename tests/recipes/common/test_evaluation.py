@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.evaluation import is_better, run_fresh_process
+from common.evaluation import accuracy, is_better, run_fresh_process
 
 SCRIPT = """
 import os, sys
@@ -33,6 +33,10 @@ def test_a_fresh_process_starts_in_a_folder_of_its_own(tmp_path: Path, monkeypat
     assert where == "here"
     assert Path(folder).parent == shared
     assert paths.split(os.pathsep) == [str(here), str(here / "lib")]
+
+
+def test_accuracy_is_in_percent():
+    assert accuracy([1, 0, 2, 2], [1, 1, 2, 0]) == 50.0
 
 
 @pytest.mark.parametrize("higher", [True, False])

@@ -93,11 +93,9 @@ def test_a_step_that_is_not_finite_leaves_the_training_loss_finite_and_the_run_r
                     losses.append(loss.item())
                     run.backward(loss * (math.nan if len(losses) == 2 else 1.0))
         if stop:
-            path = tmp_path / "run" / "checkpoint-2" / "progress.json"
-            saved = json.loads(path.read_text())
+            saved = json.loads((tmp_path / "run" / "checkpoint-2" / "progress.json").read_text())
             assert (saved["running_loss"], saved["running_steps"]) == (pytest.approx(losses[0]), 1)
-            path.write_text(json.dumps({**saved, "running_loss": None, "running_steps": 2}))  # NaN, as it once was
-    assert run.progress.train_history == [{"step": 3, "loss": pytest.approx(losses[2])}]
+    assert run.progress.train_history == [{"step": 3, "loss": pytest.approx((losses[0] + losses[2]) / 2)}]
 
 
 def test_ctrl_c_in_the_middle_of_an_evaluation_is_answered_at_once(data, tmp_path):

@@ -8,11 +8,12 @@ import pytest
 from common import results
 
 RUN = {"norm": "adanorm", "seed": 3, "norm_modules": 5, "parameters": 12345, "steps": 60, "test": None}
-RUN |= {"validation": {"accuracy": 0.5}, "train_samples_per_second": 1234.5}
+RUN |= {"validation": {"accuracy": 50.0}, "train_samples_per_second": 1234.5}
+RUN |= {"metric": {"score": "accuracy", "label": "accuracy (%)", "scale": 1.0, "decimals": 2}}
 
 
 def test_a_line_a_run_with_the_metric_of_its_recipe():
-    control = {**RUN, "norm": "layernorm", "test": {"accuracy": 0.25}, "train_samples_per_second": None}
+    control = {**RUN, "norm": "layernorm", "test": {"accuracy": 25.0}, "train_samples_per_second": None}
     head, _, first, second = results.format_results([RUN, control]).splitlines()
     assert "validation accuracy (%)" in head
     assert first.split() == ["adanorm", "3", "5", "12,345", "60", "50.00", "-", "1,234"]

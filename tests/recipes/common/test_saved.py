@@ -24,6 +24,12 @@ def test_weights_that_would_be_left_at_chance_are_named(tmp_path):
         load_saved(AutoModelForMaskedLM, tmp_path)
 
 
+def test_a_model_of_another_kind_is_named_in_one_line(tmp_path):
+    patch_model(tiny()).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"AutoModelForSeq2SeqLM cannot load a BertForMaskedLM: [^\n]*$"):
+        load_saved(AutoModelForSeq2SeqLM, tmp_path)
+
+
 def test_positions_that_are_computed_need_not_be_saved(tmp_path):
     config = AutoConfig.for_model("pegasus", d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=20)
     model = AutoModelForSeq2SeqLM.from_config(config)

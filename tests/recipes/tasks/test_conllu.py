@@ -137,10 +137,10 @@ def test_attachment_scores_with_and_without_punctuation(tmp_path):
     counts = attachments(gold, heads, relations, PUNCTUATION_TAGS)
     assert counts.tolist() == [[[5, 3, 2], [4, 3, 2]], [[2, 2, 2], [2, 2, 2]]]
     assert attachment_scores(counts.sum(0)) == {
-        "uas_with_punctuation": 5 / 7,
-        "las_with_punctuation": 4 / 7,
-        "uas_without_punctuation": 5 / 6,
-        "las_without_punctuation": 4 / 6,
+        "uas_with_punctuation": 500 / 7,
+        "las_with_punctuation": 400 / 7,
+        "uas_without_punctuation": 500 / 6,
+        "las_without_punctuation": 400 / 6,
     }
 
 

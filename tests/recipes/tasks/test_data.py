@@ -60,7 +60,7 @@ def test_marks_and_line_ends_of_windows_are_no_part_of_the_rows(name, tmp_path):
 
 def test_a_quotation_mark_that_swallows_rows_of_a_tsv_is_named(tmp_path):
     (tmp_path / "a.tsv").write_text('text\tlabel\nfine\t0\n"open\t1\nb\t0\nc "x"\t1\n')
-    with pytest.raises(DataError, match=r"a.tsv, row 1, column 'text': the quotation mark before 'open"):
+    with pytest.raises(DataError, match=r"a.tsv, row 2, column 'text': the quotation mark before 'open"):
         load_file(tmp_path / "a.tsv")
 
 
@@ -192,13 +192,29 @@ def test_missing_column_names_the_nearest():
         check_text_column(splits, "txt", "text_column")
     with pytest.raises(DataError, match="did you mean --label_column label"):
         resolve_labels(splits, "labels")
+    with pytest.raises(DataError, match=r"--label_column 'stars': .* only 'text', 'label'$"):
+        resolve_labels(splits, "stars")
+
+
+@pytest.mark.parametrize(("name", "sep"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+def test_cells_beyond_the_header_are_refused_and_a_trailing_delimiter_shifts_nothing(name, sep, tmp_path):
+    def write(*rows):
+        text = "".join(sep.join(row) + "\n" for row in rows)
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+        return load_file(tmp_path / name, text_columns=["text"])
+
+    assert write(("text", "label"), ("a b", "0", ""), ("c", "1", "")).to_list() == ROWS
+    with pytest.raises(DataError, match=r"row 2 \(line 3\): 3 cells, but the header has 2; put quotes"):
+        write(("text", "label"), ("a", "0"), ("c", "d", "1"))
+    with pytest.raises(DataError, match=r"row 1 \(line 2\): 3 cells"):
+        write(("text", "label"), ("a", "0", "x"), ("c", "d", "1"))
 
 
 @pytest.mark.parametrize("value", [None, 3])
 def test_row_without_text_is_named(value):
     data = Dataset.from_dict({"text": [value, value] if value else ["a", None]})
-    with pytest.raises(DataError, match=r"validation split, column 'text', row \d: expected text, got"):
-        check_text_column({"validation": data}, "text", "text_column")
+    with pytest.raises(DataError, match=r"dev.csv, column 'text'(: no text in row 2|, row 1: expected text, got 3)"):
+        check_text_column({"validation": data}, "text", "text_column", {"validation": "dev.csv"})
 
 
 def test_texts_and_numbers_in_one_column_are_refused(tmp_path):
@@ -218,43 +234,75 @@ def labels_of(train, validation, names=None):
     return resolve_labels(splits, "label", names)
 
 
-def test_integers_stand_for_themselves():
-    assert labels_of([0, 2, 1], [2]) == (["0", "1", "2"], {"train": [0, 2, 1], "validation": [2]})
+def labels_in(tmp_path, suffix, train, validation, names=None):
+    """Return the classes and the labels, by name, of two files that hold these labels."""
+    files = {}
+    for split, labels in (("train", train), ("validation", validation)):
+        files[f"{split}_file"] = str(tmp_path / f"{split}{suffix}")
+        write_rows(tmp_path / f"{split}{suffix}", [{"text": "a", "label": label} for label in labels])
+    options = TextOptions(**files)
+    names, labels = resolve_labels(load_splits(options), "label", names)
+    return names, [[names[number] for number in labels[split]] for split in ("train", "validation")]
 
 
-def test_a_few_examples_of_many_classes_are_enough():
-    assert len(labels_of([0, 999, 5], [7])[0]) == 1000
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("train", "validation", "names", "classes"),
+    [
+        ([1, 0, 1], [0], None, ["0", "1"]),
+        ([1, 5, 2, 10], [2], None, ["1", "2", "5", "10"]),  # none for the numbers in between
+        ([-1, 1], [1], None, ["-1", "1"]),
+        ([1, 0, 1], [0], ["1", "0"], ["1", "0"]),  # the names are the labels
+        (["01", "02", "1"], ["02"], None, ["01", "02", "1"]),
+        (["1", "2", "unknown"], ["1", "2"], None, ["1", "2", "unknown"]),
+        (["True", "False"], ["True"], None, ["False", "True"]),
+        (["b", "a"], ["b"], ["b", "a"], ["b", "a"]),
+    ],
+)
+def test_the_rule_for_labels_is_the_same_in_every_format(suffix, train, validation, names, classes, tmp_path):
+    found = labels_in(tmp_path, suffix, train, validation, names)
+    assert found == (classes, [list(map(str, train)), list(map(str, validation))])
 
 
-def test_strings_are_numbered_in_sorted_or_given_order():
-    assert labels_of(["b", "a"], ["b"]) == (["a", "b"], {"train": [1, 0], "validation": [1]})
-    assert labels_of(["b", "a"], ["b"], ["b", "a"])[1] == {"train": [0, 1], "validation": [0]}
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_numbers_are_places_among_names_that_none_of_them_is(suffix, tmp_path):
+    assert labels_in(tmp_path, suffix, [1, 0], [1], ["bad", "good"])[1] == [["good", "bad"], ["good"]]
+
+
+def test_booleans_count_as_json_writes_them():
+    assert labels_of([True, False], [True]) == (["false", "true"], {"train": [1, 0], "validation": [1]})
 
 
 @pytest.mark.parametrize(
     ("train", "validation", "names", "said"),
     [
-        ([0, 1], [0, 2], None, "validation split, column 'label', row 1: label 2 is outside the range 0 to 1"),
-        ([0, -1, 1], [0], None, "train split, column 'label', row 1: label -1 is outside"),
-        ([0, 5], [0], ["no", "yes"], "label 5 is outside the range 0 to 1"),
-        (["a", "b"], ["c"], None, "label 'c' is none of the 2 classes"),
-        ([0.5, 1.0], [0.5], None, "all integers or all strings, got 0.5"),
-        (["a", None], ["a"], None, "train split, column 'label', row 1: there is no label"),
-        ([0, 1, 10**9], [0], None, "labels go up to 1000000000, but only 3 different ones"),
+        ([0, 1], [0, 2], None, "dev.csv, column 'label', row 2: the label '2' is not one of the 2 classes ['0', '1']"),
+        ([0, 5], [0], ["no", "yes"], "the label '5' is not a number from 0 to 1"),
+        (
+            ["a", "b"],
+            ["c", "a", "c"],
+            None,
+            "dev.csv, column 'label', rows 1 and 3: the label 'c' is not one of the 2",
+        ),
+        ([0.5, 1.0], [0.5], None, "train split, column 'label', row 1: expected a label as text or a whole number"),
+        (["a", None, "b", None], ["a"], None, "train split, column 'label': no label in rows 2 and 4"),
+        (["a", *[None] * 12], ["a"], None, "rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more"),
+        (list(range(1001)), [0], None, "--label_column label: 1,001 different labels in 1,001 training examples"),
         ([0, 0], [0], None, "single class"),
         (["a", "b"], ["a"], ["a", "a"], "a name twice"),
-        (["a", "b", "a "], ["a"], None, "the labels 'a' and 'a ' differ in spaces alone"),
-        (["a", "b"], [" b"], None, "label ' b' is none of the 2 classes ['a', 'b']; it differs from 'b' in spaces"),
+        (["a", "b", "a "], ["a"], None, "the labels 'a' and 'a ' differ in spaces only"),
+        (["a", "b"], [" b"], None, "' b' is not one of the 2 classes ['a', 'b']; it differs from 'b' in spaces only"),
     ],
 )
 def test_bad_labels_are_named_with_their_place(train, validation, names, said):
+    splits = {"train": Dataset.from_dict({"label": train}), "validation": Dataset.from_dict({"label": validation})}
     with pytest.raises(DataError) as raised:
-        labels_of(train, validation, names)
+        resolve_labels(splits, "label", names, {"validation": "dev.csv"})
     assert said in str(raised.value)
 
 
 def test_spaces_around_a_label_are_pointed_out_and_may_be_meant():
-    with pytest.warns(UserWarning, match="there are spaces around the label ' b'"):
+    with pytest.warns(UserWarning, match="the label ' b' has spaces around it"):
         assert labels_of(["a", " b"], ["a"])[0] == [" b", "a"]
     assert labels_of(["a", "a "], ["a"], ["a", "a "])[1]["train"] == [0, 1]
 
@@ -263,6 +311,8 @@ def test_class_names_of_the_data_set_are_used():
     features = Features({"label": ClassLabel(names=["neg", "pos"]), "text": Value("string")})
     data = Dataset.from_dict({"label": [1, 0], "text": ["a", "b"]}, features=features)
     assert resolve_labels({"train": data}, "label") == (["neg", "pos"], {"train": [1, 0]})
+    assert resolve_labels({"train": data}, "label", ["bad", "good"]) == (["bad", "good"], {"train": [1, 0]})
+    assert resolve_labels({"train": data}, "label", ["pos", "neg"]) == (["pos", "neg"], {"train": [0, 1]})
 
 
 def test_part_of_a_split_is_a_split_of_a_data_set(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
+from common.endings import OptionError
 from tasks.joint_bpe import train_joint_bpe
 
 
@@ -11,6 +12,15 @@ def test_text_in_tokens_already_keeps_them():
     tokenizer = train_joint_bpe(texts, vocab_size=60, lowercase=True, max_length=50, split_punctuation=False)
     assert tokenizer.tokenize(texts[0]) == ["▁it", "▁'s", "▁talk", "▁,", "▁isn", "▁'t", "▁it", "▁?"]
     assert tokenizer.decode(tokenizer(texts[0])["input_ids"], skip_special_tokens=True) == texts[0].lower()
+
+
+def test_a_text_with_thousands_of_characters_keeps_them_all():
+    characters = [chr(0x4E00 + number) for number in range(3000)]
+    texts = ["".join(characters[start : start + 10]) for start in range(0, 3000, 10)]
+    tokenizer = train_joint_bpe(texts, vocab_size=3100, lowercase=False, max_length=50)
+    assert tokenizer.unk_token_id not in [number for text in texts for number in tokenizer(text)["input_ids"]]
+    with pytest.raises(OptionError, match=r"--vocab_size 2000: the text has 3,001 different characters; .* 3,005,"):
+        train_joint_bpe(texts, vocab_size=2000, lowercase=False, max_length=50)
 
 
 @pytest.mark.parametrize("lowercase", [False, True])

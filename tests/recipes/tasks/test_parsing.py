@@ -1,5 +1,6 @@
 """From a treebank to transitions, a vocabulary and a model."""
 
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -102,6 +103,12 @@ def test_a_treebank_without_tags_is_refused(split, prepare):
     with pytest.raises(DataError, match=rf"{split}: no word has a tag in column 5 \(XPOS\): .* --tag_column upos"):
         prepare(**texts)
     assert prepare(**texts, tag_column="upos").vocabulary.tags == [".", "NN", "VB"]
+
+
+def test_a_treebank_whose_words_were_removed_is_refused(prepare):
+    blank = re.sub(r"^(\d+)\t\S+", r"\1\t_", PROJECTIVE, flags=re.MULTILINE)
+    with pytest.raises(DataError, match=r"train: (\d+) of \1 words are '_': the text was removed from this treebank"):
+        prepare(blank, PROJECTIVE)
 
 
 def test_scores_that_know_no_punctuation_are_warned_of(prepare):

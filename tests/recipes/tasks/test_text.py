@@ -96,7 +96,7 @@ def test_a_model_of_other_classes_is_refused(names, said, saved, prepare):
     [
         ({"text_column": "txt"}, DataError, "--text_column 'txt': the train split has no such column"),
         ({"text_pair_column": "txt"}, DataError, "--text_pair_column 'txt': the train split has no such column"),
-        ({"label_names": ["only"]}, DataError, "label 1 is outside the range 0 to 0"),
+        ({"label_names": ["only"]}, DataError, "a single class"),
         ({"model_config": {}}, OptionError, "give either --model_name_or_path or model_config"),
         (
             {"model_name_or_path": "no/such/model", "model_config": {}},
