@@ -7,7 +7,8 @@
     python recipes/compare.py --config recipes/configs/rt.yaml --seeds 3 --grid learning_rate=2e-4,5e-4 C=0.8,1.0
     python recipes/compare.py --config recipes/configs/iwslt14_de_en.yaml --estimate
     python recipes/compare.py --config recipes/configs/iwslt14_de_en.yaml --launcher "accelerate launch --multi_gpu"
-    python recipes/compare.py --gather outputs/rt outputs/mnist outputs/ud_ewt --output_dir outputs/rows
+    python recipes/compare.py --config recipes/configs/rt.yaml --seeds 20 --records docs/measured/runs/rt.jsonl
+    python recipes/compare.py --gather outputs/rt outputs/mnist docs/measured/runs/sst5.jsonl --output_dir outputs/rows
 
 Runs the recipe once for every norm and seed, with the same options and so the same budget; any option of the recipe
 that follows is passed on. A norm may be named with settings of its own, as often as you like; they win over the
@@ -19,11 +20,12 @@ not finite is recorded as diverged, with its step, and the comparison goes on. S
 what is finished or diverged and continues what was interrupted.
 
 In `output_dir`: `report.html`, `table.md`, `table.tex`, `curves.png` and `.svg`, `runs.csv`, `curves.csv`,
-`comparison.json`; the runs in `runs/`, those of the grid in `search/`, each with its `log.txt`.
+`comparison.json`, `records.jsonl`; the runs in `runs/`, those of the grid in `search/`, each with its `log.txt`.
 
-With `--gather`, nothing is trained: the `comparison.json` of finished comparisons become the table of the paper's
-eight rows, with what the paper claims and whether it holds here (`rows.md`, `rows.tex`; the rules are in
-`comparison/claims.py`). One of an earlier version must be reported again first, by its command and `--report_only`.
+`records.jsonl` holds one line per run that ended, without weights, texts or labels. With `--records FILE`, such a line
+stands for a run of the same norm, seed, options and data, on any machine. With `--gather`, nothing is trained: the
+records become the table of the paper's eight rows with differences and intervals (`rows.md`, `rows.tex`,
+`forest.png`).
 
 Exit codes: 0 finished, 1 a run failed (the others are done), 2 bad input, 75 stopped by SIGTERM: start it again.
 """
@@ -39,8 +41,8 @@ from pathlib import Path
 
 from common.options import OptionError, parse_options
 from comparison.choices import MOST_SEEDS, choose_recipe, recipe_options
-from comparison.contestants import parse_norm
 from comparison.paper import BASELINE, COLUMNS, CONFIGS, ROWS
+from comparison.variants import parse_norm
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -58,11 +60,21 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add("--grid_seeds", type=int, default=1, help="try them with so many of the seeds, and choose by the mean")
     add("--launcher", help='starts a script, for instance "accelerate launch --multi_gpu"')
     add("--paper", choices=[*COLUMNS, "none"], help="column of the paper to show beside; by default after the config")
-    add("--resamples", type=int, default=2000, help="resamples of the bootstraps")
     add(
         "--estimate", action="store_true", help="measure a few steps of every norm, say what the whole takes, and stop"
     )
-    add("--gather", nargs="*", type=Path, metavar="FOLDER", help="finished comparisons: the table of the paper's rows")
+    add(
+        "--records",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="records that stand for runs made elsewhere",
+    )
+    add("--gather", nargs="+", type=Path, metavar="FILE", help="records of runs: the tables of the paper's rows")
+    add(
+        "--pages", nargs="+", type=Path, default=[], help="with --gather: Markdown pages whose marked sections to fill"
+    )
     add("--report_only", action="store_true", help="train nothing; report on the runs that are there")
     own, rest = parser.parse_known_args(argv)
     if own.config:
@@ -91,12 +103,15 @@ if __name__ == "__main__":  # help, and mistakes in the options, before torch is
             parse_options(choose_recipe(own_options.recipe, own_options.config)[1], recipe_arguments)
     except OptionError as mistake:
         sys.exit(_refuse(mistake))
+    if own_options.gather is None:
+        counted = f"{len(own_options.norms)} norms x {len(own_options.seeds)} seeds"
+        print(f"{own_options.title}: {counted} in {own_options.output_dir}; loading torch", flush=True)
 
 from common.checkpoints import lock_folder
 from common.endings import EXIT_RESUME
 from comparison.gather import gather
+from comparison.records import RecordError
 from comparison.running import Comparison, RunInterrupted
-from comparison.runs import RecordError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if own.gather is not None:
             if rest:
-                raise OptionError(f"--gather takes folders and --output_dir alone, got {shlex.join(rest)}")
-            print(gather(own.gather, own.output_dir))
+                raise OptionError(f"--gather takes files, --output_dir and --pages alone, got {shlex.join(rest)}")
+            print(gather(own.gather, own.output_dir, own.pages))
             return
         comparison = Comparison(own, rest)
         comparison.check_all()

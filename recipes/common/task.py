@@ -18,9 +18,9 @@ class Task:
     """What a run trains, and what its runs are measured by. Subclasses add what the recipe itself needs.
 
     Of every task: the `score` that runs are compared by, as `results.json` names it, with a label, a scale and
-    decimals for tables; `per_example` for tests of significance; `without_test`, the options that hide the test split;
-    the `unit` of speed; how to `use` the best model. Of one run: what is trained on, in which steps; `count(step)` is
-    what a step's loss is divided by; `pipeline` is the Hub's name of the task.
+    decimals for tables; `outcomes` and `score_of` for tests of significance; `without_test`, the options that hide the
+    test split; the `unit` of speed; how to `use` the best model. Of one run: what is trained on, in which steps;
+    `count(step)` is what a step's loss is divided by; `pipeline` is the Hub's name of the task.
     """
 
     score: ClassVar[str]
@@ -50,7 +50,12 @@ class Task:
         return name, cls.higher_is_better if name == cls.score else name != "loss"
 
     @classmethod
-    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
-        """What the scaled score needs of every test example, from the files of a finished run, and the score of sums
-        of it, (samples, what it needs)."""
+    def outcomes(cls, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+        """Return what the scaled score needs of each test example, (examples, values), from the files of a finished
+        run."""
+        raise NotImplementedError
+
+    @classmethod
+    def score_of(cls, sums: np.ndarray) -> np.ndarray:
+        """Return the scaled scores, (samples,), of sums of such rows, (samples, values)."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tasks.options
 from common.options import NORMS, OptionError, read_config
-from comparison.contestants import parse_norm
+from comparison.variants import parse_norm
 
 MOST_SEEDS = 1000
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user

@@ -1,190 +1,332 @@
-"""The paper's eight rows beside those that were measured, from the `comparison.json` of finished comparisons.
+"""The paper's eight rows beside those that were measured, from run records.
 
-`compare.py --gather` writes them. A comparison may have been made on another machine: its `comparison.json` is enough.
+`compare.py --gather` writes them. This code writes tables and intervals; people write the sentences around them. In a
+page, what stands between `<!-- gathered: NAME -->` and `<!-- end -->` is replaced by the section of that name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
-from common.options import OptionError, options_that_change, parse_options
-from comparison.choices import OWN, choose_recipe
-from comparison.claims import CLAIMS, judge
-from comparison.contestants import in_order, title_of
-from comparison.paper import COLUMNS, NEEDS, ROWS, SUBSTITUTES, paper_score, row_name
-from comparison.report import gap_cells, our_score, to_latex, to_markdown
+from common.options import OptionError, PatchOptions, parse_options
+from comparison.choices import choose_recipe
+from comparison.forest import draw_forest
+from comparison.paper import BASELINE, COLUMNS, CONFIGS, NEEDS, ROWS, SUBSTITUTES, paper_score, row_name
+from comparison.records import Run, read_records, stated
+from comparison.report import interval, p_value, save_figure, to_latex, to_markdown
+from comparison.significance import LOOK_P, LOOKS, Difference, holm, planned
+from comparison.summary import Scores
+from comparison.variants import in_order, title_of, trained_alike
 from hf_adanorm.saving import write_file
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _OTHER_DATA = ("_file", "_split", "_column", "dataset_name", "dataset_config", "score_test")  # ends of options
-_SHIPPED = {path.name for path in _CONFIGS.glob("*.yaml")}
-_ELSEWHERE = ("model_config", "mixed_precision", "gradient_accumulation_steps", "checkpointing_steps")  # or nowhere
+_PATCH = {item.name for item in dataclasses.fields(PatchOptions)}
+MARKS = {"better": " ▲", "worse": " ▼", "level": " ≈", "open": ""}
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """A comparison's `comparison.json`. Raises OptionError where there is none, or one that cannot be used."""
-    path = folder / "comparison.json"
-    if not path.is_file():
-        raise OptionError(f"--gather {folder}: there is no {path.name}: let recipes/compare.py finish in that folder")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OptionError(f"--gather {path} cannot be read ({error}): report again with --report_only") from error
-    if "grid" not in summary:
-        again = f"python {summary['command']} --report_only" if "command" in summary else "its command, --report_only"
-        raise OptionError(f"--gather {path} is of an earlier version; report again: {again}")
-    if not summary["options"]:
-        raise OptionError(f"--gather {folder}: no run of this comparison has finished")
-    if summary["column"] is None:
-        raise OptionError(f"--gather {path} is of no row of the paper; report again with --paper {'|'.join(COLUMNS)}")
-    return summary
+class Claim(NamedTuple):
+    """`norm` is compared with `other`, by scores or by the gap between validation and training loss."""
+
+    text: str
+    norm: str
+    other: str
+    by_gap: bool = False
 
 
-def gather(folders: Sequence[Path], output_dir: Path) -> str:
-    """Write `rows.md` and `rows.tex`; return the Markdown. Raises OptionError before anything is written."""
-    summaries: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        summary = read_summary(folder)
-        if summary["column"] in summaries:
-            raise OptionError(f"--gather {folder}: another folder has the row {summary['column']}; give one of them")
-        summaries[summary["column"]] = summary
-    measured = [summaries[column] for column in COLUMNS if column in summaries]
-    table = scores_table(summaries)
-    parts = [to_markdown(table), _LEGEND]
-    if measured:
-        parts += ["The loss gap, and its difference from LayerNorm's:\n", to_markdown(gaps_table(measured))]
-    parts.append("What the paper claims, and what these rows say:\n")
-    parts.append("".join(f"- {judge(measured, claim)}\n" for claim in CLAIMS))
-    if measured:
-        parts.append(
-            "Where the runs depart from the settings of the paper's row (in brackets), as far as these are known:\n"
-        )
-        parts.append("".join(f"- {departures(summary)}\n" for summary in measured))
-        commands = "\n".join(shown_command(summary) for summary in measured)
-        parts.append(f"The commands:\n\n```bash\n{commands}\n```\n")
-    missing = {column: need for column, need in NEEDS.items() if not is_own(summaries.get(column))}
-    if missing:
-        parts.append("What the rows need that were not run on their own data:\n")
-        lines = (
-            f"- {name}: {n.data} (license, as far as known: {n.license}); {n.machine}." for name, n in missing.items()
-        )
-        commands = "\n".join(wrap(shlex.split(need.command)) for need in missing.values())
-        parts.append("\n".join(lines) + f"\n\n```bash\n{commands}\n```\n")
-    text = "\n".join(parts)
+CLAIMS = (
+    Claim("LayerNorm-simple is at least as good as LayerNorm on most rows", "layernorm-simple", BASELINE),
+    Claim("DetachNorm is worse than no norm on most rows", "detachnorm", "none"),
+    Claim("AdaNorm is better than LayerNorm on all rows but one", "adanorm", BASELINE),
+    Claim(
+        "Gain and bias over-fit: without them (LayerNorm-simple) the loss gap is smaller on most rows",
+        "layernorm-simple",
+        BASELINE,
+        by_gap=True,
+    ),
+)
+
+
+class Row:
+    """The runs of one file of records, up to the latest planned number of seeds."""
+
+    def __init__(self, path: Path):
+        everything = read_records(path)
+        if not everything:
+            raise OptionError(f"--gather {path}: no run has ended")
+        self.path, self.first = path, everything[0].record
+        self.title, recipe = self.first["title"], self.first["recipe"]
+        self.column = CONFIGS.get(self.title, "")
+        if not self.column:
+            raise OptionError(f"--gather {path}: config {self.title!r} matches no row of the paper")
+        self.name = row_name(self.column, self.title)
+        if path.is_file() and path.stem != self.title:  # other settings of the same config
+            self.name += f", {path.stem.removeprefix(self.title).strip('_-').replace('_', ' ')}"
+        self.task, self.options_class = importlib.import_module(recipe).TASK, importlib.import_module(recipe).OPTIONS
+        for run in everything:
+            if differing := _unlike(self.first, run.record):
+                raise OptionError(
+                    f"--gather {path}: {run.norm}, seed {run.seed} has another {differing} than "
+                    f"{everything[0].norm}, seed {everything[0].seed}; put them into different files"
+                )
+        norms = in_order(run.norm for run in everything)
+        seeds = [{run.seed for run in everything if run.norm == norm} for norm in norms]
+        self.seeds = planned(sorted(set.intersection(*seeds)))
+        self.runs = [run for run in everything if run.seed in self.seeds]
+        self.waiting = len(everything) - len(self.runs)
+        self.norms = norms
+        self.scores = Scores(self.runs, self.task, self.column)
+
+    def difference(self, claim: Claim) -> Difference | None:
+        """Return what the claim measures in this row, or None where it does not apply."""
+        if not claim.by_gap:
+            return self.scores.difference(claim.norm, claim.other)
+        choices = [next((run.choice for run in self.runs if run.norm == n), {}) for n in (claim.norm, claim.other)]
+        return self.scores.gap_difference(claim.norm, claim.other) if trained_alike(*choices) else None
+
+    def diverged(self, norm: str) -> list[Run]:
+        return [run for run in self.runs if run.norm == norm and run.status == "diverged"]
+
+    def relation(self, claim: Claim) -> str:
+        """Return `better`, `worse`, `level` or `open`, or "-" where the row lacks one of the norms.
+
+        A norm that diverged with every seed is worse than one that finished. One that diverged with some seeds is not
+        called better or level because of the others.
+        """
+        if not {claim.norm, claim.other} <= set(self.norms):
+            return "-"
+        ours, theirs = len(self.diverged(claim.norm)), len(self.diverged(claim.other))
+        if claim.by_gap and (ours or theirs):
+            return "-"
+        enough = len(self.seeds) >= LOOKS[0]
+        if enough and len(self.seeds) in (ours, theirs) and ours != theirs:
+            return "worse" if ours > theirs else "better"
+        found = self.difference(claim)
+        if claim.by_gap:  # no margin was fixed for it; lower is better
+            decided = found is not None and enough and found.p < LOOK_P
+            return "open" if not decided or found is None else "better" if found.mean < 0 else "worse"
+        said = self.scores.relation(found)
+        survived = (ours and said in ("better", "level")) or (theirs and said in ("worse", "level"))
+        return "open" if survived else said
+
+
+def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the name of what two records of one row may not differ in, or ""."""
+    for name in ("recipe", "title", "num_processes", "mixed_precision", "content"):
+        if one.get(name) != other.get(name):
+            return name
+    names = (one["options"].keys() | other["options"].keys()) - _PATCH - one["choice"].keys() - other["choice"].keys()
+    return next((name for name in sorted(names) if one["options"].get(name) != other["options"].get(name)), "")
+
+
+def gather(paths: Sequence[Path], output_dir: Path, pages: Sequence[Path] = ()) -> str:
+    """Write `rows.md`, `rows.tex` and the forest plot, and fill the pages; return the Markdown.
+
+    Raises OptionError before anything is written.
+    """
+    files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    if not files:
+        raise OptionError(f"--gather {' '.join(map(str, paths))}: no records; give files or folders of *.jsonl")
+    rows = sorted((Row(file) for file in files), key=lambda row: (list(COLUMNS).index(row.column), row.path.stem))
+    table = scores_table(rows)
+    sections = {
+        "scores": to_markdown(table),
+        "differences": to_markdown(differences_table(rows)),
+        "claims": claims_text(rows),
+        "gaps": to_markdown(gaps_table(rows)),
+        "runs": to_markdown(runs_table(rows)),
+        "departures": "".join(f"- {departures(row)}\n" for row in rows),
+        "commands": "```bash\n" + "\n".join(command(row) for row in rows) + "\n```\n",
+        "needs": needs_text(rows),
+    }
+    filled = {page: fill(page, sections) for page in pages}
+    text = "\n".join(f"## {name.capitalize()}\n\n{section}" for name, section in sections.items())
     output_dir.mkdir(parents=True, exist_ok=True)
     write_file(output_dir / "rows.md", text)
     write_file(output_dir / "rows.tex", to_latex([[cell.replace("*", "") for cell in row] for row in table]))
+    save_figure(draw_forest(rows), output_dir / "forest", dpi=110, formats=("png",))
+    for page, content in filled.items():
+        write_file(page, content)
     return text
 
 
-_LEGEND = """Mean ± standard deviation over n seeds, on the test set where nothing else is said, by the checkpoint that
-validation chose; in italics the paper's figures. Beside LayerNorm, at 5 %: † differs by a paired
-t-test over the seeds, not corrected for the number of norms, ‡ by a paired bootstrap over the test
-examples, corrected for it.
-"""
+def fill(page: Path, sections: Mapping[str, str]) -> str:
+    """Return the text of a page with the sections between its marks. Raises OptionError for an unknown section."""
+
+    def section(found: re.Match[str]) -> str:
+        if found[2] not in sections:
+            raise OptionError(f"{page}: no section {found[2]!r} is gathered; expected {', '.join(sections)}")
+        return f"{found[1]}\n\n{sections[found[2]]}\n{found[3]}"
+
+    pattern = r"(<!-- gathered: ([\w-]+) -->)\n.*?(<!-- end -->)"
+    return re.sub(pattern, section, page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def is_own(summary: Mapping[str, Any] | None) -> bool:
-    """Whether a comparison is by the row's own config, and so of its own data as far as its options say, or by another
-    on the same data set of the Hub."""
-    if summary is None or summary["title"] == NEEDS[summary["column"]].config:
-        return summary is not None
-    path = str(_CONFIGS / f"{NEEDS[summary['column']].config}.yaml")
-    had, meant = summary["options"], _options(choose_recipe(None, path)[1], "--config", path)
-    names = ("dataset_name", "dataset_config", "train_file")
-    return bool(meant.get("dataset_name")) and all(had.get(name) == meant.get(name) for name in names)
-
-
-def scores_table(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """For each row of the paper ours and the paper's figures, a column a norm."""
-    names = in_order([*ROWS, *(row["norm"] for summary in summaries.values() for row in summary["rows"])])
+def scores_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return, for each row of the paper, ours and the paper's figures, one column per norm."""
+    names = in_order([*ROWS, *(norm for row in rows for norm in row.norms)])
     table = [["", *map(title_of, names)]]
     for column, (metric, _) in COLUMNS.items():
-        summary = summaries.get(column)
-        if summary is not None:
-            rows = {row["norm"]: row for row in summary["rows"]}
-            cells = [marked_score(rows[name], summary["decimals"]) if name in rows else "-" for name in names]
-            split = "" if summary["split"] == "test" else f", {summary['split']}"
-            table.append([f"**{row_name(column, summary['title'])}**, {summary['label']}{split}", *cells])
+        ours = [row for row in rows if row.column == column]
+        for row in ours:
+            split = "" if row.scores.split == "test" else f", {row.scores.split}"
+            cells = [marked_score(row, name) for name in names]
+            table.append([f"**{row.name}**, {row.task.label}{split}", *cells])
         said = [paper_score(column, name) for name in names]
-        own = "" if summary is None else "paper's "
+        own = "paper's " if ours else ""
         table.append([f"*{own}{column}, {metric}*", *(f"*{score}*" if score != "-" else "" for score in said)])
     return table
 
 
-def marked_score(row: Mapping[str, Any], decimals: int) -> str:
-    """A norm's score, marked where it differs from LayerNorm's."""
-    seeds, examples = row["over_seeds"], row["over_examples"]
-    marks = ("†" if seeds and seeds["p"] < 0.05 else "") + ("‡" if examples and examples["p_holm"] < 0.05 else "")
-    return f"{our_score(row, decimals)} {marks}".rstrip()
+def marked_score(row: Row, norm: str) -> str:
+    """Return mean ± standard deviation with the number of seeds, and a mark for the relation to LayerNorm."""
+    scores, lost, decimals = list(row.scores.by_norm.get(norm, {}).values()), row.diverged(norm), row.task.decimals
+    parts = [f"{len(lost)} diverged"] if lost else []
+    if scores and all(map(math.isfinite, scores)):
+        spread = f" ± {stdev(scores):.{decimals}f}" if len(scores) > 1 else ""
+        mark = "" if norm == BASELINE else MARKS.get(row.relation(Claim("", norm, BASELINE)), "")
+        parts.insert(0, f"{fmean(scores):.{decimals}f}{spread} (n={len(scores)}){mark}")
+    elif scores:
+        parts.insert(0, "not finite")
+    return "; ".join(parts) or "-"
 
 
-def gaps_table(measured: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For each measured row the loss gap of every norm."""
-    names = in_order(row["norm"] for summary in measured for row in summary["rows"])
-    table = [["", *map(title_of, names)]]
-    for summary in measured:
-        rows = {row["norm"]: row for row in summary["rows"]}
-        cells = []
-        for name in names:
-            gap, beside = gap_cells(rows[name]) if name in rows else ("-", "-")
-            cells.append(gap if beside == "-" else f"{gap} ({beside})")
-        table.append([row_name(summary["column"], summary["title"]), *cells])
+def differences_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return every norm's difference from LayerNorm; p-values of one norm are also corrected over its rows."""
+    head = ["row", "norm", "difference", "90 % interval", "95 % interval", "p", "p, Holm over rows"]
+    table = [[*head, "found with power 0.8", "relation"]]
+    found = {(row.path, norm): row.scores.difference(norm) for row in rows for norm in row.norms if norm != BASELINE}
+    corrected: dict[tuple[Path, str], float] = {}
+    for norm in dict.fromkeys(norm for _, norm in found):
+        p_values = {str(path): one.p for (path, name), one in found.items() if name == norm and one}
+        corrected |= {(Path(path), norm): p for path, p in holm(p_values).items()}
+    for row in rows:
+        decimals = row.task.decimals
+        for norm in row.norms:
+            one = found.get((row.path, norm))
+            if norm == BASELINE or one is None:
+                continue
+            ends = [interval(one.interval(level), decimals) for level in (0.9, 0.95)]
+            p_cells = [p_value(one.p), p_value(corrected[row.path, norm])]
+            said = row.relation(Claim("", norm, BASELINE))
+            cells = [f"{one.mean:+.{decimals}f}", *ends, *p_cells, f"{one.detectable:.{decimals}f}", said]
+            table.append([f"{row.name} (n={one.num_pairs})", title_of(norm), *cells])
     return table
 
 
-def departures(summary: Mapping[str, Any]) -> str:
-    """On what data the runs were, and where they are not as the config with the settings of the paper's row: options,
-    what a grid chose, and how they were launched as far as it changes batches or precision."""
-    column, need = summary["column"], NEEDS[summary["column"]]
-    path = str(_CONFIGS / f"{need.config}.yaml")
-    options_class = choose_recipe(None, path)[1]
-    meant = _options(options_class, "--config", path)
-    had = {**_options(options_class), **summary["options"]}  # what had no option yet was as it is by default
-    by_grid = []
-    for name in dict.fromkeys(name for row in summary["rows"] for name in row["choice"]):
-        values = {row["norm"]: row["choice"][name] for row in summary["rows"] if name in row["choice"]}
-        had[name] = meant[name]  # said here, or else below
-        if len(summary["grid"].get(name, ())) > 1:
-            chosen = ", ".join(f"{title_of(norm)} {value}" for norm, value in values.items())
-            by_grid.append(f"{name} chosen on validation: {chosen} ({_said(meant[name])})")
+def claims_text(rows: Sequence[Row]) -> str:
+    """Return one table per claim: what each row says, and how many say it."""
+    parts = []
+    for claim in CLAIMS:
+        table = [["row", "difference", "90 % interval", "p", "relation"]]
+        relations = []
+        for row in rows:
+            said = row.relation(claim)
+            if said == "-":
+                continue
+            relations.append(said)
+            one, decimals = row.difference(claim), 3 if claim.by_gap else row.task.decimals
+            cells = ["-", "-", "-"]
+            if one:
+                cells = [f"{one.mean:+.{decimals}f}", interval(one.interval(0.9), decimals), p_value(one.p)]
+            table.append([row.name, *cells, said])
+        counts = ", ".join(f"{relations.count(name)} {name}" for name in ("better", "level", "worse", "open"))
+        what = f"{title_of(claim.norm)} less {title_of(claim.other)}{', loss gap (nats)' if claim.by_gap else ''}"
+        parts.append(f"**{claim.text}.** {what}: {counts}, of {len(relations)} rows.\n\n{to_markdown(table)}")
+    return "\n".join(parts)
+
+
+def gaps_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the loss gap of every norm and its difference from LayerNorm's."""
+    names = in_order(norm for row in rows for norm in row.norms)
+    table = [["", *map(title_of, names)]]
+    for row in rows:
+        cells = []
+        for name in names:
+            gaps = list(row.scores.gaps.get(name, {}).values())
+            found = row.difference(Claim("", name, BASELINE, by_gap=True)) if name != BASELINE else None
+            beside = f" ({found.mean:+.3f} {interval(found.interval(0.95), 3)})" if found else ""
+            finite = gaps and all(map(math.isfinite, gaps))
+            cells.append(f"{fmean(gaps):.3f}{beside}" if finite else "-")
+        table.append([row.name, *cells])
+    return table
+
+
+def runs_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the number of runs of each row, their seeds, training time and machine."""
+    table = [["row", "runs", "seeds", "waiting for the next look", "hours of training", "machine"]]
+    for row in rows:
+        ended = [run.record for run in row.runs]
+        hours = sum((one.get("seconds_per_step") or 0) * (one.get("steps") or 0) for one in ended) / 3600
+        machines = "; ".join(dict.fromkeys(one["machine"] for one in ended))
+        waiting = str(row.waiting) if row.waiting else "none"
+        table.append([row.name, str(len(ended)), ranges(row.seeds), waiting, f"{hours:.1f}", machines])
+    return table
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as `1-5, 8`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
         else:
-            had[name] = _options(options_class, f"--{name}", next(iter(values.values())))[name]
-    names = options_that_change(options_class, "results", "onward") - {*OWN, *_ELSEWHERE}
-    pairs = {name: (had[name], meant[name]) for name in sorted(names) if not name.endswith(_OTHER_DATA)}
-    ours, theirs = had.get("model_config") or {}, meant.get("model_config") or {}
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def is_own(row: Row) -> bool:
+    """Return whether a row ran on the data that the paper's row has, as far as its config says."""
+    return row.title == NEEDS[row.column].config
+
+
+def departures(row: Row) -> str:
+    """Describe the data of a row and where its settings depart from those of the paper's row."""
+    need, had = NEEDS[row.column], dict(row.first["options"])
+    meant = _config_options(need.config)[1]
+    by_grid = []
+    for name in dict.fromkeys(name for run in row.runs for name in run.choice):
+        values = {run.norm: run.choice[name] for run in row.runs if name in run.choice}
+        chosen = ", ".join(f"{title_of(norm)} {value}" for norm, value in values.items())
+        by_grid.append(f"{name} {chosen} (chosen on validation)")
+        had.pop(name, None)
+        meant.pop(name, None)
+    ours, theirs = had.pop("model_config", {}), meant.pop("model_config", {})
+    pairs = {name: (_value(name, had, row), _value(name, meant, row)) for name in sorted(had.keys() | meant.keys())}
+    pairs = {name: pair for name, pair in pairs.items() if name not in _PATCH and not name.endswith(_OTHER_DATA)}
     pairs |= {f"model {name}": (ours.get(name), theirs.get(name)) for name in [*ours, *(theirs.keys() - ours.keys())]}
     accumulation = "gradient_accumulation_steps"
-    processes = summary["num_processes"] or 1
-    pairs[f"processes x {accumulation}"] = (processes * had[accumulation], need.processes * meant[accumulation])
-    precision = summary["mixed_precision"] or had["mixed_precision"] or "no"
-    if len(summary["grid"].get("mixed_precision", ())) < 2:
-        pairs["mixed_precision"] = (precision, meant["mixed_precision"] or "no")
+    one, other = (_value(accumulation, options, row) for options in (had, meant))
+    pairs[accumulation] = (one * (row.first.get("num_processes") or 1), other * need.processes)
+    pairs["mixed_precision"] = (row.first.get("mixed_precision") or "no", meant.get("mixed_precision") or "no")
     said = [f"{name} {_said(one)} ({_said(other)})" for name, (one, other) in pairs.items() if one != other]
-    budget = f"{summary['steps']:,} updates a run, {summary['train_samples']:,} training examples"
-    return f"{column}: {_data(summary, had, meant)}{budget}; {', '.join([*by_grid, *said]) or 'no other departure'}."
+    place = "" if is_own(row) else f"{SUBSTITUTES[row.title][1]} in place of the row's data; "
+    budget = (
+        f"{row.first.get('steps') or 0:,} updates a run, {row.first.get('train_samples') or 0:,} training examples"
+    )
+    return f"{row.name}: {place}{budget}; {', '.join([*by_grid, *said]) or 'no other departure'}."
 
 
-def _options(options_class: type[Any], *arguments: str) -> dict[str, Any]:
-    """The options that these arguments set, as JSON has them."""
-    options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(parse_options(options_class, arguments))))
-    return options
+def _config_options(config: str) -> tuple[type[Any], dict[str, Any]]:
+    """Return the class of a config's options, and those that it sets apart from the defaults."""
+    path = str(_CONFIGS / f"{config}.yaml")
+    options_class = choose_recipe(None, path)[1]
+    options = json.loads(json.dumps(dataclasses.asdict(parse_options(options_class, ["--config", path]))))
+    return options_class, stated(options_class, options, "")
 
 
-def _data(summary: Mapping[str, Any], had: Mapping[str, Any], meant: Mapping[str, Any]) -> str:
-    """What the runs read, where it is not what the row's config names."""
-    title = summary["title"]
-    stands_in = SUBSTITUTES[title][1] if title in SUBSTITUTES else f"the data of {title}"
-    files = [had.get(f"{split}_file") or [] for split in ("train", "validation", "test")]
-    names = [Path(file).name for given in files for file in ([given] if isinstance(given, str) else given)]
-    names = names or [had["dataset_name"]] * (had.get("dataset_name") != meant.get("dataset_name"))
-    place = "" if is_own(summary) else f"{stands_in} in place of the row's data; "
-    return place + (f"from {', '.join(names)}; " if names else "")
+def _value(name: str, options: Mapping[str, Any], row: Row) -> Any:
+    """Return an option, or its default where it is not stated."""
+    return options[name] if name in options else getattr(row.options_class(), name, None)
 
 
 def _said(value: Any) -> str:
@@ -193,26 +335,32 @@ def _said(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def shown_command(summary: Mapping[str, Any]) -> str:
-    """The command of a comparison as others would give it: files by name, without the folders of this machine."""
-    words, value_of = [], ""
-    for word in shlex.split(summary["command"]):
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        value_of = name or value_of
-        if value_of == "--output_dir" and value:
-            value = f"outputs/{summary['title']}"
-        elif value_of == "--config" and Path(value).name in _SHIPPED:
-            value = f"recipes/configs/{Path(value).name}"
-        elif value_of == "--launcher":
-            value = " ".join(Path(part).name if part.startswith("/") else part for part in value.split(" "))
-        elif Path(value).is_absolute():
-            value = Path(value).name
-        words.append(f"{name}{equals}{value}")
-    return wrap(["python", *(word for word in words if word != "--report_only")])
+def command(row: Row) -> str:
+    """Return the command that makes the runs of a row; files by name."""
+    words = ["python", "recipes/compare.py", "--config", f"recipes/configs/{row.title}.yaml"]
+    if set(row.norms) != set(ROWS):
+        words += ["--norms", *row.norms]
+    seeds = [str(len(row.seeds))] if row.seeds == list(range(1, len(row.seeds) + 1)) else map(str, row.seeds)
+    words += ["--seeds", *seeds, "--output_dir", f"outputs/{row.path.stem}"]
+    meant, had = _config_options(row.title)[1], row.first["options"]
+    for name in sorted(had.keys() | meant.keys()):
+        value = _value(name, had, row)
+        if value != _value(name, meant, row) and name != "norm":
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return wrap(words)
+
+
+def needs_text(rows: Sequence[Row]) -> str:
+    """Describe what the rows need that were not run on their own data, with a command for each."""
+    own = {row.column for row in rows if is_own(row)}
+    needs = {column: need for column, need in NEEDS.items() if column not in own}
+    lines = (f"- {name}: {n.data} (license, as far as known: {n.license}); {n.machine}." for name, n in needs.items())
+    commands = "\n".join(wrap(shlex.split(need.command)) for need in needs.values())
+    return "\n".join(lines) + f"\n\n```bash\n{commands}\n```\n"
 
 
 def wrap(words: Sequence[str], width: int = 100) -> str:
-    """A command over lines of about `width`, broken before options."""
+    """Return a command over lines of about `width`, broken before options."""
     lines = [""]
     for word in map(shlex.quote, words):
         if len(lines[-1]) + len(word) > width - 2 and word.startswith("--"):

@@ -20,22 +20,40 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.options import NORMS
-from comparison.contestants import in_order, kind, title_of
 from comparison.paper import BASELINE, COLUMNS, paper_score
-from comparison.runs import Run, outcome, overfit_gap
+from comparison.records import Run, outcome, overfit_gap
+from comparison.significance import LOOK_P, LOOKS
+from comparison.variants import in_order, kind, title_of
 from hf_adanorm import plots
 from hf_adanorm._tables import SORT, counted
 from hf_adanorm.saving import write_file
 
-# Every norm keeps its colour and line in all pictures; the indices are those of plots.COLORS.
+# Every norm keeps its color and line in all pictures; the indices are those of plots.COLORS.
 STYLE = {BASELINE: 6, **{norm: facts.color for norm, facts in NORMS.items()}}
+
+
+def style_of(norm: str, offset: int = 0) -> dict[str, Any]:
+    """Return color, line and marker of a norm; `offset` tells variants of one norm apart by line and marker."""
+    color = STYLE.get(norm, sum(map(ord, norm)) % len(plots.COLORS))
+    other = (color + offset) % len(plots.LINES)
+    return {"color": plots.COLORS[color], "linestyle": plots.LINES[other], "marker": plots.MARKERS[other]}
 
 
 # Numbers as text
 
 
+def interval(ends: Sequence[float], decimals: int) -> str:
+    """Return an interval as `[-0.10, +0.20]`."""
+    return f"[{ends[0]:+.{decimals}f}, {ends[1]:+.{decimals}f}]"
+
+
+def p_value(value: float) -> str:
+    """Return a p-value with three decimals."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def our_score(row: Mapping[str, Any], decimals: int) -> str:
-    """Mean and standard deviation over seeds, and what became of seeds that did not finish."""
+    """Return mean and standard deviation over seeds, and what became of seeds that did not finish."""
     scores, mean, sd = row["scores"], row["mean"], row["sd"]
     parts = []
     if scores:
@@ -50,54 +68,36 @@ def our_score(row: Mapping[str, Any], decimals: int) -> str:
     return "; ".join(parts) or "-"
 
 
-def difference_cells(row: Mapping[str, Any], decimals: int) -> tuple[str, str, str]:
-    """Difference from LayerNorm with its interval over test examples, Holm's p, the interval over seeds."""
-    examples = row["over_examples"]
-    return (
-        f"{examples['mean']:+.{decimals}f} {_interval(examples, decimals)}" if examples else "-",
-        _p(examples["p_holm"]) if examples else "-",
-        over_seeds(row["over_seeds"], decimals),
-    )
-
-
 def gap_cells(row: Mapping[str, Any]) -> tuple[str, str]:
-    """By how much the validation loss is above that of training, and its difference from LayerNorm's over seeds."""
-    mean, sd, found = row["gap"]["mean"], row["gap"]["sd"], row["gap_over_seeds"]
+    """Return the loss gap, and its difference from LayerNorm's."""
+    mean, sd, found = row["gap"]["mean"], row["gap"]["sd"], row["gap_difference"]
     if mean is None or math.isnan(mean):
         return "-", "-"
     spread = f" ± {sd:.3f}" if sd is not None else ""
-    return f"{mean:.3f}{spread}", f"{found['mean']:+.3f} {over_seeds(found, 3)}" if found else "-"
-
-
-def over_seeds(found: Mapping[str, Any] | None, decimals: int) -> str:
-    """The interval and p of a difference over seeds."""
-    return f"{_interval(found, decimals)}, p {_p(found['p'])}" if found else "-"
-
-
-def _interval(found: Mapping[str, Any], decimals: int) -> str:
-    return f"[{found['low']:+.{decimals}f}, {found['high']:+.{decimals}f}]"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    beside = f"{found['mean']:+.3f} {interval(found['interval_95'], 3)}" if found else "-"
+    return f"{mean:.3f}{spread}", beside
 
 
 def speeds(runs: Sequence[Run]) -> dict[str, str]:
-    """Examples a second in training, the median over the runs of each norm, and as a multiple of LayerNorm's."""
-    found: dict[str, list[float]] = {}
+    """Return examples per second in training, the median over the seeds of each norm.
+
+    The ratio to LayerNorm is added with its range over seeds, unless the seeds disagree on which norm is faster.
+    """
+    found: dict[str, dict[int, float]] = {}
     for run in runs:
         if speed := run.record.get("train_samples_per_second"):
-            found.setdefault(run.norm, []).append(speed)
-    medians = {norm: statistics.median(values) for norm, values in found.items()}
-    plain = medians.get(BASELINE)
-    return {
-        norm: f"{speed:,.4g}" + (f" ({speed / plain:.2f}x)" if plain and norm != BASELINE else "")
-        for norm, speed in medians.items()
-    }
+            found.setdefault(run.norm, {})[run.seed] = speed
+    said = {norm: f"{statistics.median(by_seed.values()):,.4g}" for norm, by_seed in found.items()}
+    plain = found.get(BASELINE, {})
+    for norm, by_seed in found.items():
+        ratios = [by_seed[seed] / plain[seed] for seed in by_seed.keys() & plain.keys()]
+        if norm != BASELINE and len(ratios) > 1 and (min(ratios) > 1) == (max(ratios) > 1):
+            said[norm] += f" ({min(ratios):.2f}x to {max(ratios):.2f}x)"
+    return said
 
 
 def setting(summary: Mapping[str, Any], runs: Sequence[Run]) -> str:
-    """Data, budget and size of the models in a line."""
+    """Describe data, budget and size of the models in a line."""
     record = next((run.record for run in runs if run.status == "finished"), None)
     if record is None:
         return ""
@@ -115,43 +115,76 @@ def setting(summary: Mapping[str, Any], runs: Sequence[Run]) -> str:
     )
 
 
-def conclusion(summary: Mapping[str, Any]) -> str:
-    """One sentence on which norms differ from LayerNorm beyond chance, in the direction of the metric."""
-    better, worse, level = [], [], []
-    for row in summary["rows"]:
-        found = row["over_examples"]
-        if row["norm"] == BASELINE or not found:
-            continue
-        gain = found["mean"] if summary["higher_is_better"] else -found["mean"]
-        (level if found["p_holm"] >= 0.05 else better if gain > 0 else worse).append(title_of(row["norm"]))
-    diverged = [title_of(row["norm"]) for row in summary["rows"] if row["diverged"] and not row["scores"]]
+def at_chance(summary: Mapping[str, Any], runs: Sequence[Run]) -> str:
+    """Return a sentence where no norm scores above the share of the largest class, or ""."""
+    shares = [run.record.get("chance") for run in runs if run.status == "finished"]
+    if not shares or not all(shares) or not summary["num_test_examples"]:
+        return ""
+    share = max(shares)
+    bound = share + 2 * math.sqrt(share * (1 - share) / summary["num_test_examples"])
+    means = [row["mean"] for row in summary["rows"] if row["scores"]]
+    if any(mean is None or not mean <= 100 * bound for mean in means):
+        return ""
+    return (
+        f"No norm learned the task: all scores are at chance ({100 * share:.1f} %, the share of the largest class), "
+        "so they do not compare norms. Train longer, or change the learning rate. "
+    )
+
+
+_VERDICTS = {
+    "better": "scored better than LayerNorm",
+    "worse": "scored worse than LayerNorm",
+    "level": "is level with LayerNorm",
+    "open": "cannot be told apart from LayerNorm",
+}
+
+
+def conclusion(summary: Mapping[str, Any], runs: Sequence[Run] = ()) -> str:
+    """Return one or two sentences: which norms differ from LayerNorm, or why nothing was tested."""
+    rows = [row for row in summary["rows"] if row["norm"] != BASELINE]
     lost = [
         f"{title_of(row['norm'])} diverged with {counted(len(row['diverged']), 'seed')}"
         for row in summary["rows"]
-        if row["diverged"] and row["scores"]
+        if row["diverged"]
     ]
-    parts = [
-        f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} {verb}"
-        for names, verb in (
-            (better, "scored better than LayerNorm"),
-            (worse, "scored worse than LayerNorm"),
-            (level, "cannot be told apart from LayerNorm"),
-            (diverged, "diverged"),
+    told = f" {'; '.join(lost)}." if lost else ""
+    tested = [row for row in rows if row["difference"]]
+    num_seeds = min((row["difference"]["num_pairs"] for row in tested), default=0)
+    if not tested:
+        return at_chance(summary, runs) + f"No difference was tested: {_why_not(summary)}.{told}"
+    if num_seeds < LOOKS[0]:
+        return at_chance(summary, runs) + (
+            f"No verdict: {counted(num_seeds, 'seed')} per norm, and the first planned look is at {LOOKS[0]}. "
+            f"The table shows differences with their intervals.{told}"
         )
-        if names
-    ]
-    if not better + worse + level:
-        return "No difference from LayerNorm was tested." + (f" {', '.join(diverged)} diverged." if diverged else "")
-    chance = "by a paired bootstrap over test examples at 5 %, corrected for the number of norms"
-    partly = f" {', '.join(lost)}; the others alone were compared." if lost else ""
-    return f"{'; '.join(parts)} ({chance}). The variation between seeds is not in this test.{partly}"
+    parts = []
+    for said, verb in _VERDICTS.items():
+        names = [title_of(row["norm"]) for row in tested if row["relation"] == said]
+        if names:
+            verb = verb.replace("is level", "are level") if len(names) > 1 else verb
+            parts.append(f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} {verb}")
+    return f"{at_chance(summary, runs)}{'; '.join(parts)}.{told}"
+
+
+def _why_not(summary: Mapping[str, Any]) -> str:
+    rows = {row["norm"]: row for row in summary["rows"]}
+    if BASELINE not in rows:
+        return f"{BASELINE} is not among the norms"
+    if not rows[BASELINE]["scores"]:
+        return "no run of LayerNorm has finished"
+    if len(rows) == 1:
+        return "LayerNorm is the only norm"
+    ours = rows[BASELINE]["scores"].keys()
+    if all(len(row["scores"].keys() & ours) < 2 for norm, row in rows.items() if norm != BASELINE):
+        return "that takes at least two seeds that both LayerNorm and the other norm finished"
+    return "the scores are not finite, or differ by the same amount with every seed"
 
 
 # Markdown and LaTeX
 
 
 def paper_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    """A row a norm: the paper's column, where there is one, and ours."""
+    """Return one row per norm: the paper's column, where there is one, and ours."""
     column, arrow = summary["column"], "higher" if summary["higher_is_better"] else "lower"
     paper = [f"{column} {COLUMNS[column][0]}, paper"] if column else []
     table = [["model", *paper, f"{summary['title']} {summary['label']}, ours, {summary['split']} ({arrow} is better)"]]
@@ -163,28 +196,36 @@ def paper_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def difference_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Every norm's difference from LayerNorm."""
-    table = [["model", "difference from LayerNorm [95 %]", "p (Holm)", "[95 %] over seeds"]]
-    table[0] += ["loss gap", "gap less LayerNorm's [95 %] over seeds", "parameters"]
+    """Return every norm's difference from LayerNorm, the loss gap and the size, without columns that say nothing."""
+    table = [["model", "difference from LayerNorm [95 %]", "p", "p (Holm)", "relation", "loss gap"]]
+    table[0] += ["gap less LayerNorm's [95 %]", "parameters"]
     rows = {row["norm"]: row for row in summary["rows"]}
+    decimals = summary["decimals"]
     for norm in in_order(rows):
-        row = rows[norm]
-        cells = ("", "", "") if norm == BASELINE else difference_cells(row, summary["decimals"])
-        gap, gap_difference = gap_cells(row)
+        row, cells = rows[norm], [""] * 4
+        if found := row["difference"]:
+            difference = f"{found['mean']:+.{decimals}f} {interval(found['interval_95'], decimals)}"
+            cells = [difference, p_value(found["p"]), p_value(found["p_holm"]), row["relation"]]
         parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
-        table.append([title_of(norm), *cells, gap, "" if norm == BASELINE else gap_difference, parameters])
-    return table
+        table.append([title_of(norm), *cells, *gap_cells(row), parameters])
+    kept = [column for column in range(len(table[0])) if column == 0 or any(_says(line[column]) for line in table[1:])]
+    return [[line[column] for column in kept] for line in table]
+
+
+def _says(cell: str) -> bool:
+    """Whether a cell holds more than a dash or zeros."""
+    return re.sub(r"[-+±0. \[\],]", "", cell) != ""
 
 
 def to_markdown(table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
+    """Return a Markdown table; the first column to the left, the others to the right."""
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|---|" + "---:|" * (len(table[0]) - 1))
     return "\n".join(lines) + "\n"
 
 
 def to_latex(table: Sequence[Sequence[str]]) -> str:
-    """A tabular for the booktabs package."""
+    """Return a tabular for the booktabs package."""
     replace = {"&": r"\&", "%": r"\%", "_": r"\_", "±": r"$\pm$", "<": "$<$", "#": r"\#", "$": r"\$"}
     rows = [" & ".join("".join(replace.get(letter, letter) for letter in cell) for cell in row) for row in table]
     body = " \\\\\n".join(rows[1:])
@@ -196,19 +237,29 @@ def to_latex(table: Sequence[Sequence[str]]) -> str:
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to read the numbers."""
+    """Return what a reader must know to read the numbers."""
+    decimals, tested = summary["decimals"], any(row["difference"] for row in summary["rows"])
     score = f"Mean ± standard deviation over n seeds of the {summary['split']} {summary['label']}"
     lines = [f"{score}; the checkpoint of each run was chosen on validation."]
-    if summary["num_test_examples"]:
+    if tested:
+        over = f"seeds and {summary['num_test_examples']:,} test examples" if summary["num_test_examples"] else "seeds"
+        lines += [
+            f"Difference: the norm less LayerNorm, paired by seed. The interval covers other {over} (crossed random "
+            "effects)."
+            if summary["num_test_examples"]
+            else "Difference: the norm less LayerNorm, paired by seed (t-test).",
+            "p: how often chance alone gives a difference at least this large if the norms are equal. p (Holm): the "
+            "same, corrected for testing several norms; below 0.05 at least one norm differs from LayerNorm.",
+            f"Relation: better or worse if p is below {LOOK_P} (planned looks at {', '.join(map(str, LOOKS))} seeds); "
+            f"level if the 90 % interval lies within ±{summary['margin']:.{decimals}f}, a margin fixed in advance; "
+            f"otherwise open. Fewer than {LOOKS[0]} seeds decide nothing.",
+        ]
+    if any(row["gap"]["mean"] is not None for row in summary["rows"]):
         lines.append(
-            f"Differences: paired bootstrap over {summary['num_test_examples']:,} test examples, "
-            f"{summary['num_resamples']:,} resamples, seeds paired."
+            "Loss gap: the validation loss at the last evaluation less the mean training loss since the one before, "
+            "in nats. Only the training loss contains dropout and label smoothing, so the level says little; a norm "
+            "with a larger gap than LayerNorm over-fits more."
         )
-    lines.append(
-        "Over seeds: paired t-test, not corrected for the number of norms. Loss gap: validation loss at the last "
-        "evaluation less the mean training loss since the one before, in nats; dropout and label smoothing are in the "
-        "training loss alone, so only differences between norms say something: a larger gap is more over-fitting."
-    )
     if any(row["tried"] > 1 for row in summary["rows"]):
         chosen = [
             f"{title_of(row['norm'])} {', '.join(f'{k} {v}' for k, v in row['choice'].items()) or 'as it is'} "
@@ -232,15 +283,12 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
-    """Training loss, validation score and final score, a colour a norm; returns the figure."""
+    """Return the figure of training loss, validation score and final score, one color per norm."""
     figure = Figure(figsize=(12, 3.7), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     norms = [row["norm"] for row in summary["rows"]]
     for position, norm in enumerate(norms):
-        style = STYLE[kind(norm)]
-        # Contestants of one norm share its colour, and differ in lines and markers.
-        other = (style + sum(kind(norm) == kind(earlier) for earlier in norms[:position])) % len(plots.LINES)
-        line = {"color": plots.COLORS[style], "linestyle": plots.LINES[other], "marker": plots.MARKERS[other]}
+        line = style_of(kind(norm), sum(kind(norm) == kind(earlier) for earlier in norms[:position]))
         line |= {"linewidth": 1.6, "markersize": 4, "label": title_of(norm)}
         ours = [run for run in runs if run.norm == norm]
         finished = [run for run in ours if run.status == "finished"]
@@ -250,12 +298,10 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
         _curve(middle, [_series(h, "history", summary["score"], summary["scale"]) for h in histories], line)
     tested = False
     for position, row in enumerate(reversed(summary["rows"])):
-        color = plots.COLORS[STYLE[kind(row["norm"])]]
+        color = style_of(kind(row["norm"]))["color"]
         values = list(row["scores"].values())
-        if row["over_examples"]:  # around the mean of this norm, as wide as the interval of the difference
-            low, high = (
-                row["mean"] + row["over_examples"][end] - row["over_examples"]["mean"] for end in ("low", "high")
-            )
+        if found := row["difference"]:  # around the mean of this norm, as wide as the interval of the difference
+            low, high = (row["mean"] + end - found["mean"] for end in found["interval_95"])
             right.hlines(position, low, high, color=color, linewidth=1.5, alpha=0.7)
             tested = True
         if values:
@@ -287,8 +333,8 @@ def _series(progress: Mapping[str, Any], history: str, key: str, scale: float = 
 
 
 def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, Any]) -> None:
-    """The mean of the curves over the steps that all of them reached, with a band, or at a single step a bar, from the
-    lowest to the highest."""
+    """Draw the mean of the curves over the steps that all of them reached, with a band (or a bar at a single step)
+    from the lowest to the highest."""
     curves = [curve for curve in curves if curve]
     if not curves:
         return
@@ -307,7 +353,7 @@ def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, 
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with any keys; a key that a row does not have stays empty."""
+    """Write rows with any keys; a key that a row does not have stays empty."""
     text = io.StringIO()
     fields = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, fields, lineterminator="\n")
@@ -316,10 +362,10 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_file(path, text.getvalue())
 
 
-def save_figure(figure: Any, stem: Path, *, dpi: int) -> dict[str, bytes]:
-    """Write a figure as `stem`.png and `stem`.svg; returns both, by their format."""
+def save_figure(figure: Any, stem: Path, *, dpi: int, formats: Sequence[str] = ("png", "svg")) -> dict[str, bytes]:
+    """Write a figure as `stem`.png and `stem`.svg; return both, by their format."""
     pictures = {}
-    for suffix in ("png", "svg"):
+    for suffix in formats:
         picture = io.BytesIO()
         figure.savefig(picture, format=suffix, dpi=dpi)
         pictures[suffix] = picture.getvalue()
@@ -328,7 +374,7 @@ def save_figure(figure: Any, stem: Path, *, dpi: int) -> dict[str, bytes]:
 
 
 def run_rows(runs: Sequence[Run], search: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row a run: how it ended, its scores, what it cost."""
+    """Return one row per run: how it ended, its scores, its cost."""
     rows = []
     for stage, group in (("search", search), ("run", runs)):
         for run in group:
@@ -344,7 +390,7 @@ def run_rows(runs: Sequence[Run], search: Sequence[Run]) -> list[dict[str, Any]]
 
 
 def curve_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every logged loss and score in long form."""
+    """Return every logged loss and score in long form."""
     rows = []
     for run in runs:
         progress = run.progress
@@ -359,10 +405,10 @@ def curve_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], search: Sequence[Run]) -> None:
-    """All files of a comparison but `comparison.json`."""
+    """Write all files of a comparison except `comparison.json`."""
     table, differences = paper_table(summary), difference_table(summary)
     bullets = "\n".join(f"- {line}" for line in notes(summary))
-    text = f"# {summary['title']}\n\n{conclusion(summary)}\n\n{to_markdown(table)}\n{to_markdown(differences)}\n"
+    text = f"# {summary['title']}\n\n{conclusion(summary, runs)}\n\n{to_markdown(table)}\n{to_markdown(differences)}\n"
     write_file(folder / "table.md", f"{text}{bullets}\n\n    {summary['command']}\n")
     write_file(folder / "table.tex", f"{to_latex(table)}\n{to_latex(differences)}")
     write_csv(folder / "runs.csv", run_rows(runs, search))
@@ -376,6 +422,7 @@ _CSS = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.2rem auto; max-width: 1220px; padding: 0 1.2rem; }
 h1 { font-size: 1.35rem; margin: 0 0 .2rem; } p.lead { margin: .2rem 0 .8rem; font-size: 1.02rem; }
+p.note { font-size: .88rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 th { cursor: pointer; border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; max-width: 13rem; }
@@ -388,31 +435,29 @@ pre, details { overflow-x: auto; font-size: .82rem; }
 
 
 def page(summary: Mapping[str, Any], runs: Sequence[Run], picture: bytes, folder: Path) -> str:
-    """The HTML report, one file that needs no other: setting, conclusion, table, curves; below, how every run ended,
-    with a link to its folder, as it lies beside `folder`, where the page goes."""
+    """Return the HTML report, one file that needs no other. Links lead from `folder`, where the page goes, to the
+    folders of the runs."""
     escape = html.escape
     source = base64.b64encode(picture).decode()
     rows = run_rows(runs, [])
     shown = ["norm", "seed", "outcome", "best_step", "steps", "seconds_per_step", "peak_memory_mb"]
     shown[3:3] = sorted({key for row in rows for key in row if key.startswith(("validation_", "test_"))})
     every = [[key.replace("_", " ") for key in shown], *([_cell(row.get(key)) for key in shown] for row in rows)]
-    links = [quote(Path(os.path.relpath(run.folder, folder)).as_posix()) + "/" for run in runs]
+    links = ["" if run.adopted else quote(Path(os.path.relpath(run.folder, folder)).as_posix()) + "/" for run in runs]
     options = next((run.record["options"] for run in runs if run.record), {})
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     bullets = "".join(f"<li>{escape(line)}</li>" for line in notes(summary))
     speed = speeds(runs)
-    column = [
-        "examples/s in training",
-        *(speed.get(norm, "-") for norm in in_order(row["norm"] for row in summary["rows"])),
-    ]
+    norms = in_order(row["norm"] for row in summary["rows"])
+    column = ["examples/s in training", *(speed.get(norm, "-") for norm in norms)]
     parts = zip(paper_table(summary), column, difference_table(summary), strict=True)
-    table = [[*scores, pace, *differences[1:]] for scores, pace, differences in parts]  # the same norms in one order
+    table = [[*scores, *([pace] if speed else []), *differences[1:]] for scores, pace, differences in parts]
     title = escape(f"Norms compared: {summary['title']}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>{_CSS}</style></head><body>
 <h1>{title}</h1>
-<p class="lead">{escape(conclusion(summary))}</p>
+<p class="lead">{escape(conclusion(summary, runs))}</p>
 <p>{escape(setting(summary, runs))}</p>
 <div class="scroll">{_html_table(table)}</div>
 <img alt="Training loss, validation score and final score of every norm" src="data:image/png;base64,{source}">
@@ -436,7 +481,7 @@ def _cell(value: Any) -> str:
 
 
 def _html_table(table: Sequence[Sequence[str]], links: Sequence[str] = ()) -> str:
-    """A click on a heading sorts by it. `links`: where the first cell of each row leads."""
+    """Return a table that a click on a heading sorts. `links`: where the first cell of each row leads, or ""."""
     head = "".join(f'<th onclick="{SORT}">{html.escape(cell)}</th>' for cell in table[0])
     whole = re.compile(r"\[[^]]*\]|p [\d.]+|± [\d.]+")  # an interval, a p, a deviation: not broken over lines
     rows = [
@@ -444,6 +489,7 @@ def _html_table(table: Sequence[Sequence[str]], links: Sequence[str] = ()) -> st
         for row in table[1:]
     ]
     for row, link in zip(rows, links, strict=False):
-        row[0] = f'<td><a href="{html.escape(link)}">{row[0][4:-5]}</a></td>'
+        if link:
+            row[0] = f'<td><a href="{html.escape(link)}">{row[0][4:-5]}</a></td>'
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -23,13 +23,14 @@ from statistics import fmean
 from typing import Any
 
 from common.checkpoints import changed_content, write_json
-from common.options import NORMS, OptionError, options_that_change, parse_options
+from common.options import NORMS, OptionError, parse_options
 from common.results import align
 from comparison.choices import MOST_SEEDS, OWN, choose_recipe, grid_points, parse_grid
-from comparison.contestants import canonical, folder_name, kind, parse_norm
 from comparison.paper import BASELINE
+from comparison.records import Run, outcome, read_records, stated, to_record, write_records
 from comparison.report import write_report
-from comparison.runs import LAUNCHED, Run, outcome, summarize
+from comparison.summary import LAUNCHED, machine, summarize
+from comparison.variants import canonical, folder_name, kind, parse_norm
 from hf_adanorm.modeling_adanorm import NORM_CLASSES
 from tasks.data import DATA_OPTIONS, data_content
 
@@ -64,8 +65,6 @@ class Comparison:
             raise OptionError(f"--launcher {own.launcher}: {error}") from error
         if not self.launcher or shutil.which(self.launcher[0]) is None:
             raise OptionError(f"--launcher {own.launcher!r}: there is no such command")
-        if own.resamples < 100:
-            raise OptionError(f"--resamples must be at least 100, got {own.resamples}")
         if not 1 <= own.grid_seeds <= len(own.seeds):
             raise OptionError(
                 f"--grid_seeds must be in [1, {len(own.seeds)}], the number of seeds; got {own.grid_seeds}"
@@ -73,6 +72,7 @@ class Comparison:
         self.grid = parse_grid(own.grid, self.names)
         base = self.options(rest)
         own.norms = list(dict.fromkeys(canonical(text, base, self.grid) for text in own.norms))
+        self.adopted = {(run.norm, run.seed): run for path in own.records for run in read_records(path)}
         self.search: list[Run] = []
         self.runs: list[Run] = []
         self.failed: list[Run] = []
@@ -123,6 +123,10 @@ class Comparison:
         for position, run in enumerate(runs, start=1):
             if run.status == "unfinished" and not self.own.report_only:
                 started = time.perf_counter()
+                print(
+                    f"run {position}/{len(runs)}: {run.norm}, seed {run.seed}: started, see {run.folder}/log.txt",
+                    flush=True,
+                )
                 self.run_one(run, self.arguments(run, test=test))
                 self.check_launched_alike(run)
                 took = f", {time.perf_counter() - started:,.0f} s"
@@ -146,25 +150,26 @@ class Comparison:
         return f"{split} {self.task.label} {score:.{self.task.decimals}f}"
 
     def check_same_options(self, run: Run, *, test: bool = True) -> None:
-        """Raise OptionError when a run that ended had other options than it would be given now."""
+        """Raise OptionError if a run that ended had other options or other data than it would be given now."""
         saved = run.record.get("options")
         if saved is None:
             return
         options = self.options(self.arguments(run, test=test))
-        now, default = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (options, self.options_class()))
-        saved = {**default, **saved}  # what had no option yet was as it is by default
+        given = json.loads(json.dumps(dataclasses.asdict(options)))
+        default = json.loads(json.dumps(dataclasses.asdict(self.options_class())))
+        then, now = (stated(self.options_class, one, run.norm) for one in (saved, given))
+        where = f"the record of {run.norm}, seed {run.seed}" if run.adopted else str(run.folder)
+        contents = self.content(options)
+        if changed := changed_content(run.record.get("content"), contents):
+            raise OptionError(f"{where} holds a run on other data: {changed}; give that data, or another --output_dir")
         differing = [
-            f"{name}: {saved[name]!r} then, {now[name]!r} now"
-            for name in sorted(options_that_change(self.options_class, "results", "onward"))
-            if saved[name] != now[name]
+            f"{name}: {then.get(name, default[name])!r} then, {now.get(name, default[name])!r} now"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name) and name not in contents
         ]
-        if changed := changed_content(run.record.get("content"), self.content(options)):
-            raise OptionError(
-                f"{run.folder} holds a run on other data: {changed}; give that data, or another --output_dir"
-            )
         if differing:
             raise OptionError(
-                f"{run.folder} holds a run with other options ({'; '.join(differing)}); "
+                f"{where} holds a run with other options ({'; '.join(differing)}); "
                 "give the same options, or another --output_dir"
             )
 
@@ -270,10 +275,15 @@ class Comparison:
         """Seed by seed, so that a comparison that is stopped early has compared like with like."""
         folder = self.own.output_dir / "runs"
         self.runs = [
-            Run(norm, seed, folder / f"{folder_name(norm)}-seed{seed}", chosen[norm])
+            self.planned(Run(norm, seed, folder / f"{folder_name(norm)}-seed{seed}", chosen[norm]))
             for seed in self.own.seeds
             for norm in self.own.norms
         ]
+
+    def planned(self, run: Run) -> Run:
+        """Return the run itself, or the record of `--records` that stands for it while its folder holds no result."""
+        kept = self.adopted.get((run.norm, run.seed))
+        return run if kept is None or run.status != "unfinished" else kept
 
     def report(self, command: str) -> dict[str, Any]:
         """Write all tables and figures of what there is."""
@@ -286,9 +296,13 @@ class Comparison:
             title=self.own.title,
             column=self.own.paper,
             command=command,
-            num_resamples=self.own.resamples,
         )
         write_json(folder / "comparison.json", summary)
+        about = {"recipe": self.script.stem, "title": self.own.title, "machine": machine()}
+        ended = [run for run in self.runs if run.status != "unfinished"]
+        write_records(
+            folder / "records.jsonl", [to_record(run, self.task, self.options_class, **about) for run in ended]
+        )
         write_report(folder, summary, self.runs, self.search)
         return summary
 

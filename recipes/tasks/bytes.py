@@ -293,9 +293,15 @@ class ByteTask(Task):
     windows: Windows | None  # None for a model with a memory, which reads streams
 
     @classmethod
-    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+    def outcomes(cls, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+        """Return the bits and the characters of each segment of the test text."""
         bits = json.loads((folder / "test_bits.json").read_text(encoding="utf-8"))
-        return np.asarray([bits["bits"], bits["characters"]]).T, lambda sums: sums[:, 0] / sums[:, 1]
+        return np.asarray([bits["bits"], bits["characters"]]).T
+
+    @classmethod
+    def score_of(cls, sums: np.ndarray) -> np.ndarray:
+        """Return bits per character."""
+        return sums[:, 0] / sums[:, 1]
 
 
 def collate_segments(rows: Sequence[np.ndarray]) -> torch.Tensor:

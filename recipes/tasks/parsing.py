@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,15 @@ class ParsingTask(Task):
     sentences_per_second: float | None = None  # parsed in the last evaluation
 
     @classmethod
-    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
-        """Right heads and words of every test sentence, without punctuation."""
+    def outcomes(cls, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+        """Return the correct heads and the words of each test sentence, without punctuation."""
         counts = np.asarray(json.loads((folder / "test_trees.json").read_text(encoding="utf-8"))["counts"])
-        return counts[:, 1, [1, 0]], lambda sums: 100 * sums[:, 0] / sums[:, 1]
+        return counts[:, 1, [1, 0]]
+
+    @classmethod
+    def score_of(cls, sums: np.ndarray) -> np.ndarray:
+        """Return the unlabeled attachment score in percent."""
+        return 100 * sums[:, 0] / sums[:, 1]
 
 
 def prepare_parsing(run: Run) -> ParsingTask:

@@ -51,10 +51,16 @@ class ClassificationTask(Task):
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
 
     @classmethod
-    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+    def outcomes(cls, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+        """Return 1 for each test example that was classified correctly, 0 for the others, and a column of ones."""
         answers = json.loads((folder / "test_predictions.json").read_text(encoding="utf-8"))
         correct = np.equal(answers["predictions"], answers["labels"])
-        return np.stack([correct, np.ones_like(correct)], axis=1), lambda sums: 100 * sums[:, 0] / sums[:, 1]
+        return np.stack([correct, np.ones_like(correct)], axis=1)
+
+    @classmethod
+    def score_of(cls, sums: np.ndarray) -> np.ndarray:
+        """Return the accuracy in percent."""
+        return 100 * sums[:, 0] / sums[:, 1]
 
     @classmethod
     def of(cls, plan: Plan, names: Sequence[str], **fields: Any) -> ClassificationTask:

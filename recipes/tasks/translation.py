@@ -66,7 +66,8 @@ class TranslationTask(Task):
     use: str
 
     @classmethod
-    def per_example(cls, folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+    def outcomes(cls, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+        """Return the n-gram matches and totals and the two lengths of each test sentence."""
         lines = (folder / "test_translations.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
         rows, lang = [json.loads(line) for line in lines], record["options"]["target_lang"]  # lines may hold U+2028
         hypotheses = moses_tokenize([row["translation"] for row in rows], lang)
@@ -77,12 +78,13 @@ class TranslationTask(Task):
         for hypothesis, reference in zip(hypotheses, references, strict=True):
             result = metric.sentence_score(hypothesis, [reference])
             counts.append([*result.counts, *result.totals, result.sys_len, result.ref_len])
+        return np.asarray(counts)
 
-        def score(sums: np.ndarray) -> np.ndarray:
-            rows = sums.astype(int).tolist()
-            return np.asarray([BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9]).score for row in rows])
-
-        return np.asarray(counts), score
+    @classmethod
+    def score_of(cls, sums: np.ndarray) -> np.ndarray:
+        """Return BLEU."""
+        rows = sums.astype(int).tolist()
+        return np.asarray([BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9]).score for row in rows])
 
 
 def prepare_translation(run: Run) -> TranslationTask:

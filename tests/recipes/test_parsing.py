@@ -85,7 +85,7 @@ def test_it_learns_and_scores_the_same_in_a_fresh_process(trained):
 
 def test_what_a_score_is_made_of_adds_up_to_it(trained):
     folder, results = trained
-    statistics, score = parsing.ParsingTask.per_example(folder, results)
+    statistics, score = parsing.ParsingTask.outcomes(folder, results), parsing.ParsingTask.score_of
     assert statistics.shape == (21, 2)
     assert score(statistics.sum(0, keepdims=True)).tolist() == [results["test"]["uas_without_punctuation"]]
 

@@ -1,216 +1,188 @@
-"""The paper's rows from finished comparisons."""
+"""The paper's rows from run records."""
 
-import dataclasses
-import json
 import re
-from pathlib import Path
 
 import pytest
 
 import compare
-from classification import TASK
-from common.checkpoints import write_json
-from common.options import OptionError, parse_options
-from comparison.gather import gather, shown_command
-from comparison.runs import Run, summarize
-from tasks.options import ClassificationOptions
+from common.options import OptionError
+from comparison.gather import CLAIMS, Row, fill, gather, ranges
+from tests.recipes.comparison.comparison_runs import RECIPES, diverge, finish, write
 
-RECIPES = Path(compare.__file__).parent
-
-
-def finish(folder, norm, seed, *, num_correct, losses=(0.5, 0.4), config="rt", launched=None, choice=None, **changes):
-    """A run of classification that ended, of 1,000 test examples, with its validation and its training loss."""
-    options = parse_options(ClassificationOptions, ["--config", str(RECIPES / "configs" / f"{config}.yaml")])
-    score = {"accuracy": num_correct / 1000}
-    record = {
-        "options": {**dataclasses.asdict(options), **changes},
-        "validation": score,
-        "test": score,
-        "parameters": 7,
-        "steps": 20,
-        "train_samples": 8608,
-        "history": [{"step": 20, "loss": losses[0]}],
-        "train_history": [{"step": 20, "loss": losses[1]}],
-        **(launched or {}),
-    }
-    run = Run(norm, seed, folder / f"{norm}-{seed}".replace(":", ","), choice or {})
-    run.folder.mkdir(parents=True)
-    write_json(run.folder / "results.json", record)
-    # Norms agree on as many examples as they can: those before num_correct are right.
-    answers = {"labels": [1] * 1000, "predictions": [int(number < num_correct) for number in range(1000)]}
-    write_json(run.folder / "test_predictions.json", answers)
-    return run
-
-
-def compared(folder, runs, *, search=(), title="rt", column="RT", command="recipes/compare.py --config rt.yaml"):
-    """The `comparison.json` of these runs."""
-    summary = summarize(runs, search, TASK, title=title, column=column, command=command, num_resamples=200)
-    write_json(folder / "comparison.json", summary)
-    return folder
+SIMPLE, DETACH, ADANORM, OVER_FIT = CLAIMS
+WOBBLE = {1: 0, 2: 3, 3: -3, 4: 1, 5: -1, 6: 400, 7: 400}
 
 
 @pytest.fixture(scope="module")
 def rt(tmp_path_factory):
-    """AdaNorm is right on 10 examples more with every seed; LayerNorm-simple differs from seed to seed, and its
-    validation loss is nearer to that in training."""
+    """AdaNorm is better with every seed, LayerNorm-simple is level, DetachNorm diverges; the last seeds wait."""
     folder = tmp_path_factory.mktemp("rt")
     runs = []
-    for seed, wobble in ((1, 0), (2, 3), (3, -3)):
+    for seed, wobble in WOBBLE.items():
+        losses = (0.45, 0.4 - seed / 1000)
         runs += [
-            finish(folder, "layernorm", seed, num_correct=770 + wobble, num_epochs=2),
-            finish(folder, "adanorm", seed, num_correct=790 + wobble + seed, losses=(0.6 + seed / 100, 0.4)),
-            finish(folder, "layernorm-simple", seed, num_correct=770 - wobble, losses=(0.45, 0.4 - seed / 1000)),
-            finish(folder, "adanorm:C=2", seed, num_correct=760 + seed),
+            finish(folder, "layernorm", seed, num_correct=550 + wobble, num_epochs=2),
+            finish(folder, "adanorm", seed, num_correct=590 + wobble + seed, num_epochs=2),
+            finish(folder, "layernorm-simple", seed, num_correct=550 + wobble, num_epochs=2, losses=losses),
+            diverge(folder, "detachnorm", seed),
         ]
-    data = "/data/rt/train.jsonl"
-    options = f"--train_file {data} --test_file={data} --output_dir /tmp/rt --report_only"
-    command = f"recipes/compare.py --config recipes/configs/rt.yaml {options}"
-    return compared(folder, runs, command=command)
+    for run in runs[3::4]:  # the options of the others
+        text = (run.folder / "diverged.json").read_text(encoding="utf-8")
+        (run.folder / "diverged.json").write_text(text.replace('"num_epochs": 5', '"num_epochs": 2'))
+    return write(folder / "rt.jsonl", runs)
 
 
-def test_scores_stand_beside_the_papers_and_are_marked(rt, tmp_path):
+def test_scores_are_marked_next_to_the_papers(rt, tmp_path):
     text = gather([rt], tmp_path)
     ours = next(line for line in text.splitlines() if line.startswith("| **RT**"))
-    cells = [cell.strip() for cell in ours.split("|")[1:-1]]
-    assert cells == [
+    assert [cell.strip() for cell in ours.split("|")[1:-1]] == [
         "**RT**, accuracy (%)",
         "-",
-        "77.00 ± 0.30 (n=3)",
-        "77.00 ± 0.30 (n=3)",
-        "-",
-        "79.20 ± 0.26 (n=3) †‡",
-        "76.20 ± 0.10 (n=3) ‡",
+        "55.00 ± 0.22 (n=5)",
+        "55.00 ± 0.22 (n=5)",
+        "5 diverged",
+        "59.30 ± 0.23 (n=5) ▲",
     ]
     assert "| *paper's RT, accuracy* | *76.85* | *77.21* | *76.66* | *76.40* | *77.50* |" in text
     assert "| *SST5, accuracy* | *38.55* |" in text
     assert (tmp_path / "rows.md").read_text(encoding="utf-8") == text
-    assert r"RT, accuracy (\%) & - & 77.00 $\pm$ 0.30" in (tmp_path / "rows.tex").read_text(encoding="utf-8")
+    assert r"RT, accuracy (\%) & - & 55.00 $\pm$ 0.22" in (tmp_path / "rows.tex").read_text(encoding="utf-8")
+    assert (tmp_path / "forest.png").stat().st_size > 5000
 
 
-def test_gaps_and_their_differences_are_shown(rt, tmp_path):
+def test_a_row_is_judged_by_the_seeds_of_the_latest_planned_look(rt, tmp_path):
+    row = Row(rt)
+    assert (row.seeds, row.waiting) == ([1, 2, 3, 4, 5], 8)
+    assert "| RT | 20 | 1-5 | 8 | 0.1 | a test |" in gather([rt], tmp_path)
+
+
+def test_every_claim_has_a_table_with_the_relation_of_each_row(rt, tmp_path):
     text = gather([rt], tmp_path)
-    [row] = re.findall(r"^\| RT \|.*$", text, re.MULTILINE)
-    assert row.startswith("| RT | 0.100 ± 0.000 | 0.052 ± 0.001 (-0.048 [-0.050, -0.046], p < 0.001) |")
-    assert "| 0.220 ± 0.010 (+0.120 [+0.095, +0.145], p 0.002) |" in row
+    assert "AdaNorm less LayerNorm: 1 better, 0 level, 0 worse, 0 open, of 1 rows." in text
+    assert re.search(r"\| RT \| \+4\.30 \| \[\+\d\.\d\d, \+\d\.\d\d\] \| (0\.\d{3}|< 0\.001) \| better \|", text)
+    assert "DetachNorm less w/o Norm: 0 better, 0 level, 0 worse, 0 open, of 0 rows." in text
+    assert "loss gap (nats): 1 better, 0 level" in text
 
 
-def test_departures_come_from_the_runs(rt, tmp_path):
-    text = gather([rt], tmp_path)
-    assert "- RT: 20 updates a run, 8,608 training examples; num_epochs 2 (5).\n" in text
+def test_a_norm_that_diverged_is_worse_than_one_that_finished(tmp_path):
+    runs = [finish(tmp_path, "none", seed, num_correct=500 + seed) for seed in range(1, 6)]
+    runs += [diverge(tmp_path, "detachnorm", seed) for seed in range(1, 6)]
+    assert Row(write(tmp_path / "rt.jsonl", runs)).relation(DETACH) == "worse"
+    few = [run for run in runs if run.seed < 3]
+    assert Row(write(tmp_path / "few.jsonl", few)).relation(DETACH) == "open"
+
+
+def test_a_norm_is_not_judged_by_the_runs_that_it_survived(tmp_path):
+    runs = [finish(tmp_path, "layernorm", seed, num_correct=500 + seed % 2) for seed in range(1, 11)]
+    ours = [finish(tmp_path, "adanorm", seed, num_correct=650 + seed % 3) for seed in range(1, 10)]
+    theirs = [finish(tmp_path, "layernorm-simple", seed, num_correct=350 + seed % 3) for seed in range(1, 10)]
+    lost = [diverge(tmp_path, norm, 10) for norm in ("adanorm", "layernorm-simple")]
+    row = Row(write(tmp_path / "rt.jsonl", [*runs, *ours, *theirs, *lost]))
+    assert (row.relation(ADANORM), row.relation(SIMPLE)) == ("open", "worse")
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"on_nonfinite": "skip"}, "on_nonfinite skip (stop)"),
-        ({"train_file": ["/data/imdb.jsonl"]}, "from imdb.jsonl; 20 updates"),
-        ({"launched": {"num_processes": 8}}, "processes x gradient_accumulation_steps 8 (1)"),
-        ({"launched": {"mixed_precision": "bf16"}}, "mixed_precision bf16 (no)"),
-        (  # the same batches in another way
-            {"launched": {"num_processes": 1}, "gradient_accumulation_steps": 8, "title": "wmt14_en_de"},
-            "mixed_precision no (bf16)",
-        ),
-        (
-            {"title": "mine", "dataset_name": "me/rt"},
-            "RT: the data of mine in place of the row's data; from me/rt; 20",
-        ),
-        ({"title": "mine"}, "RT: 20 updates"),
+        ({"num_epochs": 2}, "; num_epochs 2 (5)."),
+        ({"on_nonfinite": "skip"}, "; on_nonfinite skip (stop)."),
+        ({"record": {"num_processes": 8}}, "; gradient_accumulation_steps 8 (1)."),
+        ({"record": {"mixed_precision": "bf16"}}, "; mixed_precision bf16 (no)."),
+        ({"choice": {"learning_rate": "0.1"}}, "; learning_rate LayerNorm 0.1 (chosen on validation)."),
+        ({}, "; no other departure."),
     ],
 )
-def test_departures_tell(changes, said, tmp_path):
-    title, launched = changes.pop("title", "rt"), changes.pop("launched", None)
-    runs = [finish(tmp_path, "layernorm", 1, num_correct=500, launched=launched, **changes)]
-    column = "En-De" if title == "wmt14_en_de" else "RT"
-    text = gather([compared(tmp_path, runs, title=title, column=column)], tmp_path)
-    [line] = re.findall(rf"^- {column}: .*updates.*$", text, re.MULTILINE)
-    assert said in line
-    assert ("gradient_accumulation_steps" in line) == ("gradient_accumulation_steps" in said)
-    assert ("no other departure" in line) == (said.endswith(("20", "updates")))
+def test_departures_from_the_papers_row_come_from_the_runs(changes, said, tmp_path):
+    path = write(tmp_path / "rt.jsonl", [finish(tmp_path, "layernorm", 1, num_correct=500, **changes)])
+    assert f"- RT: 20 updates a run, 8,608 training examples{said}\n" in gather([path], tmp_path)
 
 
-def test_what_a_grid_chose_is_a_departure_and_its_loss_gaps_are_not_compared(tmp_path):
-    choices = {"layernorm": {"learning_rate": "0.1"}, "adanorm": {"learning_rate": "0.01"}}
-    runs = [
-        finish(tmp_path, norm, seed, num_correct=500 + seed, losses=(seed, 0), choice=choice)
-        for norm, choice in choices.items()
-        for seed in (1, 2)
-    ]
-    search = [Run(norm, 1, tmp_path, {**choice, "batch_size": "32"}) for norm, choice in choices.items()]
-    compared(tmp_path, runs, search=search)
-    text = gather([tmp_path], tmp_path)
-    assert "learning_rate chosen on validation: LayerNorm 0.1, AdaNorm 0.01 (0.0005)." in text  # batch_size was not
-    assert "| RT | 1.500 ± 0.707 | 1.500 ± 0.707 |" in text
-
-
-def test_a_grid_of_one_point_is_an_option(tmp_path):
-    runs = [finish(tmp_path, "layernorm", 1, num_correct=500, choice={"learning_rate": "1e-1"})]
-    assert "; learning_rate 0.1 (0.0005).\n" in gather([compared(tmp_path, runs)], tmp_path)
-
-
-def test_commands_name_no_folder_of_this_machine(rt, tmp_path):
-    text = gather([rt], tmp_path)
+def test_the_command_repeats_the_runs_and_names_no_folder(tmp_path):
+    changes = {"num_epochs": 2, "train_file": "/data/rt/train.jsonl", "include": ["a.*"]}
+    runs = [finish(tmp_path, norm, seed, num_correct=5, **changes) for norm in ("none", "adanorm") for seed in (2, 4)]
+    text = gather([write(tmp_path / "rt_short.jsonl", runs)], tmp_path)
     [command] = re.findall(
-        r"python recipes/compare.py --config recipes/configs/rt.yaml (.*?--output_dir \S+)", text, re.S
+        r"python recipes/compare.py --config recipes/configs/rt.yaml --norms.*?(?=\n```)", text, re.S
     )
-    assert command.replace("\\\n   ", "").split() == [
-        *("--train_file", "train.jsonl", "--test_file=train.jsonl", "--output_dir", "outputs/rt"),
+    assert command.replace("\\\n   ", "").split()[2:] == [
+        *("--config", "recipes/configs/rt.yaml", "--norms", "none", "adanorm", "--seeds", "2", "4"),
+        *("--output_dir", "outputs/rt_short", "--include", "'[\"a.*\"]'", "--num_epochs", "2"),
+        *("--train_file", "train.jsonl"),
     ]
+    assert "**RT, short**" in text
     assert "/data" not in text
-    assert "--report_only" not in text
-    command = "recipes/compare.py --config /home/me/recipes/configs/rt.yaml --output_dir=/tmp/x"
-    command += " --launcher 'accelerate launch --config_file /home/me/mine.yaml'"
-    assert shown_command({"title": "rt", "command": command}).replace("\\\n   ", "").split() == [
-        *("python", "recipes/compare.py", "--config", "recipes/configs/rt.yaml", "--output_dir=outputs/rt"),
-        *("--launcher", "'accelerate", "launch", "--config_file", "mine.yaml'"),
-    ]
-    long = {"title": "rt", "command": "recipes/compare.py " + " ".join(f"--option_{n} value" for n in range(9))}
-    assert max(map(len, shown_command(long).splitlines())) <= 110
 
 
-def test_a_substitute_is_named_and_the_row_itself_stays_to_be_run(rt, tmp_path):
-    folder = tmp_path / "multi30k"
-    runs = [finish(folder, "layernorm", 1, num_correct=500)]
-    compared(folder, runs, title="ud_ewt", column="PTB")
-    text = gather([rt, folder], tmp_path)
+def test_a_substitute_is_named_and_the_papers_row_is_still_to_be_run(rt, tmp_path):
+    runs = [finish(tmp_path, "layernorm", 1, num_correct=500)]
+    text = gather([rt, write(tmp_path / "ud_ewt.jsonl", runs, title="ud_ewt")], tmp_path)
     assert "**PTB (UD English-EWT)**, " in text
-    assert (
-        "- PTB: UD English-EWT in place of the row's data; from cornell-movie-review-data/rotten_tomatoes; 20 updates"
-        in text
-    )
+    assert "- PTB (UD English-EWT): UD English-EWT in place of the row's data; 20 updates" in text
     assert "- PTB: the Penn Treebank" in text
     assert "- RT: RT, from the Hub" not in text
     assert "recipes/configs/ptb.yaml --train_file 02-21.conllx" in text
 
 
-@pytest.mark.parametrize("change", ["missing", "broken", "old", "of no row", "unfinished", "twice"])
-def test_what_cannot_be_gathered_is_refused_before_anything_is_written(change, rt, tmp_path):
-    folder, said = tmp_path / "in", "there is no comparison.json"
-    folder.mkdir()
-    text = (rt / "comparison.json").read_text(encoding="utf-8")
-    if change == "broken":
-        text, said = text[:50], "cannot be read"
-    elif change == "old":
-        text, said = (
-            text.replace('"grid": {},', ""),
-            r"report again: python recipes/compare.py .*--report_only",
-        )
-    elif change == "of no row":
-        text, said = text.replace('"column": "RT"', '"column": null'), r"report again with --paper En-De\|De-En"
-    elif change == "unfinished":
-        text, said = json.dumps({**json.loads(text), "options": None}), "no run of this comparison has finished"
-    elif change == "twice":
-        said = "another folder has the row RT"
-    if change != "missing":
-        (folder / "comparison.json").write_text(text, encoding="utf-8")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("missing", "no such file"),
+        ("empty", "no run has ended"),
+        ("title", "config 'mine' matches no row of the paper"),
+        ("options", "none, seed 1 has another weight_decay than layernorm, seed 1"),
+        ("data", "none, seed 1 has another content than layernorm, seed 1"),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused_before_anything_is_written(change, said, rt, tmp_path):
+    path = tmp_path / "in.jsonl"
+    changes = {"options": {"weight_decay": 0.5}, "data": {"record": {"content": {"train_file": "xyz"}}}}
+    if change in ("options", "data", "title"):
+        runs = [finish(tmp_path, "layernorm", 1, num_correct=5), finish(tmp_path, "none", 1, num_correct=5)]
+        runs[1] = finish(tmp_path, "none", 1, num_correct=5, **changes.get(change, {}))
+        write(path, runs, title="mine" if change == "title" else "rt")
+    elif change == "empty":
+        path.write_text("")
     with pytest.raises(OptionError, match=said):
-        gather([rt, folder], tmp_path / "out")
+        gather([rt, path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_gathers(rt, tmp_path, capsys):
+def test_sections_are_filled_into_pages_and_the_rest_stays(rt, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n<!-- gathered: scores -->\nold\n<!-- end -->\n\nafter\n", encoding="utf-8")
+    gather([rt], tmp_path, [page])
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n\n<!-- gathered: scores -->\n\n|  | w/o Norm |")
+    assert text.endswith("|\n\n<!-- end -->\n\nafter\n")
+    assert "old" not in text
+    gather([rt], tmp_path, [page])
+    assert page.read_text(encoding="utf-8") == text
+    page.write_text("<!-- gathered: score -->\n<!-- end -->\n", encoding="utf-8")
+    with pytest.raises(OptionError, match="no section 'score' is gathered; expected scores, differences"):
+        fill(page, {"scores": "", "differences": ""})
+
+
+def test_the_pages_hold_what_the_committed_records_say(tmp_path):
+    docs = RECIPES.parent / "docs"
+    pages = [docs / "reproduction.md", docs / "results.md"]
+    before = [page.read_text(encoding="utf-8") for page in pages]
+    copies = [tmp_path / page.name for page in pages]
+    for copy, text in zip(copies, before, strict=True):
+        copy.write_text(text, encoding="utf-8")
+    gather([docs / "measured" / "runs"], tmp_path, copies)
+    assert [copy.read_text(encoding="utf-8") for copy in copies] == before
+    assert (tmp_path / "rows.md").read_bytes() == (docs / "measured" / "rows.md").read_bytes()
+
+
+def test_seeds_are_told_as_ranges():
+    assert ranges([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
+    assert ranges([]) == ""
+
+
+def test_the_command_line_gathers(rt, tmp_path, capsys):
     compare.main(["--gather", str(rt), "--output_dir", str(tmp_path)])
     assert "| **RT**, accuracy (%) |" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         compare.main(["--gather", str(rt), "--learning_rate", "1"])
     assert ended.value.code == 2
-    assert "--gather takes folders and --output_dir alone, got --learning_rate 1" in capsys.readouterr().err
+    assert "--gather takes files, --output_dir and --pages alone, got --learning_rate 1" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import pytest
 
 from common.options import OptionError
 from compare import parse_arguments
+from comparison.records import Run
 from comparison.running import Comparison
-from comparison.runs import Run
 
 
 def planned(folder, *arguments):

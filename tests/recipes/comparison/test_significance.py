@@ -1,4 +1,4 @@
-"""Is a difference more than chance: the bootstraps against what is known of them."""
+"""Tests of differences, compared with scipy, exact formulas and simulation."""
 
 import math
 
@@ -8,69 +8,136 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from comparison.significance import bootstrap_scores, difference_over_seeds, holm, paired_difference
+from comparison.significance import (
+    LOOK_P,
+    crossed_difference,
+    difference_over_seeds,
+    example_scores,
+    holm,
+    planned,
+    relation,
+)
 
 
-def correct_and_counted(correct):
-    correct = np.asarray(correct, dtype=float)
-    return np.stack([correct, np.ones_like(correct)], axis=1)
+def normal(mean, error=0.1, pairs=10):
+    """A difference with nearly normal intervals."""
+    draws = np.asarray([mean - error, mean + error] * (pairs // 2)) + np.linspace(-1e-3, 1e-3, pairs)
+    return difference_over_seeds(dict(enumerate(draws)), dict.fromkeys(range(pairs), 0.0))
 
 
-def accuracy(sums):
-    return 100 * sums[:, 0] / sums[:, 1]
+def test_example_scores_of_an_accuracy_are_the_correct_answers():
+    correct = np.asarray([1, 0, 1, 1])
+    found = example_scores(np.stack([correct, np.ones(4)], 1), lambda sums: 100 * sums[:, 0] / sums[:, 1])
+    assert found.tolist() == pytest.approx((100 * correct).tolist())
 
 
-def test_the_interval_of_a_difference_is_that_of_the_normal_approximation():
+def test_example_scores_of_a_ratio_have_its_value_and_its_standard_error():
     draw = np.random.default_rng(0)
-    left, right = draw.random(2000) < 0.8, draw.random(2000) < 0.7
-    scores = bootstrap_scores([correct_and_counted(left), correct_and_counted(right)], accuracy, num_resamples=4000)
-    found = paired_difference(scores[:1], scores[1:])
-    pairs = 100 * (left.astype(float) - right)
-    error = pairs.std() / np.sqrt(2000)
-    assert found.mean == pytest.approx(pairs.mean())
-    assert (found.low, found.high) == pytest.approx(
-        (pairs.mean() - 1.96 * error, pairs.mean() + 1.96 * error), abs=0.2
-    )
-    assert 0 < found.p < 0.002
+    words = draw.integers(3, 40, 500)
+    right = draw.binomial(words, 0.8)
+    found = example_scores(np.stack([right, words], 1), lambda sums: 100 * sums[:, 0] / sums[:, 1])
+    ratio = right.sum() / words.sum()
+    assert found.mean() == pytest.approx(100 * ratio)
+    delta_method = 100 * np.std(right - ratio * words, ddof=1) / words.mean()
+    assert found.std(ddof=1) == pytest.approx(delta_method, rel=0.01)
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=30))
-def test_a_run_does_not_differ_from_itself(correct):
-    rows = correct_and_counted(correct)
-    scores = bootstrap_scores([rows, rows], accuracy, num_resamples=100)
-    found = paired_difference(scores[:1], scores[1:])
-    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
-
-
-def test_pairing_sees_a_small_difference_that_single_scores_hide():
+def test_with_equal_examples_the_crossed_test_is_the_paired_t_test_over_seeds():
     draw = np.random.default_rng(1)
-    right = draw.random(1000) < 0.5
-    left = right.copy()
-    left[np.flatnonzero(~right)[:15]] = True  # right wherever the other is, and 15 times more
-    scores = bootstrap_scores([correct_and_counted(left), correct_and_counted(right)], accuracy, num_resamples=2000)
-    found = paired_difference(scores[:1], scores[1:])
-    assert found.low > 0
-    assert np.ptp(np.quantile(scores[0], [0.025, 0.975])) > 4 * (found.high - found.low) / 2
+    ours, theirs = draw.normal(size=(2, 6))
+    found = crossed_difference(*(np.repeat(scores[:, None], 7, axis=1) for scores in (ours, theirs)))
+    expected = stats.ttest_rel(ours, theirs)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.mean, found.p, *found.interval(0.95)) == pytest.approx(
+        (np.mean(ours - theirs), expected.pvalue, low, high)
+    )
 
 
-def test_other_test_examples_are_refused():
-    rows = [correct_and_counted([True] * 3), correct_and_counted([True] * 4)]
-    with pytest.raises(ValueError, match=r"the same test examples.*\[3, 4\]"):
-        bootstrap_scores(rows, accuracy, num_resamples=10)
+def test_with_equal_seeds_the_crossed_test_is_the_paired_t_test_over_examples():
+    draw = np.random.default_rng(2)
+    ours, theirs = draw.normal(size=(2, 40))
+    found = crossed_difference(*(np.repeat(scores[None], 3, axis=0) for scores in (ours, theirs)))
+    assert found.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+
+
+def test_the_crossed_variance_is_the_sum_of_its_components():
+    draw = np.random.default_rng(3)
+    seeds, examples = draw.normal(size=(8, 1)), draw.normal(size=(1, 50))
+    table = seeds + examples + 0.3 * draw.normal(size=(8, 50))
+    found = crossed_difference(table, np.zeros_like(table))
+    # Method of moments, component by component.
+    by_seed, by_example = (50 * table.mean(1).var(ddof=1), 8 * table.mean(0).var(ddof=1))
+    rest = ((table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()) ** 2).sum() / (7 * 49)
+    components = (by_seed - rest) / 50 / 8 + (by_example - rest) / 8 / 50 + rest / 400
+    assert found.error**2 == pytest.approx(components)
+    assert 7 < found.freedom < 56
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    draw = np.random.default_rng(4)
+    covered = 0
+    for _ in range(400):
+        table = 0.3 * draw.normal(size=(5, 1)) + draw.normal(size=(1, 60)) + draw.normal(size=(5, 60))
+        low, high = crossed_difference(table, np.zeros_like(table)).interval(0.95)
+        covered += low < 0 < high
+    assert 0.92 < covered / 400 < 0.985
+
+
+def test_the_detectable_difference_is_found_in_four_of_five_experiments():
+    draw = np.random.default_rng(5)
+    truth = normal(0.0, error=1.0, pairs=20).detectable
+    pairs = draw.normal(truth, 1.0, size=(2000, 20))
+    found = stats.ttest_1samp(pairs, 0, axis=1).pvalue < LOOK_P
+    assert found.mean() == pytest.approx(0.8, abs=0.05)
 
 
 def test_the_test_over_seeds_is_the_paired_t_test():
     scores, baseline = {1: 1.0, 2: 1.2, 3: 0.9, 4: 1.3}, {3: 0.7, 2: 0.5, 1: 0.4, 9: 0.1}
     found = difference_over_seeds(scores, baseline)  # seeds 1, 2 and 3
     expected = stats.ttest_rel([1.0, 1.2, 0.9], [0.4, 0.5, 0.7])
-    low, high = expected.confidence_interval(0.95)
-    assert (found.mean, found.low, found.high, found.p) == pytest.approx((0.5, low, high, expected.pvalue))
+    low, high = expected.confidence_interval(0.9)
+    assert (found.mean, *found.interval(0.9), found.p) == pytest.approx((0.5, low, high, expected.pvalue))
     assert found.num_pairs == 3
 
 
 @pytest.mark.parametrize("scores", [{1: 1.0}, {1: 1.0, 2: math.nan}, {1: 1.0, 2: 1.1}])
 def test_without_variation_between_seeds_nothing_is_tested(scores):
-    assert difference_over_seeds(scores, {1: 0.7, 2: 0.8}) is None
+    baseline = {1: 0.7, 2: 0.8}
+    assert difference_over_seeds(scores, baseline) is None
+    table = np.asarray([[scores[seed]] * 3 for seed in scores])
+    assert crossed_difference(table, np.asarray([[baseline[seed]] * 3 for seed in scores])) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "pairs", "higher", "expected"),
+    [
+        (1.0, 0.1, 10, True, "better"),
+        (1.0, 0.1, 10, False, "worse"),
+        (-1.0, 0.1, 10, True, "worse"),
+        (0.1, 0.1, 10, True, "level"),  # p < 0.018, but within the margin
+        (0.3, 1.0, 10, True, "open"),
+        (1.0, 0.1, 4, True, "open"),  # fewer seeds than the first look
+    ],
+)
+def test_a_relation_takes_the_margin_and_the_planned_looks_into_account(mean, error, pairs, higher, expected):
+    assert relation(normal(mean, error, pairs), 0.5, higher_is_better=higher) == expected
+
+
+def test_level_is_decided_by_two_one_sided_tests():
+    draw = np.random.default_rng(6)
+    for spread in np.linspace(0.3, 1.5, 25):
+        pairs = draw.normal(0.1, spread, 10)
+        found = difference_over_seeds(dict(enumerate(pairs)), dict.fromkeys(range(10), 0.0))
+        below = stats.ttest_1samp(pairs, 0.5, alternative="less").pvalue
+        above = stats.ttest_1samp(pairs, -0.5, alternative="greater").pvalue
+        assert (relation(found, 0.5, higher_is_better=True) == "level") == (max(below, above) < 0.05)
+
+
+@given(st.lists(st.integers(0, 100), unique=True, max_size=30))
+def test_a_look_takes_the_first_seeds_of_the_planned_number(seeds):
+    found = planned(seeds)
+    assert found == sorted(seeds)[: len(found)]
+    assert len(found) == ((len(seeds) // 5 * 5) if 5 <= len(seeds) < 20 else min(len(seeds), 20))
 
 
 def test_holm_multiplies_and_never_falls():

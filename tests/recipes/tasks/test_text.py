@@ -112,5 +112,5 @@ def test_what_would_stop_the_training_is_refused(changes, error, said, prepare):
 
 def test_what_a_score_is_made_of_adds_up_to_it(tmp_path):
     (tmp_path / "test_predictions.json").write_text(json.dumps({"predictions": [0, 1, 1], "labels": [0, 1, 0]}))
-    statistics, score = ClassificationTask.per_example(tmp_path, {})
-    assert score(statistics.sum(0, keepdims=True)).tolist() == [pytest.approx(200 / 3)]
+    statistics = ClassificationTask.outcomes(tmp_path, {})
+    assert ClassificationTask.score_of(statistics.sum(0, keepdims=True)).tolist() == [pytest.approx(200 / 3)]

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from comparison.runs import Run
+from comparison.records import Run
 from tasks.bleu import translation_scores
 from tasks.translation import TranslationTask, initialize
 from tests.recipes.tiny_configs import TINY_TRANSLATOR
@@ -20,7 +20,7 @@ def test_bleu_is_computed_from_sums_as_sacrebleu_does(tmp_path):
     rows = [{"source": "", "reference": reference, "translation": hypothesis} for hypothesis, reference in pairs]
     (tmp_path / "test_translations.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "results.json").write_text(json.dumps({"options": {"target_lang": "en"}}))
-    rows, score = TranslationTask.per_example(tmp_path, Run("adanorm", 1, tmp_path).record)
+    rows, score = TranslationTask.outcomes(tmp_path, Run("adanorm", 1, tmp_path).record), TranslationTask.score_of
     expected, _ = translation_scores(*map(list, zip(*pairs, strict=True)), "en")
     assert score(rows.sum(0, keepdims=True))[0] == pytest.approx(expected["bleu_tokenized_lowercase"])
     assert score(2 * rows[2:])[0] == pytest.approx(100)

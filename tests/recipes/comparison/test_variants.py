@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.options import NORMS, OptionError
-from comparison.contestants import TITLES, in_order, norm_name, parse_norm, title_of
+from comparison.variants import TITLES, in_order, norm_name, parse_norm, title_of
 
 
 @pytest.mark.parametrize(

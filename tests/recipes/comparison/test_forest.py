@@ -1,0 +1,27 @@
+"""The forest plot."""
+
+import pytest
+
+from comparison.forest import draw_forest
+from comparison.gather import Row
+from tests.recipes.comparison.comparison_runs import finish, write
+
+
+@pytest.mark.parametrize(("higher", "sign"), [(True, 1), (False, -1)])
+def test_each_norm_has_its_difference_and_interval_and_better_is_right(higher, sign, tmp_path, monkeypatch):
+    runs = []
+    for seed in range(1, 6):
+        runs += [finish(tmp_path, "layernorm", seed, num_correct=550 + seed % 2)]
+        runs += [finish(tmp_path, "adanorm", seed, num_correct=580 + seed % 3)]
+    row = Row(write(tmp_path / "rt.jsonl", runs))
+    monkeypatch.setattr(row.task, "higher_is_better", higher)
+    figure = draw_forest([row])
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["AdaNorm"]
+    found = row.scores.difference("adanorm")
+    [point] = [line for line in axes.lines if line.get_marker() == "o"]
+    assert point.get_xdata()[0] == pytest.approx(sign * found.mean)
+    ends = sorted(sign * end for end in found.interval(0.95))
+    assert sorted(axes.collections[0].get_segments()[0][:, 0]) == pytest.approx(ends)
+    [paper] = [line for line in axes.lines if line.get_marker() == "x"]
+    assert paper.get_xdata()[0] == pytest.approx(sign * (77.50 - 77.21))
