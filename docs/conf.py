@@ -8,7 +8,7 @@ release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence"]
-exclude_patterns = ["_build", "measured"]  # the latter is written by a command, and included
+exclude_patterns = ["_build", "measured"]  # the latter is written by a command
 myst_heading_anchors = 3  # links to a heading of a page are checked
 default_role = "code"  # docstrings write `names` with one backtick
 autodoc_member_order = "bysource"

@@ -10,14 +10,14 @@
     python recipes/compare.py --config recipes/configs/rt.yaml --seeds 20 --records docs/measured/runs/rt.jsonl
     python recipes/compare.py --gather outputs/rt outputs/mnist docs/measured/runs/sst5.jsonl --output_dir outputs/rows
 
-Runs the recipe once for every norm and seed, with the same options and so the same budget; any option of the recipe
-that follows is passed on. A norm may be named with settings of its own, as often as you like; they win over the
-recipe's options. With `--grid`, every norm first tries every point of the same grid, as far as its options say
-anything to it, with the first seed (or the first `--grid_seeds`) and without a test split; the point with the best
-validation score, on average, is taken for all its runs, and the test split is read once at the end of each. So choose
-between settings by `--grid`; contestants named in `--norms` are all shown with their test scores. A run whose loss is
-not finite is recorded as diverged, with its step, and the comparison goes on. Started again, the same command keeps
-what is finished or diverged and continues what was interrupted.
+Runs the recipe once for every norm and seed, with the same options and so the same budget. Options of the recipe are
+passed on. A norm may be named with its own settings, which override the recipe's options; each such variant gets its
+own runs. A run whose loss is not finite is recorded as diverged, with its step, and the comparison continues. The same
+command resumes a stopped comparison.
+
+With `--grid`, every norm first tries every point of the grid that applies to it, with the first seed (or the first
+`--grid_seeds`) and without a test split. The point with the best mean validation score is used for all its runs, so
+choose between settings with `--grid`: variants named in `--norms` are all shown with their test scores.
 
 In `output_dir`: `report.html`, `table.md`, `table.tex`, `curves.png` and `.svg`, `runs.csv`, `curves.csv`,
 `comparison.json`, `records.jsonl`; the runs in `runs/`, those of the grid in `search/`, each with its `log.txt`.

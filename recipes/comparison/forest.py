@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -23,26 +25,41 @@ def draw_forest(rows: Sequence[Row]) -> Any:
     figure = Figure(figsize=(4.6 * columns + 1, lines * (0.36 * len(norms) + 1.1)), layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, row in zip(panels, rows, strict=False):
-        sign = 1 if row.task.higher_is_better else -1
-        axes.axvspan(-row.scores.margin, row.scores.margin, color="0.9", zorder=0)
-        axes.axvline(0, color="0.5", linewidth=0.8)
-        for place, norm in enumerate(reversed(norms)):
-            color = style_of(kind(norm))["color"]
-            paper = dict(zip(ROWS, COLUMNS[row.column][1], strict=True))
-            if paper.get(norm) is not None and paper[BASELINE] is not None:
-                axes.plot(sign * (paper[norm] - paper[BASELINE]), place, "x", color="0.35", markersize=6)
-            found = row.scores.difference(norm)
-            if found is None:
-                continue
-            for level, width in ((0.95, 1.2), (0.9, 3.5)):
-                low, high = (sign * end for end in found.interval(level))
-                axes.hlines(place, low, high, color=color, linewidth=width)
-            axes.plot(sign * found.mean, place, "o", color=color, markersize=6)
-        axes.set_yticks(range(len(norms)), [title_of(norm) for norm in reversed(norms)])
-        axes.set_ylim(-0.7, len(norms) - 0.3)
-        seeds = f"{len(row.seeds)} seeds"
-        axes.set(title=f"{row.name}, {seeds}", xlabel=f"{row.task.label}, difference from LayerNorm → better")
-        axes.spines[["top", "right"]].set_visible(False)
+        _panel(axes, row, norms)
     for axes in panels[len(rows) :]:
         axes.set_visible(False)
     return figure
+
+
+def _panel(axes: Any, row: Row, norms: Sequence[str]) -> None:
+    """Draw the differences of one row. One that would dwarf the others becomes an arrow with its value."""
+    sign = 1 if row.task.higher_is_better else -1
+    axes.axvspan(-row.scores.margin, row.scores.margin, color="0.9", zorder=0)
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    differences = {norm: found for norm in norms if (found := row.scores.difference(norm))}
+    reach = {norm: max(map(abs, found.interval(0.95))) for norm, found in differences.items()}
+    edge = 4 * max(median(reach.values()), row.scores.margin) if reach else math.inf
+    paper = dict(zip(ROWS, COLUMNS[row.column][1], strict=True))
+    for place, norm in enumerate(reversed(norms)):
+        color = style_of(kind(norm))["color"]
+        theirs, plain = paper.get(norm), paper[BASELINE]
+        if theirs is not None and plain is not None:
+            axes.plot(sign * (theirs - plain), place, "x", color="0.35", markersize=6)
+        found = differences.get(norm)
+        if found is None:
+            continue
+        if reach[norm] > edge:
+            end = math.copysign(edge / 2, sign * found.mean)
+            text = f"{found.mean:+.{row.task.decimals}f}"
+            arrow = {"arrowstyle": "->", "color": color}
+            axes.annotate(text, (end, place), (0.6 * end, place), va="center", ha="center", arrowprops=arrow)
+            continue
+        for level, width in ((0.95, 1.2), (0.9, 3.5)):
+            axes.hlines(place, *(sign * end for end in found.interval(level)), color=color, linewidth=width)
+        axes.plot(sign * found.mean, place, "o", color=color, markersize=6)
+    axes.set_yticks(range(len(norms)), [title_of(norm) for norm in reversed(norms)])
+    axes.set_ylim(-0.7, len(norms) - 0.3)
+    axes.set(
+        title=f"{row.name}, {len(row.seeds)} seeds", xlabel=f"{row.task.label}, difference from LayerNorm → better"
+    )
+    axes.spines[["top", "right"]].set_visible(False)

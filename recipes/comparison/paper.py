@@ -90,7 +90,7 @@ SUBSTITUTES = {
     "ud_ewt": ("PTB", "UD English-EWT"),
 }
 
-# Which column a config of this folder is to be held against.
+# Which column of the paper a config of this folder is compared with.
 CONFIGS = {need.config: column for column, need in NEEDS.items()}
 CONFIGS |= {config: column for config, (column, _) in SUBSTITUTES.items()}
 

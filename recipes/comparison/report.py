@@ -213,7 +213,7 @@ def difference_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _says(cell: str) -> bool:
-    """Whether a cell holds more than a dash or zeros."""
+    """Tell whether a cell holds more than a dash or zeros."""
     return re.sub(r"[-+±0. \[\],]", "", cell) != ""
 
 

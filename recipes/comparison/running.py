@@ -140,7 +140,7 @@ class Comparison:
             )
 
     def told(self, run: Run) -> str:
-        """How a run ended, with its score."""
+        """Describe how a run ended, with its score."""
         if run.status != "finished":
             return outcome(run)
         record = run.record
@@ -187,7 +187,7 @@ class Comparison:
                     )
 
     def content(self, options: Any) -> dict[str, str]:
-        """What tells the content of the data from others; the files are the same for all runs, and read once."""
+        """Return hashes of the data files; they are the same for all runs and are read once."""
         files = tuple(sorted((name, str(value)) for name, value in vars(options).items() if name in DATA_OPTIONS))
         if files not in self.contents:
             self.contents[files] = data_content(options)

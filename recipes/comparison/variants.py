@@ -44,7 +44,7 @@ def parse_norm(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def norm_name(norm: str, settings: Mapping[str, Any]) -> str:
-    """What `parse_norm` reads as this norm with these settings."""
+    """Return the text that `parse_norm` reads as this norm with these settings."""
     return f"{norm}:{','.join(f'{name}={_value(value)}' for name, value in settings.items())}" if settings else norm
 
 
@@ -75,7 +75,7 @@ def title_of(name: str) -> str:
 
 
 def trained_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two points of a grid differ in the norms' own settings at most."""
+    """Tell whether two points of a grid differ in the norms' own settings at most."""
     return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - _SETTINGS)
 
 
