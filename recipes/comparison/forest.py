@@ -49,10 +49,10 @@ def _panel(axes: Any, row: Row, norms: Sequence[str]) -> None:
         if found is None:
             continue
         if reach[norm] > edge:
-            end = math.copysign(edge / 2, sign * found.mean)
-            text = f"{found.mean:+.{row.task.decimals}f}"
-            arrow = {"arrowstyle": "->", "color": color}
-            axes.annotate(text, (end, place), (0.6 * end, place), va="center", ha="center", arrowprops=arrow)
+            left = sign * found.mean < 0
+            text = f"{'← ' * left}{found.mean:+.{row.task.decimals}f}{' →' * (not left)}"
+            place_of = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left" if left else "right"}
+            axes.text(0.02 if left else 0.98, place, text, color=color, **place_of)
             continue
         for level, width in ((0.95, 1.2), (0.9, 3.5)):
             axes.hlines(place, *(sign * end for end in found.interval(level)), color=color, linewidth=width)

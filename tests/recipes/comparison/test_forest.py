@@ -25,3 +25,14 @@ def test_each_norm_has_its_difference_and_interval_and_better_is_right(higher, s
     assert sorted(axes.collections[0].get_segments()[0][:, 0]) == pytest.approx(ends)
     [paper] = [line for line in axes.lines if line.get_marker() == "x"]
     assert paper.get_xdata()[0] == pytest.approx(sign * (77.50 - 77.21))
+
+
+def test_a_difference_that_would_dwarf_the_others_is_an_arrow_with_its_value(tmp_path):
+    runs = []
+    for seed in range(1, 6):
+        for norm, move in {"layernorm": 0, "adanorm": 5, "layernorm-simple": -3, "none": -300}.items():
+            runs.append(finish(tmp_path, norm, seed, num_correct=550 + move + (seed + len(norm)) % 3))
+    row = Row(write(tmp_path / "rt.jsonl", runs))
+    [axes] = draw_forest([row]).axes
+    assert [text.get_text() for text in axes.texts] == [f"← {row.scores.difference('none').mean:+.2f}"]
+    assert axes.get_xlim()[0] > -10
