@@ -51,11 +51,11 @@ class Task:
 
     @classmethod
     def outcomes(cls, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
-        """Return what the scaled score needs of each test example, (examples, values), from the files of a finished
+        """Return what the score needs of each test example, (examples, values), from the files of a finished
         run."""
         raise NotImplementedError
 
     @classmethod
     def score_of(cls, sums: np.ndarray) -> np.ndarray:
-        """Return the scaled scores, (samples,), of sums of such rows, (samples, values)."""
+        """Return the scores, (samples,), of sums of such rows, (samples, values)."""
         raise NotImplementedError

@@ -295,7 +295,7 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
         histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
         losses = [_series(history, "train_history", "loss") for history in histories]
         _curve(left, losses, {**line, "markevery": slice(-1, None)})  # at its end, or on a curve of one point
-        _curve(middle, [_series(h, "history", summary["score"], summary["scale"]) for h in histories], line)
+        _curve(middle, [_series(h, "history", summary["score"]) for h in histories], line)
     tested = False
     for position, row in enumerate(reversed(summary["rows"])):
         color = style_of(kind(row["norm"]))["color"]
@@ -327,9 +327,9 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
     return figure
 
 
-def _series(progress: Mapping[str, Any], history: str, key: str, scale: float = 1.0) -> dict[int, float]:
+def _series(progress: Mapping[str, Any], history: str, key: str) -> dict[int, float]:
     entries = progress.get(history, [])
-    return {entry["step"]: entry[key] * scale for entry in entries if entry.get(key) is not None}  # null: not finite
+    return {entry["step"]: entry[key] for entry in entries if entry.get(key) is not None}  # null: not finite
 
 
 def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, Any]) -> None:

@@ -146,7 +146,7 @@ class Comparison:
         record = run.record
         split = "test" if record["test"] else "validation"
         value = record[split][self.task.score]
-        score = math.nan if value is None else value * record["metric"]["scale"]  # null: not finite
+        score = math.nan if value is None else value  # null: not finite
         return f"{split} {self.task.label} {score:.{self.task.decimals}f}"
 
     def check_same_options(self, run: Run, *, test: bool = True) -> None:

@@ -37,7 +37,7 @@ class Scores:
         self.examples: dict[tuple[str, int], np.ndarray] = {}
         for run, record in finished:
             score = record[self.split][task.score]  # null: not finite
-            self.by_norm.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score * task.scale
+            self.by_norm.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score
             self.gaps.setdefault(run.norm, {})[run.seed] = overfit_gap(record)
             if self.split == "test":
                 self.examples[run.norm, run.seed] = significance.example_scores(run.outcomes(task), task.score_of)
@@ -123,7 +123,6 @@ def summarize(
         "split": found.split,
         "score": task.score,
         "label": task.label,
-        "scale": task.scale,
         "decimals": task.decimals,
         "higher_is_better": task.higher_is_better,
         "margin": found.margin,

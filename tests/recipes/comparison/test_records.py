@@ -51,7 +51,7 @@ def test_a_record_stands_for_its_run(tmp_path):
     [found] = read_records(write(tmp_path / "rt.jsonl", [run]))
     assert (found.norm, found.seed, found.status, found.choice) == ("adanorm", 3, "finished", {"C": "2"})
     assert np.array_equal(found.outcomes(TASK), run.outcomes(TASK))
-    assert found.record["test"] == {"accuracy": 0.7}
+    assert found.record["test"] == {"accuracy": 70.0}
     assert overfit_gap(found.record) == overfit_gap(run.record)
     assert found.record["content"] == {"train_file": "abc"}
     assert [found.record["options"][name] for name in ("split_sizes", "num_epochs")] == [[8608, 964, 1089], 5]
