@@ -50,7 +50,6 @@ __getattr__ = lazily(
     __name__,
     {
         "calibration": "calibrate_k",
-        "cpu_kernel": "cpu_kernel",
         "diagnostics": "WatchNormsCallback compare_outputs plots watch_norms",
         "folding": "fold_affine",
         "modeling_adanorm": "AdaNorm AdaNormSpec DetachNorm DyT LayerNormSimple NoNorm __version__ modeling_adanorm",
@@ -66,9 +65,9 @@ def serve(format: int, stock: Any, classes: Any) -> Any:  # noqa: A002
     return importlib.import_module(".saving.hooks", __name__).serve(format, stock, classes)
 
 
-def _add_kernel(modeling: Any) -> None:
-    modeling.cpu_kernel = importlib.import_module(".cpu_kernel", __name__)  # compiled on the first training step
+def _add_kernels(modeling: Any) -> None:
+    importlib.import_module(".kernels", __name__).register()
 
 
 install.install()
-when_imported(f"{__name__}.modeling_adanorm", _add_kernel)
+when_imported(f"{__name__}.modeling_adanorm", _add_kernels)

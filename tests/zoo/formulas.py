@@ -59,3 +59,16 @@ def ulps(value: Tensor, exact: Tensor) -> float:
     info = torch.finfo(value.dtype)
     exponent = torch.floor(torch.log2(exact.abs().clamp_min(info.tiny)))
     return ((value.double() - exact).abs() / (2.0**exponent * info.eps)).max().item()
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass; shared storage counts once."""
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x)
+    return sum(saved.values())

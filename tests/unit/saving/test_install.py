@@ -120,7 +120,7 @@ from transformers import BertConfig, BertModel
 sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
 model = hf_adanorm.patch_model(BertModel(BertConfig(vocab_size=9, **sizes)))
 assert hf_adanorm.is_patched(BertModel(model.config))
-assert hf_adanorm.modeling_adanorm.cpu_kernel is hf_adanorm.cpu_kernel
+assert hf_adanorm.modeling_adanorm.KERNELS["adanorm"]
 """
 SCRIPTS = {"PEFT later": PEFT_LATER, "no thread": NO_THREAD}
 SCRIPTS |= {what: LAZY.replace("{first}", first) for what, first in FIRST.items()}

@@ -1,6 +1,6 @@
-"""Every mode of torch's autograd gives what the definition gives in which phi, or what is detached, is a constant.
+"""Every mode of torch's autograd and compilers, with and without the kernels, against the definition in float64.
 
-The definition is an ordinary function in float64, with the constants computed at the point where it is differentiated.
+In the definition phi, or what DetachNorm detaches, is a constant, computed at the point where it is differentiated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
+from hf_adanorm import modeling_adanorm
+from hf_adanorm.kernels import cpu, fused
 from hf_adanorm.modeling_adanorm import NORM_CLASSES
+from tests.zoo.formulas import saved_bytes
 
 H, EPS = 6, 1e-2
 Function = Callable[[Tensor], Tensor]
@@ -167,17 +170,42 @@ def norms(dtype: torch.dtype) -> Iterator[nn.Module]:
             yield NORM_CLASSES[name](H, EPS, **settings, **layout, dtype=dtype)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.fixture(params=[True, False], ids=["kernels", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With the package's kernels, which must be there, and without, as where the package is missing."""
+    if not request.param:
+        monkeypatch.setattr(modeling_adanorm, "KERNELS", {})
+    elif cpu._library() is None:
+        pytest.skip("the loops need gcc on Linux")
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_takes_the_same_things_for_constants(mode: str, dtype: torch.dtype, training: bool) -> None:
-    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
-    for norm in norms(dtype):
-        expected = MODES[mode](definition(norm), X)
-        found = MODES[mode](norm.train(training), X.to(dtype))
-        assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1.0), norm
+def test_every_mode_takes_the_same_things_for_constants(mode: str, kernels: bool) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
+        for norm in norms(dtype):
+            expected = MODES[mode](definition(norm), X)
+            found = MODES[mode](norm, X.to(dtype))
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1.0), norm
 
 
-def test_linearize() -> None:
+def test_linearize(kernels: bool) -> None:
     norm = next(norms(torch.float64))
     torch.testing.assert_close(linearize(norm, X)[1](V), jvp(definition(norm), (X,), (V,))[1])
+
+
+def test_the_kernels_compute_in_training_and_inference_and_save_no_more_than_nn_layernorm() -> None:
+    if cpu._library() is None:
+        pytest.skip("the loops need gcc on Linux")
+    calls: list[str] = []
+    for norm in norms(torch.float32):
+        x = torch.randn(64, H, requires_grad=norm.reference == "paper")  # type: ignore[arg-type]
+        computed = fused.run(norm, x)
+        assert (computed is None) == (norm.reference == "lancopku")
+        if computed is not None:
+            calls.append(str(norm))
+            assert type(computed.grad_fn).__name__ == "_FusedBackward"
+            still = fused.run(norm.eval(), x.detach())
+            assert torch.equal(computed, still)  # type: ignore[arg-type]
+            assert saved_bytes(norm, x) <= saved_bytes(nn.LayerNorm(H), x)
+    assert len(calls) == 9

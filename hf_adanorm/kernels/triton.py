@@ -1,0 +1,205 @@
+"""Compute the norms on a GPU by one Triton kernel for each pass.
+
+A row is read once and written once in either pass: five tensors in all (x, z, x, dz, dx). Off until measured on a GPU:
+
+    from hf_adanorm.kernels import triton
+    triton.enable()                  # enable(False) takes it back
+
+With TRITON_INTERPRET=1 the kernels run on a CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import fused
+from .fused import Arguments
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDEST = 16_384  # elements of a row that are held at once; a wider one is read in pieces, twice in either pass
+_PIECE = 4_096
+_TILE = 2_048  # elements that a program takes at least: several rows, where they are narrow
+
+
+def enable(on: bool = True) -> None:
+    """Compute the norms on CUDA GPUs by these kernels, or by torch's operators again."""
+    if on:
+        fused.BACKENDS["cuda"] = sys.modules[__name__]
+    else:
+        fused.BACKENDS.pop("cuda", None)
+
+
+@triton.jit
+def _forward(
+    x_ptr,
+    z_ptr,
+    stats_ptr,
+    rows,
+    H,
+    eps,
+    C,
+    k,
+    CENTERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    j = tl.arange(0, PIECE)[None, :]
+    x_ptr += row * H
+    z_ptr += row * H
+    if WHOLE:
+        inside = (row < rows) & (j < H)
+        x = tl.load(x_ptr + j, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(x, 1, keep_dims=True) / H if CENTERED else tl.zeros([ROWS, 1], tl.float32)
+        d = tl.where(inside, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(d * d, 1, keep_dims=True) / H + eps)
+        y = d * rstd
+        tl.store(z_ptr + j, (C - C * k * y) * y, mask=inside)
+    else:  # the pieces' means and sums of squares are joined as by Chan, Golub and LeVeque
+        mean = tl.zeros([ROWS, 1], tl.float32)
+        squares = tl.zeros([ROWS, 1], tl.float32)
+        for start in range(0, H, PIECE):
+            inside = (row < rows) & (start + j < H)
+            x = tl.load(x_ptr + start + j, mask=inside, other=0.0).to(tl.float32)
+            count = tl.minimum(H - start, PIECE)
+            piece_mean = tl.sum(x, 1, keep_dims=True) / count if CENTERED else tl.zeros([ROWS, 1], tl.float32)
+            d = tl.where(inside, x - piece_mean, 0.0)
+            step = piece_mean - mean
+            share = count / (start + count)
+            squares += tl.sum(d * d, 1, keep_dims=True) + step * (step * (start * share))
+            mean += step * share
+        rstd = 1.0 / tl.sqrt(squares / H + eps)
+        for start in range(0, H, PIECE):
+            inside = (row < rows) & (start + j < H)
+            y = (tl.load(x_ptr + start + j, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+            tl.store(z_ptr + start + j, (C - C * k * y) * y, mask=inside)
+    tl.store(stats_ptr + row, rstd, mask=row < rows)
+    tl.store(stats_ptr + rows + row, mean, mask=row < rows)
+
+
+@triton.jit
+def _dy_and_y(x_ptr, dz_ptr, inside, mean, rstd, C, k, WITH_X: tl.constexpr):
+    dy = tl.load(dz_ptr, mask=inside, other=0.0).to(tl.float32)
+    y = tl.zeros_like(dy)
+    if WITH_X:
+        y = (tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+        dy = (C - C * k * y) * dy
+    return dy, y
+
+
+@triton.jit
+def _backward(
+    x_ptr,
+    dz_ptr,
+    dx_ptr,
+    stats_ptr,
+    rows,
+    H,
+    C,
+    k,
+    through_mean,
+    through_std,
+    WITH_X: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """dy = phi(y) * dz with phi constant; dx = rstd * (dy - mean(dy) - y * mean(dy * y)). The second term comes from
+    the mean and the third from the standard deviation: a factor of 0 takes that one for a constant. Without x,
+    phi = 1 and the standard deviation is one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    j = tl.arange(0, PIECE)[None, :]
+    x_ptr += row * H
+    dz_ptr += row * H
+    dx_ptr += row * H
+    rstd = tl.load(stats_ptr + row, mask=row < rows, other=0.0)
+    mean = tl.load(stats_ptr + rows + row, mask=row < rows, other=0.0)
+    if WHOLE:
+        inside = (row < rows) & (j < H)
+        dy, y = _dy_and_y(x_ptr + j, dz_ptr + j, inside, mean, rstd, C, k, WITH_X)
+        mean_dy = tl.sum(dy, 1, keep_dims=True) * (through_mean / H)
+        mean_dyy = tl.sum(dy * y, 1, keep_dims=True) * (through_std / H)
+        tl.store(dx_ptr + j, rstd * (dy - mean_dy - y * mean_dyy), mask=inside)
+    else:
+        mean_dy = tl.zeros([ROWS, 1], tl.float32)
+        mean_dyy = tl.zeros([ROWS, 1], tl.float32)
+        for start in range(0, H, PIECE):
+            inside = (row < rows) & (start + j < H)
+            dy, y = _dy_and_y(x_ptr + start + j, dz_ptr + start + j, inside, mean, rstd, C, k, WITH_X)
+            mean_dy += tl.sum(dy, 1, keep_dims=True)
+            mean_dyy += tl.sum(dy * y, 1, keep_dims=True)
+        mean_dy *= through_mean / H
+        mean_dyy *= through_std / H
+        for start in range(0, H, PIECE):
+            inside = (row < rows) & (start + j < H)
+            dy, y = _dy_and_y(x_ptr + start + j, dz_ptr + start + j, inside, mean, rstd, C, k, WITH_X)
+            tl.store(dx_ptr + start + j, rstd * (dy - mean_dy - y * mean_dyy), mask=inside)
+
+
+_INTERPRETED = not isinstance(_forward, triton.JITFunction)
+
+
+def _launch(kernel: Any, x: Tensor, rows: int, H: int, *arguments: Any, **constants: Any) -> None:
+    if rows == 0:
+        return
+    whole = H <= _WIDEST
+    piece = max(16, triton.next_power_of_2(H)) if whole else _PIECE
+    per_program = max(1, _TILE // piece)
+    warps = min(16, max(4, piece * per_program // 512))
+    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+        kernel[(triton.cdiv(rows, per_program),)](
+            *arguments, ROWS=per_program, PIECE=piece, WHOLE=whole, num_warps=warps, **constants
+        )
+
+
+def supports(x: Tensor, normalized_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Return whether the kernels serve this input and output dtype: float32, bfloat16, float16, one normalized
+    dimension."""
+    return (
+        (x.is_cuda or _INTERPRETED)
+        and x.dtype in _DTYPES
+        and dtype in _DTYPES
+        and len(normalized_shape) == 1
+        and x.shape[-1:] == normalized_shape
+        and not x.is_neg()
+    )
+
+
+def forward(x: Tensor, dtype: torch.dtype, arguments: Arguments, with_stats: bool) -> tuple[Tensor, Tensor]:
+    """Return z of x's shape and `dtype`, contiguous, and the rows' 1 / std and mean, (2, rows), float32.
+
+    Args:
+        x: (*, H), float32, bfloat16 or float16; it is copied if it is not contiguous.
+        with_stats: has no effect: the kernel always writes them.
+    """
+    x = x.contiguous()
+    H = x.shape[-1]
+    rows, z = x.numel() // H, torch.empty_like(x, dtype=dtype)
+    stats = x.new_empty((2, rows), dtype=torch.float32)
+    eps, C, k, centered, _, _ = arguments
+    _launch(_forward, x, rows, H, x, z, stats, rows, H, eps, C, k, CENTERED=centered)
+    return z, stats
+
+
+def backward(dz: Tensor, x: Tensor | None, stats: Tensor, arguments: Arguments, dtype: torch.dtype) -> Tensor:
+    """Return dl/dx, of x's shape and `dtype`, from dl/dz.
+
+    Args:
+        x, stats: what `forward` received and returned. x may be None if k = 0, C = 1 and the std is a constant.
+    """
+    dz = dz.contiguous()
+    H = dz.shape[-1]
+    rows, dx = dz.numel() // H, torch.empty_like(dz, dtype=dtype)
+    _, C, k, centered, detach_mean, detach_std = arguments
+    like = dz if x is None else x.contiguous()  # without x the kernel does not read it
+    factors = float(centered and not detach_mean), float(not detach_std)
+    _launch(_backward, dz, rows, H, like, dz, dx, stats, rows, H, C, k, *factors, WITH_X=x is not None)
+    return dx
