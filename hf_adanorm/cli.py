@@ -1,4 +1,4 @@
-"""The command line: `hf-adanorm inspect | patch | unpatch | fold | card | bench`.
+"""The command line: `hf-adanorm inspect | patch | unpatch | fold | card`.
 
 An error is one line on stderr and exit code 2. `--json` prints one JSON object on stdout instead of text for people.
 Tokens come from `hf auth login` or HF_TOKEN, as everywhere in huggingface_hub; no option takes one.
@@ -258,28 +258,6 @@ def card(
         tags=tag,
     )
     _print_json({"card": str(written)}) if as_json else print(written)
-
-
-@app.command(short_help="Measure the norms against nn.LayerNorm.")
-def bench(
-    output_dir: Annotated[Path, typer.Option(help="Where bench.csv, bench.txt and bench.png go.")] = Path("bench"),
-    level: Annotated[list[str] | None, typer.Option(help='"op", "model" or "patch"; may be repeated.')] = None,
-    mode: Annotated[list[str] | None, typer.Option(help='"eager" or "compiled"; may be repeated.')] = None,
-    device: Annotated[str | None, typer.Option(help='Such as "cpu" or "cuda:0"; a GPU if there is one.')] = None,
-    threads: Annotated[int | None, typer.Option(help="Of torch on the CPU.")] = None,
-    quick: Annotated[
-        bool, typer.Option(help="Whether it runs, not what it costs: the smallest sizes, in about a minute.")
-    ] = False,
-) -> None:
-    """Measure the norms against nn.LayerNorm: the operator, whole models, and patching, saving and loading."""
-    from .bench import LEVELS, MODES, run_bench
-
-    def report(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    levels, modes = level or LEVELS, mode or MODES
-    run_bench(output_dir, levels=levels, modes=modes, device=device, threads=threads, quick=quick, report=report)
-    print((output_dir / "bench.txt").read_text())
 
 
 def main(argv: list[str] | None = None) -> None:
