@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ._tables import counted
 from .folding import FoldReport, OnUnfoldable, comes_in, fold_norms
-from .modeling_adanorm import NormGroup, SwappedNorm, is_as, is_swapped, source_settings
+from .modeling_adanorm import NormGroup, SwappedNorm, is_swapped, source_settings
 from .norms import computes_n
-from .swapping import Change, Plan
+from .replaced import learned_affine
+from .swapping import Change, Plan, is_as
 
 
 def _refuse_other_functions(plan: Plan, affine: str) -> None:
@@ -24,7 +25,7 @@ def _refuse_other_functions(plan: Plan, affine: str) -> None:
     options = plan.options
     for name, module, info, _ in plan.swaps:
         if is_swapped(module):
-            if module.affine():
+            if learned_affine(module):
                 raise ValueError(
                     f"affine={affine!r} does not go with {name}, a {module.norm_name} with a gain and bias: "
                     "unpatch_model(model) gives them to the norm that it replaced, and that one can be patched"
@@ -130,7 +131,7 @@ def warn_of_dropped(plan: Plan, change: Change) -> None:
         if hasattr(plan.options.cls, "from_norm"):
             continue
         if is_swapped(module):
-            held = module.affine().items()
+            held = learned_affine(module).items()
             trained += any(not t.is_meta and _differs(t, float(key == "gain")) for key, t in held)
             continue
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,7 +1,7 @@
 """AdaNorm and its relatives in place of LayerNorm, and the loader of models that contain them.
 
-This file travels with every saved model, so `from_pretrained(..., trust_remote_code=True)` rebuilds it where hf_adanorm
-is not installed. It needs torch and transformers only, opens no file and starts no process.
+This file travels with every saved model, so `from_pretrained(..., trust_remote_code=True)` rebuilds it where
+hf_adanorm is not installed. It needs torch and transformers only, opens no file and starts no process.
 Holder: `SwappedNorm` is the base of the built-in norms, `Held` puts a class of the author's in its place.
 Norms: those of Xu et al., NeurIPS 2019 (arXiv:1911.07013), and DyT. Spec: `config.adanorm` lists what was swapped.
 Names: its names are keys of the checkpoint. Loader: `apply_spec` swaps exactly the named modules of a model that was
@@ -73,7 +73,9 @@ def check(condition: bool, what: str, value: Any, error: type[Exception] = Value
 
 def check_number(name: str, value: Any, *, minimum: float = 0.0, inclusive: bool = True) -> float:
     """Return `value` as a float. Raise TypeError or ValueError if it is no number or out of range."""
-    check(isinstance(value, numbers.Real) and not isinstance(value, bool), f"{name} must be a number", value, TypeError)
+    check(
+        isinstance(value, numbers.Real) and not isinstance(value, bool), f"{name} must be a number", value, TypeError
+    )
     inside = minimum <= value <= torch.finfo(torch.float32).max and (inclusive or value != minimum)
     check(inside, f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}", value)
     return float(value)
@@ -131,7 +133,10 @@ class SwappedNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.normalized_shape, self.eps = _check_shape(normalized_shape), check_number("eps", eps)
-        self.centered, self.channels_first = check_bool("centered", centered), check_bool("channels_first", channels_first)
+        self.centered, self.channels_first = (
+            check_bool("centered", centered),
+            check_bool("channels_first", channels_first),
+        )
         check(reference in ("paper", "lancopku"), 'reference must be "paper" or "lancopku"', reference)
         check(output_dtype in (None, "weight", "promote"), 'output_dtype must be "weight" or "promote"', output_dtype)
         one = not channels_first or len(self.normalized_shape) == 1
@@ -361,7 +366,9 @@ class AdaNorm(PlainNorm):
 
     norm_name, plain_settings = "adanorm", {"C": 1.0, "k": 0.0}
 
-    def __init__(self, normalized_shape: Any, eps: float = 1e-5, *, C: float = 1.0, k: float = 0.1, **layout: Any) -> None:
+    def __init__(
+        self, normalized_shape: Any, eps: float = 1e-5, *, C: float = 1.0, k: float = 0.1, **layout: Any
+    ) -> None:
         super().__init__(normalized_shape, eps, **layout)
         self.C, self.k = check_number("C", C, inclusive=False), check_number("k", k)
 
@@ -393,10 +400,19 @@ class DetachNorm(PlainNorm):
     norm_name, plain_settings = "detachnorm", {}
 
     def __init__(
-        self, normalized_shape: Any, eps: float = 1e-5, *, detach_mean: bool = True, detach_variance: bool = True, **layout: Any
+        self,
+        normalized_shape: Any,
+        eps: float = 1e-5,
+        *,
+        detach_mean: bool = True,
+        detach_variance: bool = True,
+        **layout: Any,
     ) -> None:
         super().__init__(normalized_shape, eps, **layout)
-        self.detach_mean, self.detach_variance = check_bool("detach_mean", detach_mean), check_bool("detach_variance", detach_variance)
+        self.detach_mean, self.detach_variance = (
+            check_bool("detach_mean", detach_mean),
+            check_bool("detach_variance", detach_variance),
+        )
         if not (detach_variance or (detach_mean and self.centered)):
             raise ValueError(
                 "detach_mean and detach_variance detach nothing here (an uncentered norm has no mean): set "
@@ -445,7 +461,7 @@ class DyT(SwappedNorm):
     @classmethod
     def from_norm(cls, norm: Any, **settings: Any) -> DyT:
         """Return one with the gain and the bias of `norm`, a LayerNorm or RMSNorm of torch."""
-        new = cast(DyT, cls(norm.normalized_shape, norm.eps, **settings).to(norm.weight))
+        new = cls(norm.normalized_shape, norm.eps, **settings).to(norm.weight)
         state = {"dyt_gain": norm.weight, "dyt_bias": getattr(norm, "bias", None)}
         new.load_state_dict({key: value for key, value in state.items() if value is not None}, strict=False)
         return new
@@ -497,7 +513,7 @@ class NormGroup:
     norm: str
     """A key of NORM_CLASSES, such as "adanorm", or of the spec's `classes`."""
     modules: tuple[str, ...]
-    """Names in the base model, such as "encoder.layer.*.output.LayerNorm"; `*` is a number, `^` means outside of it."""
+    """Names in the base model, such as "encoder.layer.*.output.LayerNorm"; `*` is a number, `^` means outside of it."""  # noqa: E501
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Arguments of the norm's constructor, such as {"C": 1.0, "k": 0.1}."""
     centered: bool | None = None
@@ -572,14 +588,18 @@ class AdaNormSpec:
         fmt, version, eps, classes = (data.get(key, {}) for key in ("format", "version", "eps", "classes"))
         check(type(fmt) is int and fmt >= 1, "the format of config.adanorm must be a whole number >= 1", fmt)
         check(isinstance(version, str), "the version of config.adanorm must be a string", version, TypeError)
-        newer = f"config.adanorm was written by hf_adanorm {version[:40]}, and {__version__} reads up to format {FORMAT}"
+        newer = (
+            f"config.adanorm was written by hf_adanorm {version[:40]}, and {__version__} reads up to format {FORMAT}"
+        )
         check(fmt <= FORMAT, f"{newer}: install a newer one", fmt)
         groups = data.get("groups")
         check(isinstance(groups, (list, tuple)) and len(groups) <= _MAX_GROUPS, "groups must be a list", groups)
         check(isinstance(eps, Mapping), "eps of config.adanorm must be an object", eps, TypeError)
         check(isinstance(classes, Mapping) and len(classes) <= 100, "classes must be an object", classes, TypeError)
         for name, entry in classes.items():
-            check(_is_word(name) and name not in NORM_CLASSES, "classes of config.adanorm need names of their own", name)
+            check(
+                _is_word(name) and name not in NORM_CLASSES, "classes of config.adanorm need names of their own", name
+            )
             fine = isinstance(entry, Mapping) and entry.keys() == {"class", "file", "files"}
             fine = fine and isinstance(files := entry["files"], Mapping) and len(files) <= 100
             fine = fine and all(map(_is_word, [entry["class"], entry["file"], *files, *files.values()]))
@@ -675,7 +695,10 @@ def source_settings(module: nn.Module) -> dict[str, Any]:
     eps = [value for key in ("eps", "variance_epsilon") if isinstance(value := getattr(module, key, None), float)]
     shape = getattr(module, "normalized_shape", None)
     shape = getattr(getattr(module, "weight", None), "shape", None) if shape is None else shape
-    found = {"channels_first": getattr(module, "data_format", None) == "channels_first", **({"eps": eps[0]} if eps else {})}
+    found = {
+        "channels_first": getattr(module, "data_format", None) == "channels_first",
+        **({"eps": eps[0]} if eps else {}),
+    }
     return found if shape is None else {**found, "normalized_shape": _check_shape(shape)}
 
 
@@ -705,8 +728,10 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent).register_module(key, replacements[id(child)])
     for module in model.modules():  # torch's fused path reads the norms' weights and computes LayerNorm itself
-        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and any(map(is_swapped, module.modules())):
-            module.activation_relu_or_gelu, module.use_nested_tensor = 0, False  # type: ignore[union-attr]
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and any(
+            map(is_swapped, module.modules())
+        ):
+            module.activation_relu_or_gelu, module.use_nested_tensor = 0, False
 
 
 def apply_spec(
@@ -719,7 +744,7 @@ def apply_spec(
         replaced: called with each new norm and the one that it replaces.
 
     Raises:
-        TypeError, ValueError: a name belongs to a module that cannot be a norm, or a setting is wrong. Nothing changes.
+        TypeError, ValueError: a name belongs to a module that cannot be a norm, or a setting is wrong.
     """
     found = find_modules(model, spec, model.named_modules())
     swaps: dict[int, tuple[str, Any, NormGroup]] = {}  # the last group that names a module decides, once
@@ -738,7 +763,11 @@ def apply_spec(
     linear = [(name, module) for pattern in spec.biases for name, module in found[pattern].items()]
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     for name, module in linear:
-        check(isinstance(module, kinds), f"config.adanorm gives a bias to {name!r}, no linear layer", type(module).__name__)
+        check(
+            isinstance(module, kinds),
+            f"config.adanorm gives a bias to {name!r}, no linear layer",
+            type(module).__name__,
+        )
     adjusted = [(name, module, eps) for pattern, eps in spec.eps.items() for name, module in found[pattern].items()]
     for name, module, _ in adjusted:
         _check_norm(name, module, True)

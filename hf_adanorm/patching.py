@@ -26,7 +26,7 @@ from .folding import OnUnfoldable
 from .modeling_adanorm import is_swapped, replace_modules
 from .norms import STOCK, check_settings, computes_n, resolve_norm
 from .options import CHOICES
-from .replaced import replaced_by
+from .replaced import learned_affine, replaced_by
 from .report import Report
 from .saving import left_by_folds, plain_modules, swapped_norms, write_specs
 from .selection import Patterns, check_layers, layer_positions
@@ -38,6 +38,7 @@ from .swapping import (
     choose,
     make_plan,
     refuse_wrapped,
+    restore_fused_path,
     restored,
 )
 
@@ -182,11 +183,11 @@ def _restore(model: ModelT, options: Options) -> ModelT:
 
 def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
     kept = [replaced_by(module) for _, module in swapped]
-    fresh = sum(
-        (old is None or not old.has_values) and not m.affine() for (_, m), old in zip(swapped, kept, strict=True)
-    )
+    lost = [old is None or not old.has_values for old in kept]
+    fresh = sum(gone and not learned_affine(norm) for gone, (_, norm) in zip(lost, swapped, strict=True))
     with all_or_nothing(model, [old.module for old in kept if old is not None]) as change:
         replace_modules(model, restored(model, swapped))
+        restore_fused_path(model)
         write_specs(model)  # biases that a fold added stay, and loading has to know of them
         if num_biases := len(left_by_folds(dict(plain_modules(model)))[0]):
             change.warn(

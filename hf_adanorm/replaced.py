@@ -1,15 +1,17 @@
-"""The norm that a swapped one replaced, kept beside it for `unpatch_model`."""
+"""What belongs to a swapped norm in this process: the norm that it replaced, and its learned gain and bias."""
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .modeling_adanorm import is_swapped
+from .modeling_adanorm import SwappedNorm, is_swapped
 
 _KEY = "_adanorm_replaced"
+_GAINS, _BIASES = ("dyt_gain", "gain", "weight"), ("dyt_bias", "bias")
 
 
 class Replaced:
@@ -50,3 +52,14 @@ def source_of(module: nn.Module) -> nn.Module | None:
     """Return the norm that `module` replaced; None for a norm that was put in by hand."""
     found = replaced_by(module)
     return None if found is None else found.module
+
+
+def learned_affine(norm: SwappedNorm) -> dict[str, Tensor]:
+    """Return the "gain" and the "bias" that a swapped norm has learned, if any, each of its normalized_shape."""
+    named = dict(norm.inner.named_parameters(recurse=False))
+    size = math.prod(norm.normalized_shape)
+    found: dict[str, Tensor] = {}
+    for key, names in (("gain", _GAINS), ("bias", _BIASES)):
+        held = [named[name] for name in names if name in named and named[name].numel() == size]
+        found |= {key: held[0]} if held else {}
+    return found

@@ -11,7 +11,7 @@ from torch import nn
 from ._tables import counted, html_table, text_table
 from .detection import NormInfo
 from .modeling_adanorm import is_swapped
-from .replaced import source_of
+from .replaced import learned_affine, source_of
 
 DEEP = 12
 """Layers from which on k is commented: k = 0.1 loses the gradient of 12 post-norm layers, not that of 4."""
@@ -83,7 +83,7 @@ class Report:
     @property
     def num_removed_parameters(self) -> int:
         """Gain and bias parameters that the swaps so far removed."""
-        swapped = [row.module for row in self.rows if is_swapped(row.module) and not row.module.affine()]
+        swapped = [row.module for row in self.rows if is_swapped(row.module) and not learned_affine(row.module)]
         sources = [source_of(module) for module in swapped]
         return sum(p.numel() for source in sources if source is not None for p in source.parameters())
 

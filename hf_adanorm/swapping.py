@@ -20,27 +20,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .detection import NormInfo, check_module, recognize
 from .modeling_adanorm import (
     ADJUSTED_EPS,
+    LAYOUT,
     NORM_CLASSES,
     NormGroup,
     SwappedNorm,
     check_bool,
     check_number,
-    is_as,
     is_swapped,
     make_norm,
     replace_modules,
+    settings_of,
     short_repr,
     source_settings,
 )
 from .norms import did_you_mean, name_of
 from .norms import remember as remember_class
 from .options import CHOICES
-from .replaced import remember, replaced_by
+from .replaced import learned_affine, remember, replaced_by
 from .report import NormRow
 from .saving import write_specs
 from .selection import Patterns, check_patterns, choose_norms
@@ -305,6 +307,15 @@ def refuse_wrapped(model: nn.Module) -> None:
 # ----------------------------------------------------------------------------------------------------- carrying it out
 
 
+def is_as(module: nn.Module, group: NormGroup) -> bool:
+    """Tell whether `module` is already swapped with the settings of `group`."""
+    if not is_swapped(module) or module.norm_name != group.norm or module.centered != (group.centered is not False):
+        return False
+    layout = {key: value for key in LAYOUT if key != "centered" and (value := getattr(group, key)) is not None}
+    same = all(getattr(module, key) == value for key, value in layout.items())
+    return same and module.settings() == {**settings_of(type(module.inner)), **group.settings}
+
+
 def apply_plan(plan: Plan) -> None:
     """Replace the modules and write the specs. Nothing before the first replacement changes the model."""
     fallback = next((t for t in plan.model.parameters() if t.is_floating_point()), None)
@@ -326,6 +337,18 @@ def apply_plan(plan: Plan) -> None:
         remember_class(plan.options.cls)
     replace_modules(plan.model, replacements)
     write_specs(plan.model)
+
+
+def restore_fused_path(model: nn.Module) -> None:
+    """Let torch's TransformerEncoder use its fused inference path again where no norm is swapped any more."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not any(map(is_swapped, module.modules())):
+            act: Any = module.activation
+            is_relu = act is F.relu or isinstance(act, nn.ReLU)
+            is_gelu = act is F.gelu or isinstance(act, nn.GELU)
+            module.activation_relu_or_gelu = 1 if is_relu else 2 if is_gelu else 0
+        elif isinstance(module, nn.TransformerEncoder) and not any(map(is_swapped, module.modules())):
+            module.use_nested_tensor = module.enable_nested_tensor
 
 
 def _carry_hooks(source: nn.Module, new: nn.Module) -> None:
@@ -381,7 +404,7 @@ def _stand_in(source: nn.Module, info: NormInfo) -> nn.Module:
         norm = nn.RMSNorm(shape, eps=eps)
     else:
         norm = nn.LayerNorm(shape, eps=eps)
-    held = source.affine() if is_swapped(source) else {}
+    held = learned_affine(source) if is_swapped(source) else {}
     if not is_swapped(source):
         for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
             if name is not None:
@@ -445,7 +468,7 @@ def _restored(module: SwappedNorm) -> nn.Module:
         if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
             source = source.to_empty(device=weight.device)
         _reset_affine(source)
-    _put_back(module.affine(), source)
+    _put_back(learned_affine(module), source)
     if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
         source.to(device=weight.device, dtype=weight.dtype)
     source.train(module.training)

@@ -40,7 +40,6 @@ from hf_adanorm import modeling_adanorm
 from hf_adanorm.modeling_adanorm import (
     NOTICE,
     AdaNormSpec,
-    add_notice,
     apply_spec,
     is_swapped,
     notice_hook,
@@ -189,7 +188,7 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
             _classes_of(model.config)
         if (state_dict := bound.arguments.get("state_dict")) is not None:
             bound.arguments["state_dict"] = state_dict = dict(state_dict)
-            add_notice(model, state_dict)
+            notice_hook(model, state_dict)
         with _noticed(model) if has_spec(model.config) else nullcontext():
             result = original(model)
         if saving.saved is not None:

@@ -38,12 +38,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 import transformers as tf  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from hf_adanorm import AdaNorm, is_patched, modeling_adanorm, patch_model  # noqa: E402
 from hf_adanorm.bench.contenders import SIZES  # noqa: E402
 from hf_adanorm.bench.measure import bench_models, peak_bytes, saved_bytes  # noqa: E402
 from hf_adanorm.bench.timing import summarize, take_turns  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from hf_adanorm import AdaNorm, is_patched, modeling_adanorm, patch_model  # noqa: E402
 from tests.zoo.formulas import ADANORM, NORMS, SIMPLE, derivatives, leaf, make, random, reference  # noqa: E402
 
 EPS = 1e-5
