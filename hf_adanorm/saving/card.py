@@ -153,8 +153,8 @@ def render_card(
     task = task or data.pipeline_tag or _task(config, architecture)
     base_model = base_model or data.base_model
     data_names = [dataset_name] if dataset_name else list(datasets)
-    unnamed = "-".join([base_model or architecture, *norms]).rpartition("/")[2]
-    title = model_id.rpartition("/")[2] if model_id else unnamed
+    made_up = ["-".join([part, *norms]).rpartition("/")[2] for part in (base_model, architecture) if part]
+    title = model_id.rpartition("/")[2] if model_id else made_up[0]
     rounded = {metric: float(f"{value:.4g}") for metric, value in (results or {}).items()}
     section = _TEMPLATE.render(
         architecture=architecture,
@@ -179,7 +179,8 @@ def render_card(
     section = section.replace(BEGIN, "").replace(END, "").strip()  # our markers stay ours, whatever a config contains
     if existing is None:
         card.text = f"\n# {title}\n\n{BEGIN}\n{END}\n"
-    card.text = card.text.replace(f"# {unnamed}\n\n{BEGIN}", f"# {title}\n\n{BEGIN}")
+    for heading in made_up:
+        card.text = card.text.replace(f"# {heading}\n\n{BEGIN}", f"# {title}\n\n{BEGIN}")
     card.text = _replace_section(card.text, f"{BEGIN}\n{section}\n{END}")
 
     data.library_name = data.library_name or "transformers"
