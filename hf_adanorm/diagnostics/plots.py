@@ -1,8 +1,8 @@
-"""Pictures of what norms do. They need matplotlib, imported on the first call.
+"""Plots of what norms do, drawn with matplotlib (`pip install matplotlib`).
 
-Every function draws into `ax` (a new figure by default) and returns the Axes; `ax.figure.savefig("name.svg")` writes
-PNG, SVG or PDF. The colours are Okabe and Ito's, which colour-blind readers can tell apart; lines differ in style and
-marker as well, so that they can be told apart in black and white.
+Every function returns a matplotlib `Figure`: `plot_depth(log).savefig("depth.svg")`. A notebook shows it as the value
+of a cell. Functions with one panel draw into `ax` if it is given. Lines differ in color (Okabe and Ito's palette, safe
+for color-blind readers), style and marker.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .log import HISTOGRAM_BINS, HISTOGRAM_RANGE, NormLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
@@ -45,26 +46,27 @@ Curve = Sequence[float] | Mapping[int, float] | Tensor
 """Values at steps 1, 2, ..., or by step."""
 
 
-def _figure(ax: Axes | Sequence[Axes] | None, columns: int = 1, size: tuple[float, float] = (6.0, 3.6)) -> Any:
-    """`ax`, or the Axes of a new figure."""
+def _figure(ax: Axes | None = None, columns: int = 1) -> tuple[Figure, Any]:
+    """Return the figure and the Axes to draw into: `ax`, or those of a new figure (a list for several columns)."""
     try:
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot  # noqa: F401, also lets a notebook display figures
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    if ax is None:
-        ax = plt.subplots(1, columns, figsize=(size[0] * columns * (0.85 if columns > 1 else 1), size[1]))[1]
-        plt.gcf().set_layout_engine("constrained")
-    return ax
+    if ax is not None:
+        return ax.figure, ax
+    figure = Figure(figsize=(6.0, 3.6) if columns == 1 else (5.1 * columns, 3.6), layout="constrained")
+    axes = figure.subplots(1, columns)
+    return figure, axes if columns == 1 else list(axes)
 
 
-def _finish(ax: Axes, xlabel: str, ylabel: str, legend: Any = None) -> Axes:
+def _finish(ax: Axes, xlabel: str, ylabel: str, legend: Any = None) -> None:
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel, fontsize=9 if len(ylabel) > 40 else None)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(visible=True, which="major", linewidth=0.5, alpha=0.35)
     if legend is not None and len(ax.get_legend_handles_labels()[0]) > 0:
         ax.legend(loc=legend, fontsize=9, frameon=True, framealpha=0.85, edgecolor="none")
-    return ax
 
 
 def _style(index: int, marked: bool = True) -> dict[str, Any]:
@@ -79,20 +81,33 @@ def _style(index: int, marked: bool = True) -> dict[str, Any]:
 
 
 def _logs(logs: NormLog | Mapping[str, NormLog]) -> Mapping[str, NormLog]:
+    """Return the logs by label, checked."""
     logs = {"": logs} if isinstance(logs, NormLog) else logs
     if not isinstance(logs, Mapping) or not all(isinstance(log, NormLog) for log in logs.values()):
         raise TypeError(f"expected a NormLog, or a mapping of labels to NormLogs, got {type(logs).__name__}")
+    if not logs:
+        raise ValueError("expected at least one log, got none")
     for label, log in logs.items():
         if not log.records:
-            raise ValueError(f"the log{f' {label!r}' if label else ''} holds no records: no step was recorded")
-    if not logs:
-        raise ValueError("no log was given")
+            raise ValueError(f"the log{f' {label!r}' if label else ''} is empty: no step was recorded")
     return logs
 
 
-def _depth_ticks(ax: Axes, count: int) -> None:
-    stride = max(1, math.ceil(count / 14))
-    ax.set_xticks(range(1, count + 1, stride))
+def _chosen(log: NormLog, field: str, steps: tuple[int, int] | None) -> Tensor:
+    """Return the values (steps, norms) of the recorded steps between the two given ones, both included."""
+    values = log.values(field)
+    if steps is None:
+        return values
+    kept = [i for i, step in enumerate(log.steps) if steps[0] <= step <= steps[1]]
+    if not kept:
+        raise ValueError(
+            f"no step from {steps[0]} to {steps[1]} was recorded; there are {log.steps[0]} to {log.steps[-1]}"
+        )
+    return values[kept]
+
+
+def _depth_axis(ax: Axes, count: int) -> None:
+    ax.set_xticks(range(1, count + 1, max(1, math.ceil(count / 14))))
 
 
 def plot_depth(
@@ -101,20 +116,21 @@ def plot_depth(
     *,
     steps: tuple[int, int] | None = None,
     ax: Axes | None = None,
-) -> Axes:
-    """One statistic by depth, a line for each log: the median over steps, the quartiles as a band.
+) -> Figure:
+    """Plot one statistic by depth, one line per log: the median over steps, with the quartiles as a band.
 
     Args:
         logs: a log, or several by label, such as `{"AdaNorm": log_a, "LayerNorm": log_b}`.
         field: one of `log.FIELDS`.
-        steps: only recorded steps from the first to the second number, both included.
-        ax: where to draw.
+        steps: the first and the last recorded step to use; None uses all.
+        ax: the Axes to draw into; None makes a new figure.
 
     Raises:
-        TypeError, ValueError: not a log, an empty one, no such field, or no recorded step in `steps`.
+        TypeError, ValueError: not a log, an empty log, an unknown field, or no recorded step in `steps`.
+        ImportError: matplotlib is not installed.
     """
     logs = _logs(logs)
-    ax = _figure(ax)
+    figure, ax = _figure(ax)
     most = 0
     for index, (label, log) in enumerate(logs.items()):
         values = _chosen(log, field, steps)
@@ -125,59 +141,44 @@ def plot_depth(
         ax.fill_between(depth, low.numpy(), high.numpy(), color=COLORS[index % len(COLORS)], alpha=0.15, linewidth=0)
     if not field.startswith(("share", "input")):
         ax.set_yscale("log")
-    _depth_ticks(ax, most)
-    return _finish(ax, DEPTH, LABELS[field], "best")
+    _depth_axis(ax, most)
+    _finish(ax, DEPTH, LABELS[field], "best")
+    return figure
 
 
-def plot_gradients(
-    logs: NormLog | Mapping[str, NormLog], *, steps: tuple[int, int] | None = None, ax: Sequence[Axes] | None = None
-) -> tuple[Axes, Axes]:
-    """The paper's two quantities by depth, for several norms in one picture: `|mean|` (left) and variance (right) of
-    the gradient that each norm passes on. `ax`: a pair of Axes; the rest as in `plot_depth`."""
+def plot_gradients(logs: NormLog | Mapping[str, NormLog], *, steps: tuple[int, int] | None = None) -> Figure:
+    """Plot the two quantities of the paper by depth: `|mean|` (left) and variance (right) of the gradient that each
+    norm passes on. Arguments and errors as in `plot_depth`."""
     logs = _logs(logs)
-    left, right = _figure(ax, columns=2)
+    figure, (left, right) = _figure(columns=2)
     plot_depth(logs, "grad_input_mean", steps=steps, ax=left)
     plot_depth(logs, "grad_input_var", steps=steps, ax=right)
     if right.get_legend() is not None:
         right.get_legend().remove()
-    return left, right
+    return figure
 
 
-def plot_theorem(
-    log: NormLog, *, steps: tuple[int, int] | None = None, ax: Sequence[Axes] | None = None
-) -> tuple[Axes, Axes]:
-    """Theorem 1 in one model: `|mean|` and variance of the gradient at each norm's output, at its input as it is, and
-    at its input as it would be with mean and variance detached. Arguments as in `plot_gradients`."""
-    logs = _logs(log)
-    left, right = _figure(ax, columns=2)
-    for axes, kind in ((left, "mean"), (right, "var")):
-        for index, (where, label) in enumerate(
-            (("output", "at the output"), ("detached", "at the input, if detached"), ("input", "at the input"))
-        ):
-            values = _chosen(logs[""], f"grad_{where}_{kind}", steps).nanmedian(dim=0).values
-            axes.plot(range(1, len(values) + 1), values.numpy(), label=label, **_style(index))
-        axes.set_yscale("log")
-        _depth_ticks(axes, len(values))
-        what = "|mean| of gradient, per row (loss)" if kind == "mean" else "variance of gradient, per row (loss²)"
-        _finish(axes, DEPTH, what, "best" if kind == "mean" else None)
-    return left, right
-
-
-def _chosen(log: NormLog, field: str, steps: tuple[int, int] | None) -> Tensor:
-    values = log.values(field)
-    if steps is None:
-        return values
-    first, last = steps
-    kept = [i for i, step in enumerate(log.steps) if first <= step <= last]
-    if not kept:
-        raise ValueError(f"no step from {first} to {last} was recorded; there are {log.steps[0]} to {log.steps[-1]}")
-    return values[kept]
-
-
-def plot_heatmap(log: NormLog, field: str = "grad_input_var", *, ax: Axes | None = None) -> Axes:
-    """One statistic over steps (to the right) and depth (upwards), brighter is larger. Arguments: see `plot_depth`."""
+def plot_theorem(log: NormLog, *, steps: tuple[int, int] | None = None) -> Figure:
+    """Plot Theorem 1 for one model: `|mean|` (left) and variance (right) of the gradient at each norm's output, at its
+    input, and at its input as it would be with mean and variance detached. Arguments and errors as in `plot_depth`."""
     log = _logs(log)[""]
-    ax = _figure(ax)
+    figure, panels = _figure(columns=2)
+    places = {"output": "at the output", "detached": "at the input, if detached", "input": "at the input"}
+    for ax, kind, what in zip(panels, ("mean", "var"), ("|mean|", "variance"), strict=True):
+        for index, (where, label) in enumerate(places.items()):
+            values = _chosen(log, f"grad_{where}_{kind}", steps).nanmedian(dim=0).values
+            ax.plot(range(1, len(values) + 1), values.numpy(), label=label, **_style(index))
+        ax.set_yscale("log")
+        _depth_axis(ax, len(log.names))
+        unit = "loss" if kind == "mean" else "loss²"
+        _finish(ax, DEPTH, f"{what} of gradient, per row ({unit})", "best" if kind == "mean" else None)
+    return figure
+
+
+def plot_heatmap(log: NormLog, field: str = "grad_input_var", *, ax: Axes | None = None) -> Figure:
+    """Plot one statistic over steps (x) and depth (y); brighter is larger. Arguments and errors as in `plot_depth`."""
+    log = _logs(log)[""]
+    figure, ax = _figure(ax)
     from matplotlib.colors import LogNorm
 
     values = log.values(field).T
@@ -187,17 +188,18 @@ def plot_heatmap(log: NormLog, field: str = "grad_input_var", *, ax: Axes | None
         scale = LogNorm(float(positive.min()), float(positive.max()) * (1 + 1e-9))
     edges = (_edges(log.steps), _edges(range(1, len(values) + 1)))
     mesh = ax.pcolormesh(*edges, values.numpy(), norm=scale, cmap="cividis")
-    ax.figure.colorbar(mesh, ax=ax).set_label(LABELS[field], fontsize=9)
+    figure.colorbar(mesh, ax=ax).set_label(LABELS[field], fontsize=9)
     _finish(ax, "training step", DEPTH)
     ax.grid(visible=False)
-    return ax
+    return figure
 
 
 def _edges(centers: Sequence[int]) -> list[float]:
-    """Borders of cells around `centers`: half-way between neighbours, as far beyond the first and the last."""
-    middle = [(a + b) / 2 for a, b in itertools.pairwise(centers)] or [centers[0] + 0.5]
-    first = 2 * centers[0] - middle[0]
-    return [first, *middle, 2 * centers[-1] - middle[-1]] if len(centers) > 1 else [first, *middle]
+    """Return the borders of cells around `centers`: half-way between neighbors, and as far beyond the ends."""
+    if len(centers) == 1:
+        return [centers[0] - 0.5, centers[0] + 0.5]
+    middle = [(a + b) / 2 for a, b in itertools.pairwise(centers)]
+    return [2 * centers[0] - middle[0], *middle, 2 * centers[-1] - middle[-1]]
 
 
 def plot_losses(
@@ -207,34 +209,33 @@ def plot_losses(
     smooth: int = 1,
     ylabel: str = "training loss (nats)",
     ax: Axes | None = None,
-) -> Axes:
-    """Losses over training steps, a line for each label.
+) -> Figure:
+    """Plot losses over training steps, one line per label.
 
     Args:
-        curves: per label, the losses of steps 1, 2, ... or a mapping from step to loss.
-        reference: a level to compare with, such as the loss before the patch, shown as a thin line.
-        smooth: average over this many neighbouring values (fewer at the ends); 1 draws them as they are.
-        ylabel: what is drawn, with its unit.
-        ax: where to draw.
+        curves: for each label the losses of steps 1, 2, ..., or a mapping from step to loss.
+        reference: a level to compare with, such as the loss before the patch, drawn as a thin line.
+        smooth: average over this many neighboring values (fewer at the ends); 1 does not smooth.
+        ylabel: the label of the y axis, with its unit.
+        ax: the Axes to draw into; None makes a new figure.
 
     Raises:
         ValueError: no curve, an empty one, or `smooth` below 1.
+        ImportError: matplotlib is not installed.
     """
     if smooth < 1:
         raise ValueError(f"smooth must be at least 1, got {smooth}")
-    if not curves:
-        raise ValueError("no curve was given")
-    ax = _figure(ax)
+    if not curves or (empty := [label for label, curve in curves.items() if not len(curve)]):
+        raise ValueError(f"the curve {empty[0]!r} is empty" if curves else "expected at least one curve, got none")
+    figure, ax = _figure(ax)
     for index, (label, curve) in enumerate(curves.items()):
-        pairs = list(curve.items() if isinstance(curve, Mapping) else enumerate(map(float, curve), start=1))
-        if not pairs:
-            raise ValueError(f"the curve {label!r} is empty")
+        pairs = curve.items() if isinstance(curve, Mapping) else enumerate(map(float, curve), start=1)
         steps, values = zip(*pairs, strict=True)
-        few = len(values) <= 25
-        ax.plot(steps, _smoothed(values, smooth), label=label, **_style(index, marked=few))
+        ax.plot(steps, _smoothed(values, smooth), label=label, **_style(index, marked=len(values) <= 25))
     if reference is not None:
         ax.axhline(reference, color="#555555", linewidth=0.8, linestyle=":", label="before the patch")
-    return _finish(ax, "training step", ylabel, "best")
+    _finish(ax, "training step", ylabel, "best")
+    return figure
 
 
 def _smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -245,31 +246,32 @@ def _smoothed(values: Sequence[float], window: int) -> list[float]:
 
 def plot_phi(
     activations: NormLog | Tensor | None = None, *, C: float = 1.0, k: float = 0.1, ax: Axes | None = None
-) -> Axes:
-    """AdaNorm's phi(y) = C (1 - k y) and z = phi(y) y, with the histogram of real y on the right axis.
+) -> Figure:
+    """Plot AdaNorm's phi(y) = C (1 - k y) and z = phi(y) y, with a histogram of real y on the right axis.
 
-    Marked are y = 1/(2k), from where z falls, and y = 1/k, where phi changes its sign.
+    Dotted lines mark y = 1/(2k), where z begins to fall, and y = 1/k, where phi changes its sign.
 
     Args:
         activations: a log recorded with `histogram=True` (all its norms together), or values of y; None: curves only.
-        C, k: AdaNorm's constants; > 0.
-        ax: where to draw.
+        C, k: AdaNorm's settings; > 0.
+        ax: the Axes to draw into; None makes a new figure.
 
     Raises:
-        ValueError: C or k not > 0, or a log without histograms.
+        ValueError: C or k is not > 0, or the log has no histograms.
+        ImportError: matplotlib is not installed.
     """
     if not (C > 0 and k > 0):
         raise ValueError(f"C and k must be > 0, got C={C!r} and k={k!r}")
     counts = None
     if isinstance(activations, NormLog):
         if not activations.histograms:
-            raise ValueError("the log holds no histograms: record it with watch_norms(..., histogram=True)")
+            raise ValueError("the log has no histograms: record it with watch_norms(..., histogram=True)")
         counts = torch.stack(list(activations.histograms.values())).sum(0)
     elif activations is not None:
         counts = torch.histc(
             activations.detach().double().cpu().clamp(*HISTOGRAM_RANGE), HISTOGRAM_BINS, *HISTOGRAM_RANGE
         )
-    ax = _figure(ax)
+    figure, ax = _figure(ax)
     low, high = HISTOGRAM_RANGE
     y = torch.linspace(low, high, 481)
     phi = C * (1 - k * y)
@@ -290,8 +292,7 @@ def plot_phi(
             ax.axvline(value, color="#555555", linewidth=0.8, linestyle=":")
             ax.text(value, 0.02, f" y = {text}", transform=ax.get_xaxis_transform(), fontsize=9, color="#333333")
     _finish(
-        ax, "normalised activation y = N(x), in standard deviations", f"value (C = {C:g}, k = {k:g})", "center right"
+        ax, "normalized activation y = N(x), in standard deviations", f"value (C = {C:g}, k = {k:g})", "center right"
     )
-    if counts is not None:
-        ax.spines["right"].set_visible(True)
-    return ax
+    ax.spines["right"].set_visible(counts is not None)
+    return figure

@@ -29,7 +29,7 @@ def test_one_is_not_many():
 @pytest.mark.parametrize(("steps", "norms"), [((1,), 3), ((1, 5), 1), ((7,), 1), ((1, 2, 9), 2)])
 def test_a_heatmap_shows_every_step_and_norm(steps, norms):
     plots = pytest.importorskip("matplotlib") and pytest.importorskip("hf_adanorm.diagnostics.plots")
-    mesh = plots.plot_heatmap(log(*steps, norms=norms)).collections[0]
+    mesh = plots.plot_heatmap(log(*steps, norms=norms)).axes[0].collections[0]
     assert mesh.get_array().shape == (norms, len(steps))
 
 
