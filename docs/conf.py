@@ -12,7 +12,10 @@ exclude_patterns = ["_build", "measured"]  # the latter is written by a command
 myst_heading_anchors = 3  # links to a heading of a page are checked
 default_role = "code"  # docstrings write `names` with one backtick
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signatures of the options would fill the page twice
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_title = "hf_adanorm"

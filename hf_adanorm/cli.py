@@ -1,56 +1,53 @@
-"""The command line: `hf-adanorm inspect | patch | unpatch | fold | card`.
+"""The command line: `hf-adanorm inspect | norms | patch | fold | unpatch | card | run`.
 
-An error is one line on stderr and exit code 2. `--json` prints one JSON object on stdout instead of text for people.
-Tokens come from `hf auth login` or HF_TOKEN, as everywhere in huggingface_hub; no option takes one.
+An error is one line on stderr and exit code 2. `--json` prints one JSON object on stdout. Tokens come from `hf auth
+login` or HF_TOKEN; no option takes one.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib
 import json
 import re
-import secrets
 import shlex
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import typer
 except ImportError:  # the library itself needs torch and transformers only
     sys.exit("error: the command line needs typer and rich: pip install typer rich")
 
-from .options import norms, patch_options
-from .saving import TEMPORARY, leads_outside
+from .norms import norm_names, parse_value, resolve_norm, settings_of, title_of
+from .options import patch_options
 
-PATCH_OPTIONS = patch_options()
+HELP = {name: option.help for name, option in patch_options().items()}
+# Programs that start new processes, which do not import what this process imported.
+LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "ray", "horovodrun")
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 Name = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A model's id on the Hub, or its folder.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new or an empty one.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")]
-Include = Annotated[
-    list[str] | None, typer.Option(help=f"{PATCH_OPTIONS['include'].help}; may be given several times.")
+Architecture = Annotated[
+    str | None, typer.Option(metavar="CLASS", help="The transformers class to load; by default that of the config.")
 ]
-Exclude = Annotated[list[str] | None, typer.Option(help="leave these norms as they are; written like --include.")]
-Layers = Annotated[list[int] | None, typer.Option(help="Only norms of this layer, negative from the end.")]
-Targets = Annotated[str, typer.Option(help=PATCH_OPTIONS["targets"].help)]
-OnTied = Annotated[str, typer.Option(help=PATCH_OPTIONS["on_tied"].help)]
-GgufFile = Annotated[str | None, typer.Option(metavar="FILE", help="The GGUF file there that holds the model.")]
+Include = Annotated[list[str] | None, typer.Option(help=f"{HELP['include']}. Repeat it for several patterns.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Leave these norms unchanged; written like --include.")]
+Layers = Annotated[list[int] | None, typer.Option(help="Only norms of this layer, negative from the end; repeatable.")]
+Targets = Annotated[str, typer.Option(help=f"{HELP['targets']}: auto, layernorm, rmsnorm or all.")]
+Unfoldable = Annotated[
+    str, typer.Option(help="What to do with a norm that does not fold exactly: keep, approximate or raise.")
+]
+Tied = Annotated[str, typer.Option(help="A head that is tied to an embedding: keep, or untie it to fold into a copy.")]
+GgufFile = Annotated[str | None, typer.Option(metavar="FILE", help="The GGUF file in NAME_OR_PATH to load.")]
 PushToHub = Annotated[str | None, typer.Option(metavar="ID", help="Push the result to this repository.")]
 Private = Annotated[bool, typer.Option(help="Make that repository private if it is new.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -71,128 +68,137 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Swap the LayerNorms of transformers models for AdaNorm and its relatives."""
+    """Swap the norms of transformers models for AdaNorm, its relatives, or a norm of your own."""
 
 
-@app.command(short_help="List every norm and what would become of it.")
+@app.command(short_help="List every norm of a model and whether patch would swap it.")
 def inspect(
     name: Name,
     revision: Revision = None,
+    architecture: Architecture = None,
     include: Include = None,
     exclude: Exclude = None,
     layers: Layers = None,
-    targets: Targets = PATCH_OPTIONS["targets"].default,
+    targets: Targets = "auto",
     gguf_file: GgufFile = None,
     as_json: Json = False,
 ) -> None:
-    """List every norm of a model and what would become of it, from its config alone: no weights are downloaded."""
-    from . import inspect_model
+    """List every norm of a model and whether patch would swap it, from the config alone: no weights are loaded.
 
+    For the folder of a patched model, check the loader modeling_adanorm.py that lies in it, too.
+    """
+    from . import AdaNormSpec, inspect_model
+    from .conversion import Source, empty_model, load_config
+    from .saving import inspect_code
+
+    source = Source(name=name, revision=revision, gguf_file=gguf_file, architecture=architecture)
+    config = load_config(source)
     report = inspect_model(
-        _empty_model(_load_config(name, revision, gguf_file)),
+        empty_model(config),
         include=include or None,
         exclude=exclude or None,
         layers=layers or None,
         targets=targets,  # type: ignore[arg-type]
     )
-    _print_json({"model": name, **report.to_dict()}) if as_json else print(report)
+    spec = getattr(config, "adanorm", None)
+    code = inspect_code(Path(name), spec and AdaNormSpec.from_dict(spec)) if Path(name).is_dir() else None
+    if as_json:
+        _print_json({"model": name, "code": code and dataclasses.asdict(code), **report.to_dict()})
+        return
+    print(report)
+    if code is not None:
+        print("".join(f"{line}\n" for line in _describe(code)), end="")
 
 
-@app.command(short_help="Swap the norms and save the model.")
+@app.command(short_help="List the norms and their settings.")
+def norms(
+    norm: Annotated[list[str] | None, typer.Argument(metavar="[NORM]...", help="Such as my_norms.py:Derf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the norms that patch knows with their settings and defaults, or those of the norms given."""
+    found = {}
+    for each in norm or norm_names():
+        cls, given = resolve_norm(each)
+        found[each] = (cls, {**settings_of(cls), **given})
+    if as_json:
+        _print_json({each: settings for each, (_, settings) in found.items()})
+        return
+    for each, (cls, settings) in found.items():
+        about = next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), title_of(each))
+        options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
+        print(f"{each}\n    {about}\n    {options or 'no settings'}")
+
+
+@app.command(short_help="Swap the norms of a model and save it.")
 def patch(
     name: Name,
     out: Out,
-    norm: Annotated[str, typer.Option(help=PATCH_OPTIONS["norm"].help)] = PATCH_OPTIONS["norm"].default,
-    C: Annotated[float, typer.Option("--C", help=PATCH_OPTIONS["C"].help)] = PATCH_OPTIONS["C"].default,
-    k: Annotated[float, typer.Option("--k", help=PATCH_OPTIONS["k"].help)] = PATCH_OPTIONS["k"].default,
-    detach_mean: Annotated[bool, typer.Option(help=PATCH_OPTIONS["detach_mean"].help)] = PATCH_OPTIONS[
-        "detach_mean"
-    ].default,
-    detach_variance: Annotated[bool, typer.Option(help=PATCH_OPTIONS["detach_variance"].help)] = PATCH_OPTIONS[
-        "detach_variance"
-    ].default,
-    eps: Annotated[float | None, typer.Option(help=PATCH_OPTIONS["eps"].help)] = None,
-    centered: Annotated[bool | None, typer.Option(help=PATCH_OPTIONS["centered"].help)] = None,
+    norm: Annotated[str, typer.Option(help="A name that `hf-adanorm norms` lists, or FILE.py:CLASS.")] = "adanorm",
+    setting: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    eps: Annotated[float | None, typer.Option(help=HELP["eps"])] = None,
+    centered: Annotated[bool | None, typer.Option(help=HELP["centered"])] = None,
     revision: Revision = None,
+    architecture: Architecture = None,
     include: Include = None,
     exclude: Exclude = None,
     layers: Layers = None,
-    targets: Targets = PATCH_OPTIONS["targets"].default,
-    affine: Annotated[str, typer.Option(help=PATCH_OPTIONS["affine"].help)] = PATCH_OPTIONS["affine"].default,
-    on_unfoldable: Annotated[str, typer.Option(help=PATCH_OPTIONS["on_unfoldable"].help)] = PATCH_OPTIONS[
-        "on_unfoldable"
-    ].default,
-    on_tied: OnTied = "keep",
+    targets: Targets = "auto",
+    affine: Annotated[
+        str, typer.Option(help="Trained gains and biases: drop, or fold (see hf-adanorm fold).")
+    ] = "drop",
+    unfoldable: Unfoldable = "keep",
+    tied: Tied = "keep",
     gguf_file: GgufFile = None,
     push_to_hub: PushToHub = None,
     private: Private = False,
     as_json: Json = False,
 ) -> None:
-    """Swap the norms of a model and save it, with its tokenizer or processor, in the dtype of its checkpoint."""
-    from . import patch_model
+    """Swap the norms of a model and save it, with everything that belongs to it, in the dtype of its checkpoint.
 
-    if on_unfoldable == "calibrate":
-        raise ValueError(
-            "--on-unfoldable calibrate fits to real data, which a command line does not take: call patch_model(model, "
-            'affine="fold", on_unfoldable="calibrate", fold_inputs=batch) in Python, or give "approximate" here'
-        )
-    _check_push(push_to_hub)
-    config = _load_config(name, revision, gguf_file)
-    given = {"C": C, "k": k, "detach_mean": detach_mean, "detach_variance": detach_variance}
-    known = norms()[norm].settings if norm in norms() else {}
+    --SETTING VALUE sets a setting of the norm, such as --k 0.05; `hf-adanorm norms` lists them.
+    """
+    from . import inspect_model, patch_model
+    from .conversion import Source, check_push, empty_model, load_config, load_model, new_folder, refuse_unused
+
+    cls, settings = resolve_norm(norm)
+    settings |= _settings(norm, cls, setting or [])
+    check_push(push_to_hub)
+    source = Source(name=name, revision=revision, gguf_file=gguf_file, architecture=architecture)
+    config = load_config(source)
     options: dict[str, Any] = {
-        **{key: value for key, value in given.items() if key in known or value != PATCH_OPTIONS[key].default},
+        **settings,
         "eps": eps,
         "centered": centered,
         "include": include or None,
         "exclude": exclude or None,
         "layers": layers or None,
         "targets": targets,
-        "affine": affine,
-        "on_unfoldable": on_unfoldable,
-        "on_tied": on_tied,
     }
-    with _new_folder(out) as folder:
-        # A wrong option is found before the weights are downloaded. Folding runs the model: not on the meta device.
+    fold: dict[str, Any] = {"affine": affine}
+    if affine == "fold":
+        fold |= {"on_unfoldable": _unfoldable(unfoldable), "on_tied": tied}
+    with new_folder(out) as folder:
+        # Find a wrong option before the weights are loaded. A fold runs the model, which a meta model cannot do.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patch_model(
-                _empty_model(config), norm, **{**options, "affine": "drop", "on_unfoldable": "keep", "on_tied": "keep"}
-            )
-        model = _load_model(name, config, revision, gguf_file)
-        patch_model(model, norm, **options)
-        num_swapped = sum(getattr(type(module), "is_adanorm_module", False) for module in model.modules())
-        with_processor = _save(model, name, revision, gguf_file, folder)
-    url = _push(out, push_to_hub, private) if push_to_hub else None
-    if as_json:
-        _print_json({"model": name, "out": str(out), "norm": norm, "swapped": num_swapped, "pushed": url})
-        return
-    print(
-        f"{out}: {type(model).__name__} with {num_swapped} swapped norms{'' if with_processor else ', no tokenizer'}"
+            patch_model(empty_model(config), cls, **options, affine="drop" if affine == "fold" else affine)
+        model = load_model(source, config)
+        if affine == "fold":
+            refuse_unused(source)
+        patch_model(model, cls, **options, **fold)
+        num_swapped = inspect_model(model).num_swapped
+        left = _save(model, source, folder)
+    _finish(
+        as_json,
+        out,
+        model,
+        left,
+        push_to_hub,
+        private,
+        f"{num_swapped} norms swapped for {norm}",
+        norm=norm,
+        swapped=num_swapped,
     )
-    if url:
-        print(f"pushed: {url}")
-
-
-@app.command(short_help="Put the stock norms back and save the model.")
-def unpatch(name: Name, out: Out, revision: Revision = None, as_json: Json = False) -> None:
-    """Put the stock norms back into a patched model and save it, with its tokenizer or processor.
-
-    A saved model does not hold the gains and biases that were there before the patch: they come back as 1 and 0.
-    """
-    from . import is_patched, unpatch_model
-
-    config = _load_config(name, revision)
-    if not is_patched(_empty_model(config)):
-        raise ValueError(f"{name} holds no swapped norm: there is nothing to take back")
-    with _new_folder(out) as folder:
-        model = _load_model(name, config, revision, None)
-        unpatch_model(model)
-        with_processor = _save(model, name, revision, None, folder)
-    if as_json:
-        _print_json({"model": name, "out": str(out)})
-    else:
-        print(f"{out}: {type(model).__name__} with its stock norms{'' if with_processor else ', no tokenizer'}")
 
 
 @app.command(short_help="Fold gains and biases into the layers that read them, and save.")
@@ -200,49 +206,69 @@ def fold(
     name: Name,
     out: Out,
     revision: Revision = None,
-    on_unfoldable: Annotated[str, typer.Option(help='"keep", "approximate" or "raise".')] = "keep",
-    on_tied: OnTied = "keep",
+    architecture: Architecture = None,
+    unfoldable: Unfoldable = "keep",
+    tied: Tied = "keep",
     gguf_file: GgufFile = None,
     push_to_hub: PushToHub = None,
     private: Private = False,
     as_json: Json = False,
 ) -> None:
-    """Fold the gains and biases of a model's norms into the layers that read them, and save it as its own class. Where
-    no bias had to be added, the result is a plain stock model for whatever loads its kind."""
+    """Fold the gains and biases of a model's norms into the layers that read them, and save it as its own class.
+
+    Where no bias had to be added, the result is a plain stock model, which every engine loads.
+    """
     from . import fold_affine
+    from .conversion import Source, check_push, load_config, load_model, new_folder, refuse_unused
 
-    _check_push(push_to_hub)
-    config = _load_config(name, revision, gguf_file)
-    with _new_folder(out) as folder:
-        model = _load_model(name, config, revision, gguf_file)
-        report = fold_affine(model, on_unfoldable=on_unfoldable, on_tied=on_tied)  # type: ignore[arg-type]
-        _save(model, name, revision, gguf_file, folder)
-    url = _push(out, push_to_hub, private) if push_to_hub else None
-    if as_json:
-        counts = {action: len(report.names(action)) for action in ("folded", "approximated", "kept")}
-        more = {"untied": report.untied, "difference": report.difference, "stock": report.is_stock}
-        _print_json({"model": name, "out": str(out), **counts, **more, "pushed": url})
-        return
-    print(report)
-    if url:
-        print(f"pushed: {url}")
+    check_push(push_to_hub)
+    source = Source(name=name, revision=revision, gguf_file=gguf_file, architecture=architecture)
+    config = load_config(source)
+    with new_folder(out) as folder:
+        model = load_model(source, config)
+        refuse_unused(source)
+        report = fold_affine(model, on_tied=tied, on_unfoldable=_unfoldable(unfoldable))
+        left = _save(model, source, folder)
+    counts: dict[str, Any] = {action: len(report.names(action)) for action in ("folded", "approximated", "kept")}
+    counts |= {"untied": report.untied, "difference": report.difference, "stock": report.is_stock}
+    _finish(as_json, out, model, left, push_to_hub, private, str(report), **counts)
 
 
-@app.command(short_help="Write or refresh the model card of a patched model.")
+@app.command(short_help="Put the stock norms back and save the model.")
+def unpatch(name: Name, out: Out, revision: Revision = None, as_json: Json = False) -> None:
+    """Put the stock norms back into a patched model and save it.
+
+    A saved model does not contain the gains and biases from before the patch: they start from 1 and 0.
+    """
+    from . import is_patched, unpatch_model
+    from .conversion import Source, empty_model, load_config, load_model, new_folder
+
+    source = Source(name=name, revision=revision)
+    config = load_config(source)
+    if not is_patched(empty_model(config)):
+        raise ValueError(f"{name} has no swapped norms: there is nothing to undo")
+    with new_folder(out) as folder:
+        model = load_model(source, config)
+        unpatch_model(model)
+        left = _save(model, source, folder)
+    _finish(as_json, out, model, left, None, False, "stock norms")
+
+
+@app.command(short_help="Write or update the model card of a saved model.")
 def card(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder of a patched model.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder of a saved model.")],
     model_id: Annotated[str | None, typer.Option(help="Its name on the Hub.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="The model that was patched, by id.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="A data set's id; may be given several times.")] = None,
-    dataset_name: Annotated[str | None, typer.Option(help="A readable name for the data of the results.")] = None,
-    dataset_split: Annotated[str | None, typer.Option(help='Such as "test".')] = None,
-    result: Annotated[list[str] | None, typer.Option(metavar="METRIC=VALUE", help="A result.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The id of the model that was patched.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="The Hub id of training data; repeatable.")] = None,
+    dataset_name: Annotated[str | None, typer.Option(help="A readable name of the data of the results.")] = None,
+    dataset_split: Annotated[str | None, typer.Option(help="The split of the results, such as test.")] = None,
+    result: Annotated[list[str] | None, typer.Option(metavar="METRIC=VALUE", help="A result; repeatable.")] = None,
     command: Annotated[str | None, typer.Option(help="The command line that made the model.")] = None,
-    license: Annotated[str | None, typer.Option(help="The model's license; by default the base model's.")] = None,  # noqa: A002
-    tag: Annotated[list[str] | None, typer.Option(help="A further tag.")] = None,
+    license: Annotated[str | None, typer.Option(help="The license; by default that of the base model.")] = None,  # noqa: A002
+    tag: Annotated[list[str] | None, typer.Option(help="A further tag; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the model card of a saved patched model, or refresh our section of the card that is there."""
+    """Write the model card of a saved model, or update our section of the existing card."""
     from . import write_model_card
 
     written = write_model_card(
@@ -260,241 +286,176 @@ def card(
     _print_json({"card": str(written)}) if as_json else print(written)
 
 
+@app.command(
+    short_help="Run another program with hf_adanorm imported.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def run(
+    context: typer.Context,
+    tool: Annotated[str, typer.Argument(metavar="TOOL ARGS...", help="A command of an installed package.")],
+) -> Callable[[], Any]:
+    """Run the command of an installed package in this process, with hf_adanorm imported: it loads patched models.
+
+    For example: hf-adanorm run transformers serve my-model. Forked workers inherit the import. Launchers start new
+    processes, which do not: in scripts for them, write `import hf_adanorm`.
+    """
+    found = {entry.name: entry for entry in metadata.entry_points(group="console_scripts")}
+    if tool not in found:
+        close = difflib.get_close_matches(tool, found, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{tool} is not a command of an installed Python package{hint}")
+    if tool in LAUNCHERS:
+        print(
+            f"warning: {tool} starts new processes, which do not import hf_adanorm: import it in your script",
+            file=sys.stderr,
+        )
+    arguments = [tool, *context.args]
+
+    def start() -> Any:
+        importlib.import_module("hf_adanorm")
+        sys.argv = arguments
+        return found[tool].load()()
+
+    return start
+
+
 def main(argv: list[str] | None = None) -> None:
-    """The entry point; ends with SystemExit: 0, or 2 after an error."""
+    """Run a command and end with SystemExit: 0, or 2 after an error."""
+    show_warning = warnings.showwarning
     warnings.showwarning = _show_warning
     try:
         # Exceptions arrive here as they are, those of the argument parser included.
-        code = app(args=argv, standalone_mode=False, prog_name="hf-adanorm")
+        code = app(
+            args=_separate_settings(sys.argv[1:] if argv is None else argv),
+            standalone_mode=False,
+            prog_name="hf-adanorm",
+        )
     except KeyboardInterrupt:
         code = 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        code = _fail(_in_our_words(str(error)) or type(error).__name__)
+        code = _fail(_as_options(str(error)) or type(error).__name__)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not the argument parser's: a bug, whose traceback is wanted
+        if not hasattr(error, "format_message"):  # not from the argument parser: a bug, so show its traceback
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)
             sys.exit(2)
         code = _fail(error.format_message())
+    if callable(code):  # another program: its errors and exit codes are its own
+        warnings.showwarning = show_warning
+        code = code()
     sys.exit(code if isinstance(code, int) else 0)
 
 
 # ------------------------------------------------------------------------------------------------------- small parts
 
 
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _separate_settings(argv: list[str]) -> list[str]:
+    """Turn options of `patch` that are none of its own into settings: --alpha 0.7 becomes --setting alpha=0.7."""
+    if argv[:1] != ["patch"]:
+        return argv
+    known = {"--help", *(name for p in _parameters("patch") for name in (*p.opts, *p.secondary_opts))}
+    flags = {
+        name for p in _parameters("patch") if getattr(p, "is_flag", False) for name in (*p.opts, *p.secondary_opts)
+    }
+    out, rest = argv[:1], argv[1:]
+    while rest:
+        word = rest.pop(0)
+        name, sign, value = word.partition("=")
+        if not word.startswith("--") or word == "--" or name in known:
+            out.append(word)
+            if word in known - flags and rest:
+                out.append(rest.pop(0))
+            continue
+        if not sign:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        out += ["--setting", f"{name[2:].replace('-', '_')}={value}"]
+    return out
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {' '.join(_in_our_words(str(message)).split())}", file=sys.stderr)
+def _parameters(command: str) -> list[Any]:
+    return list(typer.main.get_command(app).commands[command].params)  # type: ignore[attr-defined]
 
 
-def _in_our_words(message: str) -> str:
-    """A message of the library with the options of this command line in the place of Python's arguments."""
-    names = (
-        "C|k|norm|eps|centered|affine|on_unfoldable|on_tied|include|exclude|layers|targets|detach_mean|detach_variance"
-    )
-    value = r"""(?:"([\w.-]+)"|'([\w.-]+)'|([\w.-]+\w))"""
-
-    def option(match: re.Match[str]) -> str:
-        given = next((group for group in match.groups()[1:] if group), "")
-        return f"--{match[1].replace('_', '-')} {given}".rstrip()
-
-    message = re.sub(rf"\b({names})={value}", option, message)
-    return re.sub(rf"(?<![\w-])({names})(?= (?:must|are both|holds?)\b)", option, message)
-
-
-def _load_config(name: str, revision: str | None, gguf_file: str | None = None) -> PreTrainedConfig:
-    from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        disable_progress_bars()
-    folder = Path(name)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if folder.is_dir() or is_path:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{name}: no such folder")
-        wanted = gguf_file or "config.json"
-        if not (folder / wanted).is_file():
-            found = sorted(file.name for file in folder.glob("*.gguf"))
-            hint = f"; it holds {', '.join(found)}: give --gguf-file {found[0]}" if found else ""
-            raise FileNotFoundError(f"{name} is no folder with a {wanted}{hint}")
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, **({"gguf_file": gguf_file} if gguf_file else {}))
-    except OSError as error:
-        if folder.is_dir():
-            raise
-        raise OSError(f"{name}: no such folder, and no such model could be had from the Hub: {error}") from None
-    if gguf_file:
-        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-        config.architectures = config.architectures or ([names] if isinstance(names, str) else None)
-    return config  # type: ignore[no-any-return]
+def _settings(norm: str, cls: type, pairs: list[str]) -> dict[str, Any]:
+    """Return the settings that the command line gives, checked against those of the norm."""
+    known = settings_of(cls)
+    settings = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name.startswith("no_") and name not in known and value == "true":
+            name, value = name.removeprefix("no_"), "false"
+        if name not in known:
+            given = f"--{name.replace('_', '-')}"
+            options = [opt for p in _parameters("patch") for opt in p.opts if opt.startswith("--") and not p.hidden]
+            close = difflib.get_close_matches(given, [*options, *(f"--{key.replace('_', '-')}" for key in known)], n=1)
+            valid = ", ".join(f"--{key.replace('_', '-')}" for key in known) or "none"
+            raise ValueError(
+                f"{given} is neither an option nor a setting of {norm} (settings: {valid})"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
+        settings[name] = parse_value(value)
+    return settings
 
 
-def _load_model(name: str, config: PreTrainedConfig, revision: str | None, gguf_file: str | None) -> PreTrainedModel:
-    """With its weights, in the dtype of its checkpoint; those of a GGUF file are unpacked, to float32."""
-    import torch
-    import transformers
-
-    if not gguf_file:
-        return _model_class(config).from_pretrained(  # type: ignore[no-any-return]
-            name, config=config, revision=revision, dtype="auto"
+def _describe(code: Any) -> Iterator[str]:
+    """Describe the code in a model's folder, which trust_remote_code=True executes, in lines."""
+    version = importlib.import_module("hf_adanorm").__version__
+    if code.loader == "ours":
+        yield f"modeling_adanorm.py: the loader of hf_adanorm {version}, unmodified"
+    elif code.loader == "modified":
+        yield (
+            f"modeling_adanorm.py: NOT the loader of hf_adanorm {version}. Another version wrote it, or it was "
+            f"changed: read it before you load with trust_remote_code=True (SHA-256 {code.loader_sha256})"
         )
-    how = getattr(transformers, "GgufConfig", None)  # of newer releases, which could leave the weights packed
-    model = _model_class(config).from_pretrained(
-        name,
-        revision=revision,
-        gguf_file=gguf_file,
-        dtype=torch.float32,
-        **({"quantization_config": how(dequantize=True)} if how is not None else {}),
-    )
-    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
-        quantizer.remove_quantization_config(model)  # or transformers would refuse to save it
-    return model  # type: ignore[no-any-return]
+    if code.entry == "modified":
+        yield "the entry file that config.json names was changed by hand: read it before you load it"
+    for file, sha in code.files.items():
+        known = code.expected.get(file)
+        state = (
+            "not part of the model" if known is None else "as saved" if known == sha else "CHANGED since it was saved"
+        )
+        yield f"{file}: code of the model's author, {state} (SHA-256 {sha})"
 
 
-def _save(model: PreTrainedModel, name: str, revision: str | None, gguf_file: str | None, folder: Path) -> bool:
-    """Save the model with its tokenizer or processor. Whether there was one."""
-    if gguf_file:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(name, revision=revision, gguf_file=gguf_file).save_pretrained(folder)
-    found = bool(gguf_file) or _copy_processor(name, revision, folder)
-    model.save_pretrained(folder)
-    return found
+def _unfoldable(choice: str) -> Any:
+    if choice == "calibrate":
+        raise ValueError("--unfoldable calibrate needs data, which only the Python interface takes; use approximate")
+    return choice
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
-    """The class that the config names, so that the head stays; the Auto class of the bare model otherwise."""
-    import transformers
+def _save(model: Any, source: Any, folder: Path) -> list[str]:
+    """Save the model with its card, which shows this command line. Return the files that were not copied."""
+    from . import write_model_card
+    from .conversion import save_model
 
-    name = (config.architectures or [""])[0]
-    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModel
-
-
-def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: every module, no memory for weights."""
-    import torch
-
-    model_class = _model_class(config)
-    with torch.device("meta"):
-        build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-        return build(config)  # type: ignore[no-any-return]
+    left = save_model(model, source, folder)
+    base = source.name if not Path(source.name).exists() else None
+    write_model_card(folder, base_model=base, command=shlex.join(["hf-adanorm", *sys.argv[1:]]))
+    return left
 
 
-# What a tokenizer or a processor is made of, by names or patterns; copied as it is, code excepted.
-_PROCESSOR_FILES = (
-    *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"),
-    *("*.model", "*.tiktoken", "*.spm", "*preprocessor_config.json", "processor_config.json"),
-    *("audio_tokenizer_config.json", "chat_template*", "additional_chat_templates/*"),
-    # Of some tokenizers: PhoBERT, LUKE, ProphetNet, BARTpho, RoCBert, Whisper, Marian, MyT5, GPT-NeoX-Japanese
-    *("bpe.codes", "entity_vocab.json", "prophetnet.tokenizer", "dict.txt", "word_shape.json"),
-    *("word_pronunciation.json", "normalizer.json", "target_vocab.json", "byte_maps.json", "emoji.json"),
-    # Of some processors: Wav2Vec2 with a language model, Bark
-    *("alphabet.json", "language_model/*"),
-    *("speaker_embeddings*", "speaker_embeddings/*", "speaker_embeddings/*/*"),
-)
+def _finish(
+    as_json: bool,
+    out: Path,
+    model: Any,
+    left: list[str],
+    push_to_hub: str | None,
+    private: bool,
+    text: str,
+    **more: Any,
+) -> None:
+    from .conversion import push_folder
 
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that takes the place of `out` once it is complete, and leaves nothing after an error."""
-    target = out.resolve()  # a link to an empty folder means that folder
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
-    if target.is_mount():
-        raise FileExistsError(f"{out} is a mount point, which nothing can be renamed to: give a new folder in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{TEMPORARY}{target.name}-{secrets.token_hex(8)}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _copy_processor(name: str, revision: str | None, folder: Path) -> bool:
-    """Copy the files of the tokenizer or processor into `folder`. Whether there were any."""
-    from huggingface_hub import snapshot_download
-
-    if Path(name).is_dir():
-        source = Path(name)
-    else:
-        patterns = [*_PROCESSOR_FILES, "README.md"]  # the card, for the license
-        source = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.py"]))
-    files = {file for pattern in _PROCESSOR_FILES for file in source.glob(pattern) if file.suffix != ".py"}
-    outside = sorted(str(file) for file in files if leads_outside(file, source))
-    if outside:
-        warnings.warn(f"not copied, as these links lead out of the folder: {', '.join(outside)}", stacklevel=2)
-    files = {file for file in files if file.is_file() and not leads_outside(file, source)}
-    for file in files:
-        copy = folder / file.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
-    return bool(files)
-
-
-def _check_push(repo_id: str | None) -> None:
-    """Before the work, what would stop the push after it."""
-    from huggingface_hub.errors import LocalTokenNotFoundError
-    from huggingface_hub.utils import build_hf_headers, validate_repo_id
-
-    if repo_id is not None:
-        validate_repo_id(repo_id)
-        try:
-            build_hf_headers(token=True)
-        except LocalTokenNotFoundError as error:
-            raise ValueError("--push-to-hub needs a token: hf auth login, or HF_TOKEN") from error
-
-
-def _push(folder: Path, repo_id: str, private: bool) -> str:
-    from huggingface_hub import HfApi
-
-    from .saving import CARD_NAME, write_model_card
-
-    api = HfApi(library_name="hf_adanorm")
-    try:
-        # No wish is not the same as "public": an organisation may make new repositories private.
-        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        filters: dict[str, Any] = {}
-        if api.file_exists(repo_id, CARD_NAME):
-            filters = _take_over_card(Path(api.hf_hub_download(repo_id, CARD_NAME)), folder, repo_id)
-        elif (folder / CARD_NAME).exists():  # not beside a stock model
-            write_model_card(folder, model_id=repo_id)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model", **filters)
-    except Exception as error:  # of whichever kind: the network's have little in common
-        again = shlex.join(["hf", "upload", repo_id, str(folder), *["--private"] * bool(private)])
-        told = f"{error}; {folder} is complete, and `{again}` pushes it"
-        raise OSError(told) from error
-    return f"{api.endpoint}/{repo_id}"
-
-
-def _take_over_card(theirs: Path, folder: Path, repo_id: str) -> dict[str, Any]:
-    """The repository's card in the place of the folder's, with a section of ours that is true of the folder's model.
-    What the upload leaves out or deletes: a card that cannot be read, scores of another model."""
-    from .saving import CARD_NAME, read_card, read_config, renewed_card, write_file
-
-    try:
-        text = renewed_card(read_card(theirs), read_config(folder), model_id=repo_id)
-    except ValueError as error:
-        warnings.warn(f"the card of {repo_id} stays as it is: {error}", stacklevel=2)
-        return {"ignore_patterns": CARD_NAME}
-    write_file(folder / CARD_NAME, text or "")
-    return {}
+    url = push_folder(out, push_to_hub, private) if push_to_hub else None
+    if as_json:
+        _print_json({"out": str(out), "class": type(model).__name__, **more, "not_copied": left, "pushed": url})
+        return
+    print(f"{out}: {type(model).__name__}, {text}")
+    if left:
+        print(f"not copied: {', '.join(left)}")
+    if url:
+        print(f"pushed: {url}")
 
 
 def _results(pairs: list[str]) -> dict[str, float] | None:
@@ -506,6 +467,21 @@ def _results(pairs: list[str]) -> dict[str, float] | None:
         except ValueError:
             raise ValueError(f"--result {pair!r} is not of the form METRIC=VALUE, such as accuracy=0.77") from None
     return results or None
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(_as_options(str(message)).split())}", file=sys.stderr)
+
+
+def _as_options(message: str) -> str:
+    """Write the arguments that a message of the library names, such as targets="all", as options."""
+    names = "|".join(p.name for p in _parameters("patch"))
+    return re.sub(rf"""\b({names})=(["']?)([\w.-]*\w)\2""", lambda m: f"--{m[1].replace('_', '-')} {m[3]}", message)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def _figure(ax: Axes | None = None, columns: int = 1) -> tuple[Figure, Any]:
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install matplotlib") from error
     if ax is not None:
-        return ax.figure, ax
+        return cast("Figure", ax.get_figure(root=True)), ax
     figure = Figure(figsize=(6.0, 3.6) if columns == 1 else (5.1 * columns, 3.6), layout="constrained")
     axes = figure.subplots(1, columns)
     return figure, axes if columns == 1 else list(axes)

@@ -144,7 +144,7 @@ def render_card(
     specs = _specs(config)
     rows = [_row(group.to_dict(), where) for where, spec in specs.items() for group in spec.groups]
     norms = list(dict.fromkeys(row["norm"] for row in rows))
-    folded = bool(config.get("flashnorm_folded"))
+    folded = bool(config.get("folded_norms"))
     architecture = _architecture(config)
     card = _parse(existing)
     data = card.data
@@ -188,7 +188,7 @@ def render_card(
     data.license = data.license or license_name or _license_of(base_model)
     data.pipeline_tag = data.pipeline_tag or task
     own = ["hf_adanorm", *norms] if specs else ["hf_adanorm"] if folded else []
-    own += ["weightless-rmsnorm"] if folded else []
+    own += ["weightless-rmsnorm"] if config.get("flashnorm_folded") else []
     data.tags = list(dict.fromkeys([*(data.tags or []), *own, *tags])) or None
     if datasets:
         data.datasets = list(dict.fromkeys([*_as_list(data.datasets), *datasets]))

@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -28,7 +28,7 @@ from transformers import (
 
 import hf_adanorm
 from hf_adanorm import is_patched
-from hf_adanorm.cli import _copy_processor, _in_our_words, main
+from hf_adanorm.cli import _as_options, main
 from hf_adanorm.modeling_adanorm import NOTICE
 from hf_adanorm.saving.card import BEGIN, describes
 from tests.integration.hub_client import build
@@ -49,6 +49,20 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def derf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a user with a norm of their own."""
+    path = tmp_path_factory.mktemp("norms") / "my_norms.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Derf(nn.Module):\n"
+        '    """Computes erf(alpha * x)."""\n\n'
+        "    def __init__(self, normalized_shape, eps=1e-5, *, alpha=0.5, device=None, dtype=None):\n"
+        "        super().__init__()\n        self.alpha = alpha\n\n"
+        "    def forward(self, x):\n        return torch.erf(self.alpha * x)\n"
+    )
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +135,7 @@ def test_patch_pushes_model_tokenizer_and_card(hub: HubServer, stock: Path, tmp_
 
 def test_a_folded_stock_model_is_pushed_as_what_it_is(hub: HubServer, tmp_path: Path, scripts: Scripts) -> None:
     tied_llama().save_pretrained(tmp_path / "source")
-    options = ["--on-tied", "untie", "--push-to-hub", "me/folded", "--json"]
+    options = ["--tied", "untie", "--push-to-hub", "me/folded", "--json"]
     done = scripts.run("hf_adanorm.cli", "fold", tmp_path / "source", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["stock"]
@@ -129,10 +143,10 @@ def test_a_folded_stock_model_is_pushed_as_what_it_is(hub: HubServer, tmp_path: 
     assert {name: data for name, data in files.items() if not name.startswith(".")} == {
         path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
     }
-    assert "README.md" not in files
+    assert ModelCard(files["README.md"].decode()).data.pipeline_tag == "text-generation"
 
 
-@pytest.mark.parametrize("command", [["patch", "org/bert"], ["fold", "org/llama", "--on-tied", "untie"]])
+@pytest.mark.parametrize("command", [["patch", "org/bert"], ["fold", "org/llama", "--tied", "untie"]])
 def test_a_second_push_brings_our_section_of_the_card_up_to_date(
     hub: HubServer, tmp_path: Path, scripts: Scripts, command: list[str]
 ) -> None:
@@ -154,7 +168,7 @@ def test_a_card_that_cannot_be_read_stays_and_is_said(hub: HubServer, tmp_path: 
     hub.create_repo("me/half", {"README.md": text.encode()})
     done = scripts.run("hf_adanorm.cli", "patch", "org/bert", tmp_path / "out", "--push-to-hub", "me/half")
     assert done.returncode == 0, done.stderr
-    assert "warning: the card of me/half stays as it is: README.md does not hold both markers" in done.stderr
+    assert "warning: the card of me/half is unchanged: README.md must contain both markers" in done.stderr
     files = hub.repos["me/half"].files()
     assert files["README.md"].decode() == text
     assert "model.safetensors" in files
@@ -253,7 +267,7 @@ def test_patch_writes_a_model_that_stock_calls_load(
 ) -> None:
     code, out, err = run("patch", stock, tmp_path / "out", *options)
     assert (code, err) == (0, "")
-    assert "5 swapped norms" in out
+    assert "5 norms swapped" in out
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert is_patched(model)
     assert norm in str(model.bert.embeddings.LayerNorm)
@@ -266,10 +280,19 @@ def test_unpatch_gives_a_stock_model(stock: Path, run: Run, tmp_path: Path) -> N
     code, out, err = run("unpatch", tmp_path / "patched", tmp_path / "out")
     assert code == 0
     assert "stock norms" in out
-    assert "come back as gain 1 and bias 0" in err
+    assert "start with gain 1 and bias 0" in err
     assert not is_patched(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
     assert "modeling_adanorm.py" not in {path.name for path in (tmp_path / "out").iterdir()}
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_errors_name_options_not_arguments() -> None:
+    shown = {
+        "eps=0.5 needs another norm": "--eps 0.5 needs another norm",
+        'targets="all" swaps every norm': "--targets all swaps every norm",
+        "norm=(1, 2) and the norms": "norm=(1, 2) and the norms",
+    }
+    assert {message: _as_options(message) for message in shown} == shown
 
 
 def test_version_and_help_need_neither_torch_nor_transformers() -> None:
@@ -280,17 +303,6 @@ def test_version_and_help_need_neither_torch_nor_transformers() -> None:
     assert version.stdout == f"hf-adanorm {hf_adanorm.__version__}\n"
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert not re.search(r"\w\.\.\.$", shown.stdout, re.MULTILINE)
-
-
-def test_errors_speak_of_options_not_of_arguments() -> None:
-    said = {
-        "eps=0.5 does not go with affine='fold', which": "--eps 0.5 does not go with --affine fold, which",
-        'on_unfoldable="keep" leaves': "--on-unfoldable keep leaves",
-        "targets must be one of": "--targets must be one of",
-        "detach_mean and detach_variance are both False": "detach_mean and --detach-variance are both False",
-        "norm=(1, 2) and the norms it must have": "norm=(1, 2) and the norms it must have",
-    }
-    assert {message: _in_our_words(message) for message in said} == said
 
 
 def test_a_patched_folder_shows_as_swapped(stock: Path, run: Run, tmp_path: Path) -> None:
@@ -321,44 +333,16 @@ def test_links_that_lead_out_of_a_folder_are_not_copied(stock: Path, run: Run, t
     assert (tmp_path / "out" / "vocab.same").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
-def test_every_file_that_a_tokenizer_of_transformers_is_made_of_is_copied(tmp_path: Path) -> None:
-    sources = Path(transformers.__file__).parent.glob("models/*/tokenization_*.py")
-    table = re.compile(r"^ *(?:VOCAB_FILES_NAMES|vocab_files_names) = (\{.*?\})", re.MULTILINE | re.DOTALL)
-    tables = [found for path in sources for found in table.findall(path.read_text())]
-    names = {name for found in tables for name in re.findall(r': "([^"]+)"', found)}
-    assert {"source.spm", "vocab.txt", "bpe.codes", "entity_vocab.json"} < names
-    names |= {"additional_chat_templates/rag.jinja", "speaker_embeddings/v2/en.npz"}
-    others = {"model.safetensors", "trainer_state.json", "tokenizer_code.py", "checkpoint-1/tokenizer.json"}
-    for name in names | others:
-        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "source" / name).write_text(name)
-    (tmp_path / "out").mkdir()
-    assert _copy_processor(str(tmp_path / "source"), None, tmp_path / "out")
-    copied = {path: path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert copied == {tmp_path / "out" / name: name for name in names}
-
-
-def test_a_folder_that_is_a_link_out_is_not_copied(tmp_path: Path) -> None:
-    for name in ("source", "elsewhere", "out"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "elsewhere" / "secret.jinja").write_text("secret")
-    (tmp_path / "source" / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match="lead out of the folder"):
-        assert not _copy_processor(str(tmp_path / "source"), None, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_dropped_gains_are_warned_of_in_one_line(stock: Path, run: Run, tmp_path: Path) -> None:
     source = tmp_path / "trained"
     model = AutoModelForSequenceClassification.from_pretrained(stock)
     with torch.no_grad():
         model.bert.embeddings.LayerNorm.weight.fill_(2.0)
     model.save_pretrained(source)
-    code, out, err = run("patch", source, tmp_path / "out")
+    code, _, err = run("patch", source, tmp_path / "out")
     assert code == 0
     assert err.startswith("warning: the trained gains and biases of 1 norm are dropped")
     assert err.count("\n") == 1
-    assert "no tokenizer" in out
 
 
 def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path) -> None:
@@ -372,6 +356,52 @@ def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path
     ]
 
 
+def test_a_norm_of_the_users_own_with_its_settings(stock: Path, derf: Path, run: Run, tmp_path: Path) -> None:
+    code, out, err = run("patch", "--alpha", "0.7", stock, tmp_path / "out", "--norm", f"{derf}:Derf")
+    assert (code, err) == (0, "")
+    assert "5 norms swapped" in out
+    spec = json.loads((tmp_path / "out" / "config.json").read_text())["adanorm"]
+    assert [group["settings"] for group in spec["groups"]] == [{"alpha": 0.7}]
+    code, out, _ = run("inspect", tmp_path / "out", "--json")
+    assert (code, json.loads(out)["code"]["loader"]) == (0, "ours")
+
+
+def test_norms_lists_the_settings_of_each(derf: Path, run: Run) -> None:
+    code, out, _ = run("norms", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["adanorm"] == {"C": 1.0, "k": 0.1}
+    assert found["layernorm-simple"] == {}
+    _, out, _ = run("norms", f"{derf}:Derf")
+    assert "--alpha 0.5" in out
+
+
+def test_inspect_says_whether_the_loader_was_changed(stock: Path, run: Run, tmp_path: Path) -> None:
+    run("patch", stock, tmp_path / "out")
+    _, out, _ = run("inspect", tmp_path / "out")
+    assert f"modeling_adanorm.py: the loader of hf_adanorm {hf_adanorm.__version__}, unmodified" in out
+    with (tmp_path / "out" / "modeling_adanorm.py").open("a") as file:
+        file.write("print('hello')\n")
+    _, out, _ = run("inspect", tmp_path / "out")
+    assert "modeling_adanorm.py: NOT the loader of hf_adanorm" in out
+    assert "hello" not in out
+
+
+def test_run_starts_a_program_of_another_package_in_this_process(run: Run, capsys: Any) -> None:
+    code, out, _ = run("run", "hf", "version")
+    assert code == 0
+    assert metadata.version("huggingface_hub") in out
+    code, _, err = run("run", "transfomers", "serve")
+    assert (code, err) == (2, "error: transfomers is not a command of an installed Python package; did you mean "
+                              "transformers?\n")  # fmt: skip
+
+
+def test_run_warns_about_programs_that_start_new_processes(run: Run) -> None:
+    code, _, err = run("run", "torchrun", "--help")
+    assert code == 0
+    assert err.startswith("warning: torchrun starts new processes, which do not import hf_adanorm")
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -380,8 +410,8 @@ def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path
     [
         (["inspect", "./nowhere"], "./nowhere: no such folder"),
         (["inspect", "outputs/no/where"], "outputs/no/where: no such folder"),
-        (["unpatch", "no_where", "{tmp}/out"], "no_where: no such folder, and no such model could be had"),
-        (["inspect", "{tmp}"], "is no folder with a config.json"),
+        (["unpatch", "no_where", "{tmp}/out"], "no_where is not a local folder, and the Hub has no such model"),
+        (["inspect", "{tmp}"], "has no config.json"),
         (["inspect", "{stock}", "--targets", "both"], "targets must be one of"),
         (["inspect", "{stock}", "--include", "nope"], "matches the ending of no norm's name"),
         (["inspect", "{stock}", "--layers", "x"], "Invalid value for '--layers'"),
@@ -390,8 +420,10 @@ def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path
         (["patch", "{stock}", "{tmp}/out", "--norm", "foo"], "norm must be one of"),
         (["patch", "{stock}", "{tmp}/out", "--C", "-1"], "C must be a finite number > 0"),
         (["patch", "{stock}", "{stock}"], "exists and is not an empty folder"),
-        (["patch", "{stock}", "{tmp}/out", "--affine", "fold", "--on-unfoldable", "calibrate"], "fits to real data"),
-        (["unpatch", "{stock}", "{tmp}/out"], "holds no swapped norm"),
+        (["patch", "{stock}", "{tmp}/out", "--affine", "fold", "--unfoldable", "calibrate"], "needs data"),
+        (["unpatch", "{stock}", "{tmp}/out"], "has no swapped norms"),
+        (["patch", "{stock}", "{tmp}/out", "--alpha", "0.7"], "--alpha is neither an option nor a setting of adanorm"),
+        (["patch", "{stock}", "{tmp}/out", "--includ", "x"], "did you mean --include?"),
         (["card", "{tmp}"], "config.json does not exist"),
         (["card", "{stock}", "--result", "accuracy"], "METRIC=VALUE"),
         (["nope"], "No such command 'nope'"),
@@ -443,12 +475,11 @@ def test_without_arguments_the_help_is_printed(run: Run) -> None:
 def test_fold_writes_a_plain_stock_model_and_says_so(run: Run, tmp_path: Path) -> None:
     model = tied_llama()
     model.save_pretrained(tmp_path / "source")
-    code, out, _ = run("fold", tmp_path / "source", tmp_path / "out", "--on-tied", "untie", "--json")
+    code, out, _ = run("fold", tmp_path / "source", tmp_path / "out", "--tied", "untie", "--json")
     report = json.loads(out)
     assert (code, report["folded"], report["stock"], report["untied"]) == (0, 5, True, {"lm_head": 3200})
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        path.name for path in (tmp_path / "source").iterdir()
-    }
+    written, source = ({path.name for path in (tmp_path / name).iterdir()} for name in ("out", "source"))
+    assert written == source | {"README.md"}
     ids = torch.arange(4, 12)[None]
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -502,7 +533,7 @@ def test_a_model_from_gguf_is_inspected_patched_and_saved(run: Run, tmp_path: Pa
     from_gguf = ("--gguf-file", "tiny.gguf", "--targets", "rmsnorm")
     code, inspected, _ = run("inspect", source, *from_gguf, "--json")
     assert (code, len(json.loads(inspected)["norms"])) == (0, 5)
-    how = ("--norm", "layernorm-simple", "--affine", "fold", "--on-tied", "untie", "--json")
+    how = ("--norm", "layernorm-simple", "--affine", "fold", "--tied", "untie", "--json")
     code, patched, _ = run("patch", source, out, *from_gguf, *how)
     assert (code, json.loads(patched)["swapped"]) == (0, 5)
     model, ids = (

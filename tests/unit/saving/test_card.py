@@ -217,7 +217,7 @@ def test_a_stock_model_gets_a_card_with_its_results_and_a_folded_one_the_tag_of_
     assert ModelCard(stock).data.tags is None
     assert "| local files | accuracy | 0.5 |" in stock
     assert "## Norms" not in stock
-    folded = render_card({**config, "flashnorm_folded": True})
+    folded = render_card({**config, "folded_norms": ["norm"], "flashnorm_folded": True})
     assert ModelCard(folded).data.tags == ["hf_adanorm", "weightless-rmsnorm"]
     assert "trust_remote_code" not in folded
 

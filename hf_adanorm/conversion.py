@@ -1,0 +1,351 @@
+"""Load a checkpoint, save the changed model, and lose nothing on the way: what the commands of `hf-adanorm` share.
+
+1. `load_config` and `empty_model` build the model without weights, to check options before anything is downloaded.
+2. `load_model` loads the weights. Weights that the checkpoint lacks would be random: it raises. Weights that the model
+   class does not use are kept in `Source.unused`.
+3. `save_model` writes the model, the unused weights, and every other file that belongs to it.
+4. `push_folder` uploads the result.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Files that `save_pretrained` writes anew or that belong to a training run. All other files are copied.
+NOT_COPIED = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.pt", "*.pth", "*.h5", "*.msgpack"),
+    *("*.ot", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.tflite", "config.json", "README.md", ".git*"),
+    *("training_args.bin", "trainer_state.json", "adapter_*", "generation_config.json", "modeling_adanorm.py"),
+)
+# Folders with the same weights in other formats, or of a training run.
+FOLDERS_NOT_COPIED = ("onnx", "openvino", "coreml", "flax", "tf", "original", "runs", "logs", "checkpoint-*", ".*")
+
+
+@dataclass(kw_only=True)
+class Source:
+    """The checkpoint that a command reads."""
+
+    name: str
+    """A Hub id or a folder."""
+    revision: str | None = None
+    gguf_file: str | None = None
+    architecture: str | None = None
+    """The transformers class to load; by default the one that the config names."""
+    unused: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the checkpoint that the class does not use, once `load_model` has run."""
+
+
+def load_config(source: Source) -> PreTrainedConfig:
+    """Return the config of a checkpoint. Raises OSError or ValueError in one line."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bars()
+    name, gguf_file = source.name, source.gguf_file
+    _check_folder(name, gguf_file or "config.json")
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=source.revision, **({"gguf_file": gguf_file} if gguf_file else {})
+        )
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        message = f"{name} is not a local folder, and the Hub has no such model or cannot be reached: {error}"
+        raise OSError(message) from None
+    if source.architecture is not None:
+        config.architectures = [source.architecture]
+        model_class(config)
+    elif gguf_file:
+        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        config.architectures = config.architectures or ([names] if isinstance(names, str) else None)
+    return config  # type: ignore[no-any-return]
+
+
+def _check_folder(name: str, wanted: str) -> None:
+    """Raise FileNotFoundError if `name` is a path without the wanted file, naming where the model may be."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+            raise FileNotFoundError(f"{name}: no such folder")
+        return
+    if (folder / wanted).is_file():
+        return
+    hint = ""
+    if found := sorted(file.name for file in folder.glob("*.gguf")):
+        hint = f"; it contains {', '.join(found)}: give --gguf-file {found[0]}"
+    elif inner := sorted(path.parent.name for path in folder.glob("*/config.json")):
+        hint = f"; its subfolder {inner[0]} does: give {folder / inner[0]}"
+    raise FileNotFoundError(f"{name} has no {wanted}{hint}")
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return the class that the config names, so that the head is kept, or AutoModel if it names none."""
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    if name:
+        raise ValueError(
+            f"{name} is not a model class of transformers {transformers.__version__}: give --architecture CLASS, such "
+            "as BertForMaskedLM"
+        )
+    return transformers.AutoModel
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model on the meta device: every module, without memory for weights."""
+    import torch
+
+    cls = model_class(config)
+    with torch.device("meta"):
+        build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+        return build(config)  # type: ignore[no-any-return]
+
+
+def load_model(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
+    """Load the model in the dtype of its checkpoint; weights from GGUF are unpacked to float32.
+
+    Raises:
+        ValueError: the checkpoint lacks weights other than those of norms, which start from gain 1 and bias 0.
+    """
+    import torch
+    import transformers
+
+    cls = model_class(config)
+    options: dict[str, Any] = {"config": config, "dtype": "auto"}
+    if source.gguf_file:
+        how = getattr(transformers, "GgufConfig", None)  # newer releases may keep the weights packed
+        options = {"gguf_file": source.gguf_file, "dtype": torch.float32}
+        options |= {"quantization_config": how(dequantize=True)} if how is not None else {}
+    whole = cls if cls is transformers.AutoModel else _that_ignores_nothing(cls)
+    model, info = whole.from_pretrained(source.name, revision=source.revision, output_loading_info=True, **options)
+    if whole is not cls:
+        model.__class__ = cls
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None and source.gguf_file:
+        quantizer.remove_quantization_config(model)  # transformers would refuse to save the model
+    _refuse_missing(source.name, model, info["missing_keys"])
+    if not source.gguf_file:
+        source.unused = _read_tensors(source, sorted(info["unexpected_keys"]))
+    return model  # type: ignore[no-any-return]
+
+
+def _that_ignores_nothing(cls: Any) -> Any:
+    """Return a subclass that reports every unexpected key; transformers leaves out those that a class expects."""
+    ignored = property(lambda model: set(), lambda model, patterns: None)
+    members = {"_keys_to_ignore_on_load_unexpected": ignored, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), members)
+
+
+def _refuse_missing(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    from .detection import iter_norms
+
+    norms = {norm for norm, _, _ in iter_norms(model)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    random = sorted(key for key in missing if key.rpartition(".")[0] not in norms and key not in tied)
+    if random:
+        shown = ", ".join(random[:3]) + (f" and {len(random) - 3} more" if len(random) > 3 else "")
+        raise ValueError(
+            f"{name} lacks weights that {type(model).__name__} needs, which would be random: {shown}. Give the class "
+            "that the checkpoint was trained as: --architecture CLASS"
+        )
+
+
+def _read_tensors(source: Source, keys: list[str]) -> dict[str, Tensor]:
+    """Read tensors from the files of a checkpoint, by key."""
+    import torch
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    if not keys:
+        return {}
+    folder = Path(source.name)
+    if not folder.is_dir():
+        patterns = ["*.safetensors", "pytorch_model*.bin"]
+        folder = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=patterns))
+    found: dict[str, Tensor] = {}
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for path in files:
+        if path.suffix == ".bin":
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found |= {key: tensors[key] for key in keys if key in tensors}
+        else:
+            with safe_open(path, "pt") as tensors:
+                found |= {key: tensors.get_tensor(key) for key in set(keys) & set(tensors.keys())}
+    if lost := [key for key in keys if key not in found]:
+        raise ValueError(
+            f"{source.name} contains weights that the model does not use and that cannot be kept under their names: "
+            f"{', '.join(lost[:3])}. Load it as the class that uses them: --architecture CLASS"
+        )
+    return found
+
+
+def refuse_unused(source: Source) -> None:
+    """Raise ValueError if a fold would leave unused weights that may read a folded norm."""
+    if unused := [key for key in source.unused if key.endswith(".weight")]:
+        raise ValueError(
+            f"{source.name} contains weights that the model does not use, which a fold would leave wrong: "
+            f"{', '.join(unused[:3])}. Load it as the class that uses them: --architecture CLASS"
+        )
+
+
+def save_model(model: PreTrainedModel, source: Source, folder: Path) -> list[str]:
+    """Save the model with all that belongs to it. Return the files of the source that were not copied."""
+    if source.gguf_file:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source.name, revision=source.revision, gguf_file=source.gguf_file)
+        tokenizer.save_pretrained(folder)
+        left = []
+    else:
+        left = copy_files(source.name, source.revision, folder)
+    if source.unused:
+        model.save_pretrained(folder, state_dict={**model.state_dict(), **source.unused})
+    else:
+        model.save_pretrained(folder)
+    return left
+
+
+def copy_files(name: str, revision: str | None, folder: Path) -> list[str]:
+    """Copy the files beside the weights (tokenizer, processor, modules of Sentence Transformers) into `folder`.
+
+    Returns:
+        The files that were not copied, weights and training state aside: code, and links out of the folder.
+    """
+    from .saving import leads_outside
+
+    source = Path(name) if Path(name).is_dir() else _download(name, revision)
+    parts = _module_folders(source)
+    left, outside = [], []
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if not path.is_file() and not path.is_symlink():
+            continue
+        if not _belongs(PurePosixPath(relative.as_posix()), parts):
+            continue
+        if leads_outside(path, source):
+            outside.append(str(path))
+        elif path.suffix == ".py":
+            left.append(relative.as_posix())
+        elif path.is_file():
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+    if outside:
+        warnings.warn(f"not copied, because these links lead out of the folder: {', '.join(outside)}", stacklevel=2)
+    return left
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Download the files beside the weights. The card is among them, for its license."""
+    from huggingface_hub import snapshot_download
+
+    unwanted = [pattern for pattern in NOT_COPIED if pattern not in ("README.md", "config.json")]
+    unwanted += [f"{folder}/*" for folder in FOLDERS_NOT_COPIED]
+    source = Path(snapshot_download(name, revision=revision, ignore_patterns=unwanted))
+    if parts := _module_folders(source):
+        snapshot_download(name, revision=revision, allow_patterns=[f"{part}/*" for part in parts])
+    return source
+
+
+def _module_folders(source: Path) -> list[str]:
+    """Return the folders of the modules that follow the transformer in a Sentence Transformers model."""
+    try:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        return [module["path"] for module in modules if module["path"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _belongs(path: PurePosixPath, module_folders: list[str]) -> bool:
+    if any(path.is_relative_to(folder) for folder in module_folders):
+        return True  # with its weights
+    if any(fnmatch(part, pattern) for part in path.parts[:-1] for pattern in FOLDERS_NOT_COPIED):
+        return False
+    return not any(fnmatch(path.name, pattern) for pattern in NOT_COPIED)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `out` once it is complete; an error leaves nothing behind."""
+    from .saving import TEMPORARY
+
+    target = out.resolve()  # a link to an empty folder means that folder
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
+    if target.is_mount():
+        raise FileExistsError(f"{out} is a mount point, which nothing can be renamed to: give a new folder in it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{TEMPORARY}{target.name}-{secrets.token_hex(8)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_push(repo_id: str | None) -> None:
+    """Raise ValueError for what would make a push fail, before any work is done."""
+    from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub.utils import build_hf_headers, validate_repo_id
+
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+        try:
+            build_hf_headers(token=True)
+        except LocalTokenNotFoundError as error:
+            raise ValueError("--push-to-hub needs a token: run hf auth login, or set HF_TOKEN") from error
+
+
+def push_folder(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a folder and return the address of the repository. The repository's card is kept; see `card.py`."""
+    from huggingface_hub import HfApi
+
+    from .saving import CARD_NAME, read_card, read_config, renewed_card, write_file, write_model_card
+
+    api = HfApi(library_name="hf_adanorm")
+    ignore: list[str] = []
+    try:
+        # Without a wish, leave it to the Hub: an organization may make new repositories private.
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if api.file_exists(repo_id, CARD_NAME):
+            try:
+                theirs = read_card(Path(api.hf_hub_download(repo_id, CARD_NAME)))
+                text = renewed_card(theirs, read_config(folder), model_id=repo_id)
+                write_file(folder / CARD_NAME, text or "")
+            except ValueError as error:
+                warnings.warn(f"the card of {repo_id} is unchanged: {error}", stacklevel=2)
+                ignore = [CARD_NAME]
+        elif (folder / CARD_NAME).exists():
+            write_model_card(folder, model_id=repo_id)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload model", ignore_patterns=ignore or None
+        )
+    except Exception as error:  # errors of the network have no common class
+        again = shlex.join(["hf", "upload", repo_id, str(folder), *["--private"] * bool(private)])
+        raise OSError(f"{error}; {folder} is complete, and `{again}` pushes it") from error
+    return f"{api.endpoint}/{repo_id}"
