@@ -20,6 +20,12 @@ __all__ = [
     "DyT",
     "LayerNormSimple",
     "NoNorm",
+    "NormLog",
+    "NormRecord",
+    "NormRow",
+    "OutputComparison",
+    "OutputDifference",
+    "Report",
     "WatchNormsCallback",
     "__version__",
     "calibrate_k",
@@ -37,12 +43,21 @@ __all__ = [
 if TYPE_CHECKING:
     from . import modeling_adanorm as modeling_adanorm
     from .calibration import calibrate_k
-    from .diagnostics import WatchNormsCallback, compare_outputs, watch_norms
+    from .diagnostics import (
+        NormLog,
+        NormRecord,
+        OutputComparison,
+        OutputDifference,
+        WatchNormsCallback,
+        compare_outputs,
+        watch_norms,
+    )
     from .diagnostics import plots as plots
     from .folding import fold_affine
     from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, DyT, LayerNormSimple, NoNorm, __version__
     from .norms import register_norm
     from .patching import inspect_model, is_patched, patch_model, unpatch_model
+    from .report import NormRow, Report
     from .saving import write_model_card
 
 # The names of each module, imported when one is first used: `import hf_adanorm` costs next to nothing, not even torch.
@@ -50,10 +65,12 @@ __getattr__ = lazily(
     __name__,
     {
         "calibration": "calibrate_k",
-        "diagnostics": "WatchNormsCallback compare_outputs plots watch_norms",
+        "diagnostics": "NormLog NormRecord OutputComparison OutputDifference WatchNormsCallback compare_outputs plots "
+        "watch_norms",
         "folding": "fold_affine",
         "modeling_adanorm": "AdaNorm AdaNormSpec DetachNorm DyT LayerNormSimple NoNorm __version__ modeling_adanorm",
         "norms": "register_norm",
+        "report": "NormRow Report",
         "patching": "inspect_model is_patched patch_model unpatch_model",
         "saving": "write_model_card",
     },

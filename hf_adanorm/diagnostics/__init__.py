@@ -6,10 +6,17 @@ from hf_adanorm._lazy import lazily
 
 if TYPE_CHECKING:
     from . import plots
-    from .outputs import compare_outputs
+    from .log import NormLog, NormRecord
+    from .outputs import OutputComparison, OutputDifference, compare_outputs
     from .watch import WatchNormsCallback, watch_norms
 
-# The pictures' colors need neither the Trainer's callbacks nor transformers.
+# The plots' colors need neither the Trainer's callbacks nor transformers.
 __getattr__ = lazily(
-    __name__, {"outputs": "compare_outputs", "plots": "plots", "watch": "WatchNormsCallback watch_norms"}
+    __name__,
+    {
+        "log": "NormLog NormRecord",
+        "outputs": "OutputComparison OutputDifference compare_outputs",
+        "plots": "plots",
+        "watch": "WatchNormsCallback watch_norms",
+    },
 )
