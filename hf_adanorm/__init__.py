@@ -23,6 +23,8 @@ __all__ = [
     "NormLog",
     "NormRecord",
     "NormRow",
+    "NormSchedule",
+    "NormScheduleCallback",
     "OutputComparison",
     "OutputDifference",
     "Report",
@@ -35,6 +37,7 @@ __all__ = [
     "is_patched",
     "patch_model",
     "register_norm",
+    "set_norm",
     "unpatch_model",
     "watch_norms",
     "write_model_card",
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from .patching import inspect_model, is_patched, patch_model, unpatch_model
     from .report import NormRow, Report
     from .saving import write_model_card
+    from .settings import NormSchedule, NormScheduleCallback, set_norm
 
 # The names of each module, imported when one is first used: `import hf_adanorm` costs next to nothing, not even torch.
 __getattr__ = lazily(
@@ -73,6 +77,7 @@ __getattr__ = lazily(
         "report": "NormRow Report",
         "patching": "inspect_model is_patched patch_model unpatch_model",
         "saving": "write_model_card",
+        "settings": "NormSchedule NormScheduleCallback set_norm",
     },
 )
 

@@ -166,19 +166,23 @@ class SwappedNorm(nn.Module):
         return torch.tensor([1.0, *values], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore what `get_extra_state` returned. Raise ValueError where the constructor refuses it."""
+        """Restore what `get_extra_state` returned; the constructor checks it. That of another norm has no effect."""
         now = {name: value for name, value in self.settings().items() if isinstance(value, (int, float))}
-        fine = isinstance(state, Tensor) and state.shape == (1 + len(now),)
-        check(fine, f"the state of a {self.norm_name} must hold {', '.join(now) or 'no settings'}", state)
-        new = {name: type(old)(value) for (name, old), value in zip(now.items(), state.tolist()[1:], strict=True)}
+        if state.shape != (1 + len(now),):
+            return
+        new: dict[str, Any] = dict(zip(now, state.tolist()[1:], strict=True))
+        whole = [name for name, old in now.items() if isinstance(old, int) and new[name].is_integer()]
+        new |= {name: type(now[name])(new[name]) for name in whole}
         if new != now:
             self.adopt(self.fresh(**new), new)
 
     def adopt(self, checked: SwappedNorm, names: Iterable[str]) -> None:
-        """Take over these settings; those that only start a parameter have no attribute of their own."""
-        for name in names:
-            if not isinstance(value := getattr(checked.inner, name, None), Tensor):
-                setattr(self.inner, name, value)
+        """Take over the attributes that depend on these settings; those that only start a parameter have none."""
+        each = zip(self.inner.modules(), self.fresh().inner.modules(), checked.inner.modules(), strict=True)
+        for own, old, new in each:
+            for key, value in vars(new).items():
+                if isinstance(value, (bool, int, float, str)) and vars(old).get(key) != value:
+                    setattr(own, key, value)
 
     def backward_factor(self, y: Tensor) -> Tensor | float | None:
         """Return the factor from dl/d(output) to dl/dy, with y = N(x) of (rows, H); None for 1, NaN if unknown."""
@@ -259,7 +263,8 @@ class Held(SwappedNorm):
 
     def fresh(self, **changes: Any) -> SwappedNorm:
         layout = {key: getattr(self, key) for key in LAYOUT}
-        return Held(type(self.norm), self.norm_name, {**self.given, **changes}, **layout, device="cpu")
+        with torch.random.fork_rng(devices=[]):  # each draws the same numbers, and the caller's stay
+            return Held(type(self.norm), self.norm_name, {**self.given, **changes}, **layout, device="cpu")
 
     def adopt(self, checked: SwappedNorm, names: Iterable[str]) -> None:
         super().adopt(checked, names)

@@ -1,0 +1,189 @@
+"""Change the settings of swapped norms after patching: at once (`set_norm`) or over the steps of a training.
+
+    set_norm(model, k=0.05)                                              # every AdaNorm
+    trainer.add_callback(NormScheduleCallback(k=(0.0, 0.1), over=0.5))   # from 0 to 0.1 in the first half
+    NormSchedule(k=(0.0, 0.1), over=1000).apply(model, step, num_steps)  # in your own loop, after each update
+
+The settings are part of the state dict of a norm. So save_pretrained, load_state_dict, accelerate and the
+Trainer's best checkpoint keep and restore them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .modeling_adanorm import LAYOUT, SwappedNorm, is_swapped
+from .norms import did_you_mean
+from .selection import Patterns, match_names
+
+SHAPES = ("linear", "cosine")
+
+
+def set_norm(model: nn.Module, *, include: Patterns = None, **settings: Any) -> list[str]:
+    """Change settings of swapped norms, such as `set_norm(model, k=0.05)`.
+
+    Args:
+        model: a patched model, also one that is wrapped, compiled or distributed.
+        include: name endings, or regular expressions after "re:", as in `patch_model`. None means every norm that has
+            these settings.
+        **settings: new values, checked by the norm's constructor.
+
+    Returns:
+        The names of the norms that have these settings now.
+
+    Raises:
+        ValueError, TypeError: the constructor refuses a value; a norm does not have the setting; a setting that only
+            starts a parameter, such as DyT's alpha; a pattern without a match. Nothing has changed then.
+    """
+    if not settings:
+        raise ValueError("set_norm needs at least one setting, such as k=0.05")
+    norms = _choose(model, include, settings)
+    if all(settings.items() <= norm.settings().items() for norm in norms.values()):
+        return list(norms)
+    checked: dict[Any, tuple[SwappedNorm, SwappedNorm]] = {}
+    planned = []
+    for name, norm in norms.items():
+        key = (type(norm.inner), *(getattr(norm, part) for part in LAYOUT), *sorted(norm.settings().items(), key=str))
+        if key not in checked:
+            checked[key] = norm.fresh(), norm.fresh(**settings)
+            _refuse_starts(name, *checked[key], settings)
+        planned.append((norm, checked[key][1]))
+    before = [(module, dict(vars(module))) for norm, _ in planned for module in norm.modules()]
+    try:
+        for norm, new in planned:
+            norm.adopt(new, settings)
+    except BaseException:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+    return list(norms)
+
+
+def _choose(model: nn.Module, include: Patterns, settings: Mapping[str, Any]) -> dict[str, SwappedNorm]:
+    """Return the norms that are meant, by name; those that appear under several names once."""
+    swapped = {name: module for name, module in model.named_modules() if is_swapped(module)}
+    if not swapped:
+        raise ValueError(f"this {type(model).__name__} has no swapped norms: call patch_model first")
+    chosen = match_names("include", include, list(swapped)) if include is not None else set()
+    known = {key for norm in swapped.values() for key in norm.settings()}
+    found = {}
+    for name, norm in swapped.items():
+        missing = [key for key in settings if key not in norm.settings()]
+        if name in chosen and missing:
+            own = f"its settings are {sorted(norm.settings())}" if norm.settings() else "it has no settings"
+            raise ValueError(f"{name} is {norm.norm_name!r}, which has no setting {missing[0]!r}: {own}")
+        if name in chosen or (include is None and not missing):
+            found[name] = norm
+    if not found:
+        unknown = next((key for key in settings if key not in known), next(iter(settings)))
+        raise ValueError(
+            f"no norm of this model has the setting {unknown!r}; it has {sorted(known)}{did_you_mean(unknown, known)}"
+        )
+    return found
+
+
+def _refuse_starts(name: str, old: SwappedNorm, new: SwappedNorm, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting that shows in a tensor, or in nothing, once the norm is built."""
+    tensors = zip(old.state_dict(keep_vars=True).items(), new.state_dict(keep_vars=True).values(), strict=True)
+    starts = any(
+        one.shape != other.shape or not torch.equal(one, other)
+        for (key, one), other in tensors
+        if not key.endswith("_extra_state")
+    )
+    lost = [key for key in settings if key not in vars(new.inner)]
+    if starts or lost:
+        which = lost[0] if lost else ", ".join(settings)
+        why = "only starts a parameter" if starts else f"is not kept as an attribute by {type(new.inner).__name__}"
+        raise ValueError(f"{which} of {name} ({new.norm_name}) {why}: it can be set in patch_model, not afterwards")
+
+
+class NormSchedule:
+    """A change of settings over training steps.
+
+    Args:
+        begin: when it begins: a number of updates (int) or a fraction of the training (float).
+        over: how long it takes, likewise.
+        shape: "linear" or "cosine" (slow at both ends).
+        include: as in `set_norm`.
+        **settings: a pair (first value, last value) for each, up or down.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        begin: float = 0,
+        over: float = 1.0,
+        shape: str = "linear",
+        include: Patterns = None,
+        **settings: tuple[float, float],
+    ) -> None:
+        if not settings:
+            raise ValueError("a schedule needs at least one setting, such as k=(0.0, 0.1)")
+        for name, pair in settings.items():
+            numbers = isinstance(pair, (tuple, list)) and all(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                for value in pair
+            )
+            if not numbers or len(pair) != 2:
+                raise TypeError(
+                    f"{name} must be a pair of numbers (first, last), such as (0.0, 0.1), got {pair!r:.80}"
+                )
+        for name, value in (("begin", begin), ("over", over)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number of updates (int) or a fraction (float), got {value!r:.80}")
+            if not value >= 0 or (isinstance(value, float) and not value <= 1):
+                raise ValueError(
+                    f"{name} must be an int >= 0 (updates) or a float in 0..1 (a fraction), got {value!r}"
+                )
+        if shape not in SHAPES:
+            raise ValueError(f"shape must be one of {list(SHAPES)}, got {shape!r:.80}{did_you_mean(shape, SHAPES)}")
+        self.begin, self.over, self.shape, self.include = begin, over, shape, include
+        self.pairs = {name: (float(first), float(last)) for name, (first, last) in settings.items()}
+
+    def values(self, step: int, num_steps: int) -> dict[str, float]:
+        """Return the settings after `step` of `num_steps` updates; exact at both ends."""
+        begin, over = (value * num_steps if isinstance(value, float) else value for value in (self.begin, self.over))
+        t = min(max((step - begin) / over, 0.0), 1.0) if over else float(step >= begin)
+        if self.shape == "cosine":
+            t = (1.0 - math.cos(math.pi * t)) / 2.0
+        return {name: (1.0 - t) * first + t * last for name, (first, last) in self.pairs.items()}
+
+    def apply(self, model: nn.Module, step: int, num_steps: int) -> dict[str, float]:
+        """Set the norms of `model` to `values(step, num_steps)` and return those; before the first update and after
+        each one, so that a checkpoint holds the values of its step."""
+        values = self.values(step, num_steps)
+        set_norm(model, include=self.include, **values)
+        return values
+
+
+class NormScheduleCallback(TrainerCallback):
+    """`NormSchedule` for the Trainer. It takes the same arguments, counts updates, and resumes where training resumes.
+
+    trainer.add_callback(NormScheduleCallback(k=(0.0, 0.1), over=0.5, shape="cosine"))
+    """
+
+    def __init__(self, **schedule: Any) -> None:
+        self.schedule = NormSchedule(**schedule)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for value in (0, state.max_steps, state.global_step):  # a value that the norm refuses raises here
+            self.schedule.apply(model, value, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.schedule.apply(model, state.global_step, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # The best checkpoint of an adapter does not hold the norms of its base model.
+        best = getattr(state, "best_global_step", None)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and best is not None:
+            self.schedule.apply(model, best, state.max_steps)
