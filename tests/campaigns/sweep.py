@@ -10,7 +10,7 @@ by a probe of the whole model (`norm_census`), saves an unpatched control, patch
 runs forward and backward, saves, takes the patch back and compares with the original bit for bit. A second process, in
 which nothing was patched, loads control and patched model with stock `from_pretrained` and compares weights, norm
 settings and outputs. Where the control itself does not come back bit for bit, the patched model may be as far off.
-Types without a mean-subtracting norm are patched with `targets="rmsnorm"`.
+`patch_model` takes its defaults: the norms on the residual stream. Those inside a branch count as explained.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,23 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_adanorm import patch_model, unpatch_model
-from hf_adanorm.detection import NormInfo, iter_norms
+from hf_adanorm import inspect_model, patch_model, unpatch_model
+from hf_adanorm.detection import NormInfo
+from hf_adanorm.modeling_adanorm import is_swapped
+from hf_adanorm.report import NormRow
 from tests.zoo import tiny_inputs, tiny_models
 from tests.zoo.norm_census import census
 from tests.zoo.tiny_inputs import tensors
 
 SETTINGS: dict[str, Any] = {"C": 1.3, "k": 0.07, "eps": 2e-5}
 TRAIN_ONLY = ("reformer", "rwkv")  # no backward pass in eval mode
+KINDS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
+BOTH = "LayerNorm, RMSNorm"
 MAX_PARAMETERS = 30_000_000
 STAGES = ("built", "forward before", "forward after", "backward", "saved", "round trip", "unpatch")
-FIELDS = ["model_type", "class", "way", "parameters", "targets", *STAGES, "counted", "swapped", "exercised",
-          "explained", "missed", "changed", "control exact", "seconds", "cpu seconds", "failed at", "reason", "inputs",
-          "norms"]  # fmt: skip
+FIELDS = ["model_type", "class", "way", "parameters", "kinds", *STAGES, "counted", "swapped", "exercised",
+          "explained", "skipped", "missed", "changed", "control exact", "seconds", "cpu seconds", "failed at", "reason",
+          "inputs", "norms"]  # fmt: skip
 
 
 class FailedError(Exception):
@@ -121,17 +125,14 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
     return worst
 
 
-def norm_settings(model: torch.nn.Module) -> dict[str, Any]:
-    return {
-        name: [m.norm, m.C, m.k, m.eps, list(m.normalized_shape), m.channels_first, m.centered]
-        for name, m in model.named_modules()
-        if getattr(m, "is_adanorm_module", False)
-    }
+def norm_settings(model: torch.nn.Module) -> dict[str, str]:
+    """Name and all settings of every swapped norm."""
+    return {name: str(module) for name, module in model.named_modules() if is_swapped(module)}
 
 
 def formula(info: NormInfo) -> str:
     if info.kind == "other":
-        return f"left alone: {info.reason}"
+        return f"skipped: {info.reason}"
     gain = "" if not info.has_gain else "w * " if not info.gain_offset else "(1 + w) * "
     value = "(x - mean) / sqrt(var + eps)" if info.kind == "layernorm" else "x / sqrt(mean(x^2) + eps)"
     return gain + value + (" + b" if info.has_bias else "") + (", channels first" if info.channels_first else "")
@@ -156,13 +157,12 @@ def patch_and_save(model_type: str, folder: Path, row: dict[str, Any]) -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
 
     found, ran = census(model, lambda: model(**copy.deepcopy(inputs)))
-    infos = {name: (module, info) for name, module, info in iter_norms(model)}
-    row["norms"] = json.dumps(sorted({(type(m).__name__, formula(i)) for m, i in infos.values()}))
-    kinds = Counter(info.kind for _, info in infos.values() if not info.inside)
-    targets = "layernorm" if kinds["layernorm"] else "rmsnorm" if kinds["rmsnorm"] else ""
-    row |= {"targets": targets, "counted": len(found)}
-    if not targets:
-        _check_count(found, ran, set(), infos, row)
+    rows = inspect_model(model).rows
+    row["norms"] = json.dumps(sorted({(type(r.module).__name__, formula(r.info)) for r in rows}))
+    kinds = {r.kind for r in rows if r.chosen}
+    row |= {"kinds": ", ".join(name for kind, name in KINDS.items() if kind in kinds), "counted": len(found)}
+    if not kinds:
+        _check_count(found, ran, set(), rows, row)
         return
 
     before: int | str
@@ -171,10 +171,10 @@ def patch_and_save(model_type: str, folder: Path, row: dict[str, Any]) -> None:
     except Exception as error:
         before = _short(error)
     model.save_pretrained(folder / "control")
-    stage("forward after", row, lambda: patch_model(model, "adanorm", targets=targets, **SETTINGS))
+    stage("forward after", row, lambda: patch_model(model, "adanorm", **SETTINGS))
     settings = norm_settings(model)
     row |= {"swapped": len(settings), "exercised": len(ran & set(settings))}
-    _check_count(found, ran, set(settings), infos, row)
+    _check_count(found, ran, set(settings), rows, row)
     patched = stage("forward after", row, lambda: forward(model, inputs))
     row["changed"] = "yes" if distance(original, patched) > 10 * noise else "no"
     stage("backward", row, lambda: check_backward(model, inputs, before))
@@ -197,22 +197,18 @@ def patch_and_save(model_type: str, folder: Path, row: dict[str, Any]) -> None:
 
 
 def _check_count(
-    found: set[str], ran: set[str], swapped: set[str], infos: dict[str, tuple[Any, NormInfo]], row: dict[str, Any]
+    found: set[str], ran: set[str], swapped: set[str], rows: Sequence[NormRow], row: dict[str, Any]
 ) -> None:
     """Swapped and explained norms are all there are, and nothing else was swapped (of what the forward ran)."""
-    explained = {name for name in found - swapped if _is_explained(name, infos)}
+    explained = {r.name for r in rows if r.reason} & found - swapped
     missed = sorted(found - swapped - explained)
-    wrong = sorted(name for name in swapped & ran - found if row["targets"] == "layernorm")
-    row |= {"explained": len(explained), "missed": " ".join(missed)}
+    wrong = sorted({r.name for r in rows if r.kind == "layernorm"} & swapped & ran - found)
+    skipped = sum(r.cause == "branch" for r in rows)
+    row |= {"explained": len(explained), "missed": " ".join(missed), "skipped": skipped}
     if missed:
-        raise FailedError("forward after", f"not recognised: {missed[:3]}")
+        raise FailedError("forward after", f"not recognized: {missed[:3]}")
     if wrong:
         raise FailedError("forward after", f"swapped, though the probe says they subtract no mean: {wrong[:3]}")
-
-
-def _is_explained(name: str, infos: dict[str, tuple[Any, NormInfo]]) -> bool:
-    """Listed with a reason; a functional norm inside a listed conditioned norm is part of that one."""
-    return name in infos and (infos[name][1].kind == "other" or bool(infos[name][1].inside))
 
 
 def backward(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
@@ -383,15 +379,14 @@ def totals(rows: dict[str, dict[str, Any]]) -> str:
     """Counts by stage, for all types and by what was swapped."""
     groups = {
         "all": list(rows.values()),
-        "layernorm": [r for r in rows.values() if r["targets"] == "layernorm"],
-        "rmsnorm only": [r for r in rows.values() if r["targets"] == "rmsnorm"],
-        "no such norm": [r for r in rows.values() if r["forward before"] and not r["targets"]],
+        **{kinds: [r for r in rows.values() if r["kinds"] == kinds] for kinds in (*KINDS.values(), BOTH)},
+        "no such norm": [r for r in rows.values() if r["forward before"] and not r["kinds"]],
     }
-    lines = [f"{'':14s} types " + " ".join(f"{s:>14s}" for s in STAGES) + "   complete"]
+    lines = [f"{'':18s} types " + " ".join(f"{s:>14s}" for s in STAGES) + "   complete"]
     for label, group in groups.items():
         counts = " ".join(f"{sum(1 for r in group if r.get(s)):14d}" for s in STAGES)
-        complete = sum(1 for r in group if r["targets"] and all(r.get(s) for s in STAGES) and not r["failed at"])
-        lines.append(f"{label:14s} {len(group):5d} {counts} {complete:10d}")
+        complete = sum(1 for r in group if r["kinds"] and all(r.get(s) for s in STAGES) and not r["failed at"])
+        lines.append(f"{label:18s} {len(group):5d} {counts} {complete:10d}")
     wall, cpu = (sum(float(r[k] or 0) for r in rows.values()) / 60 for k in ("seconds", "cpu seconds"))
     slowest = sorted(rows.values(), key=lambda r: -float(r["cpu seconds"] or 0))[:5]
     lines.append(f"{wall:.1f} minutes in all, {cpu:.1f} of CPU time; most CPU seconds: ")
@@ -403,10 +398,10 @@ def write_support(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     """The support table of the documentation: a line a type, with what it came to."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["type", "norms", "result", "cause"])
+        writer.writerow(["type", "norms", "swapped", "skipped", "result", "cause"])
         for name in sorted(rows, key=str.lower):
             row = rows[name]
-            norms = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(row["targets"], "")
+            norms = row["kinds"].replace(",", " and")
             if row["failed at"]:
                 result = f"stops at: {row['failed at']}"
             elif not norms:
@@ -415,7 +410,7 @@ def write_support(path: Path, rows: dict[str, dict[str, Any]]) -> None:
                 result = "verified (no norm reached)"
             else:
                 result = "verified"
-            writer.writerow([name, norms, result, row["reason"][:200]])
+            writer.writerow([name, norms, row["swapped"], row["skipped"], result, row["reason"][:200]])
 
 
 def classes(rows: dict[str, dict[str, Any]]) -> str:
@@ -428,7 +423,7 @@ def classes(rows: dict[str, dict[str, Any]]) -> str:
             users[name] += 1
     lines = ["| class | types | formula |", "|---|---|---|"]
     lines += [
-        f"| {name} | {users[name]} | {'; '.join(t if 'left' in t else f'`{t}`' for t in sorted(found[name]))} |"
+        f"| {name} | {users[name]} | {'; '.join(t if 'skipped' in t else f'`{t}`' for t in sorted(found[name]))} |"
         for name in sorted(found, key=lambda n: (sorted(found[n])[0], n))
     ]
     return "\n".join(lines) + "\n"

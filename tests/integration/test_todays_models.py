@@ -19,8 +19,8 @@ import transformers
 
 from hf_adanorm import fold_affine, inspect_model, patch_model
 from tests.zoo.processes import together
-from tests.zoo.todays_models import TODAY, build, output
 from tests.zoo.tiny_inputs import tensors
+from tests.zoo.todays_models import TODAY, build, output
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_PACKAGE = """
@@ -31,8 +31,8 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     expected = torch.load(folder / "expected.pt", weights_only=False)
-    cls = getattr(transformers, expected["class"])
-    model = cls.from_pretrained(folder, trust_remote_code=expected["trust"], attn_implementation="eager", dtype="float32")
+    options = {"trust_remote_code": expected["trust"], "attn_implementation": "eager", "dtype": "float32"}
+    model = getattr(transformers, expected["class"]).from_pretrained(folder, **options)
     torch.manual_seed(0)
     with torch.no_grad():
         found = model.eval()(**expected["inputs"])
@@ -93,7 +93,9 @@ def test_patch_train_generate_save_load(model_type: str, folders: Path) -> None:
         prompt = {key: value for key, value in inputs.items() if not key.startswith("decoder")}
         assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[-1] > 1
     save(model, inputs, folders / f"{model_type}-patched", trust=True)
-    loaded = type(model).from_pretrained(folders / f"{model_type}-patched", attn_implementation="eager", dtype="float32")
+    loaded = type(model).from_pretrained(
+        folders / f"{model_type}-patched", attn_implementation="eager", dtype="float32"
+    )
     torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=1e-5, atol=1e-6)
 
 
@@ -128,8 +130,6 @@ def test_the_support_table_lists_these_counts() -> None:
 
 
 def _run_sharded(folder: str) -> None:
-    import hf_adanorm  # noqa: F401, PLC0415
-
     expected = torch.load(Path(folder) / "expected.pt", weights_only=False)
     model = transformers.Qwen3ForCausalLM.from_pretrained(folder, tp_plan="auto", dtype="float32")
     assert model.model.layers[0].self_attn.q_proj.weight.placements[0].is_shard()
@@ -140,7 +140,7 @@ def _run_sharded(folder: str) -> None:
 
 
 def test_tensor_parallel_plans_that_name_norms(tmp_path: Path) -> None:
-    """Qwen3's plan names its query and key norms. A patched model loads sharded; a fold of a sharded model is refused."""
+    """Qwen3's plan names query and key norms. A patched model loads sharded; a fold of a sharded model is refused."""
     model, inputs = build("qwen3")
     plan = model.config.base_model_tp_plan
     assert any("q_norm" in name for name in plan)
