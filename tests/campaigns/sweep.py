@@ -54,8 +54,8 @@ BOTH = "LayerNorm, RMSNorm"
 MAX_PARAMETERS = 30_000_000
 STAGES = ("built", "forward before", "forward after", "backward", "saved", "round trip", "unpatch")
 FIELDS = ["model_type", "class", "way", "parameters", "kinds", *STAGES, "counted", "swapped", "exercised",
-          "explained", "skipped", "missed", "changed", "control exact", "seconds", "cpu seconds", "failed at", "reason",
-          "inputs", "norms"]  # fmt: skip
+          "explained", "skipped", "missed", "changed", "control exact", "seconds", "cpu seconds", "failed at",
+          "reason", "inputs", "norms"]  # fmt: skip
 
 
 class FailedError(Exception):
