@@ -1,9 +1,9 @@
 """Find the formula a module computes by running a copy of it; the module itself is never run or changed.
 
-The copy gets random float32 parameters and lives on the CPU, or on the module's own device if its code cannot run on
-the CPU; the module may be on the meta device. Global random state, autocast and default devices play no part. A
-least-squares fit of the copy's output against the normalised input gives gain and bias per channel, which are then
-matched with the parameters by value; eps comes from inputs of ever smaller variance.
+The copy gets random float32 parameters. It runs on the CPU, or on the module's own device if its code needs that. The
+module may be on the meta device. Global random state, autocast and default devices play no part. A least-squares fit of
+the copy's output to the normalized input gives gain and bias per channel. These are matched with the parameters by
+value. The eps is measured on inputs of ever smaller variance.
 """
 
 from __future__ import annotations

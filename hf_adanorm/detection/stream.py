@@ -6,9 +6,9 @@ widths.
 
 1. The tree of modules settles most norms: those outside of every stack of layers, and direct children of a layer that
    has no linear layer next to the norm. Where it settles all of them, nothing is run.
-2. Otherwise one forward pass over a few tokens notes which storage each undecided norm reads and writes, which
-   storages its module and its layer read and write, and which tensors are added up. Layers of one form are decided by
-   the first of them that runs, and the pass ends as soon as nothing is left to decide. The meta device works, too.
+2. Otherwise one forward pass over a few tokens decides. It notes the storages that each undecided norm, its module and
+   its layer read and write, and which tensors are added up. The first layer of each form decides for all of them, and
+   the pass ends once every norm is decided. It works on the meta device, too.
 3. Norms that no pass reaches are decided by their width alone.
 """
 
@@ -37,7 +37,7 @@ _HARMLESS = {"dtype", "device", "shape", "requires_grad", "is_meta"}
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether `module` holds layers: an `nn.ModuleList`, or an `nn.Sequential` of blocks of one class."""
+    """Return whether `module` holds layers: an `nn.ModuleList`, or an `nn.Sequential` of blocks of one class."""
     if isinstance(module, nn.ModuleList):
         return True
     children = list(module.children())
@@ -66,7 +66,7 @@ def off_stream(model: nn.Module, norms: Sequence[tuple[str, nn.Module, NormInfo]
 
 
 def reads_values(parent: nn.Module, key: str, tensors: Sequence[str]) -> bool:
-    """Whether a method of `parent` takes values of its norm `self.<key>` without calling the norm.
+    """Return whether a method of `parent` reads values of its norm `self.<key>` without calling the norm.
 
     FalconMamba hands `self.dt_layernorm.weight` to a fused kernel in training mode. A swapped norm there would act in
     evaluation mode only. Reads of `weight.dtype` and the like are harmless.
@@ -191,12 +191,12 @@ def _by_width(place: _Place, widths: Mapping[str, int]) -> str:
 
 
 class _DecidedError(Exception):
-    """Ends a pass in which there is nothing left to see."""
+    """Ends a pass once every norm is decided."""
 
 
 @dataclass(eq=False)
 class _Sight:
-    """What one forward pass showed of a norm and of what stands around it. Storages are told by number."""
+    """One forward pass at a norm and at the modules around it. Storages are numbers."""
 
     place: _Place
     read: int

@@ -1,9 +1,8 @@
 """Recognise norm modules of any architecture by what they compute.
 
-Names say little: `T5LayerNorm` is an RMSNorm, `NoNorm` does not normalise, `ConvNextLayerNorm` may work on
-either layout. So a module that could be a norm (small, its parameters shaped like a gain and a bias, or its
-class named like a norm) is copied with random parameters, the copy runs on random input, and its output is
-held against
+Names say little: `T5LayerNorm` is an RMSNorm, `NoNorm` does not normalize, `ConvNextLayerNorm` works on either layout.
+A module could be a norm if it is small and has parameters shaped like a gain and a bias, or a class named like a norm.
+Such a module is copied with random parameters. The copy runs on random input, and its output is compared with
 
     y = a * (x - mean) / sqrt(var + eps) + b        LayerNorm
     y = a * x / sqrt(mean(x^2) + eps) + b           RMSNorm
@@ -43,8 +42,8 @@ from .probe import (
 def recognize(module: nn.Module, name: str = "") -> NormInfo | None:
     """Say what norm `module` computes; None if nothing about it is norm-like.
 
-    `name` is its name in the model, if known: a class without parameters and without a telling name is only
-    looked at when the attribute that holds it is named like a norm.
+    `name` is its name in the model, if known. A class without parameters and without a telling name only counts if the
+    attribute that holds it is named like a norm.
     """
     return _recognize(module, name, {})
 
@@ -194,13 +193,13 @@ def _is_conditioned(module: nn.Module, cache: dict[Any, NormInfo | None]) -> boo
 
 
 def _has_affine_shape(module: nn.Module) -> bool:
-    """One or two one-dimensional parameters of the same size: a gain, perhaps a bias."""
+    """Return whether it has one or two one-dimensional parameters of one size: a gain, perhaps a bias."""
     shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in module._parameters.values() if p is not None]
     return 1 <= len(shapes) <= 2 and len(set(shapes)) == 1 and len(shapes[0]) == 1 and shapes[0][0] > 1
 
 
 def _cache_key(module: nn.Module) -> Any:
-    """All that can make two modules of a class compute different things.
+    """Return a key of everything that can make two modules of a class compute different things.
 
     Ids hold as long as the model is being walked, which is as long as the cache lives."""
     simple = (int, float, str, bool, type(None), torch.dtype)

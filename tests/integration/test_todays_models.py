@@ -44,7 +44,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests save models, and what these must compute, for `test_loads_without_the_package`."""
+    """Return the folder in which the tests save models and their outputs, for `test_loads_without_the_package`."""
     return tmp_path_factory.mktemp("today")
 
 
@@ -110,7 +110,7 @@ def test_fold(model_type: str, folders: Path) -> None:
 
 
 def test_loads_without_the_package(folders: Path) -> None:
-    """By trust where norms are swapped, as a stock model where everything was folded away."""
+    """Load by trust where norms are swapped, and as a stock model where everything was folded."""
     assert len(list(folders.iterdir())) == 2 * len(TODAY)
     command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folders)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

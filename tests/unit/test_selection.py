@@ -53,7 +53,7 @@ def swapped(model: nn.Module) -> set[str]:
 
 
 def chosen(model: nn.Module, **options: Any) -> set[str]:
-    """What a patch swaps; the report of the same options must foretell it."""
+    """Return the norms that a patch swaps, after a check that the report of the same options predicts them."""
     foretold = {row.name for row in inspect_model(model, **options).rows if row.chosen}
     found = swapped(patch_model(model, **options))
     assert foretold == found

@@ -1,9 +1,9 @@
 """Counts the mean-subtracting norms of a model by running it, independently of `hf_adanorm.detection`.
 
 During one real forward pass every call of `F.layer_norm` is attributed to the module that made it, and every small
-module whose output has the shape of its input is noted. Each of those is then called once more, where it stands and
-with its own parameters, on random rows with different means and scales: it subtracts the mean if its output is, per
-channel, an affine function of the rows' (x - mean) / std and not one of the rows themselves.
+module whose output has the shape of its input is noted. Each of those is then called once more with its own
+parameters, on random rows with different means and scales. It subtracts the mean if its output is, per channel, an
+affine function of the rows' (x - mean) / std and not of the rows themselves.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _is_affine_of_normalised(x: Tensor, y: Tensor, axis: int) -> bool:
 
 
 def _misfit(n: Tensor, y: Tensor) -> float:
-    """What a per-channel line through (n, y) leaves over, relative to the spread of y."""
+    """Return the residual of a per-channel line through (n, y), relative to the spread of y."""
     n, y = n - n.mean(0), y - y.mean(0)
     slope = (n * y).sum(0) / n.square().sum(0).clamp_min(1e-30)
     return float((y - slope * n).square().mean().sqrt() / y.square().mean().sqrt().clamp_min(1e-30))

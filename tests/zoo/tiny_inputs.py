@@ -424,7 +424,7 @@ def run(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """All floating tensors in an output, in order."""
+    """Yield all floating tensors in an output, in order."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, dict):

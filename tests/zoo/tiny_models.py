@@ -264,7 +264,7 @@ def _shrink_list(name: str, value: Any, width: int | None, factor: int | None, l
 
 
 def _fit_rope(config: PreTrainedConfig) -> None:
-    """Where the model's code reads an `mrope_section`, make it add up to half the rotated part of a head."""
+    """Make an `mrope_section` that the model's code reads add up to half the rotated part of a head."""
     rope, heads, hidden = (_get(config, name) for name in ("rope_parameters", "num_attention_heads", "hidden_size"))
     if not isinstance(rope, dict) or not isinstance(heads, int) or not isinstance(hidden, int):
         return

@@ -1,4 +1,4 @@
-"""What a module computes is told by running a copy: every family of norm class in transformers, and users' own."""
+"""Recognize what a module computes by running a copy: every family of norm class in transformers, and users' own."""
 
 from __future__ import annotations
 
