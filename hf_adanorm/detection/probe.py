@@ -1,8 +1,8 @@
 """Find the formula a module computes by running a copy of it; the module itself is never run or changed.
 
-The copy gets random float32 parameters. It runs on the CPU, or on the module's own device if its code needs that.
-The module may be on the meta device. Global random state, autocast and default devices play no part. A least-squares fit of
-the copy's output to the normalized input gives gain and bias per channel. These are matched with the parameters by
+The copy gets random float32 parameters. It runs on the CPU, or on the module's own device if its code needs that. The
+module may be on the meta device. Global random state, autocast and default devices play no part. A least-squares fit
+of the copy's output to the normalized input gives gain and bias per channel. These are matched with the parameters by
 value. The eps is measured on inputs of ever smaller variance.
 """
 
