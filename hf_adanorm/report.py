@@ -104,6 +104,7 @@ class Report:
                     "eps": row.info.eps,
                     "swapped": row.is_swapped,
                     "chosen": row.chosen,
+                    "cause": row.cause,
                     "reason": row.reason,
                 }
                 for row in self.rows

@@ -220,7 +220,7 @@ def _verdict(sight: _Sight, place: _Place) -> str:
     if len(sight.layer_shape) > 3 and sight.layer_shape[1] == place.width:  # channels first
         width = place.width
     if sight.layer_shape and len(sight.shape) > len(sight.layer_shape) and place.width != width:
-        return f"its input has a head axis ({place.width} of {width} channels)"
+        return f"it acts per head, on {place.width} of {width} channels"
     if sight.is_added:
         return ""
     if sight.made_by:

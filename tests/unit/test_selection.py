@@ -210,7 +210,7 @@ def test_auto_skips_query_and_key_norms_with_a_reason() -> None:
     rows = {row.name: row for row in inspect_model(tiny(Qwen3Model, head_dim=8)).rows}
     row = rows["layers.0.self_attn.q_norm"]
     assert (row.chosen, row.cause) == (False, "branch")
-    assert row.reason == "its input has a head axis (8 of 16 channels)"
+    assert row.reason == "it acts per head, on 8 of 16 channels"
     assert {name for name, row in rows.items() if row.chosen} == {
         "norm",
         *(f"layers.{i}.{part}_layernorm" for i in range(2) for part in ("input", "post_attention")),
