@@ -223,11 +223,13 @@ def _verdict(sight: _Sight, place: _Place) -> str:
         return f"it acts per head, on {place.width} of {width} channels"
     if sight.is_added:
         return ""
+    is_branch = bool(set(sight.owner_read.values()) & set(sight.owner_wrote.values()))
+    if sight.wrote in sight.owner_wrote and not is_branch:  # Swin V2 merges patches by a linear layer and a norm
+        return ""
     if sight.made_by:
         return f"it normalizes the output of {sight.made_by}"
     if sight.is_sum or sight.reads_layer or sight.read in sight.owner_read or sight.wrote in sight.owner_wrote:
         return ""
-    is_branch = bool(set(sight.owner_read.values()) & set(sight.owner_wrote.values()))
     if not is_branch:
         return ""
     if place.owner is not place.layer:

@@ -20,6 +20,7 @@ BRANCHES = {
     "t5": {},
     "albert": {},
     "swin": {},
+    "swinv2": {},
     "convnext": {},
     "perceiver": {},
     "gemma2": {},
