@@ -43,7 +43,7 @@ TODAY = {
     "granite": Today("GraniteForCausalLM", 5, 0, 5),
     "modernbert": Today("ModernBertForMaskedLM", 6, 0, 4),
     "dinov3_vit": Today("DINOv3ViTModel", 5, 0, 4),
-    "siglip2": Today("Siglip2Model", 11, 0, 11),
+    "siglip2": Today("Siglip2Model", 11, 0, 10),
     "whisper": Today("WhisperForConditionalGeneration", 12, 0, 11),
     "t5gemma": Today("T5GemmaForConditionalGeneration", 22, 0, 11),
 }
