@@ -49,12 +49,15 @@ test: $(STAMP)  ## run the tests
 gpu-check:  ## what a GPU alone can tell: exactness, launchers, recipes, speed (8 minutes; nothing is installed)
 	$(PYTHON) tests/campaigns/gpu_check.py
 
-quality: $(QUALITY)  ## ruff, mypy and import-linter; installs torch, transformers and these three, not the recipes' needs
+quality: $(QUALITY)  ## check the code (ruff, mypy, import-linter) and the package (build, twine)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	cd recipes && $(abspath $(BIN))/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/twine check --strict dist/*
 
 docs: $(DOCS)  ## build the documentation into docs/_build (installs torch, transformers and Sphinx) and check its links
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
@@ -81,4 +84,4 @@ coverage: $(STAMP)  ## run the tests, with the coverage of hf_adanorm
 	$(BIN)/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) $(OLDEST) .nox $(DEMO_DIR) docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) $(OLDEST) .nox $(DEMO_DIR) docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

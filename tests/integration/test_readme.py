@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -76,7 +77,19 @@ def test_the_readme_is_a_landing_page():
 
 
 def test_shell_commands_are_known_ones():
-    known = {"pip", "make", "python", "accelerate", "torchrun", "hf-adanorm", "git", "cd", "tensorboard", "sbatch"}
+    known = {
+        "pip",
+        "uv",
+        "make",
+        "python",
+        "accelerate",
+        "torchrun",
+        "hf-adanorm",
+        "git",
+        "cd",
+        "tensorboard",
+        "sbatch",
+    }
     assert {words[0] for words in ALL_COMMANDS} <= known
 
 
@@ -153,14 +166,57 @@ def test_files_that_commands_name_exist():
                 assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
-def test_hf_adanorm_commands_know_their_options():
+OURS = [words for words in ALL_COMMANDS if words[0] == "hf-adanorm"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Tiny models in folders, with the names that the documentation uses: a folder is preferred to the Hub."""
+    pytest.importorskip("typer")
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    from hf_adanorm import patch_model
+    from tests.zoo.fold_models import tied_llama
+
+    folder = tmp_path_factory.mktemp("models")
+    bert = BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=64)
+    )
+    bert.save_pretrained(folder / "bert-base-uncased")
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(folder / "gpt2")
+    for name in ("SmolLM2-135M", "SmolLM2-135M-Instruct"):
+        tied_llama().save_pretrained(folder / "HuggingFaceTB" / name)
+    patch_model(bert).save_pretrained(folder / "out")
+    return folder
+
+
+def runs_here(words: list[str]) -> bool:
+    """Whether a command runs as it stands: without a placeholder, without the Hub, and to an end."""
+    return words[1] != "run" and "--push-to-hub" not in words and not {"NAME", "FOLDER"} & set(words)
+
+
+@pytest.mark.parametrize("words", [words for words in OURS if runs_here(words)], ids=" ".join)
+def test_our_commands_run(words, models, tmp_path, monkeypatch, capsys):
+    from hf_adanorm.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    sources = [word for word in words[2:3] if (models / word).is_dir()]
+    for source in sources:
+        shutil.copytree(models / source, tmp_path / source)
+    norm = next(code for code in PYTHON["docs/your_norm.md"] if "my_norms.py" in code)
+    exec(norm, {})
+    with pytest.raises(SystemExit) as end:
+        main(words[1:])
+    assert end.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [words for words in OURS if not runs_here(words)], ids=" ".join)
+def test_our_other_commands_know_their_options(words):
     typer = pytest.importorskip("typer")
     from hf_adanorm.cli import app
 
-    subcommands = typer.main.get_command(app).commands
-    for words in ALL_COMMANDS:
-        if words[0] == "hf-adanorm":
-            assert words[1] in subcommands, words
-            parameters = subcommands[words[1]].params
-            known = {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
-            assert set(option_names(words)) <= known | {"--help"}
+    parameters = typer.main.get_command(app).commands[words[1]].params
+    known = {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
+    if words[1] != "run":  # passes on what follows
+        settings = {"--alpha"} if "my_norms.py:Derf" in words else set()
+        assert set(option_names(words)) <= known | settings | {"--help"}
