@@ -20,4 +20,6 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_title = "hf_adanorm"
 html_theme_options = {"navigation_with_keys": True, "light_css_variables": {"code-font-size": "78%"}}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False

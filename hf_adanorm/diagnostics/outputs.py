@@ -1,8 +1,8 @@
-"""Where two models part ways, module by module: did a patch, a fold or a reload change anything?
+"""Find where two models differ, module by module: did a patch, a fold or a reload change anything?
 
-Both models run once on the same inputs, in evaluation mode, without gradients and with the same random state. The
-outputs of modules of the same name are held against each other, in the order in which modules finish: the first that
-differs is the innermost one at which the models part.
+Both models run once on the same inputs, in evaluation mode, without gradients and with the same random state. Outputs of
+modules of the same name are compared in the order in which the modules finish. The first that differs is the innermost
+module at which the models part.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class OutputDifference:
     call: int
     """0 for a module's first call; a shared module has several."""
     max_abs: float
-    """Largest |a - b| over all tensors of the output; infinite where shapes or structures differ."""
+    """Largest `|a - b|` over all tensors of the output; infinite where shapes or structures differ."""
     relative: float
-    """||a - b|| / ||a||; 0 where both are equal."""
+    """`||a - b|| / ||a||`; 0 where both are equal."""
     note: str = ""
-    """Why they cannot be held against each other."""
+    """Why they cannot be compared, or ""."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def compare_outputs(
         model_a: the reference.
         model_b: the other one, with modules of the same names (compare `model.bert` with a bare `BertModel`).
         inputs: keyword arguments as a mapping, positional ones as a tuple or list, or one tensor.
-        tolerance: relative difference ||a - b|| / ||a|| up to which outputs count as equal; >= 0.
+        tolerance: relative difference `||a - b|| / ||a||` up to which outputs count as equal; >= 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, models without a module in common.
