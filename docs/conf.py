@@ -13,6 +13,7 @@ myst_heading_anchors = 3  # links to a heading of a page are checked
 default_role = "code"  # docstrings write `names` with one backtick
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_default_options = {"undoc-members": True}
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
