@@ -1,8 +1,8 @@
 """Find where two models differ, module by module: did a patch, a fold or a reload change anything?
 
-Both models run once on the same inputs, in evaluation mode, without gradients and with the same random state. Outputs of
-modules of the same name are compared in the order in which the modules finish. The first that differs is the innermost
-module at which the models part.
+Both models run once on the same inputs, in evaluation mode, without gradients and with the same random state. Outputs
+of modules of the same name are compared in the order in which the modules finish. The first that differs is the
+innermost module at which the models part.
 """
 
 from __future__ import annotations
