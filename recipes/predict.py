@@ -63,10 +63,12 @@ def _predictions(model: PreTrainedModel, inputs: Any) -> list[Prediction]:
 
 
 @torch.inference_mode()
-def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, precision: str) -> list[Prediction]:
+def predict_texts(
+    model_dir: str, rows: list[tuple[str, ...]], batch_size: int, precision: str, trust: bool = False
+) -> list[Prediction]:
     """Return the class of every text, or pair of texts; batches hold texts of similar length."""
     device, autocast = device_and_autocast(precision)
-    model = load_saved(AutoModelForSequenceClassification, model_dir).to(device)
+    model = load_saved(AutoModelForSequenceClassification, model_dir, trust_remote_code=trust).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
     predictions: list[Prediction] = [{}] * len(rows)
@@ -82,10 +84,12 @@ def predict_texts(model_dir: str, rows: list[tuple[str, ...]], batch_size: int, 
 
 
 @torch.inference_mode()
-def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: str) -> list[Prediction]:
+def predict_images(
+    model_dir: str, images: Dataset, batch_size: int, precision: str, trust: bool = False
+) -> list[Prediction]:
     """Return the class of every image of a data set with a single column of encoded images."""
     device, autocast = device_and_autocast(precision)
-    model = load_saved(AutoModelForImageClassification, model_dir).to(device)
+    model = load_saved(AutoModelForImageClassification, model_dir, trust_remote_code=trust).to(device)
     processor = AutoImageProcessor.from_pretrained(model_dir)
     [column] = images.column_names
     predictions: list[Prediction] = []
@@ -99,10 +103,10 @@ def predict_images(model_dir: str, images: Dataset, batch_size: int, precision: 
 
 
 @torch.inference_mode()
-def parse_file(model_dir: str, file: str, batch_size: int, precision: str) -> str:
+def parse_file(model_dir: str, file: str, batch_size: int, precision: str, trust: bool = False) -> str:
     """Return the sentences of a CoNLL-U or CoNLL-X file with the heads and relations that the model predicts."""
     device, autocast = device_and_autocast(precision)
-    model = load_saved(AutoModelForSequenceClassification, model_dir).to(device)
+    model = load_saved(AutoModelForSequenceClassification, model_dir, trust_remote_code=trust).to(device)
     vocabulary = ParserVocabulary.from_pretrained(model_dir)
     sentences = read_conllu(file, tag_column=model.config.tag_column, trees=False)
     check_forms(sentences, file)
@@ -116,7 +120,7 @@ def parse_file(model_dir: str, file: str, batch_size: int, precision: str) -> st
 
 def predict(arguments: argparse.Namespace) -> tuple[str, str]:
     """Return the text of the output, and what it is. Raises DataError for data that does not fit."""
-    settings = (arguments.batch_size, arguments.mixed_precision)
+    settings = (arguments.batch_size, arguments.mixed_precision, arguments.trust_remote_code)
     if arguments.task == "parsing":
         return parse_file(arguments.model, arguments.data, *settings), "parsed sentences"
     text_columns = arguments.columns if arguments.task == "text" else []

@@ -54,7 +54,8 @@ from tasks.bytes import (
 def score_file(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     """Return the bits and the characters of every window of `arguments.data`."""
     device, autocast = device_and_autocast(arguments.mixed_precision)
-    model = load_saved(AutoModelForCausalLM, arguments.model).to(device)
+    model = load_saved(AutoModelForCausalLM, arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model.to(device)
     length = arguments.sequence_length or get_tokenizer_config(arguments.model).get("model_max_length", 512)
     check_reads_bytes(model, length)
     data = read_bytes(arguments.data, "data")

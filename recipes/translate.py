@@ -45,11 +45,12 @@ def translate_texts(
     precision: str,
     source_lang_code: str | None = None,
     source_prefix: str = "",
+    trust: bool = False,
 ) -> list[str]:
     """Return the translation of every text; batches hold texts of similar length."""
     texts = [source_prefix + text for text in texts]
     device, autocast = device_and_autocast(precision)
-    model = load_saved(AutoModelForSeq2SeqLM, model_dir).to(device)
+    model = load_saved(AutoModelForSeq2SeqLM, model_dir, trust_remote_code=trust).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if source_lang_code is not None:
         if not hasattr(type(tokenizer), "src_lang"):  # transformers 5.0 reloads NLLB's without its languages
@@ -89,7 +90,7 @@ def main() -> None:
     arguments = parse_arguments()
     with clear_use(arguments):
         texts = read_lines(arguments.input)
-        names = ("batch_size", "mixed_precision", "source_lang_code", "source_prefix")
+        names = ("batch_size", "mixed_precision", "source_lang_code", "source_prefix", "trust_remote_code")
         translations = translate_texts(arguments.model, texts, *(getattr(arguments, name) for name in names))
         Path(arguments.output).write_text("\n".join(translations) + "\n", encoding="utf-8")
     if not arguments.quiet:

@@ -3,7 +3,13 @@
 import importlib.util
 import sys
 
-NEEDED = ("accelerate", "datasets", "numpy", "PIL", "tqdm", "yaml")
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    print(f"error: not installed: {', '.join(missing)}. In the checkout: pip install -e '.[recipes]'", file=sys.stderr)
-    sys.exit(2)
+
+def require(*modules: str) -> None:
+    """End the process with one line unless these modules are installed."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        hint = "In the checkout: pip install -e '.[recipes]'"
+        print(f"error: not installed: {', '.join(missing)}. {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+require("accelerate", "datasets", "numpy", "PIL", "tqdm", "yaml")

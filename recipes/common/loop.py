@@ -48,6 +48,7 @@ from common.results import format_results, versions
 from common.setup import (
     allow_unused_parameters,
     apply_patch,
+    describe_norm,
     learning_rate_at,
     make_accelerator,
     make_optimizer,
@@ -57,6 +58,7 @@ from common.setup import (
 )
 from common.steps import check_trained, optimizer_step
 from common.task import Task
+from hf_adanorm.norms import STOCK, remember, resolve_norm
 
 T = TypeVar("T", bound=Task)
 
@@ -93,7 +95,10 @@ class Run:
             self.accelerator = make_accelerator(options, options)
             self.is_main = self.accelerator.is_main_process
             self.print(processes_line(self.accelerator, self.script.name))
+            norm = describe_norm(options)
             found = main_first(self.accelerator, lambda: content(options) if self.is_main else {})
+            if norm["norm_files"]:
+                found["norm"] = " ".join(norm["norm_files"].values())
             self.checkpoints = Checkpoints(
                 self.output_dir,
                 self.accelerator,
@@ -113,7 +118,7 @@ class Run:
                 record = json.loads((self.output_dir / "results.json").read_text(encoding="utf-8"))
                 publish(self.output_dir / "best", record, options)
         self.record: dict[str, Any] = {
-            "norm": options.norm,
+            **norm,
             "seed": options.seed,
             "num_processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
@@ -140,6 +145,8 @@ class Run:
         """The task that `prepare` makes; then its model, patched, with its optimiser. Bad input ends the process."""
         options, accelerator = self.options, self.accelerator
         with clear_errors():
+            if options.norm != STOCK:
+                remember(resolve_norm(options.norm)[0])  # to load an earlier model with it
             self.task = task = prepare(self)
             set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
             model = main_first(accelerator, task.build_model)
@@ -388,6 +395,7 @@ class Run:
         for name, value in arguments.items():  # with "=", as a text may begin with a hyphen
             words += [f"--{name}={value}"] if np.ndim(value) == 0 else [f"--{name}", *map(str, value)]
         words += ["--mixed_precision", precision, "--batch_size", str(options.eval_batch_size), "--quiet"]
+        words += ["--trust_remote_code"] if self.record["norm_files"] else []  # in the folder that this run wrote
         if not run_fresh_process(self.script.with_name(script), words, lambda: self.interruption.signalled):
             self.print(f"stopped by {self.interruption.name} in the test; start the same command to go on")
             sys.exit(EXIT_RESUME)

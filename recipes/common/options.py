@@ -1,8 +1,9 @@
 """The options that all recipes share, and how they are read.
 
 A recipe declares one flat, keyword-only dataclass that inherits from the groups here. Every field becomes a flag of
-the same name. `--config FILE.yaml` sets any of them; flags on the command line override the file. Paths in a config
-file (options ending in `_file`) are relative to that file, paths on the command line to the current directory.
+the same name; a flag that is none of them sets a setting of the norm. `--config FILE.yaml` sets any of them; flags on
+the command line override the file. Paths in a config file (options ending in `_file`, the file of a norm) are relative
+to that file, paths on the command line to the current directory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import sys
 import types
 import typing
@@ -22,12 +24,14 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from common import require
 from common.endings import EXIT_CODES, USE_EXIT_CODES, OptionError, is_first_on_machine
-from hf_adanorm.options import norms, patch_options
+from hf_adanorm.norms import BUILT_IN, STOCK, check_settings, parse_value, resolve_norm, settings_of
+from hf_adanorm.options import norms
 
 T = TypeVar("T")
 
-NORMS, PATCH_OPTIONS = norms(), patch_options()
+NORMS = norms()
 
 Change = Literal["results", "onward", "nothing"]
 
@@ -62,6 +66,11 @@ def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder or Hub name of the saved model")
     parser.add_argument("--batch_size", type=positive, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="execute the files in the model's folder, which a norm or a model of one's own needs",
+    )
     parser.add_argument("--quiet", action="store_true", help="print no result")
     return parser
 
@@ -90,23 +99,32 @@ def check_ranges(options: Any) -> None:
 class PatchOptions:
     """What `patch_model` is asked to do; `norm="layernorm"` is the unpatched control."""
 
-    norm: Literal[(*NORMS, "layernorm")] = option(
-        PATCH_OPTIONS["norm"].default, "norm to train with; layernorm leaves the model as it is (the control)"
+    norm: str = option(
+        "adanorm",
+        f"norm to train with: {', '.join(BUILT_IN)}, FILE.py:CLASS or PACKAGE.MODULE:CLASS; layernorm trains the "
+        "unpatched control. --SETTING VALUE sets a setting of the norm, for instance --k 0.05",
     )
-    C: float = option(*PATCH_OPTIONS["C"][:2])
-    k: float = option(*PATCH_OPTIONS["k"][:2])
-    detach_mean: bool = option(*PATCH_OPTIONS["detach_mean"][:2])
-    detach_variance: bool = option(*PATCH_OPTIONS["detach_variance"][:2])
-    eps: float | None = option(*PATCH_OPTIONS["eps"][:2])
-    include: list[str] | str | None = option(*PATCH_OPTIONS["include"][:2])
-    exclude: list[str] | str | None = option(*PATCH_OPTIONS["exclude"][:2])
-    layers: list[int] | None = option(*PATCH_OPTIONS["layers"][:2])
-    targets: Literal[PATCH_OPTIONS["targets"].choices] = option(*PATCH_OPTIONS["targets"][:2])
-    affine: Literal["drop", "fold"] = option(*PATCH_OPTIONS["affine"][:2])
-    on_unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = option(*PATCH_OPTIONS["on_unfoldable"][:2])
-    on_tied: Literal[PATCH_OPTIONS["on_tied"].choices] = option(*PATCH_OPTIONS["on_tied"][:2])
+    norm_settings: dict[str, Any] = option(
+        {}, "settings of the norm, as in {k: 0.05}; under a norm's name, as in {adanorm: {C: 2}}, for this norm only"
+    )
+    eps: float | None = option(None, "added to the variance; by default what the replaced norm uses")
+    include: list[str] | str | None = option(
+        None, "swap only norms whose name ends so; * is anything between dots, re: starts a regular expression"
+    )
+    exclude: list[str] | str | None = option(None, "leave these norms as they are; written like include")
+    layers: list[int] | None = option(None, "swap only norms in these layers, counted from 0, negative from the end")
+    targets: Literal["auto", "layernorm", "rmsnorm", "all"] = option(
+        "auto", "kind of norm to swap; auto: those on the residual stream"
+    )
+    affine: Literal["drop", "fold"] = option("drop", "what becomes of trained gains and biases")
+    on_unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = option(
+        "keep", "with affine fold: what to do with a norm that something else reads too"
+    )
+    on_tied: Literal["keep", "untie"] = option(
+        "keep", "with affine fold: what to do with a norm whose head shares its weight with an embedding"
+    )
     calibrate_k: bool = option(
-        False, "AdaNorm: a k for each norm, at most --k, that its outliers allow on a batch of training data"
+        False, "AdaNorm: choose a k for each norm, at most --k, that its outliers on a batch of training data allow"
     )
 
 
@@ -285,6 +303,44 @@ def _from_yaml(name: str, text: str) -> Any:
         raise OptionError(f"--{name}: {text!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
+def resolve_settings(options: Any, flags: Mapping[str, Any]) -> None:
+    """Split `options.norm` into the norm alone and `options.norm_settings`, the settings of this norm alone.
+
+    Flags take precedence over settings in the norm's text (`adanorm:k=0.05`), these over a config's `norm_settings`.
+    The control takes no settings. Raises OptionError for an unknown norm, setting or flag.
+    """
+    norm, *parts = re.split(r"[:,](?=\w+=)", options.norm)
+    if ":" not in norm and norm not in (known := [*BUILT_IN, STOCK]):
+        raise OptionError(
+            f"--norm: expected {', '.join(known)}, FILE.py:CLASS or PACKAGE.MODULE:CLASS, got {norm!r}"
+            f"{did_you_mean(norm, known)}"
+        )
+    given = {name: value for name, value in options.norm_settings.items() if not _is_norm(name) and norm != STOCK}
+    given |= options.norm_settings.get(norm) or {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        given[name] = parse_value(value)
+    options.norm, options.norm_settings = norm, {**given, **flags}
+    if norm != STOCK and not (":" in norm or options.norm_settings):
+        return  # without importing torch
+    try:
+        known = {} if norm == STOCK else settings_of(resolve_norm(norm)[0])
+        if unknown := [name for name in flags if name not in known]:
+            has = f"has the settings {', '.join(known)}" if known else "has no settings"
+            near = did_you_mean(unknown[0], [*_hints(type(options)), *known], "--")
+            raise OptionError(f"unknown option --{unknown[0]}: {norm} {has}{near}")
+        if norm != STOCK:
+            check_settings(resolve_norm(norm)[0], options.norm_settings)
+    except OptionError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise OptionError(f"--norm {norm}: {error}") from error
+
+
+def _is_norm(name: str) -> bool:
+    return name in BUILT_IN or name == STOCK or ":" in name
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a repeated key is an error."""
 
@@ -328,6 +384,9 @@ def read_config(
     for key, value in values.items():
         if str(key).endswith("_file") and isinstance(value, str) and not Path(value).is_absolute():
             values[key] = str((path.parent / value).resolve())
+    norm = values.get("norm")
+    if isinstance(norm, str) and ".py:" in norm and not Path(norm).is_absolute():
+        values["norm"] = str((path.parent / norm).resolve())
     return values
 
 
@@ -386,6 +445,7 @@ def parse_options(options_class: type[T], argv: Sequence[str] | None = None, des
     demo = getattr(options_class, "demo", None)
     if argv is None and len(sys.argv) == 1 and demo:
         parser.error(f"there is nothing to train on: try --config recipes/configs/{demo}, or see --help")
+    require(*getattr(options_class, "needs", ()))
     hints = _hints(options_class)
     given, rest = parser.parse_known_args(argv)
     flags = vars(given)
@@ -401,13 +461,18 @@ def parse_options(options_class: type[T], argv: Sequence[str] | None = None, des
             else:
                 text = value[0] if isinstance(value, list) else value
                 values[name] = convert(name, text, hints[name], is_text=True)
+        settings = {}
         for name, text in _unknown(rest):
             mapping, dot, key = name.partition(".")
-            if not dot or mapping not in hints or dict not in map(typing.get_origin, _kinds(hints[mapping])):
-                raise OptionError(f"unknown option --{name}{did_you_mean(name, hints, '--')}")
-            values[mapping] = {**values.get(mapping, {}), key: _from_yaml(name, text)}
+            if not dot:
+                settings[name] = parse_value(text)
+            elif mapping in hints and dict in map(typing.get_origin, _kinds(hints[mapping])):
+                values[mapping] = {**values.get(mapping, {}), key: _from_yaml(name, text)}
+            else:
+                raise OptionError(f"unknown option --{name}{did_you_mean(mapping, hints, '--')}")
         options = options_class(**values)
         check_ranges(options)
+        resolve_settings(options, settings)
     except OptionError as error:
         parser.error(str(error))
     return options

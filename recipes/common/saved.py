@@ -11,16 +11,16 @@ import hf_adanorm  # noqa: F401  (registers the norms, so that stock from_pretra
 from common.endings import DataError
 
 
-def load_saved(auto_class: Any, name: Any) -> PreTrainedModel:
+def load_saved(auto_class: Any, name: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return what stock `auto_class.from_pretrained` loads from a folder or a name on the Hub, in eval mode.
 
     Raises DataError for a model of another kind, and for missing weights, which would be random. Sinusoidal
     positions, which FSMT and Pegasus compute and do not save, may be missing.
     """
     try:
-        model, info = auto_class.from_pretrained(name, output_loading_info=True)
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         kind = next(iter(config.architectures or []), config.model_type)
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"--model {name}: {auto_class.__name__} cannot load a {kind}: {reason}") from error

@@ -26,14 +26,14 @@ from torch import nn
 
 import hf_adanorm
 from common.options import (
-    NORMS,
-    PATCH_OPTIONS,
     OptimizationOptions,
     OptionError,
     PatchOptions,
     RunOptions,
     did_you_mean,
 )
+from hf_adanorm.modeling_adanorm import is_swapped
+from hf_adanorm.norms import STOCK, digest, files_of, name_of, resolve_norm, settings_of
 
 # A fold by a fit and a k for each norm are taken from so many training examples.
 CALIBRATION_EXAMPLES = 32
@@ -108,38 +108,52 @@ def calibration_rows(data: Any) -> list[Any]:
 def apply_patch(
     model: nn.Module, options: PatchOptions, inputs: Callable[[], dict[str, torch.Tensor]] | None = None
 ) -> int:
-    """Patch `model` in place as the options say; return how many norms of the wanted kind it now has.
+    """Patch `model` in place as the options say, and return how many norms of the wanted kind it then has.
 
-    `inputs` gives a batch of training data as the model takes it, for a fold or a calibration; it is called only then.
+    Args:
+        inputs: returns a batch of training data as the model takes it; called for a fold or a calibration only.
+
     Raises OptionError when the options cannot be applied to this model.
     """
-    if options.norm == "layernorm":
+    if options.norm == STOCK:
         if hf_adanorm.is_patched(model):
             raise OptionError(
                 "--norm layernorm is the unpatched control, but this pretrained model is already patched; "
                 "give the norm it was patched with, or start from an unpatched model"
             )
         return count_norms(model, options.norm)
+    names = ("eps", "include", "exclude", "layers", "targets", "affine", "on_unfoldable", "on_tied")
+    chosen, settings = {name: getattr(options, name) for name in names}, dict(options.norm_settings)
     try:
-        calibrates = options.calibrate_k and "k" in NORMS[options.norm].settings
+        cls, _ = resolve_norm(options.norm)
+        calibrates = options.calibrate_k and "k" in settings_of(cls)
         batch = inputs() if inputs is not None and (calibrates or options.affine == "fold") else None
-        of_others = {name for norm in NORMS.values() for name in norm.settings} - {*NORMS[options.norm].settings}
-        names = [name for name in PATCH_OPTIONS if hasattr(options, name) and name not in of_others]
-        settings = {name: getattr(options, name) for name in names}
         if calibrates and batch is not None:
-            settings["k"] = hf_adanorm.calibrate_k(model, [batch], k=options.k).k
-        hf_adanorm.patch_model(model, **settings, fold_inputs=batch if options.affine == "fold" else None)
+            settings["k"] = hf_adanorm.calibrate_k(model, [batch], k=settings.get("k", settings_of(cls)["k"])).k
+        if options.affine == "fold":
+            chosen["fold_inputs"] = batch
+        hf_adanorm.patch_model(model, cls, **chosen, **settings)
     except (ValueError, TypeError, RuntimeError) as error:  # the last: a fold that would have moved the outputs
         raise OptionError(f"--norm {options.norm}: {error}") from error
     return count_norms(model, options.norm)
 
 
 def count_norms(model: nn.Module, norm: str) -> int:
-    """How many modules of `model` compute `norm`."""
-    if norm == "layernorm":
+    """Return how many modules of `model` compute `norm`."""
+    if norm == STOCK:
         return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
-    swapped = (module for module in model.modules() if getattr(module, "is_adanorm_module", False))
-    return sum(module.norm_name == norm for module in swapped)
+    name = name_of(resolve_norm(norm)[0])
+    return sum(is_swapped(module) and module.norm_name == name for module in model.modules())
+
+
+def describe_norm(options: PatchOptions) -> dict[str, Any]:
+    """Return the norm, all of its settings, and the hash of each file that the user wrote for it."""
+    if options.norm == STOCK:
+        return {"norm": options.norm, "settings": {}, "norm_files": {}}
+    cls, _ = resolve_norm(options.norm)
+    files = {path.name: digest(path) for path in files_of(cls)} if ":" in options.norm else {}
+    settings = {**settings_of(cls), **options.norm_settings}
+    return {"norm": options.norm, "settings": settings, "norm_files": files}
 
 
 def allow_unused_parameters(accelerator: Accelerator, model: nn.Module) -> None:

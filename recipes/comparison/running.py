@@ -31,7 +31,7 @@ from comparison.records import Run, outcome, read_records, stated, to_record, wr
 from comparison.report import write_report
 from comparison.summary import LAUNCHED, machine, summarize
 from comparison.variants import canonical, folder_name, kind, parse_norm
-from hf_adanorm.modeling_adanorm import NORM_CLASSES
+from hf_adanorm.norms import resolve_norm
 from tasks.data import DATA_OPTIONS, data_content
 
 ESTIMATE_STEPS = 25
@@ -69,7 +69,8 @@ class Comparison:
             raise OptionError(
                 f"--grid_seeds must be in [1, {len(own.seeds)}], the number of seeds; got {own.grid_seeds}"
             )
-        self.grid = parse_grid(own.grid, self.names)
+        settings = {name for facts in NORMS.values() for name in facts.settings}
+        self.grid = parse_grid(own.grid, self.names | settings)
         base = self.options(rest)
         own.norms = list(dict.fromkeys(canonical(text, base, self.grid) for text in own.norms))
         self.adopted = {(run.norm, run.seed): run for path in own.records for run in read_records(path)}
@@ -100,8 +101,7 @@ class Comparison:
                 options = self.options(self.arguments(Run(norm, self.own.seeds[0], self.own.output_dir, point)))
                 try:
                     if norm != BASELINE:
-                        settings = NORMS[kind(norm)].settings
-                        NORM_CLASSES[kind(norm)](1, **{name: getattr(options, name) for name in settings})
+                        resolve_norm(kind(norm))[0](1, **options.norm_settings)
                 except (ValueError, TypeError) as error:
                     raise OptionError(f"--norms {norm}: {error}") from error
 

@@ -54,9 +54,8 @@ def canonical(text: str, options: Any, grid: Iterable[str] = ()) -> str:
     norm, settings = parse_norm(text)
     order = NORMS[norm].settings if settings else ()
     said = {name: settings[name] for name in order if name in settings}
-    return norm_name(
-        norm, {name: value for name, value in said.items() if value != getattr(options, name) or name in grid}
-    )
+    usual = {name: options.norm_settings.get(name, NORMS[norm].settings[name][0]) for name in said}
+    return norm_name(norm, {name: value for name, value in said.items() if value != usual[name] or name in grid})
 
 
 def kind(name: str) -> str:

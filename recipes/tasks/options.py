@@ -155,6 +155,7 @@ class TranslationOptions(
     """Options of the translation recipe."""
 
     script: ClassVar[str] = "translation.py"
+    needs: ClassVar[tuple[str, ...]] = ("sacrebleu", "sacremoses")
     demo: ClassVar[str] = "demo_en_de.yaml"
     max_tokens: int = option(
         4096, "most tokens of a micro-batch on each process, source or target, padding included", within="(0, inf)"

@@ -321,7 +321,7 @@ def test_every_config_is_read_and_builds_the_model_it_speaks_of(name, norms, mil
     with torch.device("meta"):
         config = AutoConfig.for_model(**options.model_config, vocab_size=options.vocab_size)
         model = AutoModelForSeq2SeqLM.from_config(config)
-    hf_adanorm.patch_model(model, options.norm, C=options.C, k=options.k)
+    hf_adanorm.patch_model(model, options.norm, **options.norm_settings)
     assert sum(getattr(module, "is_adanorm_module", False) for module in model.modules()) == norms
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.05)
     if name.startswith("demo"):

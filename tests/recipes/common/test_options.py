@@ -40,8 +40,15 @@ def test_data_files_in_a_config_are_relative_to_it(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--nrom", "none"], "did you mean --norm?"),
+        (["--nrom", "none"], "unknown option --nrom: adanorm has the settings C, k; did you mean --norm?"),
         (["--norm", "batchnorm"], "layernorm-simple"),
+        (
+            ["--norm", "layernorm-simple", "--k", "0.1"],
+            "unknown option --k: layernorm-simple has no settings",
+        ),
+        (["--norm", "layernorm", "--k", "0.1"], "unknown option --k: layernorm has no settings"),
+        (["--norm", "dyt:C=3"], "--norm dyt: 'C' is not a setting of 'dyt'"),
+        (["--norm", "absent.py:Mine"], "--norm absent.py:Mine: absent.py does not exist"),
         (["--norm", "adanrom"], "got 'adanrom'; did you mean 'adanorm'?"),
         (["--norm=adanrom"], "did you mean 'adanorm'?"),
         (["--batch_size", "0"], "--batch_size must be positive, got 0"),
@@ -82,7 +89,7 @@ def test_a_plain_value_is_a_list_of_one(given, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["classification", "translation", "language_modeling", "parsing", "compare"])
-@pytest.mark.parametrize("argument", ["--help", "--config=absent.yaml", "--bacth_size=4", None])
+@pytest.mark.parametrize("argument", ["--help", "--config=absent.yaml", "--learning_rate=x", None])
 def test_help_and_mistakes_come_before_torch(script, argument):
     command = [sys.executable, "-X", "importtime", RECIPES / f"{script}.py", *([argument] if argument else [])]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -95,9 +102,48 @@ def test_help_and_mistakes_come_before_torch(script, argument):
 def test_the_patch_options_are_those_of_patch_model():
     fields = {item.name: item for item in dataclasses.fields(PatchOptions)}
     theirs = inspect.signature(hf_adanorm.patch_model).parameters
-    assert fields.keys() - theirs.keys() == {"calibrate_k"}
+    assert fields.keys() - theirs.keys() == {"calibrate_k", "norm_settings"}
     for name in fields.keys() & theirs.keys():
         assert fields[name].default == theirs[name].default, name
+
+
+MY_NORM = """
+from torch import nn
+
+class Mine(nn.Module):
+    def __init__(self, normalized_shape, eps=1e-5, *, alpha=0.5, seeds=1):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "norm", "settings"),
+    [
+        (["--k", "0.05"], "adanorm", {"C": 2.0, "k": 0.05}),  # the config sets C of adanorm
+        (["--norm", "adanorm:k=0.05,C=3"], "adanorm", {"C": 3, "k": 0.05}),
+        (["--norm", "adanorm:k=0.05", "--k=0.02"], "adanorm", {"C": 2.0, "k": 0.02}),
+        (["--norm", "detachnorm", "--detach_mean", "false"], "detachnorm", {"detach_mean": False}),
+        (["--norm", "{file}:Mine", "--alpha", "0.7", "--seeds", "2"], "{file}:Mine", {"alpha": 0.7, "seeds": 2}),
+        (["--norm", "{file}:Mine:alpha=0.7"], "{file}:Mine", {"alpha": 0.7}),
+        (["--norm", "layernorm"], "layernorm", {}),
+    ],
+)
+def test_settings_of_a_norm_come_from_flags_its_text_and_the_config(argv, norm, settings, tmp_path):
+    (tmp_path / "mine.py").write_text(MY_NORM)
+    (tmp_path / "run.yaml").write_text("norm_settings: {adanorm: {C: 2.0}}\nseed: 2\n")
+    argv = [word.format(file=tmp_path / "mine.py") for word in argv]
+    options = parse_options(ClassificationOptions, ["--config", str(tmp_path / "run.yaml"), *argv])
+    assert (options.norm, options.norm_settings) == (norm.format(file=tmp_path / "mine.py"), settings)
+
+
+def test_the_file_of_a_norm_in_a_config_is_relative_to_it(tmp_path):
+    (tmp_path / "mine.py").write_text(MY_NORM)
+    (tmp_path / "run.yaml").write_text("norm: mine.py:Mine\nnorm_settings: {alpha: 0.7}\n")
+    options = parse_options(ClassificationOptions, ["--config", str(tmp_path / "run.yaml")])
+    assert (options.norm, options.norm_settings) == (f"{tmp_path / 'mine.py'}:Mine", {"alpha": 0.7})
 
 
 def test_unknown_key_in_a_config_names_the_nearest_option(tmp_path):
@@ -132,11 +178,13 @@ def test_numbers_outside_their_range_are_named(change):
         check_ranges(ClassificationOptions(**change))
 
 
-def test_what_is_not_installed_is_named_with_the_command():
-    hide = "import importlib.util as u, sys; find = u.find_spec; sys.path.insert(0, sys.argv[1]); "
-    hide += "u.find_spec = lambda name: None if name == 'sacrebleu' else find(name); import common.options"
-    done = subprocess.run([sys.executable, "-c", hide, RECIPES], capture_output=True, text=True)
+@pytest.mark.parametrize(("hidden", "script"), [("tqdm", "parsing"), ("sacrebleu", "translation")])
+def test_what_is_not_installed_is_named_with_the_command(hidden, script):
+    hide = "import importlib.util as u, runpy, sys; find = u.find_spec; sys.path.insert(0, sys.argv.pop(1)); "
+    hide += f"u.find_spec = lambda name: None if name == {hidden!r} else find(name); "
+    hide += f"runpy.run_path(sys.path[0] + '/{script}.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hide, RECIPES, "--seed", "2"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: not installed: sacrebleu. In the checkout: pip install -e '.[recipes]'\n",
+        f"error: not installed: {hidden}. In the checkout: pip install -e '.[recipes]'\n",
     )

@@ -56,7 +56,7 @@ def test_biases_and_gains_are_not_decayed():
         ({"norm": "adanorm"}, 5),
         ({"norm": "layernorm"}, 5),
         ({"norm": "none", "layers": [-1]}, 2),
-        ({"norm": "detachnorm", "detach_mean": False, "exclude": ["embeddings.LayerNorm"]}, 4),
+        ({"norm": "detachnorm", "norm_settings": {"detach_mean": False}, "exclude": ["embeddings.LayerNorm"]}, 4),
     ],
 )
 def test_patch_options_reach_the_model(options, count):
@@ -68,7 +68,7 @@ def test_patch_options_reach_the_model(options, count):
 
 def test_impossible_patch_options_name_the_norm():
     with pytest.raises(OptionError, match=r"--norm adanorm: .*-1"):
-        apply_patch(tiny_bert(), PatchOptions(norm="adanorm", C=-1.0))
+        apply_patch(tiny_bert(), PatchOptions(norm="adanorm", norm_settings={"C": -1.0}))
 
 
 def test_the_control_refuses_a_patched_model():

@@ -133,7 +133,7 @@ def test_a_table_is_predicted_as_the_recipe_reads_it(trained, tmp_path):
         pixels[2:6, column : column + 4] = 180 * 257
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     (tmp_path / "table.csv").write_text("image\nleft.png\nright.png\nleft.png\n")
-    settings = {"batch_size": 2, "mixed_precision": "no", "columns": ["image"]}
+    settings = {"batch_size": 2, "mixed_precision": "no", "columns": ["image"], "trust_remote_code": False}
     files = {"model": str(trained[0] / "best"), "data": str(tmp_path / "table.csv")}
     text, what = predict.predict(argparse.Namespace(task="image", **files, **settings))
     assert [row["label"] for row in json.loads(text)] == ["0", "1", "0"]

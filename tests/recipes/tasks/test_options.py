@@ -24,6 +24,6 @@ def test_every_option_is_classed_by_what_it_changes(recipe):
     assert options_that_change(options_class, "nothing") == NOTHING & names
     assert options_that_change(options_class, "onward") == ONWARD
     assert options_that_change(options_class, "results") == names - NOTHING - ONWARD
-    assert {"min_frequency", "max_length", "vocab_size", "seed", "C"} & names <= options_that_change(
+    assert {"min_frequency", "max_length", "vocab_size", "seed", "norm_settings"} & names <= options_that_change(
         options_class, "results"
     )
