@@ -422,6 +422,9 @@ class Run:
         publish(best, self.record, replace(self.options, push_to_hub=False))
         write_json(self.output_dir / "results.json", self.record)
         use = self.task.use.format(pipeline=self.task.pipeline, model=best)
+        if self.record["norm_files"]:
+            in_python = use.endswith(")")
+            use = f"{use[:-1]}, trust_remote_code=True)" if in_python else f"{use} --trust_remote_code"
         self.print(f"{format_results([self.record])}\nbest model, of step {progress.best_step}: {use}")
         if self.options.push_to_hub:
             publish(best, self.record, self.options)

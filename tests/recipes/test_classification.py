@@ -1,5 +1,6 @@
 """The classification recipe as users run it: tiny models, real data files, real processes."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -87,7 +88,7 @@ def load(folder):
 def test_the_best_model_works_in_a_stock_pipeline_with_its_norms(finished):
     model = load(finished)
     norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
-    assert [(module.norm, module.C, module.k) for module in norms] == [("adanorm", 1.3, 0.07)] * 3
+    assert [(module.norm_name, module.C, module.k) for module in norms] == [("adanorm", 1.3, 0.07)] * 3
     classify = pipeline("text-classification", str(finished / "best"))
     assert [answer["label"] for answer in classify(["word1 great word2", "word5 dull word3"])] == ["1", "0"]
 
@@ -110,6 +111,42 @@ def test_a_finished_run_is_not_repeated(finished, texts, capsys):
     assert first == "1 process on cpu (two: torchrun --nproc_per_node 2 recipes/classification.py ...)"
     assert "nothing to do" in second
     assert (finished / "results.json").stat().st_mtime_ns == before
+
+
+MY_NORM = """
+import torch
+from torch import nn
+
+
+class Derf(nn.Module):
+    def __init__(self, normalized_shape, eps=1e-5, *, alpha=0.5):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((), float(alpha)))
+        self.gain = nn.Parameter(torch.ones(normalized_shape))
+
+    def forward(self, x):
+        return self.gain * torch.erf(self.alpha * x)
+"""
+
+
+def test_a_norm_of_the_users_own_is_trained_tested_and_trained_further(texts, tmp_path, capsys):
+    file = tmp_path / "my_norms.py"
+    file.write_text(MY_NORM)
+    changes = {"norm": f"{file}:Derf", "alpha": 0.7, "max_steps": 8, "test_file": texts["validation"]}
+    classification.main(arguments_for(texts, tmp_path / "run", **changes))
+    results = read_results(tmp_path / "run")
+    assert (results["norm"], results["settings"], results["norm_modules"]) == (f"{file}:Derf", {"alpha": 0.7}, 3)
+    assert results["norm_files"] == {"my_norms.py": hashlib.sha256(MY_NORM.encode()).hexdigest()}
+    assert results["test"]["accuracy"] == results["validation"]["accuracy"]  # in a fresh process
+    assert "trust_remote_code=True)" in capsys.readouterr().out
+    start = {**changes, "model_config": "{}", "model_name_or_path": tmp_path / "run" / "best", "learning_rate": 1e-9}
+    classification.main(arguments_for(texts, tmp_path / "more", **{**start, "max_steps": 1}))
+    assert read_results(tmp_path / "more")["validation"] == pytest.approx(results["validation"], rel=1e-5)
+    file.write_text(MY_NORM.replace("0.5", "0.4"))
+    with pytest.raises(SystemExit) as ended:
+        classification.main(arguments_for(texts, tmp_path / "run", **changes))
+    assert ended.value.code == 2
+    assert "what --norm names has changed since" in capsys.readouterr().err
 
 
 def test_options_that_change_nothing_change_nothing(texts, tmp_path, capsys):

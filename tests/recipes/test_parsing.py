@@ -102,7 +102,7 @@ def test_the_saved_model_parses_a_raw_file(trained, treebank, tmp_path):
     assert attachment_scores(counts.sum(0)) == results["test"]
     model = AutoModelForSequenceClassification.from_pretrained(folder / "best")
     norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
-    assert [(module.norm, module.k) for module in norms] == [("adanorm", 0.07)] * 2
+    assert [(module.norm_name, module.k) for module in norms] == [("adanorm", 0.07)] * 2
     assert model.config.single_root
 
 

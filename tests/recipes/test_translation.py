@@ -134,7 +134,7 @@ def test_the_saved_model_translates_by_stock_calls_with_its_norms(finished, name
     tokenizer = AutoTokenizer.from_pretrained(finished / name)
     assert tokenizer.model_max_length == 32  # of sources, by which translate.py cuts them
     norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
-    assert {(norm.norm, norm.C, norm.k) for norm in norms} == {("adanorm", 1.3, 0.07)}
+    assert {(norm.norm_name, norm.C, norm.k) for norm in norms} == {("adanorm", 1.3, 0.07)}
     assert len(norms) == NUM_NORMS
     assert model.generation_config.num_beams == 2
     output = model.generate(**tokenizer("worta wortb", return_tensors="pt"))

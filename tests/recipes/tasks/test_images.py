@@ -90,7 +90,7 @@ def test_the_cnn_loads_elsewhere_by_the_code_it_travels_with(trained, digits):
         f"model = AutoModelForImageClassification.from_pretrained({str(folder / 'best')!r}, trust_remote_code=True)\n"
         "norms = [m for m in model.modules() if getattr(m, 'is_adanorm_module', False)]\n"
         "pixels = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)\n"
-        "print([(m.norm, m.k) for m in norms], model(pixels).logits.double().tolist())\n"
+        "print([(m.norm_name, m.k) for m in norms], model(pixels).logits.double().tolist())\n"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120)
     assert there.returncode == 0, there.stderr

@@ -55,7 +55,7 @@ def test_it_is_saved_and_loads_by_the_stock_call_and_by_the_code_it_travels_with
         "import torch, hf_adanorm\n"
         "from transformers import AutoModelForSequenceClassification\n"
         "model = AutoModelForSequenceClassification.from_pretrained('parser', trust_remote_code=True)\n"
-        "norms = [(m.norm, m.k) for m in model.modules() if getattr(m, 'is_adanorm_module', False)]\n"
+        "norms = [(m.norm_name, m.k) for m in model.modules() if getattr(m, 'is_adanorm_module', False)]\n"
         "assert norms == [('adanorm', 0.07)] * 2, norms\n"
         "torch.save(model(torch.load('features.pt')).logits.detach(), 'logits.pt')\n"
     )
