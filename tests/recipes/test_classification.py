@@ -167,7 +167,7 @@ def test_other_options_in_the_same_folder_are_refused_by_name(finished, texts, c
         classification.main(arguments_for(texts, finished, C=1.2, k=0.07, test_file=texts["validation"]))
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert "(C: 1.3 in the checkpoint, 1.2 now)" in said
+    assert "(norm_settings: {'C': 1.3, 'k': 0.07} in the checkpoint, {'C': 1.2, 'k': 0.07} now)" in said
     assert f"To train its model further, give --model_name_or_path {finished / 'best'}" in said
 
 
