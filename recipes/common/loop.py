@@ -48,10 +48,12 @@ from common.results import format_results, versions
 from common.setup import (
     allow_unused_parameters,
     apply_patch,
+    check_schedules,
     describe_norm,
     learning_rate_at,
     make_accelerator,
     make_optimizer,
+    norm_schedules,
     norms_to_trackers,
     processes_line,
     set_learning_rate,
@@ -151,6 +153,9 @@ class Run:
             set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
             model = main_first(accelerator, task.build_model)
             num_norms = apply_patch(model, options, lambda: task.calibration_batch(model))
+            self.total_steps = options.max_steps or options.num_epochs * task.plan.num_steps
+            self.schedules = norm_schedules(options)
+            check_schedules(self.schedules, model, self.total_steps)
         set_seed(options.seed, device_specific=True)  # other dropout masks on every process
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = make_optimizer(model, options)
@@ -161,7 +166,6 @@ class Run:
             settings = {name: str(value) for name, value in asdict(options).items()}
             run = {"name": self.output_dir.name, "resume": "allow" if self.resuming else "never"}
             accelerator.init_trackers(self.script.stem, config=settings, init_kwargs={"trackio": run})
-        self.total_steps = options.max_steps or options.num_epochs * task.plan.num_steps
         self.record |= {"norm_modules": num_norms, "parameters": num_parameters}
         metric = ("score", "label", "scale", "decimals", "higher_is_better")
         self.record |= {"pipeline": task.pipeline, "metric": {name: getattr(task, name) for name in metric}}
@@ -182,6 +186,7 @@ class Run:
             self.progress = self.checkpoints.resume()
             if self.progress.step:
                 self.print(f"resuming from step {self.progress.step}")
+            self._set_norms()
             self.saved_step = self.progress.step
             self.stopwatch = Stopwatch(self.progress)
             self.running_loss = torch.zeros((), device=accelerator.device)  # this process's share
@@ -251,6 +256,7 @@ class Run:
         )
         progress.step += 1
         self.send_norms(progress.step)
+        self._set_norms()
         progress.epoch_step += 1
         progress.skipped_steps += not applied
         self.stopwatch.step(step.size)
@@ -270,6 +276,11 @@ class Run:
         self.bar.update(progress.step, self.stopwatch.samples_per_second)
         if self._evaluation_due():
             self._begin_evaluation()
+
+    def _set_norms(self) -> None:
+        """Give the norms the settings of this step, which a checkpoint then contains."""
+        for schedule in self.schedules:
+            schedule.apply(self.bare, self.progress.step, self.total_steps)
 
     def _evaluation_due(self) -> bool:
         progress, every = self.progress, self.options.eval_steps

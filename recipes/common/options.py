@@ -107,6 +107,11 @@ class PatchOptions:
     norm_settings: dict[str, Any] = option(
         {}, "settings of the norm, as in {k: 0.05}; under a norm's name, as in {adanorm: {C: 2}}, for this norm only"
     )
+    norm_schedule: list[str] = option(
+        [],
+        "change settings over steps, each as SETTING:SHAPE:FROM:TO[:OVER], such as k:linear:0:0.1:0.3; SHAPE is "
+        "linear or cosine, OVER a share of all steps (0.3) or a number of steps (300), by default all",
+    )
     eps: float | None = option(None, "added to the variance; by default what the replaced norm uses")
     include: list[str] | str | None = option(
         None, "swap only norms whose name ends so; * is anything between dots, re: starts a regular expression"

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,8 @@ from common.options import (
     did_you_mean,
 )
 from hf_adanorm.modeling_adanorm import is_swapped
-from hf_adanorm.norms import STOCK, digest, files_of, name_of, resolve_norm, settings_of
+from hf_adanorm.norms import STOCK, digest, files_of, name_of, parse_value, resolve_norm, settings_of
+from hf_adanorm.settings import NormSchedule
 
 # A fold by a fit and a k for each norm are taken from so many training examples.
 CALIBRATION_EXAMPLES = 32
@@ -136,6 +137,35 @@ def apply_patch(
     except (ValueError, TypeError, RuntimeError) as error:  # the last: a fold that would have moved the outputs
         raise OptionError(f"--norm {options.norm}: {error}") from error
     return count_norms(model, options.norm)
+
+
+def norm_schedules(options: PatchOptions) -> list[NormSchedule]:
+    """Return what `--norm_schedule` asks for; nothing for the control. Raises OptionError for another form."""
+    found = []
+    for text in options.norm_schedule if options.norm != STOCK else ():
+        parts = text.split(":")
+        try:
+            setting, shape, first, last = parts[:4]
+            over = [parse_value(part) for part in parts[4:]] or [1.0]
+            pair = (float(first), float(last))
+            found.append(NormSchedule(shape=shape, over=over.pop(), **{setting: pair}))
+            if over:
+                raise ValueError("it has too many parts")
+        except (ValueError, TypeError) as error:
+            raise OptionError(
+                f"--norm_schedule {text}: expected SETTING:SHAPE:FROM:TO[:OVER], such as k:linear:0:0.1:0.3: {error}"
+            ) from error
+    return found
+
+
+def check_schedules(schedules: Sequence[NormSchedule], model: nn.Module, total_steps: int) -> None:
+    """Set the norms to the start of the schedules. Raises OptionError for a value that they refuse, now or later."""
+    try:
+        for schedule in schedules:
+            for step in (total_steps, 0):
+                schedule.apply(model, step, total_steps)
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"--norm_schedule: {error}") from error
 
 
 def count_norms(model: nn.Module, norm: str) -> int:

@@ -23,7 +23,7 @@ def load_average(model: nn.Module, output_dir: Path, count: int) -> list[int]:
     mean: dict[str, torch.Tensor] = {}
     for folder in folders:
         for name, tensor in load_file(folder / SAFE_WEIGHTS_NAME).items():
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and not name.endswith("_extra_state"):  # settings of norms
                 mean[name] = mean.get(name, 0) + tensor.double() / len(folders)
             else:
                 mean[name] = tensor

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import classification
 import hf_adanorm
 from common.endings import EXIT_DIVERGED
+from tests.recipes.fault_runs import stopped_and_resumed
 from tests.recipes.recipe_process import two_processes
 from tests.recipes.tiny_configs import TINY_CLASSIFIER
 
@@ -149,6 +150,22 @@ def test_a_norm_of_the_users_own_is_trained_tested_and_trained_further(texts, tm
     assert "what --norm names has changed since" in capsys.readouterr().err
 
 
+def test_a_setting_changes_over_steps_also_in_the_best_model_and_after_a_stop(texts, tmp_path):
+    changes = {"norm_schedule": "k:linear:0:0.1:0.5", "max_steps": 24, "eval_steps": 6, "checkpointing_steps": 3}
+    classification.main(arguments_for(texts, tmp_path / "whole", **changes))
+    whole = read_results(tmp_path / "whole")
+    expected = min(whole["best_step"] / 12, 1) * 0.1
+    norms = [module for module in load(tmp_path / "whole").modules() if getattr(module, "is_adanorm_module", False)]
+    assert [norm.k for norm in norms] == pytest.approx([expected] * 3)
+    again = tmp_path / "again"
+    resumed = stopped_and_resumed(lambda: classification.main(arguments_for(texts, again, **changes)), again)
+    assert resumed is None
+    assert read_results(again)["history"] == whole["history"]
+    assert_same_weights(weights(again, 24), weights(tmp_path / "whole", 24))
+    classification.main(arguments_for(texts, tmp_path / "fixed", k=0.1, max_steps=24, eval_steps=6))
+    assert read_results(tmp_path / "fixed")["history"][0]["loss"] != whole["history"][0]["loss"]
+
+
 def test_options_that_change_nothing_change_nothing(texts, tmp_path, capsys):
     """Those of where a run writes and how it is watched, all at once; the losses are told without a bar, too."""
     changes = {"save_total_limit": 2, "logging_steps": 3, "report_to": "tensorboard", "watch_norms": 2}
@@ -200,6 +217,9 @@ def test_two_processes_do_what_one_does(texts, tmp_path):
         ({"max_length": 64}, "--max_length 64 is beyond the model's 32 positions"),
         ({"include": "encoder.nothing"}, "--norm adanorm: "),
         ({"C": 0}, "--norm adanorm: "),
+        ({"norm_schedule": "k:0:0.1"}, "--norm_schedule k:0:0.1: expected SETTING:SHAPE:FROM:TO[:OVER], such as"),
+        ({"norm_schedule": "k:linear:0.1:-1"}, "--norm_schedule: k must be a finite number >= 0"),
+        ({"norm_schedule": "alpha:linear:0:1"}, "--norm_schedule: no norm of this model has the setting 'alpha'"),
         ({"report_to": "[tensorbord]"}, "--report_to tensorbord: expected all, aim, "),
         ({"output_dir": "/proc/run"}, "--output_dir /proc/run: cannot be written: "),
         ({"batch_size": 0}, "--batch_size must be positive, got 0"),
