@@ -57,12 +57,13 @@ if TYPE_CHECKING:
     )
     from .diagnostics import plots as plots
     from .folding import fold_affine
-    from .modeling_adanorm import AdaNorm, AdaNormSpec, DetachNorm, DyT, LayerNormSimple, NoNorm, __version__
+    from .modeling_adanorm import AdaNorm, DetachNorm, DyT, LayerNormSimple, NoNorm, __version__
     from .norms import register_norm
     from .patching import inspect_model, is_patched, patch_model, unpatch_model
     from .report import NormRow, Report
     from .saving import write_model_card
     from .settings import NormSchedule, NormScheduleCallback, set_norm
+    from .spec import AdaNormSpec
 
 # The names of each module, imported when one is first used: `import hf_adanorm` costs next to nothing, not even torch.
 __getattr__ = lazily(
@@ -72,10 +73,11 @@ __getattr__ = lazily(
         "diagnostics": "NormLog NormRecord OutputComparison OutputDifference WatchNormsCallback compare_outputs plots "
         "watch_norms",
         "folding": "fold_affine",
-        "modeling_adanorm": "AdaNorm AdaNormSpec DetachNorm DyT LayerNormSimple NoNorm __version__ modeling_adanorm",
+        "modeling_adanorm": "AdaNorm DetachNorm DyT LayerNormSimple NoNorm __version__ modeling_adanorm",
         "norms": "register_norm",
         "report": "NormRow Report",
         "patching": "inspect_model is_patched patch_model unpatch_model",
+        "spec": "AdaNormSpec",
         "saving": "write_model_card",
         "settings": "NormSchedule NormScheduleCallback set_norm",
     },
@@ -87,9 +89,11 @@ def serve(format: int, stock: Any, classes: Any) -> Any:  # noqa: A002
     return importlib.import_module(".saving.hooks", __name__).serve(format, stock, classes)
 
 
-def _add_kernels(modeling: Any) -> None:
+def _complete(modeling: Any) -> None:
+    """Add what only this package has to the classes of the file that travels: methods and kernels."""
+    importlib.import_module(".protocol", __name__).complete_all()
     importlib.import_module(".kernels", __name__).register()
 
 
 install.install()
-when_imported(f"{__name__}.modeling_adanorm", _add_kernels)
+when_imported(f"{__name__}.modeling_adanorm", _complete)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ._tables import counted
 from .folding import FoldReport, OnUnfoldable, comes_in, fold_norms
-from .modeling_adanorm import NormGroup, SwappedNorm, is_swapped, source_settings
+from .modeling_adanorm import is_swapped, source_settings
 from .norms import computes_n
 from .replaced import learned_affine
+from .spec import NormGroup
 from .swapping import Change, Plan, is_as
 
 
@@ -48,9 +49,9 @@ def _start(group: NormGroup) -> NormGroup:
     return replace(group, settings={**group.settings, "C": 1.0, "k": 0.0}) if comes_in(group) else group
 
 
-def _is_plain(module: SwappedNorm) -> bool:
+def _is_plain(module: Any) -> bool:
     settings = module.settings()
-    return module.norm_name == "layernorm-simple" or (settings.get("k") == 0.0 and settings.get("C") == 1.0)
+    return bool(module.norm_name == "layernorm-simple" or (settings.get("k") == 0.0 and settings.get("C") == 1.0))
 
 
 def fold(

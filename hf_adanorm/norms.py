@@ -131,7 +131,8 @@ def resolve_norm(norm: Any) -> tuple[type, dict[str, Any]]:
             norm = _class_of(norm)
     if not isinstance(norm, type):
         raise TypeError(f"norm must be a name, a class or a functools.partial of a class, got {norm!r:.100}")
-    check_class(norm)
+    if norm.__name__ not in BUILT_IN.values() or not hasattr(norm, "is_adanorm_module"):
+        check_class(norm)
     check_settings(norm, settings)
     return norm, settings
 
@@ -216,11 +217,28 @@ def load_class(where: str, name: str) -> type:
 # ------------------------------------------------------------------------------------------------------- the settings
 
 
-def settings_of(cls: type) -> dict[str, Any]:
-    """Return the settings of a norm class with their defaults (`inspect.Parameter.empty` where there is none)."""
-    from .modeling_adanorm import settings_of  # noqa: PLC0415, needs torch
+# What a constructor takes besides its settings.
+_RESERVED = (
+    *("normalized_shape", "eps", "centered", "channels_first", "reference", "output_dtype", "device", "dtype"),
+    *("training", "norm", "weight"),
+)
 
-    return settings_of(cls)
+
+def settings_of(cls: type) -> dict[str, Any]:
+    """Return the settings of a norm class with their defaults: the keyword-only parameters of its constructor.
+
+    `**kwargs` hands on to the base class. A setting without a default has `inspect.Parameter.empty`.
+    """
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base.__module__.startswith("torch.nn"):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _RESERVED}
+        found = {**own, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 def computes_n(cls: type) -> bool:

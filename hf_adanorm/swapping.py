@@ -28,24 +28,23 @@ from .modeling_adanorm import (
     ADJUSTED_EPS,
     LAYOUT,
     NORM_CLASSES,
-    NormGroup,
     SwappedNorm,
-    check_bool,
+    check,
     check_number,
     is_swapped,
     make_norm,
     replace_modules,
-    settings_of,
     short_repr,
     source_settings,
 )
-from .norms import did_you_mean, name_of
+from .norms import did_you_mean, name_of, settings_of
 from .norms import remember as remember_class
 from .options import CHOICES
 from .replaced import learned_affine, remember, replaced_by
 from .report import NormRow
 from .saving import write_specs
 from .selection import Patterns, check_patterns, choose_norms
+from .spec import NormGroup
 
 # --------------------------------------------------------------------------------------------------------- the change
 
@@ -169,7 +168,7 @@ class Options:
         if self.eps is not None:
             check_number("eps", self.eps)
         if self.centered is not None:
-            check_bool("centered", self.centered)
+            check(isinstance(self.centered, bool), "centered must be True or False", self.centered)
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
 
@@ -201,7 +200,7 @@ class Options:
             output_dtype=rule,
             **overrides,
         )
-        make_norm(source, group, {self.norm: self.cls})  # the constructor checks the values
+        make_norm(source, vars(group), {self.norm: self.cls})  # the constructor checks the values
         return group
 
 
@@ -324,7 +323,7 @@ def apply_plan(plan: Plan) -> None:
     for name, module, info, group in plan.swaps:
         if is_as(module, group) and type(module.inner) is plan.options.cls:
             continue
-        new = make_norm(module, group, {group.norm: plan.options.cls})
+        new = make_norm(module, vars(group), {group.norm: plan.options.cls})
         if fallback is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
             new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
         _inherit(new, module, info, plan.options.cls, group)

@@ -38,10 +38,11 @@ from transformers import PreTrainedModel
 
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
-from hf_adanorm.modeling_adanorm import NORM_CLASSES, LayerNormSimple, NormGroup, check_number, is_swapped
+from hf_adanorm.modeling_adanorm import NORM_CLASSES, LayerNormSimple, check_number, is_swapped
 from hf_adanorm.options import CHOICES
 from hf_adanorm.running import SLOW_BAR, dummy_inputs, hooked, run
 from hf_adanorm.saving import configs_of, resolved_spec, write_specs
+from hf_adanorm.spec import NormGroup
 from hf_adanorm.swapping import (
     Change,
     Options,

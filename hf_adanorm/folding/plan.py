@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from hf_adanorm.detection import NormInfo, iter_norms
-from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS, NormGroup, is_swapped
+from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS, is_swapped
 from hf_adanorm.norms import computes_n
 from hf_adanorm.running import with_masks
+from hf_adanorm.spec import NormGroup
 from hf_adanorm.swapping import Change
 
 from .consumers import watch_consumers

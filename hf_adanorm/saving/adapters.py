@@ -31,7 +31,8 @@ from typing import Any
 from torch import nn
 from transformers.utils.hub import cached_file
 
-from hf_adanorm.modeling_adanorm import AdaNormSpec, is_swapped
+from hf_adanorm.modeling_adanorm import is_swapped
+from hf_adanorm.spec import AdaNormSpec
 
 from .spec import describes, differences, in_words, resolved_spec, spec_in_file
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
 
-from hf_adanorm.modeling_adanorm import AdaNormSpec, __version__
+from hf_adanorm.modeling_adanorm import __version__
+from hf_adanorm.spec import AdaNormSpec
 
 from .files import leads_outside, write_file
 

@@ -37,30 +37,24 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from hf_adanorm import modeling_adanorm
-from hf_adanorm.modeling_adanorm import (
-    NOTICE,
-    AdaNormSpec,
-    apply_spec,
-    is_swapped,
-    notice_hook,
-    own_file,
-)
+from hf_adanorm.modeling_adanorm import NOTICE, apply_spec, is_swapped, notice_hook
 from hf_adanorm.norms import classes_from_folder, find_classes
 from hf_adanorm.norms import remember as remember_class
 from hf_adanorm.replaced import remember
+from hf_adanorm.spec import AdaNormSpec
 
 from . import card, travel
 from .files import write_file
 from .spec import all_configs, differences, has_spec, in_words, refresh_specs, refuse_loose_norms, spec_in_file
+from .travel import own_file
 
 
 def post_init(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     if (data := getattr(model.config, "adanorm", None)) is not None:
-        spec = AdaNormSpec.from_dict(data)
-        classes = find_classes(spec.classes)
+        classes = find_classes(AdaNormSpec.from_dict(data).classes)
         for cls in classes.values():
             remember_class(cls)
-        apply_spec(model, spec, classes, replaced=remember)
+        apply_spec(model, data, classes, replaced=remember)
     return original(model)
 
 

@@ -20,18 +20,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_adanorm.modeling_adanorm import (
     ADDED_BIAS,
     ADJUSTED_EPS,
-    AdaNormSpec,
-    NormGroup,
     SwappedNorm,
     find_modules,
     is_swapped,
-    number_template,
-    own_file,
     source_settings,
     spec_names,
 )
 from hf_adanorm.norms import digest, files_of, known_classes
 from hf_adanorm.replaced import source_of
+from hf_adanorm.spec import AdaNormSpec, NormGroup
+
+from .travel import own_file
+
+
+def number_template(name: str) -> str:
+    """ "encoder.layer.3.norm" -> "encoder.layer.*.norm" """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
@@ -198,7 +202,7 @@ def _flat(group: NormGroup) -> dict[str, Any]:
 
 
 def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, str], Any]:
-    named = find_modules(model, spec, plain_modules(model))
+    named = find_modules(model, spec.names(), plain_modules(model))
     found: dict[tuple[str, str], Any] = {}
     for group in spec.groups:
         for name, module in (pair for pattern in group.modules for pair in named[pattern].items()):
@@ -238,7 +242,7 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     biases, eps = left_by_folds(modules)
     if not groups and not biases and not eps:
         return None
-    spelled = spec_names(model, modules)
+    spelled, _ = spec_names(model, modules)
     by_template: dict[str, set[str]] = {}
     for name in spelled.values():
         by_template.setdefault(number_template(name), set()).add(name)
@@ -271,7 +275,7 @@ def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]
             continue
         here = f"{outer}." if outer else ""
         inner = {name.removeprefix(here): module for name, module in modules.items() if name.startswith(here)}
-        named = find_modules(model, spec, inner.items())
+        named = find_modules(model, spec.names(), inner.items())
         biases |= {here + name for pattern in spec.biases for name in named[pattern]}
         eps |= {here + name: value for pattern, value in spec.eps.items() for name in named[pattern]}
     return (

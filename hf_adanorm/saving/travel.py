@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_adanorm import modeling_adanorm
 from hf_adanorm.norms import digest, files_of, find_classes
+from hf_adanorm.spec import AdaNormSpec
 
 from .files import leads_outside, write_file
 
@@ -101,6 +103,12 @@ def _obstacles(path: Path) -> Iterator[tuple[int, str]]:
         yield line, "transformers does not see this import: write `from .name import` on one line of its own"
 
 
+def own_file(reference: Any) -> str:
+    """Return the file of ours that an `auto_map` entry such as "modeling_adanorm.BertModel" points to, or ""."""
+    module = reference.rpartition("--")[2].partition(".")[0] if isinstance(reference, str) else ""
+    return module if f"{module}.py" in (LOADER, ENTRY) else ""
+
+
 def write_code(folder: Path, classes: Mapping[str, type]) -> str:
     """Write the code of a model with these norms of the author's; return the module that `auto_map` points to."""
     write_file(folder / LOADER, Path(modeling_adanorm.__file__).read_bytes())
@@ -146,7 +154,7 @@ class CodeReport:
     """The author's files that config.json names, and the SHA-256 that they had when the model was saved."""
 
 
-def inspect_code(folder: Path, spec: modeling_adanorm.AdaNormSpec | None = None) -> CodeReport:
+def inspect_code(folder: Path, spec: AdaNormSpec | None = None) -> CodeReport:
     """Describe the code in a folder, without executing it.
 
     Args:

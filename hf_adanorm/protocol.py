@@ -1,0 +1,103 @@
+"""Methods of swapped norms that only this package needs, added to the classes of `modeling_adanorm.py` on import.
+
+Everything else talks to a swapped norm through these methods, `norm_name`, `inner` (the module that computes) and
+`plain_settings`. The file that travels with saved models stays short without them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import modeling_adanorm
+from .modeling_adanorm import LAYOUT, NOTICE
+from .norms import settings_of
+
+
+class _Norm(modeling_adanorm.SwappedNorm):
+    given: Any
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of this norm, by name."""
+        if self.inner is self:
+            return {name: getattr(self, name) for name in settings_of(type(self))}
+        return {**settings_of(type(self.inner)), **self.given}
+
+    def fresh(self, **changes: Any) -> Any:
+        """Return a new norm with the same arguments, except for `changes`, on the CPU; the constructor checks them."""
+        layout = {key: getattr(self, key) for key in LAYOUT} | {"device": "cpu"}
+        if self.inner is self:
+            return type(self)(**layout, **{**self.settings(), **changes})
+        with torch.random.fork_rng(devices=[]):  # each draws the same numbers, and the caller's stay
+            return cast(Any, type(self))(type(self.inner), self.norm_name, {**self.given, **changes}, **layout)
+
+    def adopt(self, checked: Any, names: Iterable[str]) -> None:
+        """Take over the attributes that depend on these settings; those that only start a parameter have none."""
+        each = zip(self.inner.modules(), self.fresh().inner.modules(), checked.inner.modules(), strict=True)
+        for own, old, new in each:
+            for key, value in vars(new).items():
+                if isinstance(value, (bool, int, float, str)) and vars(old).get(key) != value:
+                    setattr(own, key, value)
+        if self.inner is not self:
+            self.given = {**self.given, **{name: checked.settings()[name] for name in names}}
+
+    def get_extra_state(self) -> Tensor:
+        """Return the numbers among the settings. The state dict holds them, so every checkpoint restores them."""
+        values = [float(value) for value in self.settings().values() if isinstance(value, (int, float))]
+        # The leading 1 is the format; it also keeps the tensor from being empty, which some savers drop.
+        return torch.tensor([1.0, *values], dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what `get_extra_state` returned; the constructor checks it. That of another norm has no effect."""
+        now = {name: value for name, value in self.settings().items() if isinstance(value, (int, float))}
+        if state.shape != (1 + len(now),):
+            return
+        new: dict[str, Any] = dict(zip(now, state.tolist()[1:], strict=True))
+        whole = [name for name, old in now.items() if isinstance(old, int) and new[name].is_integer()]
+        new |= {name: type(now[name])(new[name]) for name in whole}
+        if new != now:
+            self.adopt(self.fresh(**new), new)
+
+    def backward_factor(self, y: Tensor) -> Tensor | float | None:
+        """Return the factor from dl/d(output) to dl/dy, with y = N(x) of (rows, H); None for 1, NaN if unknown."""
+        if self.inner is not self:
+            own = getattr(self.inner, "backward_factor", None)
+            return math.nan if own is None else own(y)
+        if self.norm_name == "adanorm":
+            settings = self.settings()
+            return y.mul_(-settings["C"] * settings["k"]).add_(settings["C"])  # phi(y)
+        return math.nan if self.norm_name == "dyt" else None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.pop(prefix + NOTICE, None)
+        torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+
+
+def _dyt_from_norm(cls: Any, /, norm: Any, **settings: Any) -> Any:
+    """Return a DyT with the gain and the bias of `norm`, a LayerNorm or RMSNorm of torch."""
+    new = cls(norm.normalized_shape, norm.eps, **settings).to(norm.weight)
+    with torch.no_grad():
+        new.dyt_gain.copy_(norm.weight)
+        if getattr(norm, "bias", None) is not None:
+            new.dyt_bias.copy_(norm.bias)
+    return new
+
+
+def complete(module: Any) -> None:
+    """Add the methods to the classes of one copy of `modeling_adanorm.py`."""
+    for name, method in vars(_Norm).items():
+        if callable(method) and name != "__init__":
+            setattr(module.SwappedNorm, name, method)
+    module.DyT.from_norm = classmethod(_dyt_from_norm)
+
+
+def complete_all() -> None:
+    """Add the methods to every copy of `modeling_adanorm.py` that is loaded, that of a saved model as well."""
+    for name, module in list(sys.modules.items()):
+        if name.rpartition(".")[2] == "modeling_adanorm" and hasattr(module, "SwappedNorm"):
+            complete(module)

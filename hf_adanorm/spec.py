@@ -1,0 +1,84 @@
+"""The spec: what was swapped in a model, the value of `config.adanorm`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .modeling_adanorm import FORMAT, __version__, read_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormGroup:
+    """Modules that share their settings, one entry of the spec's `groups`. What is None is read off each module."""
+
+    norm: str
+    """The name of a built-in norm, such as "adanorm", or a key of the spec's `classes`."""
+    modules: tuple[str, ...]
+    """Names in the base model, such as "encoder.layer.*.output.LayerNorm", as in the keys of the checkpoint. `*`
+    stands for one number, a leading `^` marks a module outside of the base model."""
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Arguments of the norm's constructor, such as {"C": 1.0, "k": 0.1}."""
+    centered: bool | None = None
+    eps: float | None = None
+    channels_first: bool | None = None
+    normalized_shape: tuple[int, ...] | None = None
+    reference: str | None = None
+    output_dtype: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the group as JSON types."""
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
+        given = {key: value for key, value in given.items() if value not in (None, {})}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaNormSpec:
+    """What was swapped in a model: the value of `config.adanorm`, as a dictionary there.
+
+    >>> spec = AdaNormSpec(groups=(NormGroup(norm="adanorm", settings={"k": 0.1}, modules=("encoder.layer.*.norm",)),))
+    >>> AdaNormSpec.from_dict(spec.to_dict()) == spec
+    True
+    """
+
+    groups: tuple[NormGroup, ...] = ()
+    biases: tuple[str, ...] = ()
+    """Linear layers that were given a bias by a fold, named as in `NormGroup.modules`."""
+    eps: Mapping[str, float] = field(default_factory=dict)
+    """The eps of norms that were not swapped but whose eps a fold adjusted."""
+    classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The author's norms, by name: {"class": "Derf", "file": "my_norms.py", "files": {"my_norms.py": SHA-256}}."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as JSON types: format, version, groups, and biases, eps and classes where there are any."""
+        out = {"format": FORMAT, "version": __version__, "groups": [group.to_dict() for group in self.groups]}
+        more = {"biases": list(self.biases), "eps": dict(self.eps), "classes": dict(self.classes)}
+        return {**out, **{key: value for key, value in more.items() if value}}
+
+    def names(self) -> list[str]:
+        """Return every name of a module."""
+        return [*(name for group in self.groups for name in group.modules), *self.biases, *self.eps]
+
+    @classmethod
+    def from_dict(cls, data: Any) -> AdaNormSpec:
+        """Return the inverse of `to_dict`.
+
+        Raises:
+            TypeError, ValueError: for anything that `to_dict` does not write, and for a higher format.
+        """
+        if isinstance(data, AdaNormSpec):
+            return data
+        spec = read_spec(data)
+        known = [item.name for item in fields(NormGroup)]
+        groups: list[dict[str, Any]] = [
+            {key: tuple(v) if isinstance(v, list) else v for key, v in group.items() if key in known}
+            for group in spec["groups"]
+        ]
+        return cls(
+            groups=tuple(NormGroup(**group) for group in groups),
+            biases=tuple(spec["biases"]),
+            eps=spec["eps"],
+            classes=spec["classes"],
+        )
