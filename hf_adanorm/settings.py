@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .modeling_adanorm import LAYOUT, SwappedNorm, is_swapped
+from .modeling_adanorm import LAYOUT, is_swapped
 from .norms import did_you_mean
 from .selection import Patterns, match_names
 
@@ -46,7 +46,7 @@ def set_norm(model: nn.Module, *, include: Patterns = None, **settings: Any) -> 
     norms = _choose(model, include, settings)
     if all(settings.items() <= norm.settings().items() for norm in norms.values()):
         return list(norms)
-    checked: dict[Any, tuple[SwappedNorm, SwappedNorm]] = {}
+    checked: dict[Any, tuple[Any, Any]] = {}
     planned = []
     for name, norm in norms.items():
         key = (type(norm.inner), *(getattr(norm, part) for part in LAYOUT), *sorted(norm.settings().items(), key=str))
@@ -66,7 +66,7 @@ def set_norm(model: nn.Module, *, include: Patterns = None, **settings: Any) -> 
     return list(norms)
 
 
-def _choose(model: nn.Module, include: Patterns, settings: Mapping[str, Any]) -> dict[str, SwappedNorm]:
+def _choose(model: nn.Module, include: Patterns, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the norms that are meant, by name; those that appear under several names once."""
     swapped = {name: module for name, module in model.named_modules() if is_swapped(module)}
     if not swapped:
@@ -89,7 +89,7 @@ def _choose(model: nn.Module, include: Patterns, settings: Mapping[str, Any]) ->
     return found
 
 
-def _refuse_starts(name: str, old: SwappedNorm, new: SwappedNorm, settings: Mapping[str, Any]) -> None:
+def _refuse_starts(name: str, old: Any, new: Any, settings: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting that shows in a tensor, or in nothing, once the norm is built."""
     tensors = zip(old.state_dict(keep_vars=True).items(), new.state_dict(keep_vars=True).values(), strict=True)
     starts = any(
