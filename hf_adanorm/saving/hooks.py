@@ -206,6 +206,21 @@ def _noticed(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
 
 
+def adjust_missing_and_unexpected_keys(original: Callable[..., Any], model: Any, bound: BoundArguments) -> Any:
+    """Refuse the weights of a patched model for a model without swapped norms. transformers would name shapes, and the
+    notice in the checkpoint would ask for the package, which is imported."""
+    info = bound.arguments["loading_info"]
+    noticed = any(key.endswith(NOTICE) for key in info.unexpected_keys)
+    if noticed and info.mismatched_keys and not any(is_swapped(module) for module in model.modules()):
+        for keys in (info.missing_keys, info.unexpected_keys, info.mismatched_keys):
+            keys.clear()  # or transformers' report of them follows, with an error of its own
+        raise ValueError(
+            f"the checkpoint has swapped norms, but the config given for this {type(model).__name__} has none: leave "
+            "out the argument config, or load the config from the folder of the checkpoint"
+        )
+    return original(model)
+
+
 def load_state_dict(original: Callable[..., Any], file: Any, bound: BoundArguments) -> Any:
     """What accelerate reads from a file for a model, without the notice: it puts every key into a module itself."""
     state_dict = original(file)

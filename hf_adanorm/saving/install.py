@@ -35,6 +35,8 @@ def _wrap_configs(module: Any) -> None:
 def _wrap_models(module: Any) -> None:
     wrap_method(module, "PreTrainedModel.post_init", _late("hooks", "post_init"))
     wrap_method(module, "PreTrainedModel.save_pretrained", _late("hooks", "save_pretrained"), "save_directory")
+    adjust = _late("hooks", "adjust_missing_and_unexpected_keys")
+    wrap_method(module, "PreTrainedModel._adjust_missing_and_unexpected_keys", adjust, "loading_info")
     upload = _late("hooks", "upload_modified_files")
     wrap_method(module, "PreTrainedModel._upload_modified_files", upload, "working_dir", "repo_id")
 

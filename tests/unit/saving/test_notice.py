@@ -144,3 +144,14 @@ def test_adapters_do_not_hold_it(saved: Path, tmp_path: Path) -> None:
     adapted = get_peft_model(model, LoraConfig(target_modules=["query"], modules_to_save=["bert.embeddings"]))
     adapted.save_pretrained(tmp_path)
     assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if NOTICE in key]
+
+
+def test_a_stock_config_for_a_patched_checkpoint_is_refused_in_our_words(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = AutoModelForSequenceClassification.from_pretrained(saved / "whole").config
+    del config.adanorm
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match="has swapped norms, but the config given"):
+            AutoModelForSequenceClassification.from_pretrained(saved / "whole", config=config, **options)
+    assert NOTICE not in caplog.text
