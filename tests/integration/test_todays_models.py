@@ -24,7 +24,7 @@ from tests.zoo.todays_models import TODAY, build, output
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_PACKAGE = """
-import sys, torch, transformers
+import json, sys, torch, transformers
 from pathlib import Path
 sys.modules["hf_adanorm"] = None  # cannot be imported
 torch.set_num_threads(1)
@@ -32,7 +32,10 @@ transformers.logging.set_verbosity_error()
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     expected = torch.load(folder / "expected.pt", weights_only=False)
     options = {"trust_remote_code": expected["trust"], "attn_implementation": "eager", "dtype": "float32"}
-    model = getattr(transformers, expected["class"]).from_pretrained(folder, **options)
+    auto_map = json.loads((folder / "config.json").read_text()).get("auto_map", {})
+    by_trust = (name for name, code in auto_map.items() if "Model" in name and code.endswith(expected["class"]))
+    cls = getattr(transformers, next(by_trust) if expected["trust"] else expected["class"])
+    model = cls.from_pretrained(folder, **options)
     torch.manual_seed(0)
     with torch.no_grad():
         found = model.eval()(**expected["inputs"])
