@@ -46,8 +46,9 @@ test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
 # Of the Python that is there: on a machine with a GPU torch is installed already, and there may be no network.
-gpu-check:  ## what a GPU alone can tell: exactness, launchers, recipes, speed (8 minutes; nothing is installed)
-	$(PYTHON) tests/campaigns/gpu_check.py
+gpu-check:  ## what only a GPU can show: exactness, launchers, recipes, speed
+	$(PYTHON) -m pytest tests/integration/test_gpu.py tests/unit/kernels/test_triton.py
+	$(PYTHON) recipes/benchmark.py --what norms models --modes eager compiled --dtypes float32 bfloat16
 
 quality: $(QUALITY)  ## check the code (ruff, mypy, import-linter) and the package (build, twine)
 	$(BIN)/ruff check .

@@ -1,16 +1,15 @@
 """Every model type in transformers' auto mappings: build tiny, patch, run, save, load elsewhere, compare, undo.
 
     OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out sweep.csv        # all types; resumes; about half an hour
-    OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out sweep.csv --again --types bert,clip
-    python tests/campaigns/sweep.py --out sweep.csv --report                       # the totals alone
-    python tests/campaigns/sweep.py --out sweep.csv --support docs/support.csv --classes classes.md
+    OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out few.csv --types bert,clip
+    python tests/campaigns/sweep.py --out sweep.csv --support docs/support.csv
 
-For each type one process builds a tiny model with random gains and biases, runs it, counts its mean-subtracting norms
-by a probe of the whole model (`norm_census`), saves an unpatched control, patches (C = 1.3, k = 0.07, eps = 2e-5),
-runs forward and backward, saves, takes the patch back and compares with the original bit for bit. A second process, in
-which nothing was patched, loads control and patched model with stock `from_pretrained` and compares weights, norm
-settings and outputs. Where the control itself does not come back bit for bit, the patched model may be as far off.
-`patch_model` takes its defaults: the norms on the residual stream. Those inside a branch count as explained.
+For each type, one process builds a tiny model with random gains and biases and saves it as an unpatched control. It
+counts the mean-subtracting norms by a probe of the whole model (`norm_census`), patches (C = 1.3, k = 0.07,
+eps = 2e-5), runs forward and backward, and saves. Then it unpatches and compares with the original bit for bit. A
+second process, in which nothing was patched, loads control and patched model with stock `from_pretrained` and compares
+weights, norm settings and outputs. If the control itself does not reload bit for bit, the patched model may be as far
+off. `patch_model` uses its defaults: the norms on the residual stream. Those inside a branch count as explained.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ FIELDS = ["model_type", "class", "way", "parameters", "kinds", *STAGES, "counted
 
 
 class FailedError(Exception):
-    """A stage went wrong: its name and what happened."""
+    """Raised when a stage goes wrong, with its name and what happened."""
 
     def __init__(self, stage: str, reason: str) -> None:
         super().__init__(reason)
@@ -70,7 +69,7 @@ class FailedError(Exception):
 
 
 def find_runnable(model_type: str, row: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The first class and way to shrink it that builds and runs."""
+    """Return the first class, and way to shrink it, that builds and runs."""
     ways = list(tiny_models.configs(model_type))
     num_classes = len(tiny_models.model_classes(model_type, ways[0][1]))
     if not num_classes:
@@ -105,14 +104,14 @@ def _short(error: BaseException) -> str:
 
 
 def forward(model: torch.nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """All floating tensors the model returns, every random draw seeded."""
+    """Return all floating tensors that the model returns, with every random draw seeded."""
     torch.manual_seed(0)
     with torch.no_grad():
         return [t.detach().clone() for t in tensors(model(**copy.deepcopy(inputs)))]
 
 
 def distance(left: list[Tensor], right: list[Tensor]) -> float:
-    """The largest difference; inf if shapes differ, 0 where both are the same non-finite value."""
+    """Return the largest difference: inf if shapes differ, 0 where both hold the same non-finite value."""
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
     worst = 0.0
@@ -126,7 +125,7 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
 
 
 def norm_settings(model: torch.nn.Module) -> dict[str, str]:
-    """Name and all settings of every swapped norm."""
+    """Return name and all settings of every swapped norm."""
     return {name: str(module) for name, module in model.named_modules() if is_swapped(module)}
 
 
@@ -150,7 +149,7 @@ def stage(name: str, row: dict[str, Any], action: Callable[[], Any]) -> Any:
 
 
 def patch_and_save(model_type: str, folder: Path, row: dict[str, Any]) -> None:
-    """The first process: everything up to saving, and the undo."""
+    """Run the first process: everything up to saving, and the undo."""
     model, inputs = find_runnable(model_type, row)
     original = forward(model, inputs)
     noise = distance(original, forward(model, inputs))
@@ -199,7 +198,7 @@ def patch_and_save(model_type: str, folder: Path, row: dict[str, Any]) -> None:
 def _check_count(
     found: set[str], ran: set[str], swapped: set[str], rows: Sequence[NormRow], row: dict[str, Any]
 ) -> None:
-    """Swapped and explained norms are all there are, and nothing else was swapped (of what the forward ran)."""
+    """Check that swapped and explained norms are all there are, and that nothing else was swapped."""
     explained = {r.name for r in rows if r.reason} & found - swapped
     missed = sorted(found - swapped - explained)
     wrong = sorted({r.name for r in rows if r.kind == "layernorm"} & swapped & ran - found)
@@ -212,7 +211,7 @@ def _check_count(
 
 
 def backward(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
-    """One backward pass through all outputs; the number of gradients that are not finite."""
+    """Run a backward pass through all outputs and return the number of gradients that are not finite."""
     torch.manual_seed(0)
     model.requires_grad_(True)
     model.train(model.config.model_type in TRAIN_ONLY)
@@ -232,7 +231,7 @@ def backward(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
 
 
 def check_backward(model: torch.nn.Module, inputs: dict[str, Any], before: int | str) -> None:
-    """The patched model trains wherever the unpatched one does."""
+    """Check that the patched model trains if the unpatched one does."""
     try:
         bad = backward(model, inputs)
     except Exception as error:
@@ -244,7 +243,7 @@ def check_backward(model: torch.nn.Module, inputs: dict[str, Any], before: int |
 
 
 def load_and_compare(folder: Path, row: dict[str, Any]) -> None:
-    """The second process: stock loading of control and patched model."""
+    """Run the second process: stock loading of control and patched model."""
     expected = torch.load(folder / "expected.pt", weights_only=False)
 
     def compare() -> None:
@@ -300,10 +299,9 @@ def warm_up() -> None:
 
 
 def in_fork(action: Callable[[dict[str, Any]], None], row: dict[str, Any], seconds: int) -> None:
-    """Run `action(row)` in a forked process with a time limit; what it wrote into row comes back.
+    """Run `action(row)` in a forked process with a time limit, and update `row` with what it wrote.
 
-    Forking saves the imports: the parent has them done and never patches anything, so that a child is as fresh as a
-    new interpreter that imported hf_adanorm.
+    The parent has imported everything and never patches, so a child is as fresh as a new interpreter.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -311,7 +309,7 @@ def in_fork(action: Callable[[dict[str, Any]], None], row: dict[str, Any], secon
         os.close(read)
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # CPU time: what a busy machine adds is no one's fault
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # CPU time: a busy machine does not count
         signal.alarm(20 * seconds)
         try:
             action(row)
@@ -340,7 +338,7 @@ def _next_stage(row: dict[str, Any]) -> str:
 
 
 def sweep_type(model_type: str, seconds: int) -> dict[str, Any]:
-    """One row of the table."""
+    """Return one row of the table."""
     start = time.time()
     row: dict[str, Any] = {"model_type": model_type}
     folder = Path(tempfile.mkdtemp(prefix="sweep_"))
@@ -375,70 +373,33 @@ def write_rows(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     partial.replace(path)
 
 
-def totals(rows: dict[str, dict[str, Any]]) -> str:
-    """Counts by stage, for all types and by what was swapped."""
-    groups = {
-        "all": list(rows.values()),
-        **{kinds: [r for r in rows.values() if r["kinds"] == kinds] for kinds in (*KINDS.values(), BOTH)},
-        "no such norm": [r for r in rows.values() if r["forward before"] and not r["kinds"]],
-    }
-    lines = [f"{'':18s} types " + " ".join(f"{s:>14s}" for s in STAGES) + "   complete"]
-    for label, group in groups.items():
-        counts = " ".join(f"{sum(1 for r in group if r.get(s)):14d}" for s in STAGES)
-        complete = sum(1 for r in group if r["kinds"] and all(r.get(s) for s in STAGES) and not r["failed at"])
-        lines.append(f"{label:18s} {len(group):5d} {counts} {complete:10d}")
-    wall, cpu = (sum(float(r[k] or 0) for r in rows.values()) / 60 for k in ("seconds", "cpu seconds"))
-    slowest = sorted(rows.values(), key=lambda r: -float(r["cpu seconds"] or 0))[:5]
-    lines.append(f"{wall:.1f} minutes in all, {cpu:.1f} of CPU time; most CPU seconds: ")
-    lines[-1] += ", ".join(f"{r['model_type']} {r['cpu seconds']}" for r in slowest)
-    return "\n".join(lines)
+def result(row: dict[str, Any]) -> str:
+    """Return what a type came to, in the words of the support table."""
+    if row["failed at"]:
+        return f"stops at: {row['failed at']}"
+    if not row["kinds"]:
+        return "nothing to swap"
+    return "verified (no norm reached)" if row["changed"] == "no" and row["exercised"] in ("", "0") else "verified"
 
 
 def write_support(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """The support table of the documentation: a line a type, with what it came to."""
+    """Write the support table of the documentation, one line per type."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["type", "norms", "swapped", "skipped", "result", "cause"])
         for name in sorted(rows, key=str.lower):
             row = rows[name]
             norms = row["kinds"].replace(",", " and")
-            if row["failed at"]:
-                result = f"stops at: {row['failed at']}"
-            elif not norms:
-                norms, result = "neither", "nothing to swap"
-            elif row["changed"] == "no" and row["exercised"] in ("", "0"):
-                result = "verified (no norm reached)"
-            else:
-                result = "verified"
-            writer.writerow([name, norms, row["swapped"], row["skipped"], result, row["reason"][:200]])
-
-
-def classes(rows: dict[str, dict[str, Any]]) -> str:
-    """Every norm class met, with the formula found for it."""
-    found: dict[str, set[str]] = {}
-    users: Counter[str] = Counter()
-    for row in rows.values():
-        for name, text in json.loads(row["norms"] or "[]"):
-            found.setdefault(name, set()).add(text)
-            users[name] += 1
-    lines = ["| class | types | formula |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {users[name]} | {'; '.join(t if 'skipped' in t else f'`{t}`' for t in sorted(found[name]))} |"
-        for name in sorted(found, key=lambda n: (sorted(found[n])[0], n))
-    ]
-    return "\n".join(lines) + "\n"
+            norms = norms if norms or row["failed at"] else "neither"
+            writer.writerow([name, norms, row["swapped"], row["skipped"], result(row), row["reason"][:200]])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="CSV file, read back to resume")
     parser.add_argument("--types", help="comma-separated model types; default: all")
-    parser.add_argument("--again", action="store_true", help="redo types that are in the file already")
-    parser.add_argument("--failed", action="store_true", help="redo types that failed")
     parser.add_argument("--seconds", type=int, default=30, help="CPU time limit of each of a type's two processes")
-    parser.add_argument("--report", action="store_true", help="only print the totals of --out")
     parser.add_argument("--support", type=Path, help="write the support table of the documentation there")
-    parser.add_argument("--classes", type=Path, help="write the list of norm classes there")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -448,10 +409,9 @@ def main() -> None:
     todo = args.types.split(",") if args.types else tiny_models.model_types()
     if unknown := sorted(set(todo) - set(tiny_models.model_types())):
         parser.error(f"not a model type of transformers {transformers.__version__}: {unknown}")
-    if not args.report:
-        warm_up()
-    for model_type in [] if args.report else todo:
-        if model_type in rows and not args.again and not (args.failed and rows[model_type]["failed at"]):
+    warm_up()
+    for model_type in todo:
+        if model_type in rows:
             continue
         row = rows[model_type] = dict.fromkeys(FIELDS, "") | sweep_type(model_type, args.seconds)
         write_rows(args.out, rows)
@@ -459,11 +419,10 @@ def main() -> None:
             f"{row['failed at']}: {row['reason'][:160]}" if row["failed at"] else f"{row['swapped'] or 0} swapped"
         )
         print(f"{model_type:34s} {row['seconds']:5.1f} s  {row['class']:40s} {verdict}", flush=True)
-    print(totals(rows))
+    for text, count in Counter(map(result, rows.values())).most_common():
+        print(f"{count:4d} {text}")
     if args.support:
         write_support(args.support, rows)
-    if args.classes:
-        args.classes.write_text(classes(rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny runs of all recipes for the fault tests and the soak: dropout, accumulation, checkpoints inside epochs."""
+"""Tiny runs of all recipes for the fault tests: dropout, accumulation, checkpoints inside epochs."""
 
 from __future__ import annotations
 

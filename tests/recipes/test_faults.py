@@ -1,7 +1,7 @@
-"""What happens to runs: killed at the worst moments, the disk full, one of two processes gone, asked to stop.
+"""Interrupt runs: kill them at the worst moments, fill the disk, kill one of two processes, ask them to stop.
 
-After each, the same command goes on from the newest complete checkpoint and ends with the weights of an undisturbed
-run, bit for bit. `python tests/campaigns/soak.py` does the same with random kills, many times.
+Then the same command resumes from the newest complete checkpoint and ends with the weights of an undisturbed run, bit
+for bit.
 """
 
 from __future__ import annotations
