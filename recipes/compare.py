@@ -39,10 +39,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.options import OptionError, parse_options
+from common.options import OptionError
 from comparison.choices import MOST_SEEDS, choose_recipe, recipe_options
 from comparison.paper import BASELINE, COLUMNS, CONFIGS, ROWS
-from comparison.variants import parse_norm
+from comparison.variants import split
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -98,9 +98,9 @@ if __name__ == "__main__":  # help, and mistakes in the options, before torch is
     own_options, recipe_arguments = parse_arguments(sys.argv[1:])
     try:
         for named in own_options.norms:
-            parse_norm(named)
+            split(named)
         if own_options.gather is None:
-            parse_options(choose_recipe(own_options.recipe, own_options.config)[1], recipe_arguments)
+            choose_recipe(own_options.recipe, own_options.config)
     except OptionError as mistake:
         sys.exit(_refuse(mistake))
     if own_options.gather is None:

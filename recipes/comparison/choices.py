@@ -1,4 +1,4 @@
-"""What a comparison is made of: the recipe that its runs are of, and the points of a grid that each norm tries."""
+"""The recipe of a comparison, and the points of a grid that each norm tries."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import dataclasses
 import importlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import tasks.options
-from common.options import NORMS, OptionError, read_config
-from comparison.variants import parse_norm
+from common.options import OptionError, read_config
+from comparison.variants import OPTIONS, split
 
 MOST_SEEDS = 1000
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
 
 
 def recipe_options() -> dict[str, str]:
-    """The scripts beside this one that say what runs are measured by, and the names of their options' classes."""
+    """Return the recipe scripts and the names of their options' classes."""
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].glob("*.py"))}
     found = {name: re.search(r"^OPTIONS, TASK = (\w+),", text, re.MULTILINE) for name, text in texts.items()}
     return {name: match[1] for name, match in found.items() if match}
 
 
 def choose_recipe(name: str | None, config: str | None) -> tuple[str, type]:
-    """The recipe, given by name or as the only one that knows all options of the config, and its options' class.
+    """Return the recipe and its options' class: by name, or the only recipe that knows all options of the config.
 
-    Raises OptionError when neither tells.
+    Raises OptionError if neither decides.
     """
     known = recipe_options()
     if name is None and config is None:
@@ -43,8 +43,8 @@ def choose_recipe(name: str | None, config: str | None) -> tuple[str, type]:
     return fitting[0]
 
 
-def parse_grid(items: Sequence[str], names: set[str]) -> dict[str, list[str]]:
-    """`["learning_rate=1e-4,5e-4"]` as a mapping. Raises OptionError for an unknown option or an empty list."""
+def parse_grid(items: Sequence[str], names: Collection[str]) -> dict[str, list[str]]:
+    """Return `["learning_rate=1e-4,5e-4"]` as a mapping. Raises OptionError for an unknown option or an empty list."""
     grid = {}
     for item in items:
         name, _, values = item.partition("=")
@@ -56,10 +56,13 @@ def parse_grid(items: Sequence[str], names: set[str]) -> dict[str, list[str]]:
     return grid
 
 
-def grid_points(grid: dict[str, list[str]], contestant: str) -> list[dict[str, str]]:
-    """The points of the grid, without the options that say nothing to this norm or are fixed by its name."""
-    norm, fixed = parse_norm(contestant)
-    others = {name for other, facts in NORMS.items() if other != norm for name in facts.settings}
-    others -= NORMS[norm].settings.keys() if norm in NORMS else set()
-    used = {name: values for name, values in grid.items() if name not in others | fixed.keys()}
+def grid_points(grid: dict[str, list[str]], variant: str, settings: Collection[str]) -> list[dict[str, str]]:
+    """Return the points of the grid for a variant, whose norm has these settings.
+
+    Settings of other norms are left out, and so are those that the variant's name fixes.
+    """
+    fixed = split(variant)[1]
+    used = {
+        name: values for name, values in grid.items() if (name in OPTIONS or name in settings) and name not in fixed
+    }
     return [dict(zip(used, values, strict=True)) for values in itertools.product(*used.values())]

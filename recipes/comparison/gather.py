@@ -122,7 +122,12 @@ class Row:
 def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Return the name of what two records of one row may not differ in, or ""."""
     for name in ("recipe", "title", "num_processes", "mixed_precision", "content"):
-        if one.get(name) != other.get(name):
+        then, now = one.get(name), other.get(name)
+        if name == "content":  # that of a norm's file differs from norm to norm
+            then, now = (
+                {key: value for key, value in (found or {}).items() if key != "norm"} for found in (then, now)
+            )
+        if then != now:
             return name
     names = (one["options"].keys() | other["options"].keys()) - _PATCH - one["choice"].keys() - other["choice"].keys()
     return next((name for name in sorted(names) if one["options"].get(name) != other["options"].get(name)), "")
@@ -321,7 +326,7 @@ def _config_options(config: str) -> tuple[type[Any], dict[str, Any]]:
     path = str(_CONFIGS / f"{config}.yaml")
     options_class = choose_recipe(None, path)[1]
     options = json.loads(json.dumps(dataclasses.asdict(parse_options(options_class, ["--config", path]))))
-    return options_class, stated(options_class, options, "")
+    return options_class, stated(options_class, options, options["norm"])
 
 
 def _value(name: str, options: Mapping[str, Any], row: Row) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from common.options import NORMS
+from hf_adanorm import norms
 
 BASELINE = "layernorm"
 ROWS = ["none", BASELINE, "layernorm-simple", "detachnorm", "adanorm"]  # in the paper's order
 # Every norm's name for people, those of the paper first.
-TITLES = {BASELINE: "LayerNorm", **{norm: facts.title for norm, facts in NORMS.items()}}
-TITLES = {norm: TITLES[norm] for norm in dict.fromkeys([*ROWS, *TITLES])}
+TITLES = {norm: norms.TITLES[norm] for norm in dict.fromkeys([*ROWS, *norms.TITLES])}
 
 # Column: its metric, then the rows in the order above; None where training diverged.
 COLUMNS: dict[str, tuple[str, tuple[float | None, ...]]] = {

@@ -24,7 +24,7 @@ from common.options import OptionError, PatchOptions, options_that_change
 from common.task import Task
 from comparison.choices import OWN
 from comparison.paper import BASELINE
-from comparison.variants import kind
+from comparison.variants import kind, public_name
 from hf_adanorm.saving import write_file
 
 FORMAT = 1
@@ -139,20 +139,20 @@ def to_record(
     """Return the record of a run that has ended."""
     if run.adopted is not None:
         return run.adopted
-    result, progress = run.record, run.progress
-    steps = progress.get("train_history", [])
+    result = run.record
+    progress = {"history": [], "train_history": [], **run.progress}
     record = {
         "format": FORMAT,
         "recipe": recipe,
         "title": title,
-        "norm": run.norm,
+        "norm": public_name(run.norm),
         "seed": run.seed,
         "status": run.status,
         "choice": run.choice,
         "options": stated(options_class, result["options"], run.norm),
         **{name: result[name] for name in _COPIED if name in result},
-        "history": progress.get("history", []),
-        "train_history": [[entry["step"] for entry in steps], [_round(entry["loss"]) for entry in steps]],
+        "history": progress["history"],
+        "train_history": [{"step": one["step"], "loss": _round(one["loss"])} for one in progress["train_history"]],
         "machine": machine,
     }
     if run.status == "finished" and result.get("test"):
@@ -166,8 +166,12 @@ def _round(loss: float | None) -> float | None:
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write records as JSON lines, in the order of seeds and norms."""
-    ordered = sorted(records, key=lambda record: (record["seed"], record["norm"], str(record["choice"])))
-    write_file(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in ordered))
+    lines = []
+    for record in sorted(records, key=lambda record: (record["seed"], record["norm"], str(record["choice"]))):
+        steps = record["train_history"]
+        compact = {**record, "train_history": [[one["step"] for one in steps], [one["loss"] for one in steps]]}
+        lines.append(json.dumps(compact, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, "".join(lines))
 
 
 def read_records(path: Path) -> list[Run]:

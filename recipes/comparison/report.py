@@ -19,17 +19,17 @@ from urllib.parse import quote
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.options import NORMS
 from comparison.paper import BASELINE, COLUMNS, paper_score
 from comparison.records import Run, outcome, overfit_gap
 from comparison.significance import LOOK_P, LOOKS
 from comparison.variants import in_order, kind, title_of
 from hf_adanorm import plots
 from hf_adanorm._tables import SORT, counted
+from hf_adanorm.norms import BUILT_IN
 from hf_adanorm.saving import write_file
 
 # Every norm keeps its color and line in all pictures; the indices are those of plots.COLORS.
-STYLE = {BASELINE: 6, **{norm: facts.color for norm, facts in NORMS.items()}}
+STYLE = {BASELINE: 6, **{norm: index for index, norm in enumerate(BUILT_IN)}}
 
 
 def style_of(norm: str, offset: int = 0) -> dict[str, Any]:
@@ -207,7 +207,9 @@ def difference_table(summary: Mapping[str, Any]) -> list[list[str]]:
             difference = f"{found['mean']:+.{decimals}f} {interval(found['interval_95'], decimals)}"
             cells = [difference, p_value(found["p"]), p_value(found["p_holm"]), row["relation"]]
         parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
-        table.append([title_of(norm), *cells, *gap_cells(row), parameters])
+        table.append(
+            [title_of(norm), *cells, *(gap_cells(row) if norm != BASELINE else (gap_cells(row)[0], "")), parameters]
+        )
     kept = [column for column in range(len(table[0])) if column == 0 or any(_says(line[column]) for line in table[1:])]
     return [[line[column] for column in kept] for line in table]
 
@@ -305,7 +307,9 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
             right.hlines(position, low, high, color=color, linewidth=1.5, alpha=0.7)
             tested = True
         if values:
-            beside = position + 0.12 * (np.arange(len(values)) - (len(values) - 1) / 2)  # or equal ones would hide
+            beside = position + min(0.12, 0.6 / len(values)) * (
+                np.arange(len(values)) - (len(values) - 1) / 2
+            )  # or equal ones would hide
             right.plot(values, beside, "o", color=color, alpha=0.45, markersize=6, clip_on=False)
             right.plot(row["mean"], position, "|", color=color, markersize=22, markeredgewidth=2.5)
         elif row["diverged"]:
@@ -313,8 +317,8 @@ def draw(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
     right.set_yticks(range(len(norms)), [title_of(norm) for norm in reversed(norms)])
     right.set_ylim(-1.1, len(norms) - 0.4)
     arrow = "→ better" if summary["higher_is_better"] else "← better"
-    left.set(xlabel="optimiser step", ylabel="training loss (nats)", title="Training")
-    middle.set(xlabel="optimiser step", ylabel=summary["label"], title="Validation")
+    left.set(xlabel="optimizer step", ylabel="training loss (nats)", title="Training")
+    middle.set(xlabel="optimizer step", ylabel=summary["label"], title="Validation")
     right.set(xlabel=f"{summary['label']}  {arrow}", title=summary["split"].capitalize())
     about = "dots: seeds, bars: means" + (", lines: 95 % interval\nof the difference from LayerNorm" if tested else "")
     right.text(0.5, 0.01, about, transform=right.transAxes, ha="center", va="bottom", fontsize=8, alpha=0.7)
@@ -427,6 +431,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 th { cursor: pointer; border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; max-width: 13rem; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+th { min-width: 4.5rem; } th:nth-child(3) { min-width: 8.5rem; } .scroll img { min-width: 620px; }
 img { width: 100%; height: auto; background: white; border-radius: 4px; margin: .8rem 0 .3rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
 ul { margin: .3rem 0; padding-left: 1.2rem; font-size: .88rem; } .scroll { overflow-x: auto; }
@@ -460,7 +465,8 @@ def page(summary: Mapping[str, Any], runs: Sequence[Run], picture: bytes, folder
 <p class="lead">{escape(conclusion(summary, runs))}</p>
 <p>{escape(setting(summary, runs))}</p>
 <div class="scroll">{_html_table(table)}</div>
-<img alt="Training loss, validation score and final score of every norm" src="data:image/png;base64,{source}">
+<div class="scroll">
+<img alt="Training loss, validation score and final score of every norm" src="data:image/png;base64,{source}"></div>
 <ul>{bullets}</ul>
 <details><summary>Every run</summary><div class="scroll">{_html_table(every, links)}</div></details>
 <details><summary>Command, options, versions</summary>

@@ -23,14 +23,15 @@ from statistics import fmean
 from typing import Any
 
 from common.checkpoints import changed_content, write_json
-from common.options import NORMS, OptionError, parse_options
+from common.options import OptionError, parse_options
 from common.results import align
+from common.setup import describe_norm
 from comparison.choices import MOST_SEEDS, OWN, choose_recipe, grid_points, parse_grid
 from comparison.paper import BASELINE
 from comparison.records import Run, outcome, read_records, stated, to_record, write_records
 from comparison.report import write_report
 from comparison.summary import LAUNCHED, machine, summarize
-from comparison.variants import canonical, folder_name, kind, parse_norm
+from comparison.variants import canonical, folder_name, kind, known_settings, public_name, split
 from hf_adanorm.norms import resolve_norm
 from tasks.data import DATA_OPTIONS, data_content
 
@@ -69,10 +70,10 @@ class Comparison:
             raise OptionError(
                 f"--grid_seeds must be in [1, {len(own.seeds)}], the number of seeds; got {own.grid_seeds}"
             )
-        settings = {name for facts in NORMS.values() for name in facts.settings}
-        self.grid = parse_grid(own.grid, self.names | settings)
-        base = self.options(rest)
-        own.norms = list(dict.fromkeys(canonical(text, base, self.grid) for text in own.norms))
+        self.settings = {kind(text): known_settings(text) for text in own.norms}  # of each norm, with their defaults
+        everything = {name for known in self.settings.values() for name in known}
+        self.grid = parse_grid(own.grid, self.names | everything)
+        own.norms = list(dict.fromkeys(map(self.canonical, own.norms)))
         self.adopted = {(run.norm, run.seed): run for path in own.records for run in read_records(path)}
         self.search: list[Run] = []
         self.runs: list[Run] = []
@@ -92,12 +93,31 @@ class Comparison:
             text = " ".join(said.getvalue().rpartition("error:")[2].split())  # without the lines on usage before it
             raise OptionError(f"{self.script.name}: {text}") from error
 
+    def canonical(self, text: str) -> str:
+        """Return the name of a variant among runs with these options."""
+        norm = kind(text)
+        options = self.options([*self.rest_for(norm), "--norm", norm])
+        return canonical(text, {**self.settings[norm], **options.norm_settings}, self.grid)
+
+    def rest_for(self, norm: str) -> list[str]:
+        """Return the recipe's arguments without settings that only other norms of this comparison have."""
+        others = {name for known in self.settings.values() for name in known} - self.names - self.settings[norm].keys()
+        kept: list[str] = []
+        skips = False
+        for word in self.rest:
+            name = word.partition("=")[0]
+            is_flag = word.startswith("--")
+            skips = (is_flag and name.removeprefix("--") in others) or (skips and not is_flag)
+            if not skips:
+                kept.append(word)
+        return kept
+
     def check_all(self) -> None:
         """Raise OptionError for what a norm could not be trained with, before another has been."""
         if self.own.output_dir.exists() and not self.own.output_dir.is_dir():
             raise OptionError(f"--output_dir {self.own.output_dir}: a file, not a folder")
         for norm in self.own.norms:
-            for point in grid_points(self.grid, norm):
+            for point in self.points(norm):
                 options = self.options(self.arguments(Run(norm, self.own.seeds[0], self.own.output_dir, point)))
                 try:
                     if norm != BASELINE:
@@ -106,11 +126,11 @@ class Comparison:
                     raise OptionError(f"--norms {norm}: {error}") from error
 
     def arguments(self, run: Run, *, test: bool = True) -> list[str]:
-        """The recipe's command line for a run; without a test split for one of the search."""
-        norm, settings = parse_norm(run.norm)
-        arguments = [*self.rest, "--norm", norm, "--seed", str(run.seed), "--output_dir", str(run.folder)]
+        """Return the recipe's command line for a run; without a test split for one of the search."""
+        norm, settings = split(run.norm)
+        arguments = [*self.rest_for(norm), "--norm", norm, "--seed", str(run.seed), "--output_dir", str(run.folder)]
         for name, value in {**settings, **run.choice}.items():
-            arguments += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+            arguments += [f"--{name}", json.dumps(value) if value is None or isinstance(value, bool) else str(value)]
         if not test:
             arguments += [text for name, value in self.task.without_test.items() for text in (f"--{name}", value)]
         return arguments
@@ -191,7 +211,9 @@ class Comparison:
         files = tuple(sorted((name, str(value)) for name, value in vars(options).items() if name in DATA_OPTIONS))
         if files not in self.contents:
             self.contents[files] = data_content(options)
-        return self.contents[files]
+        if not (own_files := describe_norm(options)["norm_files"]):
+            return self.contents[files]
+        return {**self.contents[files], "norm": " ".join(own_files.values())}
 
     def run_one(self, run: Run, arguments: list[str]) -> None:
         """Start the recipe and wait for it.
@@ -235,10 +257,14 @@ class Comparison:
         if self.child is not None:
             self.child.terminate()
 
+    def points(self, variant: str) -> list[dict[str, str]]:
+        """Return the points of the grid for a variant."""
+        return grid_points(self.grid, variant, self.settings[kind(variant)])
+
     def plan_search(self) -> None:
-        """Every contestant's points of the grid, where it has more than one, with the first seeds."""
+        """Plan every variant's points of the grid, where it has more than one, with the first seeds."""
         for norm in self.own.norms:
-            points = grid_points(self.grid, norm)
+            points = self.points(norm)
             for point in points if len(points) > 1 else []:
                 slug = ",".join([folder_name(norm), *(f"{name}={value}" for name, value in point.items())])
                 folder = self.own.output_dir / "search" / slug.replace("/", "_")
@@ -248,11 +274,11 @@ class Comparison:
                     )
 
     def choose(self) -> dict[str, dict[str, str]]:
-        """For every contestant the point of the grid with the best validation score, on average over the seeds tried;
-        first come the points of which most runs finished."""
+        """Return, for every variant, the point of the grid with the best mean validation score over the seeds tried; a
+        point of which more runs finished comes first."""
         chosen = {}
         for norm in self.own.norms:
-            points = grid_points(self.grid, norm)
+            points = self.points(norm)
             ranks = [[self.rank(run) for run in self.search if (run.norm, run.choice) == (norm, p)] for p in points]
             finished = [[value for ended, value in found if ended] for found in ranks]
             diverged = [[value for ended, value in found if not ended] for found in ranks]
@@ -282,8 +308,8 @@ class Comparison:
 
     def planned(self, run: Run) -> Run:
         """Return the run itself, or the record of `--records` that stands for it while its folder holds no result."""
-        kept = self.adopted.get((run.norm, run.seed))
-        return run if kept is None or run.status != "unfinished" else kept
+        kept = self.adopted.get((public_name(run.norm), run.seed))
+        return run if kept is None or run.status != "unfinished" else dataclasses.replace(kept, norm=run.norm)
 
     def report(self, command: str) -> dict[str, Any]:
         """Write all tables and figures of what there is."""
@@ -312,7 +338,7 @@ class Comparison:
         total = 0.0
         with tempfile.TemporaryDirectory() as folder:
             for norm in self.own.norms:
-                run = Run(norm, self.own.seeds[0], Path(folder) / folder_name(norm), grid_points(self.grid, norm)[0])
+                run = Run(norm, self.own.seeds[0], Path(folder) / folder_name(norm), self.points(norm)[0])
                 short = {
                     "max_steps": str(ESTIMATE_STEPS),
                     "eval_steps": "null",
@@ -330,7 +356,7 @@ class Comparison:
                     continue
                 record, options = run.record, self.options(self.rest)
                 steps = options.max_steps or options.num_epochs * record["steps_per_epoch"]
-                points = len(grid_points(self.grid, norm))
+                points = len(self.points(norm))
                 num_runs = len(self.own.seeds) + (points * self.own.grid_seeds if points > 1 else 0)
                 hours = num_runs * steps * record["seconds_per_step"] / 3600
                 total += hours

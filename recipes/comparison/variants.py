@@ -1,94 +1,124 @@
-"""Norms as they are named with their settings: `adanorm`, `adanorm:C=2`, `detachnorm:detach_variance=false`.
+"""Variants of a comparison: norms named with their settings.
 
-`parse_norm` and `norm_name` are inverses. A name holds the settings that are to differ from those of the recipe's own
-options; `canonical` drops the others, so that one contestant has one name and one folder.
+Examples are `adanorm`, `adanorm:C=2`, `detachnorm:detach_variance=false` and `my_norms.py:Derf:alpha=0.7`. Settings
+are separated by `:` or `,`. `split` and `join` are inverses. `canonical` drops settings that do not change anything,
+so that one variant has one name and one folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
-from common.options import NORMS, OptionError, did_you_mean
+import tasks.options
+from common.options import OptionError, did_you_mean
 from comparison.paper import TITLES
+from hf_adanorm.norms import STOCK, check_settings, parse_value, resolve_norm, settings_of
 
-_BOOLEANS = {"true": True, "false": False}
-_SETTINGS = frozenset(name for facts in NORMS.values() for name in facts.settings)
+# The options of all recipes: what else a grid varies is a setting of a norm.
+OPTIONS = frozenset(
+    item.name
+    for kind in vars(tasks.options).values()
+    if dataclasses.is_dataclass(kind)
+    for item in dataclasses.fields(kind)
+)
 
 
-def parse_norm(text: str) -> tuple[str, dict[str, Any]]:
-    """The norm that `text` names, and the settings that it gives to it.
+def split(text: str) -> tuple[str, dict[str, Any]]:
+    """Split the name of a variant into the norm and its settings, without importing the norm.
 
-    Raises OptionError for an unknown norm or setting, a doubled setting, or a value of another type. Whether a number
-    is in range is for the norm's class to say.
+    Raises OptionError for an unknown name, a repeated setting, or text that is not SETTING=VALUE.
     """
-    norm, colon, rest = text.partition(":")
-    if norm not in TITLES:
-        raise OptionError(f"norm {text!r}: expected {', '.join(TITLES)}{did_you_mean(norm, TITLES)}")
-    known = NORMS[norm].settings if norm in NORMS else {}
+    norm, *parts = re.split(r"[:,](?=\w+=)", text)
+    name, colon, rest = norm.partition(":")
+    if name in TITLES and colon:
+        raise OptionError(f"norm {text!r}: expected {name}:SETTING=VALUE, got {rest!r} after {name}")
+    if name not in TITLES and not colon:
+        raise OptionError(f"norm {text!r}: expected {', '.join(TITLES)}, FILE.py:CLASS{did_you_mean(norm, TITLES)}")
     settings: dict[str, Any] = {}
-    for item in rest.split(",") if colon else []:
-        name, _, value = item.partition("=")
-        if name not in known:
-            has = f"has the settings {', '.join(known)}" if known else "has no settings"
-            raise OptionError(f"norm {text!r}: {norm} {has}, not {name!r}{did_you_mean(name, known)}")
-        if name in settings:
-            raise OptionError(f"norm {text!r}: {name} stands there twice")
-        is_flag = isinstance(known[name][0], bool)
-        try:
-            settings[name] = _BOOLEANS[value.lower()] if is_flag else float(value)
-        except (KeyError, ValueError):
-            expected = "true or false" if is_flag else "a number"
-            raise OptionError(f"norm {text!r}: expected {name}={expected}, got {item!r}") from None
+    for part in parts:
+        key, _, value = part.partition("=")
+        if key in settings:
+            raise OptionError(f"norm {text!r}: {key} is given twice")
+        settings[key] = parse_value(value)
     return norm, settings
 
 
-def norm_name(norm: str, settings: Mapping[str, Any]) -> str:
-    """Return the text that `parse_norm` reads as this norm with these settings."""
-    return f"{norm}:{','.join(f'{name}={_value(value)}' for name, value in settings.items())}" if settings else norm
+def join(norm: str, settings: Mapping[str, Any]) -> str:
+    """Return the text that `split` reads as this norm with these settings."""
+    return ":".join([norm, *(f"{name}={_value(value)}" for name, value in settings.items())])
 
 
-def canonical(text: str, options: Any, grid: Iterable[str] = ()) -> str:
-    """The name of a contestant among runs with these options: without the settings that the options have anyway, but
-    with all that the grid would vary."""
-    norm, settings = parse_norm(text)
-    order = NORMS[norm].settings if settings else ()
-    said = {name: settings[name] for name in order if name in settings}
-    usual = {name: options.norm_settings.get(name, NORMS[norm].settings[name][0]) for name in said}
-    return norm_name(norm, {name: value for name, value in said.items() if value != usual[name] or name in grid})
+def known_settings(text: str) -> dict[str, Any]:
+    """Import the norm of a variant and return its settings with their defaults.
+
+    Raises OptionError for a file, class or setting that does not exist.
+    """
+    norm, settings = split(text)
+    if norm == STOCK:
+        if settings:
+            raise OptionError(f"norm {text!r}: {norm} has no settings")
+        return {}
+    try:
+        cls, _ = resolve_norm(norm)
+        check_settings(cls, settings)
+    except (ValueError, TypeError, OSError) as error:
+        raise OptionError(f"norm {text!r}: {error}") from error
+    return settings_of(cls)
+
+
+def canonical(text: str, usual: Mapping[str, Any], grid: Collection[str] = ()) -> str:
+    """Return the name without the settings that runs of this norm have anyway (`usual`, in the norm's order), but with
+    those that the grid would vary."""
+    norm, settings = split(text)
+    given = {name: settings[name] for name in usual if name in settings}
+    return join(norm, {name: value for name, value in given.items() if value != usual[name] or name in grid})
 
 
 def kind(name: str) -> str:
-    """The norm of a contestant, without its settings."""
-    return name.partition(":")[0]
+    """Return the norm of a variant, without its settings."""
+    return split(name)[0]
 
 
 def title_of(name: str) -> str:
-    """A contestant's name for people."""
-    norm, settings = parse_norm(name)
-    if any(value is False for value in settings.values()):  # a part of what it does is switched off
-        left = [name for name, (default, _) in NORMS[norm].settings.items() if settings.get(name, default)]
-        return f"{TITLES[norm]} ({', '.join(name.rpartition('_')[2] for name in left)} only)"
+    """Return a variant's name for tables and plots."""
+    norm, settings = split(name)
+    title = TITLES.get(norm) or norm.rpartition(":")[2]
+    off = [part for part, value in settings.items() if value is False]
+    if norm == "detachnorm" and len(off) == 1:
+        return f"{title} ({'variance' if off == ['detach_mean'] else 'mean'} only)"
     said = ", ".join(f"{part} = {_value(value)}" for part, value in settings.items())
-    return f"{TITLES[norm]} ({said})" if said else TITLES[norm]
+    return f"{title} ({said})" if said else title
+
+
+def public_name(name: str) -> str:
+    """Return a variant's name without the folder of its file."""
+    norm, settings = split(name)
+    where, colon, cls = norm.rpartition(":")
+    return join(f"{PurePath(where).name}{colon}{cls}" if colon else norm, settings)
+
+
+def folder_name(name: str) -> str:
+    """Return a variant's name as that of a folder on any system, such as `my_norms.Derf,alpha=0.7`."""
+    return re.sub(r"[^\w.,=+-]", "_", public_name(name).replace(".py:", ".").replace(":", ","))
 
 
 def trained_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Tell whether two points of a grid differ in the norms' own settings at most."""
-    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - _SETTINGS)
-
-
-def folder_name(name: str) -> str:
-    """A contestant's name as that of a file: without the colon, which Windows refuses."""
-    return name.replace(":", ",")
+    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) & OPTIONS)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """The names, each once, in the paper's order; contestants of one norm as they were given."""
+    """Return the names, each once: the paper's norms in its order, then others; variants of one norm as given."""
     order = list(TITLES)
-    return sorted(dict.fromkeys(names), key=lambda name: order.index(kind(name)))
+    places = {name: order.index(kind(name)) if kind(name) in order else len(order) for name in names}
+    return sorted(places, key=lambda name: places[name])
 
 
 def _value(value: Any) -> str:
-    short = str(value).lower() if isinstance(value, bool) else f"{value:g}"
-    return short if isinstance(value, bool) or float(short) == value else repr(value)
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -64,9 +64,9 @@ def read(folder, name):
         (["--seeds", "3000000000"], "--seeds 3000000000: one number is how many"),
         (["--launcher", "no-such-launcher"], "--launcher 'no-such-launcher': there is no such command"),
         (["--launcher", "'open"], "--launcher 'open: No closing quotation"),
-        (["--norms", "adanorm:C=0"], "--norms adanorm:C=0: C must be a finite number > 0"),
+        (["--C", "0"], "--norms adanorm: C must be a finite number > 0"),
         (["--norms", "adanorm:k=-1"], "--norms adanorm:k=-1: k must be a finite number >= 0"),
-        (["--norms", "detachnorm:detach_mean=false,detach_variance=false"], "detaches nothing"),
+        (["--norms", "detachnorm:detach_mean=false,detach_variance=false"], "detach nothing"),
         (["--norms", "adnorm"], "norm 'adnorm': expected none, layernorm"),
         (["--grid_seeds", "4"], "--grid_seeds must be in [1, 3]"),
         (["--eval_batch_size", "0"], "--eval_batch_size must be positive"),
@@ -273,6 +273,32 @@ def test_records_of_other_options_or_data_are_refused(compared, texts, tmp_path,
         assert f"the record of layernorm, seed 1 holds {'a run with ' if 'options' in said else ''}{said}" in (
             capsys.readouterr().err
         )
+
+
+def test_a_norm_of_ones_own_is_compared_and_its_file_belongs_to_the_run(texts, tmp_path, capsys):
+    file = tmp_path / "my_norms.py"
+    lines = ["import torch", "from torch import nn", "", "", "class Derf(nn.Module):"]
+    lines += ["    def __init__(self, normalized_shape, eps=1e-5, *, alpha=0.5, device=None, dtype=None):"]
+    lines += ["        super().__init__()", "        self.alpha = alpha", "", "    def forward(self, x):"]
+    file.write_text("\n".join([*lines, "        return torch.erf(self.alpha * x)", ""]))
+    arguments = arguments_for(texts, tmp_path / "out", "--norms", "layernorm", f"{file}:Derf:alpha=0.7")
+    arguments += ["--seeds", "1", "--max_steps", "4", "--eval_steps", "2"]
+    comparison = compare.Comparison(*compare.parse_arguments(arguments))
+    comparison.plan_runs(comparison.choose())
+    for run in comparison.runs:
+        classification.main(comparison.arguments(run))
+    compare.main(arguments)
+    own = read(tmp_path / "out" / "runs" / "my_norms.Derf,alpha=0.7-seed1", "results.json")
+    assert own["norm_modules"] == read(tmp_path / "out" / "runs" / "layernorm-seed1", "results.json")["norm_modules"]
+    assert "| Derf (alpha = 0.7) | " in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    lines = (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8")
+    assert '"norm": "my_norms.py:Derf:alpha=0.7"' in lines
+    assert str(tmp_path) not in lines
+    with open(file, "a") as stream:
+        stream.write("# changed\n")
+    with pytest.raises(SystemExit):
+        compare.main(arguments)
+    assert "what --norm names has changed since" in capsys.readouterr().err
 
 
 def test_it_speaks_before_torch_is_loaded(texts, tmp_path):

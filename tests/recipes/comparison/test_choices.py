@@ -26,10 +26,10 @@ def test_every_config_names_its_recipe(config):
 
 def test_options_that_say_nothing_to_a_norm_are_not_tried_for_it():
     grid = parse_grid(["learning_rate=1e-3,1e-4", "C=0.8,1,2"], {"learning_rate", "C"})
-    assert len(grid_points(grid, "adanorm")) == 6
-    assert grid_points(grid, "none") == [{"learning_rate": "1e-3"}, {"learning_rate": "1e-4"}]
-    assert grid_points({}, "none") == [{}]
-    assert len(grid_points(grid, "adanorm:C=2")) == 2  # its C is fixed
+    assert len(grid_points(grid, "adanorm", {"C", "k"})) == 6
+    assert grid_points(grid, "none", {}) == [{"learning_rate": "1e-3"}, {"learning_rate": "1e-4"}]
+    assert grid_points({}, "none", {}) == [{}]
+    assert len(grid_points(grid, "adanorm:C=2", {"C", "k"})) == 2  # its C is fixed
 
 
 def test_without_config_or_recipe_there_is_nothing_to_run():

@@ -53,6 +53,8 @@ def test_a_record_stands_for_its_run(tmp_path):
     assert np.array_equal(found.outcomes(TASK), run.outcomes(TASK))
     assert found.record["test"] == {"accuracy": 70.0}
     assert overfit_gap(found.record) == overfit_gap(run.record)
+    again = write(tmp_path / "again.jsonl", [found])
+    assert again.read_bytes() == (tmp_path / "rt.jsonl").read_bytes()
     assert found.record["content"] == {"train_file": "abc"}
     assert [found.record["options"][name] for name in ("split_sizes", "num_epochs")] == [[8608, 964, 1089], 5]
 

@@ -79,5 +79,6 @@ def test_default_settings_spelled_out_are_the_bare_name(tmp_path):
     norms = ["adanorm", "adanorm:C=1,k=0.1", "adanorm:k=0.10,C=2.0", "adanorm:C=2", "detachnorm:detach_mean=True"]
     assert folders(norms) == ["adanorm-seed1", "adanorm,C=2-seed1", "detachnorm-seed1"]
     assert folders(norms, "--C", "2") == ["adanorm-seed1", "adanorm,C=1-seed1", "detachnorm-seed1"]
+    assert folders(["adanorm", "none"], "--C=2") == ["adanorm-seed1", "none-seed1"]  # C is for AdaNorm alone
     # Where the grid tries values of C, a C in the name is fixed.
     assert folders(["adanorm", "adanorm:C=1"], "--grid", "C=1,2")[1] == "adanorm,C=1-seed1"

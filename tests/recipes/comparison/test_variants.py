@@ -4,53 +4,83 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.options import NORMS, OptionError
-from comparison.variants import TITLES, in_order, norm_name, parse_norm, title_of
+from common.options import OptionError
+from comparison.variants import (
+    TITLES,
+    canonical,
+    folder_name,
+    in_order,
+    join,
+    known_settings,
+    public_name,
+    split,
+    title_of,
+    trained_alike,
+)
+from hf_adanorm.norms import BUILT_IN
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("adanrom", "expected none, layernorm, .* did you mean 'adanorm'"),
-        ("adanorm:", "adanorm has the settings C, k, not ''"),
-        ("adanorm:c=2", "has the settings C, k, not 'c'"),
+        ("adanorm:", "expected adanorm:SETTING=VALUE, got '' after adanorm"),
+        ("adanorm:C", "expected adanorm:SETTING=VALUE, got 'C' after adanorm"),
+        ("adanorm:C=1,C=2", "C is given twice"),
+        ("adanorm:C=1:C=2", "C is given twice"),
+        ("adanorm:c=2", "'c'.*did you mean 'C'"),
         ("detachnorm:detach_varience=false", "did you mean 'detach_variance'"),
-        ("layernorm:C=2", "layernorm has no settings, not 'C'"),
-        ("adanorm:C=1,C=2", "C stands there twice"),
-        ("adanorm:C", "expected C=a number, got 'C'"),
-        ("adanorm:C=two", "expected C=a number, got 'C=two'"),
-        ("detachnorm:detach_mean=0", "expected detach_mean=true or false, got 'detach_mean=0'"),
+        ("layernorm:C=2", "layernorm has no settings"),
+        ("absent.py:Derf", "absent.py does not exist"),
     ],
 )
 def test_what_names_no_norm_is_refused(text, said):
     with pytest.raises(OptionError, match=said):
-        parse_norm(text)
+        known_settings(text)
 
 
-@given(st.sampled_from(sorted(NORMS)), st.data())
+@given(st.sampled_from([*BUILT_IN, "layernorm", "my_norms.py:Derf", "pkg.mod:Derf"]), st.data())
 def test_a_name_is_read_as_what_it_was_made_of(norm, data):
-    settings = {
-        name: data.draw(st.booleans() if isinstance(default, bool) else st.floats(0, 1e6))
-        for name, (default, _) in NORMS[norm].settings.items()
-        if data.draw(st.booleans())
-    }
-    assert parse_norm(norm_name(norm, settings)) == (norm, settings)
+    values = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
+    settings = data.draw(st.dictionaries(st.from_regex("[a-z]+", fullmatch=True), values, max_size=3))
+    assert split(join(norm, settings)) == (norm, settings)
+
+
+def test_settings_that_change_nothing_are_dropped_and_the_others_ordered():
+    usual = known_settings("adanorm")
+    assert list(usual.items()) == [("C", 1.0), ("k", 0.1)]
+    assert canonical("adanorm:k=0.2,C=2.0", usual) == "adanorm:C=2:k=0.2"
+    assert canonical("adanorm:C=1,k=0.10", usual) == "adanorm"
+    assert canonical("adanorm:C=1", usual, ["C"]) == "adanorm:C=1"  # the grid would vary it
+    assert canonical("adanorm:C=1", {**usual, "C": 2}) == "adanorm:C=1"
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "title", "folder"),
     [
-        ("layernorm", "LayerNorm"),
-        ("adanorm:C=2,k=0.05", "AdaNorm (C = 2, k = 0.05)"),
-        ("detachnorm:detach_variance=false", "DetachNorm (mean only)"),
-        ("detachnorm:detach_mean=false", "DetachNorm (variance only)"),
+        ("layernorm", "LayerNorm", "layernorm"),
+        ("adanorm:C=2:k=0.05", "AdaNorm (C = 2, k = 0.05)", "adanorm,C=2,k=0.05"),
+        ("detachnorm:detach_variance=false", "DetachNorm (mean only)", "detachnorm,detach_variance=false"),
+        ("detachnorm:detach_mean=false", "DetachNorm (variance only)", "detachnorm,detach_mean=false"),
+        ("/home/me/my_norms.py:Derf:alpha=0.7", "Derf (alpha = 0.7)", "my_norms.Derf,alpha=0.7"),
+        ("pkg.mod:Derf:shift=-1", "Derf (shift = -1)", "pkg.mod,Derf,shift=-1"),
     ],
 )
-def test_contestants_have_readable_titles(name, expected):
-    assert title_of(name) == expected
+def test_variants_have_readable_titles_and_folders_that_any_system_takes(name, title, folder):
+    assert (title_of(name), folder_name(name)) == (title, folder)
 
 
-def test_contestants_of_one_norm_stand_together():
-    names = ["adanorm:C=2", "layernorm", "adanorm", "layernorm", "none"]
-    assert in_order(names) == ["none", "layernorm", "adanorm:C=2", "adanorm"]
+def test_a_public_name_holds_no_folder():
+    assert public_name("/home/me/my_norms.py:Derf:alpha=0.7") == "my_norms.py:Derf:alpha=0.7"
+    assert public_name("adanorm:C=2") == "adanorm:C=2"
+
+
+def test_variants_of_one_norm_stand_together_and_own_norms_last():
+    names = ["a.py:Derf", "adanorm:C=2", "layernorm", "adanorm", "layernorm", "none"]
+    assert in_order(names) == ["none", "layernorm", "adanorm:C=2", "adanorm", "a.py:Derf"]
     assert in_order(TITLES) == list(TITLES)
+
+
+def test_trainings_are_alike_if_they_differ_in_settings_of_norms_only():
+    assert trained_alike({"C": "1", "alpha": "2"}, {"C": "2"})
+    assert not trained_alike({"learning_rate": "1"}, {"learning_rate": "2"})
