@@ -18,6 +18,8 @@ __all__ = [
     "AdaNormSpec",
     "DetachNorm",
     "DyT",
+    "Fold",
+    "FoldReport",
     "LayerNormSimple",
     "NoNorm",
     "NormLog",
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
         watch_norms,
     )
     from .diagnostics import plots as plots
-    from .folding import fold_affine
+    from .folding import Fold, FoldReport, fold_affine
     from .modeling_adanorm import AdaNorm, DetachNorm, DyT, LayerNormSimple, NoNorm, __version__
     from .norms import register_norm
     from .patching import inspect_model, is_patched, patch_model, unpatch_model
@@ -72,7 +74,7 @@ __getattr__ = lazily(
         "calibration": "calibrate_k",
         "diagnostics": "NormLog NormRecord OutputComparison OutputDifference WatchNormsCallback compare_outputs plots "
         "watch_norms",
-        "folding": "fold_affine",
+        "folding": "Fold FoldReport fold_affine",
         "modeling_adanorm": "AdaNorm DetachNorm DyT LayerNormSimple NoNorm __version__ modeling_adanorm",
         "norms": "register_norm",
         "report": "NormRow Report",

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 try:
     import typer
@@ -47,6 +47,9 @@ Unfoldable = Annotated[
     str, typer.Option(help="What to do with a norm that does not fold exactly: keep, approximate or raise.")
 ]
 Tied = Annotated[str, typer.Option(help="A head that is tied to an embedding: keep, or untie it to fold into a copy.")]
+Tolerance = Annotated[
+    float | None, typer.Option(help="Largest change of an output by a fold, relative to its largest value.")
+]
 GgufFile = Annotated[str | None, typer.Option(metavar="FILE", help="The GGUF file in NAME_OR_PATH to load.")]
 PushToHub = Annotated[str | None, typer.Option(metavar="ID", help="Push the result to this repository.")]
 Private = Annotated[bool, typer.Option(help="Make that repository private if it is new.")]
@@ -148,6 +151,7 @@ def patch(
     ] = "drop",
     unfoldable: Unfoldable = "keep",
     tied: Tied = "keep",
+    tolerance: Tolerance = None,
     gguf_file: GgufFile = None,
     push_to_hub: PushToHub = None,
     private: Private = False,
@@ -174,18 +178,18 @@ def patch(
         "layers": layers or None,
         "targets": targets,
     }
-    fold: dict[str, Any] = {"affine": affine}
-    if affine == "fold":
-        fold |= {"on_unfoldable": _unfoldable(unfoldable), "on_tied": tied}
+    how, wanted = _fold(unfoldable, tied, tolerance), cast("Any", affine)
+    if affine != "fold" and how != type(how)():
+        raise ValueError(f"--unfoldable, --tied and --tolerance go with --affine fold, got --affine {affine}")
     with new_folder(out) as folder:
         # Find a wrong option before the weights are loaded. A fold runs the model, which a meta model cannot do.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patch_model(empty_model(config), cls, **options, affine="drop" if affine == "fold" else affine)
+            patch_model(empty_model(config), cls, **options, affine="drop" if affine == "fold" else wanted)
         model = load_model(source, config)
         if affine == "fold":
             refuse_unused(source)
-        patch_model(model, cls, **options, **fold)
+        patch_model(model, cls, **options, affine=how if affine == "fold" else wanted)
         num_swapped = inspect_model(model).num_swapped
         left = _save(model, source, folder)
     _finish(
@@ -209,6 +213,7 @@ def fold(
     architecture: Architecture = None,
     unfoldable: Unfoldable = "keep",
     tied: Tied = "keep",
+    tolerance: Tolerance = None,
     gguf_file: GgufFile = None,
     push_to_hub: PushToHub = None,
     private: Private = False,
@@ -221,13 +226,14 @@ def fold(
     from . import fold_affine
     from .conversion import Source, check_push, load_config, load_model, new_folder, refuse_unused
 
+    how = _fold(unfoldable, tied, tolerance)
     check_push(push_to_hub)
     source = Source(name=name, revision=revision, gguf_file=gguf_file, architecture=architecture)
     config = load_config(source)
     with new_folder(out) as folder:
         model = load_model(source, config)
         refuse_unused(source)
-        report = fold_affine(model, on_tied=tied, on_unfoldable=_unfoldable(unfoldable))
+        report = fold_affine(model, **vars(how))
         left = _save(model, source, folder)
     counts: dict[str, Any] = {action: len(report.names(action)) for action in ("folded", "approximated", "kept")}
     counts |= {"untied": report.untied, "difference": report.difference, "stock": report.is_stock}
@@ -418,10 +424,13 @@ def _describe(code: Any) -> Iterator[str]:
         yield f"{file}: code of the model's author, {state} (SHA-256 {sha})"
 
 
-def _unfoldable(choice: str) -> Any:
-    if choice == "calibrate":
+def _fold(unfoldable: str, tied: str, tolerance: float | None) -> Any:
+    """Return the options of a fold, checked."""
+    from . import Fold
+
+    if unfoldable == "calibrate":
         raise ValueError("--unfoldable calibrate needs data, which only the Python interface takes; use approximate")
-    return choice
+    return Fold(unfoldable=unfoldable, tied=tied, tolerance=tolerance)  # type: ignore[arg-type]
 
 
 def _save(model: Any, source: Any, folder: Path) -> list[str]:

@@ -31,8 +31,8 @@ class Option(NamedTuple):
 CHOICES = {
     "targets": ("auto", "layernorm", "rmsnorm", "all"),
     "affine": ("drop", "fold"),
-    "on_unfoldable": ("keep", "approximate", "calibrate", "raise"),
-    "on_tied": ("keep", "untie"),
+    "unfoldable": ("keep", "approximate", "calibrate", "raise"),
+    "tied": ("keep", "untie"),
 }
 
 
@@ -68,15 +68,4 @@ def patch_options() -> dict[str, Option]:
         "layers": Option(None, "swap only norms in these layers, counted from 0, negative from the end"),
         "targets": Option("auto", "kind of norm to swap; auto: those on the residual stream", CHOICES["targets"]),
         "affine": Option("drop", "what becomes of trained gains and biases", CHOICES["affine"]),
-        "on_unfoldable": Option(
-            "keep",
-            "with affine fold: what to do with a norm that something else reads too",
-            CHOICES["on_unfoldable"],
-        ),
-        "on_tied": Option(
-            "keep",
-            "with affine fold: what to do with a norm whose head shares its weight with an embedding",
-            CHOICES["on_tied"],
-        ),
-        "fold_inputs": Option(None, "with affine fold: a batch for the model to run on"),
     }

@@ -14,7 +14,7 @@ stock saving and loading:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -22,13 +22,13 @@ from torch import nn
 
 from .affine import fold, warn_of_dropped
 from .detection import check_module
-from .folding import OnUnfoldable
+from .folding import Fold
 from .modeling_adanorm import is_swapped, replace_modules
 from .norms import STOCK, check_settings, computes_n, resolve_norm
 from .options import CHOICES
 from .replaced import learned_affine, replaced_by
 from .report import Report
-from .saving import left_by_folds, plain_modules, swapped_norms, write_specs
+from .saving import left_by_folds, mark_folded, plain_modules, swapped_norms, write_specs
 from .selection import Patterns, check_layers, layer_positions
 from .swapping import (
     Options,
@@ -59,10 +59,7 @@ def patch_model(
     targets: Targets = "auto",
     eps: float | None = None,
     centered: bool | None = None,
-    affine: str = "drop",
-    on_unfoldable: OnUnfoldable = "keep",
-    on_tied: str = "keep",
-    fold_inputs: Mapping[str, Any] | None = None,
+    affine: Literal["drop", "fold"] | Fold = "drop",
     **settings: Any,
 ) -> ModelT:
     """Swap the norms of `model` in place and return it.
@@ -89,15 +86,9 @@ def patch_model(
         targets: `"auto"` swaps LayerNorms and RMSNorms on the residual stream. It skips query, key, latent and other
             norms inside a branch of a layer, unless `include` names them. `"layernorm"`, `"rmsnorm"` and `"all"` swap
             every norm of that kind. `"auto"` may run the model over a few tokens to see what a norm reads.
-        affine: what becomes of trained gains and biases: `"drop"` or `"fold"` (into the linear layers that read the
-            norm, see `fold_affine`). A folded AdaNorm starts at k = 0 and C = 1, as the function that it replaces.
-        on_unfoldable: for `affine="fold"`, what to do with a norm that something else reads too: `"keep"` leaves it
-            as it is, `"approximate"` folds a post-norm residual norm but for the deviation of its
-            gain, `"calibrate"` folds by a fit to `fold_inputs`, with C and k as they will be, from the first norm on
-            that does not fold exactly, `"raise"`.
-        on_tied: for `affine="fold"` and a norm whose head shares its weight with an embedding: `"keep"` leaves the
-            norm as it is, `"untie"` gives the head its own copy, to fold into.
-        fold_inputs: for `affine="fold"`, a batch for the model to run on, if its own dummy inputs do not suit.
+        affine: what becomes of trained gains and biases. `"drop"` drops them; `"fold"` or `Fold(...)` folds them into
+            the linear layers that read the norm, see `fold_affine`. A folded AdaNorm starts at k = 0 and C = 1, unless
+            `Fold(unfoldable="calibrate", ...)` fits gains and biases to the k and C that it gets.
         **settings: settings of the norm, such as C and k of AdaNorm. A mapping gives a value for each norm by its
             name (`calibrate_k(model, batches).k`); norms that it does not list take the default. A deep post-norm
             model that is trained from scratch loses its gradient with k = 0.1, whatever C; start with
@@ -115,13 +106,9 @@ def patch_model(
         >>> model.encoder.layer[0].output.LayerNorm
         AdaNorm((32,), eps=1e-12, C=1.0, k=0.1)
     """
-    check_choice("affine", affine, CHOICES["affine"])
-    check_choice("on_unfoldable", on_unfoldable, CHOICES["on_unfoldable"])
-    check_choice("on_tied", on_tied, CHOICES["on_tied"])
-    if affine != "fold" and (on_unfoldable != "keep" or on_tied != "keep" or fold_inputs is not None):
-        name = "fold_inputs" if on_tied == "keep" else f"on_tied={on_tied!r}"
-        name = name if on_unfoldable == "keep" else f"on_unfoldable={on_unfoldable!r}"
-        raise ValueError(f'{name} goes with affine="fold", got affine={affine!r}')
+    if not isinstance(affine, Fold):
+        check_choice("affine", affine, CHOICES["affine"])
+        affine = Fold() if affine == "fold" else affine
     choice: dict[str, Any] = {
         "include": include,
         "exclude": exclude,
@@ -138,15 +125,18 @@ def patch_model(
     options = Options(cls=cls, settings=settings, eps=eps, centered=centered, **choice)
     if affine != "drop" and not computes_n(cls):
         raise ValueError(
-            f'affine={affine!r} does not go with norm="{options.norm}", which does not compute N(x): use affine="drop"'
+            f'affine="fold" does not go with norm="{options.norm}", which does not compute N(x): use affine="drop"'
         )
     plan = make_plan(model, options)
     with all_or_nothing(model) as change:
-        if affine == "drop":
-            warn_of_dropped(plan, change)
+        report = None
+        if isinstance(affine, Fold):
+            report = fold(plan, change, affine)
         else:
-            fold(plan, change, on_unfoldable, on_tied, fold_inputs)
+            warn_of_dropped(plan, change)
         apply_plan(plan)
+        if report is not None:
+            mark_folded(model, report.names("folded", "approximated"), weightless=False)
     return model
 
 

@@ -1,69 +1,133 @@
-"""A model run once in evaluation mode: the run itself, small inputs that its forward accepts, and where they are
-padded."""
+"""Run a model in evaluation mode without leaving a trace, on inputs that its forward accepts."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .state import State, random_states
+
 _LENGTH = 12
-# A progress bar for a terminal, and only for what takes more than some seconds.
+# A progress bar, shown on a terminal and only if something takes more than a few seconds.
 SLOW_BAR: dict[str, Any] = {"delay": 4.0, "disable": None, "leave": False}
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, random numbers from seed 0; afterwards the training flags and the random states
-    of the CPU and of the model's GPUs are as they were."""
-    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    training = {module: module.training for module in model.modules()}
+    """Run the block with `model` in evaluation mode, without gradients and from seed 0. Put all state back afterwards.
+
+    Modules return to their mode through `train(flag)`, one by one: some merge or unmerge weights there. What they and
+    the passes changed all the same (attributes, hooks, buffers, weights) is then put back from `State`.
+    """
+    state, modes = State(model), [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
-                generator.manual_seed(0)
-            yield
+        with random_states(model), torch.no_grad(), state.recording():
+            try:
+                model.eval()
+                yield
+            finally:
+                for module, mode in modes:  # parents come first, as train() reaches their children, too
+                    if module.training is not mode:
+                        module.train(mode)
     finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
-def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """The output of one forward pass in evaluation mode."""
-    with evaluating(model):
-        return model(**inputs)
+        state.restore()
 
 
 @contextlib.contextmanager
 def hooked(handles: Iterable[Any]) -> Iterator[None]:
-    """The hooks of `handles`, which are registered as it is gone through, for the length of a block."""
+    """Register hooks by going through `handles`, run the block, and remove them."""
     with contextlib.ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
         yield
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of nested arguments or outputs, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item)
+class Inputs(NamedTuple):
+    """Keyword arguments of one forward pass."""
+
+    values: dict[str, Any]
+    unseen_masks: list[str]
+    """Padding masks that the model takes and that these inputs lack."""
 
 
-# --------------------------------------------------------------------------------------------------------- the inputs
+def first_accepted(
+    model: nn.Module, given: Mapping[str, Any] | None, run: Callable[[Inputs], T], *, hidden_states: bool = False
+) -> T:
+    """Return `run(inputs)` for the first inputs with which it does not raise.
+
+    Args:
+        model: its forward decides which inputs are tried.
+        given: keyword arguments of the user; None for inputs made from the model's config.
+        run: runs the model.
+        hidden_states: ask for hidden states, too, if the model returns them on request.
+
+    Raises:
+        ValueError: the model accepts none of them. The message quotes the model's own error.
+    """
+    if given is None and getattr(model, "config", None) is None:
+        raise ValueError("a model without a config needs inputs={argument name: tensor, ...}")
+    error: Exception | None = None
+    made: dict[tuple[int, ...], None] = {}  # (batch, length) of what the model's modules return
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 3:
+            made[tuple(output.shape[:2])] = None
+
+    for rows, video in ((2, False), (1, False), (2, True)) if given is None else ((0, False),):
+        try:
+            inputs = _build(model, rows, video) if given is None else dict(given)
+            made.clear()
+            for candidate in _with_masks(model, inputs, hidden_states, made):
+                if given is None:
+                    _end_before_padding(model, candidate.values)
+                try:
+                    with hooked(module.register_forward_hook(note) for module in model.modules()):
+                        return run(candidate)
+                except MemoryError:
+                    raise
+                except Exception as exception:  # of whatever kind the model makes of inputs that do not fit
+                    last = exception
+            raise last
+        except MemoryError:
+            raise
+        except Exception as exception:
+            error = error or exception
+    tried = "dummy inputs" if given is None else f"inputs={{{', '.join(map(str, given))}}}"
+    advice = "; pass inputs={argument name: tensor, ...} with a small real batch" if given is None else ""
+    raise ValueError(
+        f"{type(model).__name__} does not run on {tried} ({type(error).__name__}: {error}){advice}"
+    ) from error
+
+
+def dummy_inputs(model: nn.Module) -> dict[str, Any]:
+    """Return keyword arguments with which `model(**inputs)` runs: text, images, video or sound, some of it padding.
+
+    Raises:
+        ValueError: the model has no config, or accepts none of the inputs that were tried.
+    """
+
+    def run(inputs: Inputs) -> dict[str, Any]:
+        with evaluating(model):
+            model(**inputs.values)
+        return inputs.values
+
+    return first_accepted(model, None, run)
+
+
+# ------------------------------------------------------------------------------------------------------- dummy inputs
 
 
 def _setting(config: Any, *names: str, default: Any = None) -> Any:
-    """The first of `names` that the config or one of its parts (text, vision, audio, encoder, decoder) has."""
+    """Return the first of `names` that the config, or one of its parts (text, vision, audio, encoder), has."""
     parts = [config]
     nested = [f"{part}_config" for part in ("text", "vision", "audio", "backbone", "encoder")]
     for part in (*nested, "encoder", "decoder"):
@@ -78,15 +142,11 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
     return default
 
 
-def _text_length(config: Any) -> int:
-    """Tokens in a row: few, and fewer where a tiny model has no positions for them (some types keep two back)."""
+def _token_ids(config: Any, rows: int, generator: torch.Generator) -> Tensor:
+    """Return int64 (rows, length), at most as long as the model has positions. The end token, which some heads look
+    for, is the last of each row and stands nowhere else."""
     positions = int(_setting(config, "max_position_embeddings", "n_positions", default=-1))
-    return _LENGTH if positions < 1 else max(min(_LENGTH, positions - 2), 1)  # XLNet has -1: as many as you like
-
-
-def _token_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    """int64 (rows, length): random tokens with the end token exactly once in each row, where some heads look for
-    it."""
+    length = _LENGTH if positions < 1 else max(min(_LENGTH, positions - 2), 1)  # XLNet: -1, some types keep two back
     vocabulary = int(_setting(config, "vocab_size", default=100))
     ids = torch.randint(min(4, vocabulary - 1), vocabulary, (rows, length), generator=generator)
     end = _setting(config, "eos_token_id")
@@ -97,7 +157,7 @@ def _token_ids(config: Any, rows: int, length: int, generator: torch.Generator) 
 
 
 def _pixels(config: Any, rows: int, generator: torch.Generator) -> Tensor:
-    """float (rows, channels, height, width)."""
+    """Return float (rows, channels, height, width)."""
     size = _setting(config, "image_size", "input_size", "crop_size", default=64)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     channels = int(_setting(config, "num_channels", "in_channels", "in_chans", default=3))
@@ -114,16 +174,15 @@ def _sound(name: str, config: Any, rows: int, generator: torch.Generator) -> Ten
     return torch.randn(rows, length, int(bins or 80), generator=generator)
 
 
-def _build(model: nn.Module, rows: int, video: bool) -> dict[str, Tensor]:
+def _build(model: nn.Module, rows: int, video: bool) -> dict[str, Any]:
     config = model.config
     generator = torch.Generator().manual_seed(0)
-    length = _text_length(config)
     main = getattr(model, "main_input_name", "input_ids")
     accepted = set(inspect.signature(model.forward).parameters)
     inputs: dict[str, Tensor] = {}
-    if main == "input_ids" or ("input_ids" in accepted and "pixel_values" in accepted):
-        inputs["input_ids"] = _token_ids(config, rows, length, generator)
-    if main == "pixel_values" or ("pixel_values" in accepted and "input_ids" in accepted):
+    if main == "input_ids" or {"input_ids", "pixel_values"} <= accepted:
+        inputs["input_ids"] = _token_ids(config, rows, generator)
+    if main == "pixel_values" or {"input_ids", "pixel_values"} <= accepted:
         inputs["pixel_values"] = _pixels(config, rows, generator)
     if video:
         main = "pixel_values" if main == "pixel_values" else "pixel_values_videos"
@@ -134,9 +193,9 @@ def _build(model: nn.Module, rows: int, video: bool) -> dict[str, Tensor]:
     if not inputs:
         raise ValueError(f"no dummy inputs are known for a model whose main input is {main!r}")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = _token_ids(config, rows, length, generator)
-    if "bbox" in accepted:
-        inputs["bbox"] = torch.zeros(rows, length, 4, dtype=torch.int64)
+        inputs["decoder_input_ids"] = _token_ids(config, rows, generator)
+    if "bbox" in accepted and "input_ids" in inputs:
+        inputs["bbox"] = torch.zeros(*inputs["input_ids"].shape, 4, dtype=torch.int64)
     parameter = next(model.parameters())
     return {
         name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
@@ -166,7 +225,22 @@ def quick_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
             yield {"input_ids": inputs["input_ids"]}
 
 
-# Masks that say what is padding, and the inputs whose positions they cover: the first that is there counts.
+def _end_before_padding(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Move the end token of the first row, which some heads look for, to the last position that is not padding."""
+    pad = getattr(model.config, "pad_token_id", None)
+    for key, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+        if key not in inputs or mask not in inputs:
+            continue
+        ids = inputs[key] = inputs[key].clone()
+        real = int(inputs[mask][0].sum())
+        ids[0, real - 1] = ids[0, -1].clone()
+        if isinstance(pad, int) and pad >= 0 and real < ids.shape[1]:
+            ids[0, real:] = pad
+
+
+# ------------------------------------------------------------------------------------------------------ padding masks
+
+# Masks that mark padding, and the inputs whose positions they cover: the first that is present counts.
 _SOUND = ("input_features", "input_values", "audio_values", "input_audio_embeds")
 PADDING_MASKS = {
     "attention_mask": ("input_ids", "inputs_embeds", *_SOUND, "flattened_patches"),
@@ -181,106 +255,66 @@ PADDING_MASKS = {
 }
 
 
-def _shapes(model: nn.Module, inputs: Mapping[str, Any], covered: Tensor) -> Iterator[Sequence[int]]:
-    """Shapes that a mask of an input may have: of its positions; failing that, of what the model makes of them."""
+def _with_masks(
+    model: nn.Module, inputs: Mapping[str, Any], hidden_states: bool, made: Mapping[tuple[int, ...], None]
+) -> Iterator[Inputs]:
+    """Yield `inputs` with every padding mask that the model takes and that they lack or that masks nothing there; then
+    with masks of other shapes and types, with fewer, and with none. The likeliest come first. `made` holds shapes that
+    the model arrived at before it failed on a mask of another shape."""
+    parameters = inspect.signature(model.forward).parameters
+    options = {name: masks for name in PADDING_MASKS if name in parameters and (masks := _masks(name, inputs))}
+    asked = {}
+    if hidden_states and _returns_hidden_states(model, parameters) and "output_hidden_states" not in inputs:
+        asked = {"output_hidden_states": True}
+        yield Inputs({**inputs, **{name: masks[0] for name, masks in options.items()}, **asked}, [])
+    for choice in itertools.islice(itertools.product(*options.values()), 6):
+        yield Inputs({**inputs, **dict(zip(options, choice, strict=True))}, [])
+    for shape in list(made)[:4] if options else ():
+        device = next(iter(options.values()))[0].device
+        yield from (Inputs({**inputs, **dict.fromkeys(options, mask)}, []) for mask in _paddings(shape, device))
+    for left_out in options if len(options) > 1 else ():
+        yield Inputs({**inputs, **{n: masks[0] for n, masks in options.items() if n != left_out}}, [left_out])
+    if options:
+        yield Inputs({**inputs, **asked}, list(options))
+        if asked:
+            yield Inputs(dict(inputs), list(options))
+
+
+def _masks(name: str, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return masks to try, of the likeliest shape first; none if the inputs have no use for one or show one."""
+    covered = next((value for key in PADDING_MASKS[name] if isinstance(value := inputs.get(key), Tensor)), None)
+    given = inputs.get(name)
+    shows = given is not None and not (isinstance(given, Tensor) and given.ndim == 2 and bool((given != 0).all()))
+    if covered is None or covered.ndim < 2 or shows:
+        return []
     *start, height, width = covered.shape
-    if covered.ndim > 3:
-        yield (*start[:-1], height, width)
-    if covered.ndim != 4:
-        yield covered.shape[:2]
-    if covered.ndim == 3:  # whose features come first
-        yield (*start, width)
-    made: dict[Sequence[int], None] = {}
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 3:
-            made[tuple(output.shape[:2])] = None
-
-    with hooked(module.register_forward_hook(note) for module in model.modules()):
-        run(model, inputs)
-    yield from list(made)[:4]
+    shapes: list[tuple[int, ...]] = [(*start[:-1], height, width)] if covered.ndim > 3 else []
+    shapes += [tuple(covered.shape[:2])] if covered.ndim != 4 else []
+    shapes += [(*start, width)] if covered.ndim == 3 else []  # whose features come first
+    return [mask for shape in shapes for mask in _paddings(shape, covered.device)]
 
 
 def _paddings(shape: Sequence[int], device: torch.device) -> Iterator[Tensor]:
-    """Masks that pad a third: of the first row at its end, of the last of several at its beginning, or not there."""
-    third = shape[-1] // 3
-    for at_start in (third, 0) if shape[0] > 1 else (0,):
+    """Yield masks that pad part of the first row at its end, and of the last of several at its beginning (or not)."""
+    part = max(shape[-1] // (3 if shape[-1] < 64 else 8), 1)
+    for at_start in (part, 0) if shape[0] > 1 else (0,):
         mask = torch.ones(tuple(shape), dtype=torch.int64, device=device)
         mask[-1, ..., :at_start] = 0
-        mask[0, ..., shape[-1] - third :] = 0
+        mask[0, ..., shape[-1] - part :] = 0
         yield from (mask, mask.bool())
 
 
-def with_masks(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`inputs` with every padding mask that the model takes and that they lack, or that masks nothing there; and the
-    names of the masks with which the model does not run."""
-    accepted = inspect.signature(model.forward).parameters
-    found, failed = dict(inputs), []
-    for name, covers in PADDING_MASKS.items():
-        covered = next((value for key in covers if isinstance(value := inputs.get(key), Tensor)), None)
-        given = inputs.get(name)
-        shows = given is not None and not (isinstance(given, Tensor) and given.ndim == 2 and bool((given != 0).all()))
-        if name not in accepted or covered is None or covered.ndim < 2 or shows:
-            continue
-        masks = (mask for shape in _shapes(model, inputs, covered) for mask in _paddings(shape, covered.device))
-        fitting = next((mask for mask in masks if _runs(model, {**found, name: mask})), None)
-        if fitting is None:
-            failed.append(name)
-        else:
-            found[name] = fitting
-    return found, failed
-
-
-def _runs(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    try:
-        run(model, inputs)
-    except MemoryError:
-        raise
-    except Exception:  # of whatever kind the model makes of inputs that do not fit
+def _returns_hidden_states(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether the model can be asked for hidden states."""
+    if not hasattr(model, "config"):
         return False
-    return True
-
-
-def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Keyword arguments with which `model(**inputs)` runs: text, images, video or sound, padded as `with_masks` pads.
-
-    Raises:
-        ValueError: the model has no config, or none of the inputs tried is accepted; pass inputs of your own instead.
-    """
-    if getattr(model, "config", None) is None:
-        raise ValueError("a model without a config needs fold_inputs={argument name: tensor, ...}")
-    error: Exception | None = None
-    for rows, video in ((2, False), (1, False), (2, True)):
-        try:
-            inputs = _build(model, rows, video)
-            padded, _ = with_masks(model, inputs)
-            if padded.keys() == inputs.keys():
-                run(model, inputs)
-        except MemoryError:
-            raise
-        except Exception as exception:
-            error = error or exception
-            continue
-        for key, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
-            if key in padded and mask in padded:
-                _end_before_padding(padded[key], padded[mask], getattr(model.config, "pad_token_id", None))
-        return padded if _runs(model, padded) else inputs
-    raise ValueError(
-        f"{type(model).__name__} does not run on dummy inputs ({type(error).__name__}: {error}); "
-        f"pass fold_inputs={{argument name: tensor, ...}} with a small real batch"
-    )
-
-
-def _end_before_padding(ids: Tensor, mask: Tensor, pad: Any) -> None:
-    """The end token of the first row stands before its padding, where some heads look for it."""
-    real = int(mask[0].sum())
-    ids[0, real - 1] = ids[0, -1].clone()
-    if isinstance(pad, int) and pad >= 0 and real < ids.shape[1]:
-        ids[0, real:] = pad
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    recorded = (getattr(module, "_can_record_outputs", None) or () for module in model.modules())
+    return "output_hidden_states" in parameters or (takes_any and any("hidden_states" in names for names in recorded))
 
 
 def real_rows(model: nn.Module, name: str, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
-    """bool of `shape` (batch, length): which positions at the norm `name` are no padding; None where nothing tells.
+    """Return bool of `shape` (batch, length): which positions at the norm `name` are not padding. None if unknown.
 
     In an encoder-decoder the decoder has a mask of its own, and without one no padding.
     """

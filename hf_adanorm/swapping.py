@@ -45,73 +45,27 @@ from .report import NormRow
 from .saving import write_specs
 from .selection import Patterns, check_patterns, choose_norms
 from .spec import NormGroup
+from .state import State
 
 # --------------------------------------------------------------------------------------------------------- the change
 
-# What nn.Module keeps in tables of its own: parameters, buffers, submodules, hooks.
-_TABLES = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 
-
-class Change:
-    """How a model was put together, and the tensors that were overwritten since: enough to take a change back.
+class Change(State):
+    """A change of a model under way: the state before it, and the warnings to be said at its end.
 
     Args:
         model: with all its modules.
-        others: modules outside of it that may change, too; where their tensors lie is noted as well.
+        others: modules outside of it that may change, too.
     """
 
     def __init__(self, model: nn.Module, others: Sequence[nn.Module] = ()) -> None:
+        super().__init__(model, *others)
         self.model = model
-        modules = {id(module): module for root in (model, *others) for module in root.modules()}
-        self._modules = [
-            (
-                module,
-                dict(module.__dict__),
-                {
-                    key: table.copy() if (table := module.__dict__[key]) else ()
-                    for key in _TABLES
-                    if key in module.__dict__
-                },
-            )
-            for module in modules.values()
-        ]
-        self._data = [(tensor, tensor.data) for root in others for tensor in (*root.parameters(), *root.buffers())]
-        self._kept: list[tuple[Tensor, Tensor]] = []
         self._warnings: list[str] = []
 
     def warn(self, message: str) -> None:
-        """To be said at the end of the call."""
+        """Say `message` at the end of the call."""
         self._warnings.append(message)
-
-    def keep(self, tensor: Tensor) -> None:
-        """Remember the values of `tensor`. Call it before they are overwritten; more than once does no harm."""
-        if not any(kept is tensor for kept, _ in self._kept):
-            self._kept.append((tensor, tensor.detach().clone()))
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Take everything back. A KeyboardInterrupt on the way waits until it is done."""
-        interrupt: KeyboardInterrupt | None = None
-        while True:
-            try:
-                while self._kept:
-                    tensor, old = self._kept[-1]
-                    tensor.copy_(old)
-                    self._kept.pop()
-                for tensor, data in self._data:
-                    tensor.data = data
-                for module, attributes, tables in self._modules:
-                    for key, entries in tables.items():
-                        attributes[key].clear()
-                        attributes[key].update(entries)
-                    module.__dict__.clear()
-                    module.__dict__.update(attributes)
-            except KeyboardInterrupt as error:
-                interrupt = error
-            else:
-                break
-        if interrupt is not None:
-            raise interrupt
 
 
 @contextlib.contextmanager
@@ -124,18 +78,8 @@ def all_or_nothing(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterat
         for message in change._warnings:
             warnings.warn(message, stacklevel=4)  # whoever called the function that holds the block
     except BaseException:
-        change.undo()
+        change.restore()
         raise
-
-
-@contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[Change]:
-    """Whatever the block changes in `model` is taken back at its end."""
-    change = Change(model)
-    try:
-        yield change
-    finally:
-        change.undo()
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan

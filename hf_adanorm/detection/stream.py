@@ -26,7 +26,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_adanorm.running import evaluating, hooked, quick_inputs, tensors_in
+from hf_adanorm.running import evaluating, hooked, quick_inputs
+from hf_adanorm.state import tensors_in
 
 from .probe import NormInfo
 

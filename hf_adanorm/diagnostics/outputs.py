@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import check_module
 from hf_adanorm.modeling_adanorm import check_number
-from hf_adanorm.running import evaluating, hooked, tensors_in
+from hf_adanorm.running import evaluating, hooked
+from hf_adanorm.state import tensors_in
 
 _HEADER = ("module", "class", "max |a - b|", "relative", "")
 

@@ -1,4 +1,15 @@
-"""Gains and biases folded into the linear layers that read a norm: consumers, plan, fit, and what the user calls."""
+"""Gains and biases folded into the linear layers that read a norm: watch, plan, fit, write, check."""
 
-from .fold import FoldReport, OnUnfoldable, fold_affine, fold_norms
-from .plan import comes_in
+from typing import TYPE_CHECKING
+
+from hf_adanorm._lazy import lazily
+
+if TYPE_CHECKING:
+    from .fold import FoldReport as FoldReport
+    from .fold import fold_affine as fold_affine
+    from .fold import fold_norms as fold_norms
+    from .options import Fold as Fold
+    from .plan import is_plain as is_plain
+
+# The options alone are imported without torch.
+__getattr__ = lazily(__name__, {"fold": "FoldReport fold_affine fold_norms", "plan": "is_plain", "options": "Fold"})

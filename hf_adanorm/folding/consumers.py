@@ -1,8 +1,8 @@
-"""Who reads a norm's output: found by watching one forward pass at the level of torch's dispatcher.
+"""Find out who reads a norm's output, by watching one forward pass at the level of torch's dispatcher.
 
-Watched tensors carry shadows through the operations (`shadows.py`), so when one reaches a linear layer they say which
-column of its weight reads which channel, and whether the bias arrives unchanged. Anything else that reads a watched
-tensor is recorded as a use that cannot be folded, with the operation's name.
+Watched tensors carry shadows through the operations (`shadows.py`). When one reaches a linear layer, its shadow says
+which column of the weight reads which channel, and whether the bias arrives unchanged. Anything else that reads a
+watched tensor is recorded as a use that cannot be folded, with the operation's name.
 
 Three kinds of tensors are watched: outputs of norms, outputs of linear layers (the branch that a residual connection
 adds), and sums of the two (which must go into the next norm and nowhere else for a post-norm fold).
@@ -10,9 +10,7 @@ adds), and sums of the two (which must go into the next norm and nowhere else fo
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_adanorm.running import evaluating, hooked, tensors_in
-from hf_adanorm.swapping import unchanged
+from hf_adanorm.detection import NormInfo
+from hf_adanorm.running import Inputs, evaluating, first_accepted, hooked
+from hf_adanorm.state import storage_of, tensors_in
 
 from .linear import channel_dim, is_linear_map, num_inputs
-from .shadows import SHAPE_ONLY, Shadows, Source, Trace, aten, storage_of
+from .shadows import SHAPE_ONLY, Shadows, Source, Trace, aten
 from .uses import (
     AddUse,
     LinearUse,
@@ -35,34 +34,25 @@ from .uses import (
     Watched,
     is_side_output,
     named_outputs,
-    reader_of,
+    norm_rows,
+    sample,
 )
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, model: nn.Module, norms: Mapping[str, tuple[tuple[int, ...], bool]], follow_sums: bool):
+    def __init__(self, model: nn.Module, norms: Mapping[str, NormInfo], inputs: Inputs, keep_outputs: Collection[str]):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.follow_sums = model, follow_sums
-        self.norms = {name: shape for name, (shape, _) in norms.items()}
-        self.channel_dims = {name: 1 if channels_first else -1 for name, (_, channels_first) in norms.items()}
-        self.seen = Watched(uses={}, linear_calls={}, ran={})
+        self.model, self.norms, self.keep_outputs = model, norms, keep_outputs
+        self.seen = Watched(inputs=inputs)
         self.shadows = Shadows()
         self.muted = 0
         self.stack: list[str] = []
-        self.num_sums = 0
         self.own_storage = {
             storage_of(parameter): name
             for name, module in model.named_modules()
             if is_linear_map(module)
             for parameter in module.parameters(recurse=False)
         }
-
-    def start(self) -> None:
-        """Before each forward pass."""
-        self.shadows.clear()
-        self.stack.clear()
-        self.muted = 0
-        self.seen.num_runs += 1
 
     # -- book-keeping ------------------------------------------------------------------------------------------------
 
@@ -71,18 +61,20 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         what = use.operation if isinstance(use, OtherUse) else "output"
         if kind == "norm":
             self.seen.uses.setdefault(name, []).append(use)
+        elif isinstance(use, OutputUse) and use.side:
+            return
         elif kind == "sum":
-            self.seen.sum_readers.setdefault(int(name), []).append(f"!{what}")
+            self.seen.sum_readers[int(name)].append(f"!{what}")
         else:
             self.seen.linear_readers.setdefault(name, []).append(what)
 
     def lose(self, sources: Iterable[Source], operation: str) -> None:
-        """Record a reader that cannot be folded into."""
+        """Record that an operation, into which nothing can be folded, reads these sources."""
         for source in sources:
             self.use(source, OtherUse(operation, self.stack[-1] if self.stack else ""))
 
     def spoil(self, tensors: Iterable[Tensor], operation: str) -> None:
-        """Record a reader of whatever is in these tensors."""
+        """Record that an operation reads these tensors in a way that cannot be followed."""
         for tensor in tensors:
             if traces := self.shadows.of(tensor):
                 self.lose(traces, operation)
@@ -115,14 +107,17 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.muted -= 1
         if self.muted or not isinstance(output, Tensor):
             return
-        if name in self.norms:
-            shape = self.norms[name]
-            channel = torch.arange(torch.Size(shape).numel(), device=output.device).view(shape)
-            if self.channel_dims[name] == 1 and len(shape) == 1:
+        if (info := self.norms.get(name)) is not None:
+            channel = torch.arange(torch.Size(info.normalized_shape).numel(), device=output.device)
+            channel = channel.view(info.normalized_shape)
+            if info.channels_first and channel.ndim == 1:
                 channel = channel.view(-1, *[1] * (output.ndim - 2))
             self.shadows.begin(output, ("norm", name), channel)
             self.seen.uses.setdefault(name, [])
-        elif self.follow_sums and is_linear_map(module):
+            if name in self.keep_outputs:
+                rows = norm_rows(self.model, name, info, self.seen.inputs.values, output)
+                self.seen.norm_outputs.setdefault(name, []).append(rows)
+        elif is_linear_map(module):
             dim = channel_dim(module, output.ndim)
             channel = torch.arange(output.shape[dim], device=output.device)
             channel = channel.view(-1, *[1] * (output.ndim - 1 - dim))
@@ -133,7 +128,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors_in((args, kwargs)):
             for source, trace in self.shadows.of(tensor).items():
                 if source[0] == "sum" and trace.whole() and not trace.unsure:
-                    self.seen.sum_readers.setdefault(int(source[1]), []).append(name)
+                    self.seen.sum_readers[int(source[1])].append(name)
                     read = int(source[1])
                 else:
                     self.use(source, OtherUse("another norm", name))
@@ -158,7 +153,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     continue
                 if source[0] == "norm":
                     call[source[1]] = columns
-                    facts = (trace.biases_arrive(), trace.dropout, trace.unsure, self.seen.num_runs - 1)
+                    facts = (trace.biases_arrive(), trace.dropout, trace.unsure)
                     self.use(source, LinearUse(name, columns, *facts))
                 else:
                     self.use(source, OtherUse("a linear layer", name))
@@ -175,6 +170,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.seen.dtypes.update(t.dtype for t in tensors_in(out) if t.is_floating_point() and t.numel() > 1)
         if self.muted:
             return out
         inputs = list(tensors_in((args, kwargs)))
@@ -197,12 +193,13 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if lost is not None:
             self.lose(lost, packet.__name__)
             return
-        may_be_residual = packet is aten.add and self.follow_sums and not kwargs and len(args) == len(inputs) == 2
+        may_be_residual = packet is aten.add and not kwargs and len(args) == len(inputs) == 2
         if not (may_be_residual and self.add(inputs, out)):
             self.spoil(inputs, packet.__name__)
 
     def add(self, inputs: list[Tensor], out: Tensor) -> bool:
-        """norm's output + linear layer's output, channel by channel: the residual connection of a post-norm layer."""
+        """Record a norm's output plus a linear layer's, channel by channel, as in a post-norm residual connection.
+        Return whether it is one."""
         norm, branch = inputs
         if not any(kind == "norm" for kind, _ in self.shadows.of(norm)):
             norm, branch = branch, norm
@@ -215,19 +212,18 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         if not torch.equal(trace.channel, branch_trace.channel):
             return False
-        self.use(source, AddUse(other[1], self.num_sums, trace.dropout, branch_trace.dropout))
+        total = len(self.seen.sum_readers)
+        self.use(source, AddUse(other[1], total, trace.dropout, branch_trace.dropout))
         self.use(other, OtherUse("residual", ""))
-        self.seen.sum_readers[self.num_sums] = []
-        self.shadows.add(out, {("sum", str(self.num_sums)): Trace(trace.channel, trace.factor)})
-        self.num_sums += 1
+        self.seen.sum_readers[total] = []
+        self.shadows.add(out, {("sum", str(total)): Trace(trace.channel, trace.factor)})
         return True
 
     # -- the model's output ------------------------------------------------------------------------------------------
 
     def outputs(self, output: Any) -> None:
+        """Record what the model returns, and keep a sample of it."""
         self.muted += 1
-        if self.seen.outputs is None:
-            self.seen.outputs = output
         found = dict(named_outputs(output))
         main = [path for path in found if not is_side_output(path)]
         for path, tensor in found.items():
@@ -236,33 +232,25 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.use(source, OutputUse(path, side))
             if not self.shadows.of(tensor):
                 self.spoil([tensor], "the model's output")
+            self.seen.outputs[path] = sample(tensor)
+        self.shadows.clear()
 
 
 class _SeeDropout(TorchFunctionMode):
-    """Dropout does nothing in evaluation mode and never reaches the dispatcher: seen one level higher. It is kept from
-    doing anything in training mode."""
+    """Notice dropout one level above the dispatcher, which it never reaches in evaluation mode."""
 
     def __init__(self, watcher: _Watcher):
         super().__init__()
         self.watcher = watcher
 
     def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name not in _DROPOUTS:
             return func(*args, **kwargs)
         given = args[0] if args else kwargs.get("input")
-        if self.watcher.model.training:
-            if len(args) > 2:
-                args = (*args[:2], False, *args[3:])
-            else:
-                kwargs = {**kwargs, "train" if "train" in kwargs else "training": False}
         out = func(*args, **kwargs)
         if "alpha" in name and isinstance(given, Tensor):
             self.watcher.spoil([given], name)  # in training it is not linear, whatever the bias
@@ -282,52 +270,32 @@ _DROPOUTS |= {"feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 
 def watch_consumers(
     model: nn.Module,
-    norms: Mapping[str, tuple[tuple[int, ...], bool]],
-    *runs: Mapping[str, Any],
-    follow_sums: bool = False,
+    norms: Mapping[str, NormInfo],
+    given: Mapping[str, Any] | None,
+    *,
+    keep_outputs: Collection[str] = (),
 ) -> Watched:
-    """Run `model(**inputs)` in evaluation mode for each of `runs`, and once more in training mode, and record every
-    reader of every norm's output.
+    """Run `model` once in evaluation mode, and record every reader of every norm's output.
+
+    Padding masks are added to the inputs, as what is masked matters for biases. The model is left as it was.
 
     Args:
-        model: left as it was (training flags and buffers included).
-        norms: name -> (normalized shape, channels first) of each norm to watch, by `named_modules()` names.
-        runs: keyword arguments of the forward passes.
-        follow_sums: also watch the outputs of linear layers, to see residual connections whole.
+        model: any module.
+        norms: each norm to watch, by its name in `model.named_modules()`.
+        given: keyword arguments of the forward pass; None for inputs made from the model's config.
+        keep_outputs: names of norms whose outputs are to be kept, for a fit.
+
+    Raises:
+        ValueError: the model does not run on the inputs.
     """
-    watcher = _Watcher(model, norms, follow_sums)
-    with hooked(watcher.hooks()), evaluating(model):
-        for inputs in runs:
-            watcher.start()
-            with _SeeDropout(watcher), watcher:
-                watcher.outputs(model(**inputs))
-    watcher.shadows.clear()
-    _watch_training(watcher.seen, _Watcher(model, norms, follow_sums), runs[0])
-    return watcher.seen
 
+    def run(inputs: Inputs) -> Watched:
+        watcher = _Watcher(model, norms, inputs, keep_outputs)
+        try:
+            with evaluating(model), hooked(watcher.hooks()), _SeeDropout(watcher), watcher:
+                watcher.outputs(model(**inputs.values))
+        finally:  # each shadow refers to all others: large tensors would stay until the garbage collector comes
+            watcher.shadows.clear()
+        return watcher.seen
 
-def _watch_training(seen: Watched, watcher: _Watcher, inputs: Mapping[str, Any]) -> None:
-    """One pass in training mode: what reads a norm there only (an auxiliary loss), and what else reads a layer.
-
-    A model that does not run there, without labels say, shows nothing."""
-    model = watcher.model
-    with unchanged(model) as change:
-        for buffer in model.buffers():
-            if buffer.is_floating_point() or buffer.numel() == 1:  # statistics and counters
-                change.keep(buffer)
-        with hooked(watcher.hooks()), evaluating(model):
-            model.train()
-            watcher.start()
-            with contextlib.suppress(Exception), warnings.catch_warnings(), _SeeDropout(watcher), watcher:
-                warnings.simplefilter("ignore")
-                watcher.outputs(model(**inputs))
-    watcher.shadows.clear()
-    for name, calls in watcher.seen.linear_calls.items():
-        if name in seen.linear_calls:
-            seen.linear_calls[name] += calls
-    seen.weight_readers = {**watcher.seen.weight_readers, **seen.weight_readers}
-    for name, uses in watcher.seen.uses.items():
-        known = {reader_of(use) for use in seen.uses.get(name, [])}
-        for use in uses:
-            if (reader := reader_of(use)) not in known and not (reader.startswith("add ") and "a sum" in known):
-                seen.in_training.setdefault(name, reader)
+    return first_accepted(model, given, run, hidden_states=True)

@@ -1,98 +1,102 @@
-"""A fold by a least-squares fit to the source's activations on a batch of real data."""
+"""Fit the gains and biases of a fold to the source's activations on a batch of real data, by least squares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_adanorm.running import SLOW_BAR, hooked, real_rows, run
-from hf_adanorm.swapping import Change
+from hf_adanorm.running import SLOW_BAR, evaluating, hooked
+from hf_adanorm.state import tensors_in
 
-from .plan import Fold, FoldPlan
+from .linear import channel_dim
+from .plan import FoldPlan, Step
+from .uses import norm_rows
 
 
-def fold_by_fit(
-    plan: FoldPlan, inputs: Mapping[str, Any], replacements: Mapping[str, Callable[[Tensor], Tensor]], change: Change
-) -> None:
-    """Fold the norms of the plan, by a fit from the first on that is more than a change of scale (k > 0) or whose fold
-    drops something: its new output z is what the model gives with every norm before it replaced, and per channel the
-    readers get the gain and bias that bring z closest to the source's output h.
+def fit(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    """Run the model once with each fitted norm replaced, and set the gain, bias and scale of its step.
 
-    Two forward passes do, as the layers that take up a fold run after its norm. A norm that runs more than once, or
-    after a layer that it folds into, ends its pass and is fitted to all that it saw there.
+    Norm by norm, z is what the replacement computes, with everything before it replaced and fitted; h is what the
+    source's norm returned. Per channel the readers get the gain and bias that bring z closest to h. No weight is
+    written: what the fitted readers would get instead of h is computed from z on the spot.
+
+    A norm that runs more than once is fitted to all of its calls, at the end, and acts as its source until then.
     """
-    targets: dict[str, list[Tensor]] = {name: [] for name in plan.fitted}
-    waiting, seen = list(plan.fitted), list[Tensor]()
-
-    def rows(name: str, output: Tensor) -> Tensor:
-        """(rows, channels), without padding."""
-        info = plan.infos[name]
-        if info.channels_first:
-            output = output.movedim(1, -1)
-        flat = output.reshape(-1, torch.Size(info.normalized_shape).numel())
-        real = real_rows(plan.model, name, inputs, output.shape[: -len(info.normalized_shape)])
-        return flat.clone() if real is None else flat[real.reshape(-1)]
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            targets[name].append(rows(name, output))
-
-        return plan.modules[name].register_forward_hook(hook)
-
-    def fit(name: str) -> None:
-        _fit(plan, name, torch.cat(seen).double(), torch.cat(targets.pop(name)).double())
-        waiting.pop(0)
-        plan.absorb(name, change)
-        bar.update()
+    inputs = plan.watched.inputs.values
+    targets = plan.watched.norm_outputs
+    late: dict[str, list[Tensor]] = {name: [] for name in plan.fitted if len(targets[name]) > 1}
 
     def replace(name: str) -> Any:
+        step = plan.steps[name]
+
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            if name in waiting[1:]:
-                return output
             z = replacements[name](args[0])
-            if name in waiting:
-                seen.append(rows(name, z))
-                if plan.in_passing(name):
-                    fit(name)
-                    seen.clear()
-            return z
+            rows = norm_rows(plan.model, name, plan.infos[name], inputs, z)
+            if name in late:
+                late[name].append(rows)
+                return output
+            _solve(name, step, rows.double(), targets.pop(name)[0].double())
+            bar.update()
+            gain, bias = (step.scale, step.branch_bias) if step.branches else (step.gain, step.bias)
+            info = plan.infos[name]
+            form = (-1, *[1] * (z.ndim - 2)) if info.channels_first else info.normalized_shape
+            return z * _shaped(gain, form, z) + _shaped(bias, form, z)
 
         return plan.modules[name].register_forward_hook(hook)
 
-    with hooked(watch(name) for name in plan.fitted):
-        run(plan.model, inputs)
-    for name in plan.order[: -len(plan.fitted)]:
-        plan.absorb(name, change)
-    bar = tqdm(total=len(waiting), desc="fitting", unit="norm", **SLOW_BAR)
-    with bar, hooked(replace(name) for name in plan.folds):
-        while waiting:
-            first = waiting[0]
-            seen.clear()
-            run(plan.model, inputs)
-            if first in waiting:
-                fit(first)
+    def read(name: str, reader: str) -> Any:
+        """What `reader` gets is scaled as the residual path needs it: give it its own gain and bias."""
+        step = plan.steps[name]
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            (x,) = tensors_in((args, kwargs))
+            index = torch.tensor(step.readers[reader], device=x.device)
+            gain = step.gain / step.scale
+            bias = step.bias - gain * cast(Tensor, step.branch_bias)
+            form = (-1, *[1] * (x.ndim - 1 - channel_dim(module, x.ndim)))
+            own = index >= 0
+            gain, bias = (value.to(x.device)[index.clamp_min(0)] for value in (gain, bias))
+            gain, bias = torch.where(own, gain, 1.0), torch.where(own, bias, 0.0)
+            return (x * _shaped(gain, form, x) + _shaped(bias, form, x),), {}
+
+        return plan.modules[reader].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def hooks() -> Iterator[Any]:
+        for name in plan.fitted:
+            yield replace(name)
+            if plan.steps[name].branches and name not in late:
+                yield from (read(name, reader) for reader in plan.steps[name].readers)
+
+    bar = tqdm(total=len(plan.fitted), desc="fitting", unit="norm", **SLOW_BAR)
+    with bar, evaluating(plan.model), hooked(hooks()):
+        plan.model(**inputs)
+        for name, rows in late.items():
+            _solve(name, plan.steps[name], torch.cat(rows).double(), torch.cat(targets.pop(name)).double())
 
 
-def _fit(plan: FoldPlan, name: str, z: Tensor, h: Tensor) -> None:
-    """Set the gain, the bias and the scale of a norm's fold. z, h: (rows, channels), float64."""
-    fold: Fold = plan.folds[name]
+def _shaped(value: Tensor | float | None, form: tuple[int, ...], like: Tensor) -> Tensor | float:
+    return value.view(form).to(like) if isinstance(value, Tensor) else value or 0.0
+
+
+def _solve(name: str, step: Step, z: Tensor, h: Tensor) -> None:
+    """Set the gain, the bias and the scale of a step. z, h: (rows, channels), float64."""
     if len(z) < 2:
-        raise ValueError(f"fold_inputs bring {len(z)} row to {name}: a fit needs a batch of real data")
-    shares = 0.0 if fold.without_bias else 1.0  # of the means: none, so that no bias is left for them
+        raise ValueError(f"inputs bring {len(z)} row to {name}: a fit needs a batch of real data")
+    shares = 0.0 if step.without_bias else 1.0  # of the means: none, so that no bias is left for them
     z_mean, h_mean = shares * z.mean(0), shares * h.mean(0)
     z0, h0 = z - z_mean, h - h_mean
     variance, covariance = z0.square().sum(0), (z0 * h0).sum(0)
     moves = variance > 1e-8 * len(z)  # a channel that stands still has no slope: it keeps its gain
-    fold.gain = torch.where(moves, covariance / variance.clamp_min(1e-30), fold.gain)
-    fold.bias = h_mean - fold.gain * z_mean
-    if fold.branches:
-        scale = float(covariance.sum() / variance.sum())
-        if not scale > 0:  # NaN, too
+    step.gain = torch.where(moves, covariance / variance.clamp_min(1e-30), step.gain)
+    step.bias = h_mean - step.gain * z_mean
+    if step.branches:
+        step.scale = float(covariance.sum() / variance.sum())
+        if not step.scale > 0:  # NaN, too
             raise RuntimeError(f"{name} at these settings has nothing in common with its source: choose a smaller k")
-        fold.scale, fold.branch_bias = scale, h_mean - scale * z_mean
-    lost = h - (fold.scale * z + fold.branch_bias if fold.branches else fold.gain * z + fold.bias)
-    fold.lost = float(lost.norm() / (h - h.mean(0)).norm().clamp_min(1e-30))
+        step.branch_bias = h_mean - step.scale * z_mean
+    fitted = step.scale * z + step.branch_bias if step.branch_bias is not None else step.gain * z + step.bias
+    step.lost = float((h - fitted).norm() / (h - h.mean(0)).norm().clamp_min(1e-30))

@@ -1,27 +1,27 @@
-"""Fold a norm's trained gain and bias into the linear layers that read it, exactly.
+"""Fold a norm's trained gain and bias into the linear layers that read it.
 
     W (g * y + b) + c  =  (W diag(g)) y + (W b + c)
 
 so a LayerNorm whose every reader is a linear layer of its own can become LayerNorm-simple (and AdaNorm with k = 0,
-C = 1) without the model's output changing. One forward pass shows who reads what (`consumers.py`); the whole plan is
-made before the first weight moves (`plan.py`); the outputs before and after are compared, and a difference above
-the tolerance undoes everything.
+C = 1), and the model's output does not change. Three steps, each of one forward pass:
 
-After a fold the norms hold gain 1 and bias 0, so folding again changes nothing. Linear layers that lacked a bias and
-needed one get it; where that happens, and where an eps was adjusted, it is marked on the module so that the saved
-spec can say so.
+1. Watch who reads what (`consumers.py`), and decide what can be folded into what (`plan.py`).
+2. Only for `"calibrate"`: fit gains and biases to the source's activations (`fit.py`).
+3. Write them into the weights (`write.py`) and run the model again. A difference above the tolerance undoes it all.
+
+After a fold the norms hold gain 1 and bias 0, so folding again changes nothing. Where a linear layer got a bias that
+it lacked, or an eps changed, the module is marked, so that the saved spec can say so.
 
 Post-norm layers add the norm's output h = g * y + b to a branch that ends in a linear layer (W, c), and feed the sum
-to the next norm, which does not see a common scale. `on_unfoldable="approximate"` then keeps the mean s of g:
+to the next norm, which does not see a common scale. `"approximate"` then keeps the mean s of g:
 
     h + W a + c  ~  s * (y + (W / s) a + (c + b) / s),        next norm's eps / s^2
 
-which is exact when all of g is one number, and drops the deviation of g from its mean on that path otherwise.
-`on_unfoldable="calibrate"` takes s, and the gains and biases that the readers get, from a least-squares fit to the
-source's activations on a batch of real data, norm after norm with all before it replaced. So errors do not add up,
-outlier channels (which hardly vary from token to token) go into the bias, and for AdaNorm the fit makes up for what k
-does to the scale. Norms whose fold is exact, with nothing replaced before them that is not, are folded exactly;
-where a bias would not arrive (a masked path, say) the gains alone are fitted.
+It is exact when all of g is one number. Otherwise it drops the deviation of g from its mean on that path.
+`"calibrate"` takes s, and the gains and biases that the readers get, from a least-squares fit, norm after norm with
+all before it replaced. So errors do not add up, and outlier channels (which hardly vary from token to token) go into
+the bias. For AdaNorm the fit makes up for what k does to the scale. Norms whose fold is exact, with nothing replaced
+before them that is not, are folded exactly. Where a bias would not arrive (a masked path, say) gains alone are fitted.
 """
 
 from __future__ import annotations
@@ -29,38 +29,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
-from hf_adanorm.modeling_adanorm import NORM_CLASSES, LayerNormSimple, check_number, is_swapped
-from hf_adanorm.options import CHOICES
-from hf_adanorm.running import SLOW_BAR, dummy_inputs, hooked, run
-from hf_adanorm.saving import configs_of, resolved_spec, write_specs
+from hf_adanorm.modeling_adanorm import LayerNormSimple, is_swapped, make_norm
+from hf_adanorm.running import evaluating, hooked
+from hf_adanorm.saving import configs_of, mark_folded, resolved_spec, write_specs
 from hf_adanorm.spec import NormGroup
-from hf_adanorm.swapping import (
-    Change,
-    Options,
-    all_or_nothing,
-    apply_plan,
-    check_choice,
-    make_plan,
-    refuse_wrapped,
-    unchanged,
-)
+from hf_adanorm.swapping import Change, Options, all_or_nothing, apply_plan, make_plan, refuse_wrapped
 
-from .fit import fold_by_fit
+from .consumers import watch_consumers
+from .fit import fit
 from .heads import settle_heads, untie_heads
-from .plan import BLOCK, TOLERANCES, FoldedNorm, FoldPlan, comes_in, eps_name
-from .uses import is_side_output, named_outputs
-
-OnUnfoldable = Literal["keep", "approximate", "calibrate", "raise"]
-
+from .options import Fold
+from .plan import TOLERANCES, FoldedNorm, FoldPlan, is_plain
+from .uses import Watched, is_side_output, named_outputs, sample
+from .write import write
 
 _HEADER = ("norm", "action", "consumers, or why not")
 
@@ -75,15 +63,17 @@ class FoldReport:
     changed: dict[str, float] = field(default_factory=dict)
     """By-products of the model (hidden states) that are now those of a norm without gain and bias, and by how much."""
     added_biases: tuple[str, ...] = ()
+    """Linear layers that got a bias."""
     protect: tuple[str, ...] = ()
     """Norms whose fold changed more than values: a bias that was not there, an eps."""
     untied: dict[str, int] = field(default_factory=dict)
     """Heads that got a weight of their own, and how many parameters that adds to the model."""
     is_stock: bool = False
-    """Whether what is left is a stock model, which whatever loads such models loads as it is, without this package.
-    Not where a head was untied and the config cannot say so: transformers alone then sees it, by the checkpoint."""
+    """Whether the model is a plain stock model, which any engine loads without this package. It is not one where a
+    head was untied and the config cannot say so: transformers alone then notices, by the checkpoint."""
 
     def names(self, *actions: str) -> list[str]:
+        """Return the names of the norms of which this became."""
         return [norm.name for norm in self.norms if norm.action in actions]
 
     def _rows(self) -> list[tuple[str, str, str]]:
@@ -124,185 +114,125 @@ class FoldReport:
 def fold_affine(
     model: nn.Module,
     *,
-    fold_inputs: Mapping[str, Any] | None = None,
-    on_unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = "keep",
-    on_tied: str = "keep",
+    tied: Literal["keep", "untie"] = "keep",
+    unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = "keep",
+    inputs: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
 ) -> FoldReport:
     """Fold gain and bias of every LayerNorm and RMSNorm into the linear layers that read it, in place.
 
-    The norms keep their class with gain 1 and bias 0; task outputs stay what they were. Where a linear layer had to be
-    given a bias, or an eps was adjusted, the norm becomes layernorm-simple (the same function), so that the saved
-    model cannot be loaded without this package as if it were the stock one. `patch_model(model, ...,
-    affine="fold")` folds and swaps in one go.
+    The norms keep their class with gain 1 and bias 0; task outputs stay the same. Where a linear layer had to be given
+    a bias, or an eps was adjusted, the norm becomes layernorm-simple (the same function), so that the saved model
+    cannot be loaded without this package as if it were the stock one. `patch_model(model, ..., affine="fold")` folds
+    and swaps in one go.
 
-    Where no bias and no eps had to change, what is left is a stock model whose gains are 1 and biases 0 (`is_stock` of
-    the report): any engine that loads the architecture loads it as it is.
+    Where no bias and no eps had to change, the result is a stock model whose gains are 1 and biases 0 (`is_stock` of
+    the report): any engine that loads the architecture loads it. The config then lists the folded norms
+    (`folded_norms`), and says `flashnorm_folded` where no norm of the model needs its weight any more.
+
+    The model runs two times, or three with `"calibrate"`, always in evaluation mode.
 
     Args:
         model: with its weights in memory; not wrapped by DDP, FSDP or torch.compile.
-        fold_inputs: keyword arguments of one forward pass, by default made from the model's config. Give a real batch,
-            with padding if the model takes it, where the default does not run or does not reach every part of the
-            model.
-        on_unfoldable: for norms that something else reads too. "keep" leaves them, "approximate" folds a post-norm
-            residual norm but for the deviation of its gain, "calibrate" does so with gains and biases fitted to the
-            source's activations on `fold_inputs`, norm after norm, "raise" stops before anything was changed.
-        on_tied: for a norm whose head shares its weight with an embedding. "keep" leaves it, "untie" gives the head a
-            copy of its own to fold into; the config says so, or the checkpoint does.
-        tolerance: largest difference of a task output, relative to its largest value; by default 1e-4 in float32.
+        tied: see `Fold`, as for all options.
+        unfoldable: what to do with norms that something else reads too.
+        inputs: keyword arguments of one forward pass.
+        tolerance: largest change of a task output, relative to its largest value.
 
     Returns:
         What became of each norm, and the difference measured.
 
     Raises:
-        ValueError: a bad argument; no dummy inputs; a norm that cannot be folded with `on_unfoldable="raise"`.
+        TypeError, ValueError: a bad argument; inputs that the model does not accept; a norm that cannot be folded with
+            `unfoldable="raise"`.
         RuntimeError: the outputs moved by more than the tolerance.
-        Whatever is raised, a KeyboardInterrupt, say, the model is then as it was.
+        In every case, a KeyboardInterrupt included, the model is then unchanged; weights to within rounding.
     """
-    if on_unfoldable not in ("keep", "approximate", "calibrate", "raise"):
-        raise ValueError(f'on_unfoldable must be "keep", "approximate", "calibrate" or "raise", got {on_unfoldable!r}')
-    check_choice("on_tied", on_tied, CHOICES["on_tied"])
+    options = Fold(tied=tied, unfoldable=unfoldable, inputs=inputs, tolerance=tolerance)
     refuse_wrapped(model)
-    names = [name for name, _, info in iter_norms(model) if info.kind != "other"]
     with all_or_nothing(model) as change:
-        report = fold_norms(
-            change,
-            names,
-            fold_inputs=fold_inputs,
-            on_unfoldable=on_unfoldable,
-            on_tied=on_tied,
-            tolerance=tolerance,
-        )
+        report = fold_norms(change, None, options)
         if configs_of(model):
             if report.protect:
                 exactly = "re:" + "|".join(re.escape(name) for name in report.protect)
                 apply_plan(make_plan(model, Options(cls=LayerNormSimple, include=exactly, targets="all")))
             write_specs(model)
-    still_tied = report.untied and any(getattr(c, "tie_word_embeddings", False) for c in configs_of(model))
-    return replace(report, is_stock=not report.protect and not still_tied and resolved_spec(model) is None)
+            still_tied = report.untied and any(getattr(c, "tie_word_embeddings", False) for c in configs_of(model))
+            is_stock = not report.protect and not still_tied and resolved_spec(model) is None
+            mark_folded(model, report.names("folded", "approximated"), weightless=is_stock and _is_weightless(model))
+            report = replace(report, is_stock=is_stock)
+    return report
+
+
+def _is_weightless(model: nn.Module) -> bool:
+    """Whether every norm as wide as the hidden states is an RMSNorm whose weight is 1."""
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    norms = [(module, info) for _, module, info in iter_norms(model) if info.normalized_shape in ((width,), ())]
+    return bool(norms) and all(
+        info.kind == "rmsnorm"
+        and not (info.has_bias or info.gain_offset)
+        and (info.gain_name is None or bool((getattr(module, info.gain_name) == 1).all()))
+        for module, info in norms
+    )
 
 
 def fold_norms(
-    change: Change,
-    names: Collection[str],
-    *,
-    fold_inputs: Mapping[str, Any] | None = None,
-    on_unfoldable: OnUnfoldable = "keep",
-    on_tied: str = "keep",
-    tolerance: float | None = None,
-    groups: Mapping[str, NormGroup] | None = None,
+    change: Change, names: Collection[str] | None, options: Fold, become: Options | None = None
 ) -> FoldReport:
-    """`fold_affine` for the norms called `names` of `change.model`, as a part of that change; leaves the config alone.
-    `groups` says what each becomes, for "calibrate" (by default layernorm-simple)."""
-    model, groups = change.model, groups or {}
+    """Fold as `fold_affine` does, as a part of a larger change, and leave the config alone.
+
+    Args:
+        change: the change in progress; its model is folded.
+        names: the norms to fold; None for all.
+        options: see `Fold`.
+        become: what the norms become afterwards, to which `"calibrate"` fits; by default layernorm-simple.
+    """
+    model, become = change.model, become or Options(cls=LayerNormSimple)
     _check_model(model)
-    if tolerance is not None:
-        check_number("tolerance", tolerance)
-    if on_unfoldable == "calibrate" and fold_inputs is None:
-        raise ValueError(
-            'on_unfoldable="calibrate" fits to real activations: pass fold_inputs, one batch of real data'
-        )
-    if fold_inputs is not None and not isinstance(fold_inputs, Mapping):
-        raise TypeError(
-            f"fold_inputs must map argument names of the model's forward to tensors, got {type(fold_inputs).__name__}"
-        )
-    inputs = _checked(model, fold_inputs) if fold_inputs is not None else dummy_inputs(model)
-    calibrate = on_unfoldable == "calibrate"
-    heads = untie_heads(model) if on_tied == "untie" else {}
-    moving = [name for name, group in groups.items() if _moves(model.get_submodule(name), group)]
+    infos = {name: info for name, _, info in iter_norms(model) if info.kind != "other"}
+    names = list(infos) if names is None else names
+    calibrate = options.unfoldable == "calibrate"
+    groups = {n: become.group(n, model.get_submodule(n), infos[n]) for n in names} if calibrate else {}
+    heads = untie_heads(model) if options.tied == "untie" else {}
+    watched = watch_consumers(model, infos, options.inputs, keep_outputs=groups)
     plan = FoldPlan(
         model,
+        infos,
+        watched,
         names,
-        inputs,
-        approximate=calibrate or on_unfoldable == "approximate",
+        approximate=calibrate or options.unfoldable == "approximate",
         calibrate=calibrate,
-        moving=moving if calibrate else (),
+        moving=[n for n, group in groups.items() if _moves(model.get_submodule(n), group, become.cls)],
     )
-    untied = settle_heads(model, heads, {name for fold in plan.folds.values() for name in fold.readers})
+    untied = settle_heads(model, heads, {reader for step in plan.steps.values() for reader in step.readers})
     kept = [norm for norm in plan.norms if norm.action == "kept"]
-    if kept and on_unfoldable == "raise":
+    if kept and options.unfoldable == "raise":
         listed = "; ".join(f"{norm.name}: {norm.reason}" for norm in kept[:5])
         more = f" (and {len(kept) - 5} more)" if len(kept) > 5 else ""
         raise ValueError(
             f"{len(kept)} of {len(plan.norms)} norms cannot be folded: {listed}{more}. "
-            f'Nothing was changed; on_unfoldable="keep" leaves them as they are'
+            f'Nothing was changed; unfoldable="keep" leaves them as they are'
         )
-    if all(norm.action in ("kept", "nothing to fold") for norm in plan.norms):
+    if not plan.steps:
         return FoldReport(tuple(plan.norms))
-    _check_outputs(plan.watched.outputs)
-    states = _hidden_states(model, inputs)
-    replacements = _replacements(plan, groups)
-    if plan.fitted:
-        fold_by_fit(plan, inputs, replacements, change)
-    else:
-        for name in tqdm(plan.order, desc="folding", unit="norm", **SLOW_BAR):
-            plan.absorb(name, change)
-    plan.neutralize(change)
-    with hooked(_replaced(plan, replacements if calibrate else {})):
-        after = _outputs(model, inputs, hidden_states=bool(states))
-    difference, changed = _compare(dict(named_outputs(plan.watched.outputs)), after)
-    changed |= {path: _difference(states[path], after[path]) for path in states}
-    limit = tolerance if tolerance is not None else _default_tolerance(plan)
-    exact = not plan.fitted and all(norm.deviation is None or norm.deviation < 1e-7 for norm in plan.norms)
-    if exact and not difference <= limit:
-        raise RuntimeError(
-            f"folding moved the outputs by {difference:.2e} of their largest value, above the tolerance {limit:.0e}; "
-            f"the model is as it was. Pass a real batch as fold_inputs, or a larger tolerance to fold_affine if that "
-            f"is rounding (a half-precision model)"
-        )
-    if difference != difference:
-        raise RuntimeError("folding made the outputs NaN; the model is as it was")
-    side = {path: value for path, value in changed.items() if value > limit}
-    return FoldReport(tuple(plan.result()), difference, side, tuple(plan.added_biases), tuple(plan.protect()), untied)
-
-
-def _moves(module: nn.Module, group: NormGroup) -> bool:
-    """Whether what `module` becomes is, but for gain and bias, another function."""
-    if comes_in(group) or not is_swapped(module):
-        return comes_in(group)
-    plain = module.norm_name != "adanorm" or (module.settings().get("k"), module.settings().get("C")) == (0.0, 1.0)
-    same = group.eps in (None, module.eps) and (group.centered is not False) == module.centered
-    return not (plain and same)
-
-
-def _checked(model: nn.Module, fold_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """`fold_inputs`, with which the model runs. Raises ValueError, with the model's own words, when it does not."""
-    inputs = dict(fold_inputs)
-    try:
-        run(model, inputs)
-    except Exception as error:  # of whatever kind the model makes of them
+    if not any(bool(t.isfinite().any()) for t in watched.outputs.values() if t.is_floating_point()):
         raise ValueError(
-            f"{type(model).__name__} does not run on fold_inputs={{{', '.join(map(str, inputs))}}}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return inputs
+            "the model's outputs on these inputs hold no finite number, so a fold cannot be checked: pass a real "
+            "batch as inputs, and look for NaN in the weights"
+        )
 
+    def replacement(name: str) -> Callable[[Tensor], Tensor]:
+        """Return what takes the place of a norm, with its eps as adjusted by the time it is called."""
+        return lambda x: make_norm(plan.modules[name], vars(groups[name]), {groups[name].norm: become.cls})(x)
 
-def _replacements(plan: FoldPlan, groups: Mapping[str, NormGroup]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What takes the place of each folded norm, as a function of its input."""
-
-    def make(name: str) -> Callable[[Tensor], Tensor]:
-        info, module, group = plan.infos[name], plan.modules[name], groups.get(name)
-        kind = LayerNormSimple if group is None else NORM_CLASSES[group.norm]
-        settings: dict[str, Any] = {} if group is None else dict(group.settings)
-        settings["centered"] = info.kind == "layernorm" if group is None else group.centered is not False
-        settings["channels_first"] = info.channels_first
-        settings["reference"] = (group and group.reference) or getattr(module, "reference", "paper")
-
-        def norm(x: Tensor) -> Tensor:
-            eps = None if group is None else group.eps
-            if eps is None:
-                eps = getattr(module, key) if (key := eps_name(module)) else info.eps  # as adjusted by then
-            return cast(Tensor, kind(info.normalized_shape, eps, **settings)(x))
-
-        return norm
-
-    return {name: make(name) for name in plan.folds}
-
-
-def _replaced(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[Any]:
-    for name, new in replacements.items():
-        yield plan.modules[name].register_forward_hook(lambda module, args, output, new=new: new(args[0]))
+    replacements = {name: replacement(name) for name in plan.steps} if calibrate else {}
+    if plan.fitted:
+        fit(plan, replacements)
+    watched.norm_outputs.clear()
+    changed = plan.changed()
+    added_biases = write(plan, change)
+    difference, side = _check(plan, options, replacements)
+    return FoldReport(tuple(plan.result()), difference, side, tuple(added_biases), tuple(changed), untied)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -312,61 +242,58 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("folding needs whole weights: fold before DeepSpeed ZeRO-3 partitions them")
 
 
-def _check_outputs(outputs: Any) -> None:
-    """Raise ValueError for outputs that could show no difference."""
-    task = [tensor for _, tensor in named_outputs(outputs) if tensor.is_floating_point()]
-    if not any(bool(tensor.isfinite().any()) for tensor in task):
-        raise ValueError(
-            "the model's outputs on these inputs hold no finite number, by which a fold could be checked: pass "
-            "fold_inputs, a real batch, and look for NaN in the weights"
-        )
+def _moves(module: nn.Module, group: NormGroup, cls: type[nn.Module]) -> bool:
+    """Whether what `module` becomes is, apart from gain and bias, another function."""
+    if not is_plain(cls, group.settings) or not is_swapped(module):
+        return not is_plain(cls, group.settings)
+    same = group.eps in (None, module.eps) and (group.centered is not False) == module.centered
+    return not (is_plain(type(module.inner), module.settings()) and same)
 
 
-def _outputs(model: nn.Module, inputs: Mapping[str, Any], *, hidden_states: bool) -> dict[str, Tensor]:
-    with unchanged(model):  # transformers leaves the hooks that capture hidden states, and a mark
-        return dict(named_outputs(run(model, {**inputs, **({"output_hidden_states": True} if hidden_states else {})})))
+# ---------------------------------------------------------------------------------------------------------- the check
 
 
-def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The hidden states that the model returns only when it is asked for them; none where it cannot be asked."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
-    try:
-        outputs = _outputs(model, inputs, hidden_states=True)
-    except (TypeError, ValueError, RuntimeError):  # not a parameter of every model
-        return {}
-    return {path: tensor for path, tensor in outputs.items() if "hidden_states" in path}
+def _check(
+    plan: FoldPlan, options: Fold, replacements: Mapping[str, Callable[[Tensor], Tensor]]
+) -> tuple[float, dict[str, float]]:
+    """Run the folded model with the norms that are replaced later on. Return the largest relative difference of a task
+    output, and those of the by-products. Raise RuntimeError above the tolerance."""
 
+    def replaced() -> Iterator[Any]:
+        for name, new in replacements.items():
+            yield plan.modules[name].register_forward_hook(lambda module, args, output, new=new: new(args[0]))
 
-def _default_tolerance(plan: FoldPlan) -> float:
-    """That of the coarsest number that the fold changes: of the norms, the layers that take them up, the outputs."""
-    changed = {name for norm, fold in plan.folds.items() for name in (norm, *fold.readers, *fold.branches)}
-    dtypes = {parameter.dtype for name in changed for parameter in plan.modules[name].parameters(recurse=False)}
-    dtypes |= {tensor.dtype for _, tensor in named_outputs(plan.watched.outputs) if tensor.is_floating_point()}
-    return max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes)
-
-
-def _compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
-    """(largest relative difference of the task outputs, differences of the by-products)."""
-    main = any(not is_side_output(path) for path in before)
-    largest, side = 0.0, {}
-    for path, old in before.items():
+    watched = plan.watched
+    with evaluating(plan.model), hooked(replaced()):
+        after = {path: sample(t) for path, t in named_outputs(plan.model(**watched.inputs.values))}
+    has_task = any(not is_side_output(path) for path in watched.outputs)
+    difference, side = 0.0, {}
+    for path, old in watched.outputs.items():
         value = _difference(old, after[path])
-        if main and is_side_output(path):
+        if has_task and is_side_output(path):
             side[path] = value
-        elif value != value or value > largest:
-            largest = value
-    return largest, side
+        elif value != value or value > difference:
+            difference = value
+    if difference != difference:
+        raise RuntimeError("folding made the outputs NaN; the model is unchanged")
+    limit = options.tolerance if options.tolerance is not None else _default_tolerance(watched)
+    if difference > limit and (plan.is_exact or options.tolerance is not None):
+        raise RuntimeError(
+            f"folding moved the outputs by {difference:.2e} of their largest value, above the tolerance {limit:.0e}; "
+            f"the model is unchanged. Pass a real batch as inputs, or a larger tolerance if that is rounding"
+        )
+    return difference, {path: value for path, value in side.items() if value > limit}
+
+
+def _default_tolerance(watched: Watched) -> float:
+    """Return the tolerance of the coarsest numbers that the model computed with."""
+    return max(TOLERANCES.get(dtype, 1e-4) for dtype in watched.dtypes)
 
 
 def _difference(old: Tensor, new: Tensor) -> float:
-    """Largest difference, relative to the largest value; 0 for what holds no floating-point numbers."""
+    """Return the largest difference, relative to the largest value; 0 for what holds no floating-point numbers."""
     if not old.is_floating_point() or old.numel() == 0:
         return 0.0
-    gaps, scales = [], []
-    for a, b in zip(*(torch.split(tensor.flatten(), BLOCK) for tensor in (old, new)), strict=True):
-        finite = a.isfinite()  # a fully masked row is NaN before and after
-        a = torch.where(finite, a, 0.0).double()
-        gaps.append((torch.where(finite, b, 0.0).double() - a).abs().max())
-        scales.append(a.abs().max())
-    return float(torch.stack(gaps).max() / torch.stack(scales).max().clamp_min(1e-30))
+    finite = old.isfinite()  # a fully masked row is NaN before and after
+    old, new = (torch.where(finite, tensor, 0.0).double() for tensor in (old, new))
+    return float((new - old).abs().max() / old.abs().max().clamp_min(1e-30))

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_adanorm.state import storage_of
+
 PADDING, FOREIGN = -1, -2  # channel numbers of zeros that were put in, and of elements from elsewhere
 Source = tuple[str, str]  # ("norm" | "linear" | "sum", name)
 
@@ -75,11 +77,6 @@ class Trace:
 
 
 Traces = dict[Source, Trace]
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Where the tensor's memory begins; 0 if it has none."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def _thin(shadow: Tensor, keep: int | None = None) -> Tensor:

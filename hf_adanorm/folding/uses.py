@@ -1,4 +1,4 @@
-"""Who reads what, as the watched forward passes showed it (`consumers.py`)."""
+"""What a watched forward pass shows: who reads what, and what the model returns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from hf_adanorm.detection import NormInfo
+from hf_adanorm.running import Inputs, real_rows
 
 # Fields of a model's output that are by-products when it has others: they may change in a fold and are listed.
 SIDE_OUTPUTS = {
@@ -15,29 +19,29 @@ SIDE_OUTPUTS = {
     "decoder_hidden_states",
     "encoder_last_hidden_state",
 }
+_SAMPLE = 1 << 20  # elements of an output that are compared
 
 
 @dataclass(frozen=True)
 class LinearUse:
-    """A linear layer reads the norm; `columns[j]` is the channel that input feature j reads (FOREIGN: another
-    tensor's)."""
+    """A linear layer reads the norm."""
 
     module: str
     columns: tuple[int, ...]
+    """The channel that each input feature reads; FOREIGN for another tensor's."""
     bias_arrives: bool
     dropout: bool
     unsure: bool
-    run: int = 1
-    """In which forward pass, counted from 1."""
 
 
 @dataclass(frozen=True)
 class AddUse:
-    """A residual connection adds the norm's output to the output of the linear layer `branch`; `total` names the
-    sum."""
+    """A residual connection adds the norm's output to the output of a linear layer."""
 
     branch: str
+    """The linear layer."""
     total: int
+    """The number of the sum."""
     dropout: bool
     branch_dropout: bool
 
@@ -63,39 +67,47 @@ Use = LinearUse | AddUse | OtherUse | OutputUse
 
 @dataclass
 class Watched:
-    """What the forward passes showed."""
+    """What one forward pass showed."""
 
-    uses: dict[str, list[Use]]
+    inputs: Inputs
+    uses: dict[str, list[Use]] = field(default_factory=dict)
     """Per norm, in order. A norm that did not run is missing."""
-    linear_calls: dict[str, list[dict[str, tuple[int, ...]]]]
+    linear_calls: dict[str, list[dict[str, tuple[int, ...]]]] = field(default_factory=dict)
     """Per linear layer and call: which norms' channels its columns read."""
-    ran: dict[str, int]
+    ran: dict[str, int] = field(default_factory=dict)
     """The modules that ran, numbered in the order of their first call."""
     sum_readers: dict[int, list[str]] = field(default_factory=dict)
     """Per sum: norms that read it; anything else that does appears as "!operation"."""
     linear_readers: dict[str, list[str]] = field(default_factory=dict)
-    """Per linear layer (with `follow_sums`): the operations that read its output, "residual" for an AddUse."""
+    """Per linear layer: the operations that read its output, "residual" for an AddUse."""
     norm_reads: dict[str, list[int]] = field(default_factory=dict)
     """Per norm and call: the sum it read, -1 for anything else."""
     weight_readers: dict[str, str] = field(default_factory=dict)
     """Linear layers whose parameters are read outside their own forward, and by what."""
-    outputs: Any = None
-    """Of the first pass."""
-    num_runs: int = 0
-    in_training: dict[str, str] = field(default_factory=dict)
-    """Per norm: what reads it in training mode only."""
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    """Floating-point types that were computed with."""
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """A sample of each output of the model, by its path."""
+    norm_outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Per norm for which they were asked: (rows, channels) of each call, without padding."""
 
 
-def reader_of(use: Use) -> str:
-    if isinstance(use, LinearUse):
-        return use.module
-    if isinstance(use, OtherUse):
-        return f"{use.operation} in {use.module or 'the model'}"
-    return "a sum" if isinstance(use, AddUse) else "the model's output"
+def norm_rows(model: nn.Module, name: str, info: NormInfo, inputs: Mapping[str, Any], output: Tensor) -> Tensor:
+    """Return a copy of a norm's output as (rows, channels), without padding."""
+    if info.channels_first:
+        output = output.movedim(1, -1)
+    flat = output.detach().reshape(-1, torch.Size(info.normalized_shape).numel())
+    real = real_rows(model, name, inputs, output.shape[: -len(info.normalized_shape)])
+    return flat.clone() if real is None else flat[real.reshape(-1)]
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Return a flat copy of a tensor, or of about a million of its elements at equal distances."""
+    return tensor.detach().reshape(-1)[:: tensor.numel() // _SAMPLE + 1].clone()
 
 
 def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model's output with their paths ("logits", "text_model_output.pooler_output")."""
+    """Yield the tensors of a model's output with their paths ("logits", "text_model_output.pooler_output")."""
     if isinstance(output, Tensor):
         yield prefix or "output", output
     elif isinstance(output, Mapping):
@@ -107,6 +119,6 @@ def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
 
 
 def is_side_output(path: str) -> bool:
-    """Hidden states and the outputs of towers inside a larger model, which are by-products when there are others."""
+    """Whether an output is a by-product when there are others: hidden states, outputs of towers in a larger model."""
     head = path.split(".")[0]
     return head in SIDE_OUTPUTS or head.endswith("_model_output") or head in ("encoder_outputs", "past_key_values")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         write_model_card,
     )
     from .files import TEMPORARY, leads_outside, write_file
+    from .marks import WEIGHTLESS, WEIGHTLESS_TAG, folded_norms, mark_folded
     from .spec import configs_of, left_by_folds, own_configs, plain_modules, resolved_spec, swapped_norms, write_specs
     from .travel import CodeReport, inspect_code
     from .wrapping import when_imported
@@ -24,6 +25,7 @@ __getattr__ = lazily(
     {
         "card": "CARD_NAME describes read_card read_config renewed_card write_model_card",
         "files": "TEMPORARY leads_outside write_file",
+        "marks": "WEIGHTLESS WEIGHTLESS_TAG folded_norms mark_folded",
         "spec": "configs_of left_by_folds own_configs plain_modules resolved_spec swapped_norms write_specs",
         "travel": "CodeReport inspect_code",
         "wrapping": "when_imported",

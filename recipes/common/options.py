@@ -122,11 +122,14 @@ class PatchOptions:
         "auto", "kind of norm to swap; auto: those on the residual stream"
     )
     affine: Literal["drop", "fold"] = option("drop", "what becomes of trained gains and biases")
-    on_unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = option(
+    unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = option(
         "keep", "with affine fold: what to do with a norm that something else reads too"
     )
-    on_tied: Literal["keep", "untie"] = option(
+    tied: Literal["keep", "untie"] = option(
         "keep", "with affine fold: what to do with a norm whose head shares its weight with an embedding"
+    )
+    tolerance: float | None = option(
+        None, "with affine fold: largest change of an output, relative to its largest value", within="[0, inf)"
     )
     calibrate_k: bool = option(
         False, "AdaNorm: choose a k for each norm, at most --k, that its outliers on a batch of training data allow"

@@ -123,7 +123,7 @@ def apply_patch(
                 "give the norm it was patched with, or start from an unpatched model"
             )
         return count_norms(model, options.norm)
-    names = ("eps", "include", "exclude", "layers", "targets", "affine", "on_unfoldable", "on_tied")
+    names = ("eps", "include", "exclude", "layers", "targets", "affine")
     chosen, settings = {name: getattr(options, name) for name in names}, dict(options.norm_settings)
     try:
         cls, _ = resolve_norm(options.norm)
@@ -131,8 +131,11 @@ def apply_patch(
         batch = inputs() if inputs is not None and (calibrates or options.affine == "fold") else None
         if calibrates and batch is not None:
             settings["k"] = hf_adanorm.calibrate_k(model, [batch], k=settings.get("k", settings_of(cls)["k"])).k
+        how = {"unfoldable": options.unfoldable, "tied": options.tied, "tolerance": options.tolerance}
         if options.affine == "fold":
-            chosen["fold_inputs"] = batch
+            chosen["affine"] = hf_adanorm.Fold(**how, inputs=batch)
+        elif how != {"unfoldable": "keep", "tied": "keep", "tolerance": None}:
+            raise ValueError(f"{', '.join(how)} go with affine='fold', got affine={options.affine!r}")
         hf_adanorm.patch_model(model, cls, **chosen, **settings)
     except (ValueError, TypeError, RuntimeError) as error:  # the last: a fold that would have moved the outputs
         raise OptionError(f"--norm {options.norm}: {error}") from error

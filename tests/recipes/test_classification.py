@@ -293,7 +293,7 @@ def test_a_pretrained_model_folds_by_a_fit_with_a_k_for_each_norm(texts, tmp_pat
     trained, fitted = tmp_path / "layernorm", tmp_path / "run"
     classification.main(arguments_for(texts, trained, norm="layernorm", max_steps=10))
     changes = {"model_config": "{}", "model_name_or_path": trained / "best", "affine": "fold", "k": 1.0}
-    changes |= {"on_unfoldable": "calibrate", "calibrate_k": True, "learning_rate": 1e-9, "max_steps": 2}
+    changes |= {"unfoldable": "calibrate", "calibrate_k": True, "learning_rate": 1e-9, "max_steps": 2}
     classification.main(arguments_for(texts, fitted, **changes))
     results = read_results(fitted)
     norms = [m for m in load(fitted).modules() if getattr(m, "is_adanorm_module", False)]

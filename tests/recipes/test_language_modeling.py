@@ -129,7 +129,7 @@ def test_the_streams_of_two_processes_are_those_of_one(text, tmp_path):
 def test_a_folded_layernorm_simple_scores_as_the_pretrained_model(text, tmp_path):
     before = run(text, tmp_path / "layernorm", norm="layernorm")
     start = {"model_config": "{}", "model_name_or_path": tmp_path / "layernorm" / "best", "affine": "fold"}
-    start |= {"on_tied": "untie", "learning_rate": 1e-9, "max_steps": 1}
+    start |= {"tied": "untie", "learning_rate": 1e-9, "max_steps": 1}
     after = run(text, tmp_path / "run", norm="layernorm-simple", **start)
     assert after["norm_modules"] == before["norm_modules"] == 3
     assert after["history"][0]["loss"] == pytest.approx(before["validation"]["loss"], abs=0.01)

@@ -59,8 +59,8 @@ def test_calibrate_k_and_a_k_per_norm_refuse_bad_input() -> None:
         calibrate_k(model, [])
     with pytest.raises(ValueError, match="margin must be a finite number > 0"):
         calibrate_k(model, [dummy_inputs(model)], margin=0.0)
-    with pytest.raises(ValueError, match="k has no value for the norm"):
-        patch_model(model, "adanorm", k={"bert.embeddings.LayerNorm": 0.1})
+    with pytest.raises(ValueError, match="k has a value for 'embeddings', which is no norm of the model"):
+        patch_model(model, "adanorm", k={"embeddings": 0.1})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel, ViTConfig, ViTModel
 
-from hf_adanorm import patch_model, unpatch_model
+from hf_adanorm import Fold, patch_model, unpatch_model
 
 CASES = 400
 outcomes: Counter[str] = Counter()
@@ -71,7 +71,6 @@ GOOD = {
     "layers": st.none() | st.lists(st.sampled_from([0, 1, -1, -2]), min_size=1, max_size=2) | st.sampled_from([0, -1]),
     "centered": st.sampled_from([None, True]),
     "targets": st.sampled_from(["auto", "layernorm", "all"]),
-    "on_unfoldable": st.just("keep"),  # the others go with a fold
     "detach_mean": st.booleans(),
     "exclude": st.sampled_from([None, r"re:.*\.1\..*"]),
 }
@@ -86,7 +85,6 @@ BAD = {
     "layers": [[99], "1", 1.5, [None], [0.5], -77],
     "targets": ["LayerNorm", "", None, 1],
     "affine": ["folded", "", None, 1],
-    "on_unfoldable": ["ignore", None, 0, "calibrate", "raise"],
 }
 
 
@@ -166,7 +164,7 @@ def test_a_fold_keeps_the_function_or_changes_nothing(kind: str, norm: str, unfo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            patch_model(model, norm, affine="fold", on_unfoldable=unfoldable, C=C)
+            patch_model(model, norm, affine=Fold(unfoldable=unfoldable), C=C)
         except ValueError:
             assert_same_state(model, before)
             outcomes["refused"] += 1

@@ -240,9 +240,7 @@ def test_norms_whose_weight_a_kernel_reads_are_never_swapped(options: dict[str, 
         patch_model(model, include="b_layernorm")
 
 
-@pytest.mark.parametrize(
-    "option", [{"targets": "layer_norm"}, {"norm": "ada"}, {"affine": "keep"}, {"on_unfoldable": "x"}]
-)
+@pytest.mark.parametrize("option", [{"targets": "layer_norm"}, {"norm": "ada"}, {"affine": "keep"}])
 def test_unknown_choice_raises_with_the_choices(option: dict[str, str]) -> None:
     (value,) = option.values()
     with pytest.raises(ValueError, match=rf"must be one of \[.*got '{value}'"):

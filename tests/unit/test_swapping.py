@@ -19,6 +19,7 @@ from transformers import DebertaConfig, DebertaModel
 
 import hf_adanorm
 from hf_adanorm import (
+    Fold,
     fold_affine,
     inspect_model,
     is_patched,
@@ -49,7 +50,7 @@ def picture(model: nn.Module) -> dict[str, Any]:
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(
-        torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
+        torch.allclose(value, other[key], rtol=1e-6, atol=0.0) if isinstance(value, Tensor) else value == other[key]
         for key, value in one.items()
     )
 
@@ -92,7 +93,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "fold": (lambda: build("gpt2-lm untied"), lambda m: patch_model(m, affine="fold")),
     "calibrate": (
         lambda: build("bert-cls"),
-        lambda m: patch_model(m, affine="fold", on_unfoldable="calibrate", fold_inputs=dummy_inputs(m)),
+        lambda m: patch_model(m, affine=Fold(unfoldable="calibrate", inputs=dummy_inputs(m))),
     ),
     "fold_affine": (lambda: build("gpt2-lm untied"), fold_affine),
     "unpatch": (lambda: patched("bert-cls"), unpatch_model),
@@ -122,7 +123,7 @@ def test_wherever_a_call_is_stopped_it_is_undone_or_done(name: str, error: BaseE
     [
         (lambda: build("bert-cls"), patch_model),
         (lambda: build("gpt2-lm"), lambda m: patch_model(m, affine="fold")),  # its last norm is kept
-        (lambda: build("bert-cls"), lambda m: patch_model(m, affine="fold", on_unfoldable="approximate")),
+        (lambda: build("bert-cls"), lambda m: patch_model(m, affine=Fold(unfoldable="approximate"))),
         (lambda: patched("gpt2-lm untied", affine="fold"), unpatch_model),  # a bias stays
     ],
     ids=["drop", "fold", "approximate", "unpatch"],

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_adanorm import fold_affine, patch_model
+from hf_adanorm import Fold, fold_affine, patch_model
 from hf_adanorm.detection import iter_norms
 from hf_adanorm.running import dummy_inputs
 
@@ -129,6 +129,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, **VOCAB, "decoder_start_token_id": 0},
     ),
     "llama": ("LlamaForCausalLM", GROUPED),
+    "gemma": ("GemmaForCausalLM", {**GROUPED, "head_dim": 16}),
     "mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
     "olmo": ("OlmoForCausalLM", GROUPED),
     "vit-mae": (
@@ -209,7 +210,7 @@ def folding_table() -> None:
         model = build(name)
         names = [norm for norm, _, info in iter_norms(model) if info.kind != "other"]
         report = fold_affine(model)
-        again = fold_affine(build(name), on_unfoldable="approximate")
+        again = fold_affine(build(name), unfoldable="approximate")
         reasons = Counter(
             "tied head" if "tied" in norm.reason else norm.reason.split(" in ")[0].split(" (")[0]
             for norm in report.norms
@@ -226,8 +227,8 @@ def post_norm_table() -> None:
     """How far the logits of post-norm models move by layernorm-simple, over three draws of gains and biases."""
     ways = {
         "dropped": {},
-        "approximate": {"affine": "fold", "on_unfoldable": "approximate"},
-        "approximate, each gain one number": {"affine": "fold", "on_unfoldable": "approximate"},
+        "approximate": {"affine": Fold(unfoldable="approximate")},
+        "approximate, each gain one number": {"affine": Fold(unfoldable="approximate")},
     }
     print(f"| architecture | {' | '.join(ways)} |")
     print("|---|" + "---|" * len(ways))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from hf_adanorm import LayerNormSimple, fold_affine, is_patched, patch_model, unpatch_model
+from hf_adanorm import Fold, LayerNormSimple, fold_affine, is_patched, patch_model, unpatch_model
 from hf_adanorm.running import dummy_inputs
 from tests.zoo.fold_blocks import WIDTH, Block, difference, norm, quietly, state, unchanged
 from tests.zoo.fold_models import ENCODER, POST_NORM, VOCAB, build, logits
@@ -23,7 +23,7 @@ def test_post_norm_is_exact_when_every_gain_is_one_number(name: str) -> None:
     model = build(name, constant=True)
     inputs = dummy_inputs(model)
     before = logits(model, inputs)
-    quietly(patch_model, model, "layernorm-simple", affine="fold", on_unfoldable="approximate")
+    quietly(patch_model, model, "layernorm-simple", affine=Fold(unfoldable="approximate"))
     assert difference(logits(model, inputs), before) <= 1e-5
 
 
@@ -32,7 +32,7 @@ def test_post_norm_moves_less_than_by_dropping(name: str) -> None:
     model, dropped = build(name), build(name)
     inputs = dummy_inputs(model)
     before = logits(model, inputs)
-    report = fold_affine(model, on_unfoldable="approximate")
+    report = fold_affine(model, unfoldable="approximate")
     quietly(patch_model, dropped, "layernorm-simple")
     assert len(report.names("approximated")) == POST_NORM[name]
     assert all(n.deviation is not None for n in report.norms if n.action == "approximated")
@@ -49,14 +49,14 @@ def test_calibration_moves_less_than_approximation(k: float) -> None:
     moved = {}
     for way in ("approximate", "calibrate"):
         model = build("bert-mlm")
-        quietly(patch_model, model, "adanorm", k=k, affine="fold", on_unfoldable=way, fold_inputs=batch)
+        quietly(patch_model, model, "adanorm", k=k, affine=Fold(unfoldable=way, inputs=batch))
         moved[way] = float((logits(model, batch) - before).norm() / before.norm())
     assert moved["calibrate"] < 0.8 * moved["approximate"]
 
 
 def test_calibration_warns_of_a_k_that_loses_most() -> None:
     batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
-    options = {"affine": "fold", "on_unfoldable": "calibrate", "fold_inputs": batch}
+    options = {"affine": Fold(unfoldable="calibrate", inputs=batch)}
     with pytest.warns(UserWarning, match="choose a smaller k"):
         patch_model(build("bert-cls"), "adanorm", k=0.9, **options)
     with warnings.catch_warnings():
@@ -68,7 +68,7 @@ def test_calibration_is_exact_where_folding_is() -> None:
     model = build("vit").double()
     inputs = {"pixel_values": torch.randn(8, 3, 32, 32).double()}
     before = logits(model, inputs)
-    fold_affine(model, on_unfoldable="calibrate", fold_inputs=inputs)
+    fold_affine(model, unfoldable="calibrate", inputs=inputs)
     assert difference(logits(model, inputs), before) <= 1e-9
 
 
@@ -106,8 +106,8 @@ def test_a_fit_adds_no_bias_where_none_would_arrive_and_is_no_further_off_than_t
         before, off = model(**inputs), {}
         for way in ("keep", "calibrate"):
             new = copy.deepcopy(model)
-            options = {"affine": "fold", "on_unfoldable": way, "fold_inputs": inputs}
-            quietly(patch_model, new, "adanorm", C=C, k=0.1, **options)
+            quietly(patch_model, new, "adanorm", C=C, k=0.1, affine=Fold(unfoldable=way, inputs=inputs))
+            quietly(patch_model, new, "adanorm", C=C, k=0.1)  # the exact fold starts with k = 0
             off[way] = float((new(**inputs) - before).norm())
     layer, old = (part.conv if path == "convolved" else part.linear for part in (new, model))
     assert torch.equal(layer.bias, old.bias)
@@ -118,7 +118,7 @@ def test_a_calibrated_fold_keeps_padded_rows_of_mamba_those_of_rows_without_padd
     config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, **VOCAB)
     model = transformers.MambaForCausalLM(config).eval()
     ids = torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(0))
-    options = {"affine": "fold", "on_unfoldable": "calibrate", "on_tied": "untie", "fold_inputs": {"input_ids": ids}}
+    options = {"affine": Fold(unfoldable="calibrate", tied="untie", inputs={"input_ids": ids})}
     with torch.no_grad():
         for module in model.modules():
             if hasattr(module, "variance_epsilon"):
@@ -142,8 +142,8 @@ def test_unpatching_keeps_the_fold() -> None:
 
 
 def test_what_an_approximate_fold_drops_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"4 norms folded but for the deviation .*at bert\."):
-        patch_model(build("bert-cls"), "layernorm-simple", affine="fold", on_unfoldable="approximate")
+    with pytest.warns(UserWarning, match=r"4 norms folded without the deviation .*at bert\."):
+        patch_model(build("bert-cls"), "layernorm-simple", affine=Fold(unfoldable="approximate"))
 
 
 # --- what is not N(x) with gain and bias -----------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_norms_without_gain_and_bias_are_fitted_too(swapped: bool) -> None:
     at_once = copy.deepcopy(model)
     before = logits(model, batch)
     quietly(patch_model, at_once, "adanorm", C=1.5, k=0.1)
-    options = {"affine": "fold", "on_unfoldable": "calibrate", "fold_inputs": batch}
+    options = {"affine": Fold(unfoldable="calibrate", inputs=batch)}
     patch_model(model, "adanorm", C=1.5, k=0.1, **options)
     assert (logits(model, batch) - before).norm() < 0.4 * (logits(at_once, batch) - before).norm()
     again = state(model)
@@ -173,7 +173,7 @@ def test_a_norm_without_parameters_that_cannot_be_fitted_stays_with_a_warning() 
     model.model.embed_tokens.weight = model.lm_head.weight
     batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
     with pytest.warns(UserWarning, match=r"1 of 5 norms cannot be folded .*model.norm: the weight of lm_head is tied"):
-        patch_model(model, "adanorm", affine="fold", on_unfoldable="calibrate", fold_inputs=batch)
+        patch_model(model, "adanorm", affine=Fold(unfoldable="calibrate", inputs=batch))
     assert not is_patched(model.model.norm)
     assert is_patched(model.model.layers[0].input_layernorm)
 
@@ -182,7 +182,7 @@ def test_a_calibrated_fold_that_is_exact_adds_no_bias_and_leaves_a_stock_model()
     model, exact = build("llama"), build("llama")
     batch = {"input_ids": torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(1))}
     fold_affine(exact)
-    report = fold_affine(model, on_unfoldable="calibrate", fold_inputs=batch)
+    report = fold_affine(model, unfoldable="calibrate", inputs=batch)
     assert report.is_stock
     assert not report.added_biases
     assert unchanged(model, state(exact))
@@ -193,14 +193,14 @@ def test_a_plain_norm_that_becomes_another_plain_one_takes_no_bias() -> None:
     batch = {"input_ids": torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(1))}
     patch_model(model, "layernorm-simple", targets="all", affine="fold")
     names = set(dict(model.named_parameters()))
-    patch_model(model, "detachnorm", targets="all", affine="fold", on_unfoldable="calibrate", fold_inputs=batch)
+    patch_model(model, "detachnorm", targets="all", affine=Fold(unfoldable="calibrate", inputs=batch))
     assert set(dict(model.named_parameters())) == names
 
 
 def test_the_report_of_a_fit_says_what_share_of_each_output_is_not_reproduced() -> None:
     model = build("bert-cls")
     batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
-    report = fold_affine(model, on_unfoldable="calibrate", fold_inputs=batch)
+    report = fold_affine(model, unfoldable="calibrate", inputs=batch)
     fitted = next(norm for norm in report.norms if norm.reason.startswith("fitted"))
     assert fitted.lost is not None
     assert 0 < fitted.lost < 1
@@ -215,7 +215,7 @@ def test_the_report_of_a_fit_says_what_share_of_each_output_is_not_reproduced() 
 def test_no_scale_is_handed_to_what_does_not_normalize(following: str) -> None:
     model = build("bert-cls").bert
     quietly(patch_model, model, following, include=["output.LayerNorm"], exclude=["attention.output.LayerNorm"])
-    report = fold_affine(model, on_unfoldable="approximate")
+    report = fold_affine(model, unfoldable="approximate")
     reasons = {norm.name: norm.reason for norm in report.norms}
     assert "does not take its scale away" in reasons["encoder.layer.0.attention.output.LayerNorm"]
 
@@ -238,7 +238,7 @@ def test_the_eps_of_a_fold_on_a_swapped_norm_is_saved_and_taken_back(
     include = ["layer.0.attention.output.LayerNorm", *(["layer.0.output.LayerNorm"] if order == "with" else [])]
     with torch.no_grad():
         before = model(**inputs)[0]
-        options = {"affine": "fold", "on_unfoldable": "approximate", "include": include, "eps": eps}
+        options = {"affine": Fold(unfoldable="approximate"), "include": include, "eps": eps}
         quietly(patch_model, model, "layernorm-simple", **options)
         assert difference(model(**inputs)[0], before) <= 1e-5
         assert model.encoder.layer[0].output.LayerNorm.eps == pytest.approx(1e-2 / 0.3**2)
@@ -254,5 +254,5 @@ def test_the_eps_that_is_added_to_the_standard_deviation_is_divided_by_the_scale
     model.bert.encoder.layer[0].output.LayerNorm = LayerNormSimple(32, eps=1e-2, reference="lancopku")
     inputs = dummy_inputs(model)
     before = logits(model, inputs)
-    fold_affine(model, on_unfoldable="approximate")
+    fold_affine(model, unfoldable="approximate")
     assert difference(logits(model, inputs), before) <= 1e-5

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hf_adanorm import fold_affine, is_patched, patch_model, unpatch_model
+from hf_adanorm import Fold, fold_affine, is_patched, patch_model, unpatch_model
 from hf_adanorm.folding.fold import fold_norms
 from hf_adanorm.running import dummy_inputs
-from hf_adanorm.saving import install
+from hf_adanorm.saving import folded_norms, install
 from hf_adanorm.swapping import all_or_nothing
 from tests.zoo.fold_blocks import WIDTH, Block, difference, fold_block, norm, quietly, state, unchanged
 from tests.zoo.fold_models import build, logits
@@ -116,7 +116,7 @@ def test_two_norms_fold_into_one_layer_that_reads_them_side_by_side() -> None:
     block.second, block.x = norm(), torch.randn(2, 5, WIDTH)
     x = torch.randn(2, 5, WIDTH)
     before = block.eval()(x)
-    report = fold_affine(block, fold_inputs={"x": x})
+    report = fold_affine(block, inputs={"x": x})
     assert len(report.names("folded")) == 2
     torch.testing.assert_close(block(x), before)
 
@@ -171,7 +171,7 @@ def test_whatever_is_folded_is_the_same_function(moves: list[str], bias: bool) -
     block = Block(compute, bias=bias, wide=nn.Linear(width, 3)).double().eval()
     x, other = torch.randn(2, 5, WIDTH).double(), torch.randn(4, 6, WIDTH).double()
     before = block(x), block(other)
-    folded = fold_block(block, fold_inputs={"x": x}).action == "folded"
+    folded = fold_block(block, inputs={"x": x}).action == "folded"
     for old, value in zip(before, (x, other), strict=True):
         torch.testing.assert_close(block(value), old, rtol=1e-9, atol=1e-9)
     spoiled = bool({"gelu", "square", "round", "floor"} & set(moves)) or (bias and bool({"pad", "halve"} & set(moves)))
@@ -192,20 +192,38 @@ def test_folding_twice_changes_nothing() -> None:
 
 def test_a_difference_above_the_tolerance_undoes_everything() -> None:
     model = build("whisper")
+    head = model.proj_out
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    head.register_forward_pre_hook(lambda module, args: (args[0] * 1.1,))  # after the norm's bias, which it scales
     before, spec = state(model), getattr(model.config, "adanorm", None)
-    with pytest.raises(RuntimeError, match="above the tolerance"):
-        fold_affine(model, tolerance=1e-12)
-    assert unchanged(model, before)
+    with pytest.raises(RuntimeError, match="above the tolerance 1e-04"):
+        fold_affine(model)
+    assert unchanged(model, before, rounding=True)
     assert getattr(model.config, "adanorm", None) == spec
+    assert folded_norms(model) == []
 
 
-def test_an_undone_approximation_restores_eps() -> None:
-    model = build("bert-cls", constant=True)
+def test_a_tolerance_that_is_given_holds_for_inexact_folds_and_undoing_them_restores_eps() -> None:
+    model = build("bert-cls")
     before, eps = state(model), [m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)]
-    with pytest.raises(RuntimeError, match="above the tolerance"):
-        fold_affine(model, on_unfoldable="approximate", tolerance=1e-12)
-    assert unchanged(model, before)
-    assert [m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)] == eps
+    for call in (fold_affine, lambda m, **options: quietly(patch_model, m, affine=Fold(**options))):
+        with pytest.raises(RuntimeError, match="above the tolerance 1e-03"):
+            call(model, unfoldable="approximate", tolerance=1e-3)
+        assert unchanged(model, before, rounding=True)
+        assert [m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)] == eps
+
+
+def test_the_tolerance_is_that_of_the_coarsest_type_computed_with() -> None:
+    model = build("gemma").double()  # its norms compute in float32 whatever they get
+    inputs = dummy_inputs(model)
+    before = logits(model, inputs)
+    assert fold_affine(model, tied="untie").names("folded")
+    assert difference(logits(model, inputs), before) <= 1e-5
+    block = Block(lambda self, y: self.linear(y))
+    block.unrelated = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    block.linear.register_forward_pre_hook(lambda module, args: (args[0] * 1.1,))
+    with pytest.raises(RuntimeError, match="above the tolerance 1e-04"):
+        fold_block(block)
 
 
 def test_overflow_in_half_precision_undoes_everything() -> None:
@@ -214,7 +232,7 @@ def test_overflow_in_half_precision_undoes_everything() -> None:
         block.linear.weight.fill_(60000.0)
     before = state(block)
     with pytest.raises(RuntimeError, match="overflows"):
-        fold_block(block, fold_inputs={"x": torch.randn(2, 5, WIDTH).half()})
+        fold_block(block, inputs={"x": torch.randn(2, 5, WIDTH).half()})
     assert unchanged(block, before)
 
 
@@ -222,9 +240,9 @@ def test_raise_stops_before_anything_changes() -> None:
     model = build("gpt2-lm")
     before = state(model)
     with pytest.raises(ValueError, match=r"1 of 5 norms cannot be folded: transformer.ln_f.*tied"):
-        fold_affine(model, on_unfoldable="raise")
+        fold_affine(model, unfoldable="raise")
     with pytest.raises(ValueError, match="cannot be folded"):
-        patch_model(model, affine="fold", on_unfoldable="raise")
+        patch_model(model, affine=Fold(unfoldable="raise"))
     assert unchanged(model, before)
     assert not is_patched(model)
 
@@ -233,11 +251,7 @@ def test_raise_stops_before_anything_changes() -> None:
     ("options", "message"),
     [
         ({"norm": "none", "affine": "fold"}, 'does not go with norm="none"'),
-        ({"affine": "fold", "on_unfoldable": "calibrate"}, "pass fold_inputs"),
-        ({"affine": "fold", "on_unfoldable": "guess"}, "on_unfoldable"),
-        ({"affine": "melt"}, "affine"),
-        ({"on_unfoldable": "calibrate"}, "on_unfoldable='calibrate' goes with affine=\"fold\", got affine='drop'"),
-        ({"fold_inputs": {}}, "fold_inputs goes with affine"),
+        ({"affine": "melt"}, "affine must be one of"),
     ],
 )
 def test_contradictions_raise_before_anything_changes(options: dict[str, Any], message: str) -> None:
@@ -253,21 +267,20 @@ def test_the_meta_device_and_unknown_inputs_are_refused() -> None:
         model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1))
     with pytest.raises(ValueError, match="needs the weights"):
         fold_affine(model)
-    with pytest.raises(ValueError, match="fold_inputs="):
+    with pytest.raises(ValueError, match="inputs="):
         fold_affine(Block(lambda self, y: self.linear(y)))
 
 
-def test_training_flags_hooks_and_random_state_are_left_alone() -> None:
-    model = build("vit").train()
-    first_layer(model).eval()
+@pytest.mark.parametrize(("unfoldable", "most"), [("keep", 2), ("approximate", 2), ("calibrate", 3)])
+def test_a_fold_runs_the_model_at_most_three_times_and_never_in_training_mode(unfoldable: Any, most: int) -> None:
+    model = build("bert-mlm").train()
+    model.bert.encoder.layer[0].eval()
     flags = [module.training for module in model.modules()]
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    fold_affine(model)
+    passes: list[bool] = []
+    model.register_forward_hook(lambda module, *_: passes.append(any(m.training for m in module.modules())))
+    fold_affine(model, unfoldable=unfoldable, inputs={"input_ids": torch.randint(4, 100, (4, 12))})
+    assert passes == [False] * most
     assert [module.training for module in model.modules()] == flags
-    assert torch.equal(torch.rand(1), expected)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("changed", [{"eps": 0.5}, {"centered": True}])
@@ -283,25 +296,17 @@ def test_hidden_states_that_change_are_listed_though_they_are_returned_on_reques
     assert "hidden_states.2" in fold_affine(build("gpt2-lm untied")).changed
 
 
-def test_the_tolerance_is_that_of_the_weights_that_change() -> None:
-    block = Block(lambda self, y: self.linear(y))
-    block.unrelated = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    block.linear.register_forward_pre_hook(lambda module, args: (args[0] * 1.1,))
-    with pytest.raises(RuntimeError, match="above the tolerance 1e-04"):
-        fold_block(block)
-
-
 def test_a_norm_in_half_precision_before_a_head_in_full_folds() -> None:
     block = Block(lambda self, y: self.linear(y.float()))
     block.norm.bfloat16()
-    assert fold_block(block, fold_inputs={"x": torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)}).action == "folded"
+    assert fold_block(block, inputs={"x": torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)}).action == "folded"
 
 
 def test_inputs_whose_outputs_are_not_finite_check_nothing_and_are_refused() -> None:
     block = Block(lambda self, y: self.linear(y))
     before = state(block)
     with pytest.raises(ValueError, match="hold no finite number"):
-        fold_block(block, fold_inputs={"x": torch.full((2, 5, WIDTH), float("nan"))})
+        fold_block(block, inputs={"x": torch.full((2, 5, WIDTH), float("nan"))})
     assert unchanged(block, before)
 
 
@@ -327,7 +332,7 @@ def reload(folders: list[Path]) -> None:
 SAVED = {
     "gpt2": ("gpt2-lm untied", {"norm": "adanorm", "C": 1.3, "k": 0.07, "affine": "fold"}),
     "whisper": ("whisper", {"norm": "layernorm-simple", "affine": "fold"}),
-    "bert": ("bert-cls", {"norm": "adanorm", "affine": "fold", "on_unfoldable": "approximate"}),
+    "bert": ("bert-cls", {"norm": "adanorm", "affine": Fold(unfoldable="approximate")}),
     "swin": ("swin", {"norm": "layernorm-simple", "affine": "fold"}),
 }
 
@@ -344,7 +349,7 @@ def test_folded_models_reload_through_stock_calls_in_another_process(tmp_path: P
         (folders[-1] / "class.txt").write_text(type(model).__name__)
     base = build("bert-cls").bert  # its last norm is the output: kept, with another eps
     inputs = dummy_inputs(base)
-    quietly(patch_model, base, "layernorm-simple", affine="fold", on_unfoldable="approximate")
+    quietly(patch_model, base, "layernorm-simple", affine=Fold(unfoldable="approximate"))
     assert list(base.config.adanorm["eps"]) == ["encoder.layer.1.output.LayerNorm"]
     folders.append(tmp_path / "base")
     base.save_pretrained(folders[-1])
@@ -407,7 +412,7 @@ def test_layers_quantised_to_8_bits_and_back_lose_no_bias_of_a_fold(tmp_path: Pa
 def test_the_eps_of_a_fold_outlives_the_norm_that_it_was_adjusted_on(tmp_path: Path) -> None:
     model = build("bert-cls").bert
     inputs = dummy_inputs(model)
-    quietly(patch_model, model, "layernorm-simple", affine="fold", on_unfoldable="approximate")
+    quietly(patch_model, model, "layernorm-simple", affine=Fold(unfoldable="approximate"))
     last = model.encoder.layer[1].output
     other = nn.LayerNorm(last.LayerNorm.weight.shape, last.LayerNorm.eps)
     other.load_state_dict(last.LayerNorm.state_dict())
@@ -422,7 +427,7 @@ def test_an_eps_that_was_adjusted_lasts_through_a_second_patch_and_back() -> Non
     model = build("bert-cls").bert
     norm = "encoder.layer.0.output.LayerNorm"
     patch_model(model, "layernorm-simple", include=norm)
-    how = {"affine": "fold", "on_unfoldable": "approximate"}
+    how = {"affine": Fold(unfoldable="approximate")}
     quietly(patch_model, model, "layernorm-simple", include="attention.output.LayerNorm", **how)
     adjusted = model.get_submodule(norm).eps
     patch_model(model, "detachnorm", include=norm)
@@ -468,7 +473,7 @@ def test_the_report_says_what_became_of_each_norm() -> None:
 def test_only_the_named_norms_are_folded() -> None:
     model = build("vit")
     with all_or_nothing(model) as change:
-        report = fold_norms(change, ["vit.layernorm"])
+        report = fold_norms(change, ["vit.layernorm"], Fold())
     assert report.names("folded") == ["vit.layernorm"]
     assert bool((model.vit.layernorm.weight == 1).all())
     assert not bool((first_layer(model).layernorm_before.weight == 1).all())

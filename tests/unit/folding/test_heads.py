@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_adanorm import fold_affine, patch_model
+from hf_adanorm import Fold, fold_affine, patch_model
 from hf_adanorm.running import dummy_inputs
 from tests.zoo.fold_models import build, logits, tied_llama
 
@@ -35,7 +35,7 @@ def test_a_tied_head_is_folded_into_once_it_is_untied(name: str, tmp_path: Path)
     before = logits(model, inputs)
     embedding = model.get_input_embeddings().weight
     values = embedding.detach().clone()
-    report = fold_affine(model, on_tied="untie")
+    report = fold_affine(model, tied="untie")
     assert norm in report.names("folded")
     assert "untied (3," in str(report)
     after = logits(model, inputs)
@@ -48,7 +48,7 @@ def test_a_tied_head_is_folded_into_once_it_is_untied(name: str, tmp_path: Path)
 
 
 def test_a_head_stays_tied_by_default_and_where_no_norm_folds_into_it() -> None:
-    for model, options in ((tied_llama(), {}), (build("bart").float(), {"on_tied": "untie", "fold_inputs": None})):
+    for model, options in ((tied_llama(), {}), (build("bart").float(), {"tied": "untie", "inputs": None})):
         if options:  # a constant: nothing to fold
             last = model.model.decoder.layers[1].final_layer_norm
             nn.init.ones_(last.weight)
@@ -74,7 +74,7 @@ print("stock")
 
 def test_a_plain_stock_model_loads_with_stock_transformers_where_we_are_not(tmp_path: Path) -> None:
     model = tied_llama()
-    report = fold_affine(model, on_tied="untie")
+    report = fold_affine(model, tied="untie")
     assert report.is_stock
     assert "loads without hf_adanorm" in str(report)
     inputs = dummy_inputs(model)
@@ -92,15 +92,8 @@ def test_biases_that_were_added_make_no_stock_model() -> None:
 
 
 def test_resized_embeddings_keep_an_untied_head() -> None:
-    model = patch_model(tied_llama(), "layernorm-simple", targets="rmsnorm", affine="fold", on_tied="untie")
+    model = patch_model(tied_llama(), "layernorm-simple", targets="rmsnorm", affine=Fold(tied="untie"))
     head = model.lm_head.weight[:64].clone()
     model.resize_token_embeddings(64)
     assert torch.equal(model.lm_head.weight, head)
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
-
-
-def test_on_tied_goes_with_a_fold() -> None:
-    with pytest.raises(ValueError, match="on_tied='untie' goes with affine=\"fold\""):
-        patch_model(build("gpt2-lm"), on_tied="untie")
-    with pytest.raises(ValueError, match="on_tied must be one of"):
-        patch_model(build("gpt2-lm"), affine="fold", on_tied="cut")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_adanorm.folding.shadows import FOREIGN, PADDING, Shadows, Trace
-from hf_adanorm.running import tensors_in
+from hf_adanorm.state import tensors_in
 
 aten = torch.ops.aten
 NORM = ("norm", "n")
