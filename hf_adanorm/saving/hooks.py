@@ -45,6 +45,7 @@ from hf_adanorm.spec import AdaNormSpec
 
 from . import card, travel
 from .files import write_file
+from .marks import refresh_marks
 from .spec import all_configs, differences, has_spec, in_words, refresh_specs, refuse_loose_norms, spec_in_file
 from .travel import own_file
 
@@ -177,6 +178,7 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
         refuse_loose_norms(model)
         with _in_second_place(folder):
             refresh_specs(model)
+            refresh_marks(model)
             saving.config = model.config
         if has_spec(model.config):
             _classes_of(model.config)
