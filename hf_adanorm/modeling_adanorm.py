@@ -341,7 +341,8 @@ def _checked(data: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
         fine = isinstance(value, types.get(key, Held)) and (key in LAYOUT or type(value) is not bool)
         fine = fine and (not isinstance(value, (list, dict)) or len(value) <= 100_000)
         check(fine, f"{what} has a wrong entry {short_repr(key)}", value)
-    for name in [name for key in ("modules", "biases", "eps", "classes") for name in data.get(key, ())]:
+    named = [key for key in ("modules", "biases", "eps", "classes") if types.get(key) is not object]  # a group's eps
+    for name in [name for key in named for name in data.get(key, ())]:
         check(_is_name(name), f"{what} must hold names", name)
     return {**{key: kind() for key, kind in types.items() if kind is not object}, **data}
 
