@@ -6,9 +6,9 @@
     python recipes/benchmark.py --quick --what norms models      # whether it runs here, in seconds
 
 Each variant and its baseline take turns, in alternating order, and each turn yields one ratio of their times. So a
-busy machine slows down both. The table gives the median ratio and its 95 % interval (from order statistics). A goal is met
-if the interval ends at most 0.02 above it, and missed if it begins above that; otherwise there is no verdict. With one
-thread the clock is CPU time, else wall time; on a GPU `torch.utils.benchmark` synchronizes.
+busy machine slows down both. The table gives the median ratio and its 95 % interval (from order statistics). A goal is
+met if the interval ends at most 0.02 above it, and missed if it begins above that; otherwise there is no verdict. With
+one thread the clock is CPU time, else wall time; on a GPU `torch.utils.benchmark` synchronizes.
 
 Baselines are nn.LayerNorm (nn.RMSNorm after --rmsnorm) and the unpatched model. Inference runs under torch.no_grad.
 """
