@@ -1,15 +1,13 @@
-"""Train a classifier of texts or images with AdaNorm, another norm of the paper, or LayerNorm as the control.
+"""Train a classifier of texts or images with AdaNorm, another norm, or LayerNorm as the control.
 
     accelerate launch recipes/classification.py --config recipes/configs/demo.yaml --norm adanorm
     accelerate launch --multi_gpu recipes/classification.py --config recipes/configs/rt.yaml --mixed_precision bf16
 
-A fresh model from `model_config`, or a pretrained one by name or folder; data by Hub id or from local files; every
-option of `patch_model`. The same command, started again, goes on from the newest complete checkpoint in `output_dir`,
-in the middle of an epoch too. In `output_dir`: `results.json`, the best model as `best/` (model and tokeniser: load it
-with `pipeline("text-classification", ...)` after `import hf_adanorm`), and `checkpoint-N/`.
+The model is fresh, from `model_config`, or pretrained, from a name or a folder. The data come from the Hub or from
+local files. Run the same command again to resume from the newest complete checkpoint in `output_dir`.
 
-Exit codes: 0 finished, 2 bad input (said in one line before training starts), 3 the loss was not finite, 75 stopped by
-SIGTERM or Ctrl-C after saving a checkpoint: start the same command again.
+`output_dir` then contains `results.json`, `checkpoint-N/`, and the best model with its tokenizer as `best/`: load it
+with `pipeline("text-classification", ...)` after `import hf_adanorm`.
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ def test_scores(run: Run, task: ClassificationTask, model: Path) -> dict[str, fl
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Set up, train, test the best model in a fresh process, write `results.json`."""
+    """Set up, train, test the best model in a fresh process, and write `results.json`."""
     options = parse_options(ClassificationOptions, argv, __doc__)
     run = Run(options, argv, __file__, data_content)
     if run.finished:

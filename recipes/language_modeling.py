@@ -1,18 +1,16 @@
-"""Train a byte-level language model with AdaNorm, another norm of the paper, or LayerNorm as the control.
+"""Train a byte-level language model with AdaNorm, another norm, or LayerNorm as the control.
 
     accelerate launch recipes/language_modeling.py --config recipes/configs/enwik8.yaml --train_file enwik8.zip
     accelerate launch recipes/language_modeling.py --config recipes/configs/enwik_sample.yaml --train_file a_text.txt
 
-A decoder from `model_config` reads the bytes of a text file; the score is bits per character (of bytes, as usual for
-enwik8), every byte scored once with at least `sequence_length - eval_stride` bytes of context. A model with a memory
-(Transformer-XL: XLNet with `attn_type: uni`) reads the text as contiguous streams, as many as a batch has rows, and
-carries its memory from segment to segment, in evaluation too. Every option of `patch_model`. The same command, started
-again, goes on from the newest complete checkpoint in `output_dir`, in the middle of an epoch too. In `output_dir`:
-`results.json`, the best model as `best/` (model and tokeniser: load it with `pipeline("text-generation", ...)` after
-`import hf_adanorm`), `test_bits.json`, and `checkpoint-N/`.
+A decoder from `model_config` reads the bytes of a text file. The score is bits per character (byte), as usual for
+enwik8. Every byte is scored once, with at least `sequence_length - eval_stride` bytes of context. A model with a
+memory (Transformer-XL: XLNet with `attn_type: uni`) reads the text as contiguous streams, one per row of a batch, and
+carries its memory from segment to segment, in evaluation too. Run the same command again to resume from the newest
+complete checkpoint in `output_dir`.
 
-Exit codes: 0 finished, 2 bad input (said in one line before training starts), 3 the loss was not finite, 75 stopped by
-SIGTERM or Ctrl-C after saving a checkpoint: start the same command again.
+`output_dir` then contains `results.json`, `test_bits.json`, `checkpoint-N/`, and the best model with its tokenizer as
+`best/`: load it with `pipeline("text-generation", ...)` after `import hf_adanorm`.
 """
 
 from __future__ import annotations
@@ -42,13 +40,13 @@ OPTIONS, TASK = LanguageModelingOptions, ByteTask
 
 
 def scores_of(bits: Sequence[float], characters: Sequence[int]) -> dict[str, float]:
-    """Bits per character and loss, in nats, of windows."""
+    """Return bits per character, and the loss in nats, of windows."""
     score = sum(bits) / sum(characters)
     return {"bits_per_character": score, "loss": score * math.log(2)}
 
 
 def evaluate(run: Run, task: ByteTask) -> dict[str, float]:
-    """Bits per character and loss of the windows, every byte counted once; the same on every process."""
+    """Return bits per character and loss of the validation text, the same on every process."""
 
     def outputs_of(batch: dict[str, torch.Tensor], indices: list[int]) -> list[tuple[float, int]]:
         return list(zip(window_bits(run.model, batch).tolist(), batch["scored"].sum(1).tolist(), strict=True))
@@ -70,7 +68,7 @@ def evaluate(run: Run, task: ByteTask) -> dict[str, float]:
 
 
 def test_scores(run: Run, task: ByteTask, model: Path) -> dict[str, float] | None:
-    """Scores on the test split of the saved model, loaded by stock `from_pretrained` in a fresh process."""
+    """Return the scores of the saved model on the test split, from a fresh process that loads it by stock calls."""
     options = run.options
     if not options.score_test or "test" not in task.splits:
         return None
@@ -87,7 +85,7 @@ def test_scores(run: Run, task: ByteTask, model: Path) -> dict[str, float] | Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Set up, train, test the best model in a fresh process, write `results.json`."""
+    """Set up, train, test the best model in a fresh process, and write `results.json`."""
     options = parse_options(LanguageModelingOptions, argv, __doc__)
     run = Run(options, argv, __file__, data_content)
     if run.finished:

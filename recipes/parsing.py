@@ -1,17 +1,15 @@
-"""Train a dependency parser with AdaNorm, another norm of the paper, or LayerNorm as the control.
+"""Train a dependency parser with AdaNorm, another norm, or LayerNorm as the control.
 
     accelerate launch recipes/parsing.py --config recipes/configs/ud_ewt.yaml --train_file en_ewt-ud-train.conllu \\
         --validation_file en_ewt-ud-dev.conllu --test_file en_ewt-ud-test.conllu --norm adanorm
 
-An MLP chooses arc-standard transitions by the words, tags and relations of Chen and Manning (2014), as in the paper's
-PTB row. It learns the oracle's transitions of the projective trees; the others are left out and counted. Scores are
-attachment scores of all sentences, unlabelled and labelled, with and without punctuation. Every option of
-`patch_model`. The same command, started again, goes on from the newest complete checkpoint in `output_dir`, in the
-middle of an epoch too. In `output_dir`: `results.json`, the best model as `best/` (model and vocabulary: `predict.py
---task parsing` parses with it), `test.conllu` and `test_trees.json`, and `checkpoint-N/`.
+An MLP chooses arc-standard transitions from the words, tags and relations of Chen and Manning (2014), as in the
+paper's PTB row. It learns the oracle's transitions of the projective trees; the others are skipped and counted. The
+scores are attachment scores of all sentences, unlabeled and labeled, with and without punctuation. Run the same
+command again to resume from the newest complete checkpoint in `output_dir`.
 
-Exit codes: 0 finished, 2 bad input (said in one line before training starts), 3 the loss was not finite, 75 stopped by
-SIGTERM or Ctrl-C after saving a checkpoint: start the same command again.
+`output_dir` then contains `results.json`, `test.conllu`, `test_trees.json`, `checkpoint-N/`, and the best model with
+its vocabulary as `best/`: parse with `predict.py --task parsing`.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ OPTIONS, TASK = ParsingOptions, ParsingTask
 
 
 def evaluate(run: Run, task: ParsingTask) -> dict[str, float]:
-    """Attachment scores of the validation sentences, the loss of their oracle's transitions; notes the speed."""
+    """Return attachment scores of the validation sentences and the loss of their oracle's transitions."""
     gold, sentences, examples = task.gold["validation"], task.encoded["validation"], task.examples["validation"]
 
     def parsed(batch: list, _: list[int]) -> list:
@@ -62,8 +60,7 @@ def evaluate(run: Run, task: ParsingTask) -> dict[str, float]:
 
 
 def test_scores(run: Run, task: ParsingTask, best: Path) -> dict[str, float]:
-    """Attachment scores of the test sentences, parsed by the saved model, which stock `from_pretrained` loads in a
-    fresh process and to which no tree is shown."""
+    """Return attachment scores of the test sentences, which a fresh process parses with the saved model."""
     gold = task.gold["test"]
     output = run.output_dir / "test.conllu"
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +76,7 @@ def test_scores(run: Run, task: ParsingTask, best: Path) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Set up, train, test the best model in a fresh process, write `results.json`."""
+    """Set up, train, test the best model in a fresh process, and write `results.json`."""
     options = parse_options(ParsingOptions, argv, __doc__)
     run = Run(options, argv, __file__, data_content)
     if run.finished:

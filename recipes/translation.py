@@ -1,19 +1,16 @@
-"""Train a translation model with AdaNorm, another norm of the paper, or LayerNorm as the control.
+"""Train a translation model with AdaNorm, another norm, or LayerNorm as the control.
 
     accelerate launch recipes/translation.py --config recipes/configs/demo_en_de.yaml --norm adanorm --output_dir out/a
     accelerate launch --multi_gpu recipes/translation.py --config recipes/configs/iwslt14_de_en.yaml
 
-A fresh model from `model_config` with a joint BPE tokeniser, or a pretrained one by name or folder; data by Hub id,
-from tables or from plain text files; every option of `patch_model`. Batches are filled by `max_tokens`; a step's loss
-is divided by its target tokens over all micro-batches and processes. The same command, started again, goes on from the
-newest complete checkpoint in `output_dir`, in the middle of an epoch too.
+The model is fresh, from `model_config` with a joint BPE tokenizer, or pretrained, from a name or a folder. The data
+come from the Hub, from tables or from plain text files. `max_tokens` fills the batches; a step's loss is divided by
+its target tokens over all micro-batches and processes. Run the same command again to resume from the newest complete
+checkpoint in `output_dir`.
 
-In `output_dir`: `results.json`; the best model as `best/` (model, tokeniser and the settings of its search: translate
-with `recipes/translate.py` or with stock `generate` after `import hf_adanorm`), the last as `last/`, the mean of the
-last checkpoints as `average/` if asked for; `*_translations.jsonl` with source, reference and translation.
-
-Exit codes: 0 finished, 2 bad input (said in one line before training starts), 3 the loss was not finite, 75 stopped by
-SIGTERM after saving a checkpoint: start the same command again.
+`output_dir` then contains `results.json`, the best model as `best/`, the last one as `last/`, on request the mean of
+the last checkpoints as `average/`, and `*_translations.jsonl` with source, reference and translation. Translate with
+`recipes/translate.py`, or with stock `generate` after `import hf_adanorm`.
 """
 
 from __future__ import annotations
@@ -54,9 +51,9 @@ OPTIONS, TASK = TranslationOptions, TranslationTask
 
 
 def evaluate(run: Run, task: TranslationTask, write_to: Path | None = None) -> dict[str, float]:
-    """Loss a target token and the scores of beam search on the validation split; the same on every process.
+    """Return the loss per target token and the scores of beam search on validation, the same on every process.
 
-    Every sentence counts once. `write_to` is given the translations beside the references, by the main process.
+    The main process writes the translations and references to `write_to`.
     """
     data = task.splits["validation"]
     num_searched = min(run.options.validation_search_samples or len(data), len(data))
@@ -90,7 +87,7 @@ def evaluate(run: Run, task: TranslationTask, write_to: Path | None = None) -> d
 
 
 def write_translations(path: Path, data: Any, translations: list[str]) -> None:
-    """One JSON object a line: source, reference, translation."""
+    """Write one JSON object per line: source, reference, translation."""
     rows = zip(data[SOURCE], references(data), translations, strict=True)
     names = ("source", "reference", "translation")
     lines = (json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows)
@@ -100,7 +97,7 @@ def write_translations(path: Path, data: Any, translations: list[str]) -> None:
 def test_scores(
     run: Run, task: TranslationTask, model: Path, write_to: Path
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Scores on the test split of the saved model, loaded by stock `from_pretrained` in a fresh process."""
+    """Return the scores of the saved model on the test split, from a fresh process that loads it by stock calls."""
     options, data = run.options, task.raw["test"]
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "source.txt", Path(folder) / "translations.txt"
@@ -113,13 +110,13 @@ def test_scores(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Set up, train, test the best model in a fresh process, write `results.json`."""
+    """Set up, train, test the best model in a fresh process, and write `results.json`."""
     options = parse_options(TranslationOptions, argv, __doc__)
     run = Run(options, argv, __file__, data_content)
     if run.finished:
         return
     task = run.prepare(prepare_translation)
-    if run.accelerator.is_fsdp2:  # beam search enters below the forward pass, where parameters would be left in shards
+    if run.accelerator.is_fsdp2:  # beam search starts below the forward pass, where parameters would stay in shards
         register_fsdp_forward_method(run.model, "generate")
     output_dir = run.output_dir
     with run.training():

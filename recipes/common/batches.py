@@ -1,9 +1,8 @@
-"""Batches of similar length, in an order that depends on nothing but the seed and the epoch.
+"""Makes batches of similar length, in an order that depends only on the seed and the epoch.
 
-An optimiser step is planned as a whole: which examples it holds is decided before it is divided over micro-batches
-and processes. So the same seed gives the same steps for 1 process x 32 examples, 2 x 16, or 2 accumulated x 16, but
-for a last one that is too small to be divided (see `StepPlan`), and a run is resumed in the middle of an epoch by
-counting steps, without reading the data that came before.
+A step's examples are chosen before the step is divided over micro-batches and processes. So the same seed gives the
+same steps for 1 process x 32 examples, 2 x 16, or 2 accumulated x 16, except for a last step that is too small to be
+divided (see `StepPlan`). A run resumes within an epoch by counting steps, without reading the earlier data.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ from torch.utils.data import DataLoader
 
 from common.progress import with_time_left
 
-# Examples are sorted by length within a pool of so many optimiser steps: long enough that the lengths in a batch are
-# close, short enough that the batches of an epoch stay mixed.
+# Examples are sorted by length within a pool of so many optimizer steps. In a longer pool, lengths in a batch are
+# closer; in a shorter one, the batches of an epoch are better mixed.
 POOL_STEPS = 50
 
 
 class Plan(Protocol):
-    """What `train_batches` needs to know of an epoch; the same on every process."""
+    """Divides an epoch into steps, in the same way on every process."""
 
     num_steps: int  # of an epoch
 
     def steps(self, epoch: int) -> list[Any]:
-        """The example indices of every optimiser step of an epoch."""
+        """Return the example indices of every optimizer step of an epoch."""
 
     def micro_batches(self, step: Any, rank: int) -> list[list[int]]:
-        """One process's micro-batches of a step: the same number on every process, none of them empty."""
+        """Return one process's micro-batches of a step: the same number on every process, none empty."""
 
     def num_examples(self, step: Any) -> int:
-        """The examples of a step over all micro-batches and processes."""
+        """Return the number of examples of a step over all micro-batches and processes."""
 
 
 class StepPlan:
-    """Steps of a fixed number of examples: `num_processes x accumulation` micro-batches of `batch_size`.
+    """Plans steps of `num_processes x accumulation` micro-batches of `batch_size` examples.
 
-    A last step that is too small to give every process an example in every micro-batch is left out of its epoch.
+    A last step that is too small to give every process an example in every micro-batch is skipped.
 
     Raises ValueError when the data cannot fill a single step that way.
     """
@@ -69,7 +68,7 @@ class StepPlan:
             )
 
     def steps(self, epoch: int) -> list[np.ndarray]:
-        """The example indices of every step of an epoch, longest first within a step."""
+        """Return the example indices of every step of an epoch, longest first within a step."""
         generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(len(self.lengths))
         # The incomplete step is cut off before sorting, so that it is a random sample and not the shortest examples.
@@ -83,11 +82,11 @@ class StepPlan:
         return [steps[position] for position in generator.permutation(len(steps))]
 
     def micro_batches(self, step: np.ndarray, rank: int) -> list[list[int]]:
-        """One process's micro-batches of a step: neighbours in length together, dealt out in turn to the processes."""
+        """Return one process's micro-batches of a step; examples of similar length are in the same one."""
         return [part[rank :: self.num_processes].tolist() for part in np.array_split(step, self.accumulation)]
 
     def num_examples(self, step: np.ndarray) -> int:
-        """The examples of a step over all micro-batches and processes."""
+        """Return the number of examples of a step over all micro-batches and processes."""
         return len(step)
 
     def _longest_first(self, indices: np.ndarray) -> np.ndarray:
@@ -107,8 +106,8 @@ def train_batches(
 ) -> Iterator[tuple[int, list[Any]]]:
     """Yield `(size, micro_batches)` for every optimiser step of an epoch after the first `skip`.
 
-    `size` is what `count` gives for the step, by default its examples, over all micro-batches and processes;
-    `micro_batches` are this process's, collated.
+    `size` is what `count` returns for the step, by default its examples over all micro-batches and processes.
+    `micro_batches` are those of this process, collated.
     """
     count = count or plan.num_examples
     steps = plan.steps(epoch)[skip:]
@@ -141,8 +140,8 @@ def eval_batches(
 
 
 def _loader(dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any], workers: int) -> DataLoader:
-    # With its own generator: a loader without one draws a number from the global one whenever it is iterated, so that
-    # a resumed run, which starts one more loader, would get other dropout masks than an uninterrupted run.
+    # It has its own generator because each iteration would otherwise draw from the global one. A resumed run, which
+    # iterates once more, would then get other dropout masks than an uninterrupted run.
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         dataset,

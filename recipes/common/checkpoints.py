@@ -1,10 +1,10 @@
-"""Checkpoints that are complete or absent, and files that are whole or unchanged.
+"""Writes checkpoints that are complete or absent, and files that are complete or unchanged.
 
-Everything is written under a temporary name beside its place and renamed when it is on the disk. `checkpoint-N` holds
-what `accelerate.Accelerator.save_state` saves (weights as safetensors, optimiser, gradient scaler, the random state of
-every process) and `progress.json`; `best-N` is the model of step N as `save_pretrained` writes it. `best-N` is deleted
-only once a checkpoint that no longer refers to it stands, so that a run killed at any point finds what its newest
-checkpoint speaks of. With several machines, `output_dir` must be on a disk that they share.
+Everything is written under a temporary name and renamed once it is on disk. `checkpoint-N` contains what
+`accelerate.Accelerator.save_state` saves (weights as safetensors, optimizer, gradient scaler, the random state of
+every process) and `progress.json`. `best-N` is the model of step N as `save_pretrained` writes it; it is deleted only after
+a checkpoint that refers to a newer one has been written. So a run that is killed at any time finds the best model of
+its newest checkpoint. With several machines, `output_dir` must be on a shared disk.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Progress:
     samples: int = 0  # examples seen by all processes
     timed_samples: int = 0  # of these, the ones that the training time below was measured on
     timed_seconds: float = 0.0
-    skipped_steps: int = 0  # left out because the loss or the gradient was not finite, or a spike
-    recent_steps: list[list[float]] = field(default_factory=list)  # loss and gradient norm, what a spike is told by
+    skipped_steps: int = 0  # not finite, or a spike
+    recent_steps: list[list[float]] = field(default_factory=list)  # loss and gradient norm, to detect spikes
     running_loss: float = 0.0  # the sum of the losses since one was logged
     running_steps: int = 0
     best_step: int | None = None
@@ -145,12 +145,10 @@ class Checkpoints:
     Args:
         output_dir: the run's folder; made when it is not there.
         accelerator: what the model and the optimiser were, or will be, prepared with.
-        config: the run's resolved options. Options not in `free` must be the same when a run is resumed.
-        content: what tells the content of the run's data from others, by option; it, too, must be the same, as far as
-            it is known.
+        config: the run's options. Those that are not in `free` must be the same when a run is resumed.
+        content: a hash of the run's data by option. It must be the same when a run is resumed.
         keep: how many of the newest checkpoints to keep.
-        overwrite: start afresh: an earlier run's checkpoints, best models and results are deleted as soon as this one
-            begins to train.
+        overwrite: start afresh; the files of an earlier run are deleted when this one begins to train.
     """
 
     def __init__(
@@ -204,7 +202,7 @@ class Checkpoints:
             saved = json.loads((latest / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ResumeError(
-                f"{latest / 'config.json'} cannot be read ({error}): delete {latest.name} to go on from the "
+                f"{latest / 'config.json'} cannot be read ({error}): delete {latest.name} to resume from the "
                 "checkpoint before it, or give another --output_dir"
             ) from error
         differing = [
@@ -308,7 +306,7 @@ class Checkpoints:
             latest = self.latest()
             raise SaveError(
                 f"{target} cannot be written: {str(error).splitlines()[0]}. "
-                f"{latest.name + ' stands' if latest else 'There is none before it'}: make room, and start the same "
+                f"{latest.name + ' is intact' if latest else 'There is no earlier one'}: make room, then run the same "
                 "command again"
             ) from error
         self.accelerator.wait_for_everyone()
@@ -319,7 +317,7 @@ class Checkpoints:
 
 
 def changed_content(then: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
-    """Whose data is known to have another content than it had, as the subject of a sentence and its verb; else ""."""
+    """Describe which inputs changed since the run started, or return ""."""
     names = [f"--{name}" for name, content in now.items() if (then or {}).get(name, content) != content]
     return f"what {' and '.join(names)} name{'s' * (len(names) == 1)} has changed since" if names else ""
 
@@ -356,10 +354,10 @@ def _check_random_state(path: Path) -> None:
 
 
 class Interruption:
-    """Notices SIGTERM and Ctrl-C, so that the loop can save and leave with `EXIT_RESUME`.
+    """Catches SIGTERM and Ctrl-C, so that the loop can save and end with `EXIT_RESUME`.
 
-    A context manager: the handlers it replaces come back at the end; Ctrl-C pressed again ends the process at once.
-    `requested()` is collective: true on every process as soon as one of them got the signal.
+    A context manager that restores the earlier handlers. A second Ctrl-C ends the process immediately. `requested()`
+    is a collective call: true on every process as soon as one of them got the signal.
     """
 
     NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}  # noqa: RUF012
@@ -385,7 +383,7 @@ class Interruption:
             raise KeyboardInterrupt
 
     def requested(self) -> bool:
-        """Whether to stop."""
+        """Return whether to stop."""
         if self.accelerator.num_processes == 1:
             return self.signalled
         flag = torch.tensor([int(self.signalled)], device=self.accelerator.device)

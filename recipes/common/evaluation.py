@@ -1,4 +1,4 @@
-"""Evaluation: predictions of several processes put together, the metrics, models in fresh processes."""
+"""Gathers the predictions of several processes, and runs saved models in fresh processes."""
 
 from __future__ import annotations
 
@@ -66,10 +66,9 @@ def gather_by_index(accelerator: Accelerator, indices: Sequence[int], values: Se
 
 
 def run_fresh_process(script: Path, arguments: Sequence[str], stop: Callable[[], bool] = lambda: False) -> bool:
-    """Run a Python script that shares nothing with this process, not even its launcher's variables. It is ended, and
-    False returned, as soon as `stop` says so.
+    """Run a Python script without the launcher's variables. When `stop` returns true, end it and return False.
 
-    What it prints is shown; what it says on stderr is in the RuntimeError that is raised when it fails.
+    Its output is shown. Raises RuntimeError with its stderr if it fails.
     """
     launcher = ("ACCELERATE_", "TORCHELASTIC_", "OMPI_", "PMI_", "FSDP_")
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"}
@@ -99,7 +98,7 @@ def run_fresh_process(script: Path, arguments: Sequence[str], stop: Callable[[],
 
 
 def peak_memory_mb() -> float | None:
-    """Peak memory of this process in MiB: on the GPU when there is one, else resident."""
+    """Return the peak memory of this process in MiB: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     if resource is None:
@@ -109,12 +108,12 @@ def peak_memory_mb() -> float | None:
 
 
 def is_better(scores: Mapping[str, float], best: Mapping[str, float] | None, name: str, *, higher: bool) -> bool:
-    """Whether `scores` beat the `best` so far by the score `name`; what is not finite never does."""
+    """Return whether the score `name` is better than the `best` so far; a score that is not finite never is."""
     if not all(math.isfinite(scores[key]) for key in {name, "loss"}):
         return False
     return not best or (scores[name] > best[name] if higher else scores[name] < best[name])
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, summed in float64."""
+    """Return the mean, summed in float64."""
     return float(np.mean(np.asarray(values, dtype=np.float64)))

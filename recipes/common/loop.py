@@ -1,4 +1,4 @@
-"""The loop that all recipes share: everything around the few lines that are a recipe's own.
+"""Runs the loop that all recipes share, around the few lines that are a recipe's own.
 
     options = parse_options(Options, argv, __doc__)
     run = Run(options, argv, __file__, data_content)  # launcher, lock, newest checkpoint
@@ -16,9 +16,9 @@
         if run.alone():                          # the other processes end
             run.write_results({"test": test_scores(run, best)})
 
-A step's loss is divided by `step.size`, its examples or tokens over all micro-batches and processes, so that these may
-be divided in any way. A run that is asked to stop saves a checkpoint and ends with code 75, also between the batches
-of an evaluation: the resumed run evaluates first.
+A step's loss is divided by `step.size`, its examples or tokens over all micro-batches and processes. So a step may be
+divided in any way. A run that is asked to stop saves a checkpoint and ends with code 75. If this happens during an
+evaluation, the resumed run evaluates first.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ T = TypeVar("T", bound=Task)
 
 
 class Step:
-    """One optimiser step; iterating over it gives this process's micro-batches, then applies their gradients."""
+    """One optimizer step. Iterating over it yields this process's micro-batches, then applies their gradients."""
 
     def __init__(self, run: Run, size: int, micro_batches: Sequence[Any]):
         self.run, self.size, self.micro_batches = run, size, micro_batches
@@ -83,9 +83,9 @@ class Step:
 
 
 class Run:
-    """One run of a recipe; see the module. `finished`: its folder holds the results of a run with these options.
+    """One run of a recipe; see the module. `finished`: its folder contains the results of a run with these options.
 
-    `content(options)` is what tells the content of its data from others, by option: `tasks.data.data_content`.
+    `content(options)` returns a hash of the run's data by option, as `tasks.data.data_content` does.
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class Run:
 
     @property
     def division(self) -> dict[str, int]:
-        """How steps are divided, as plans take it."""
+        """Return how steps are divided, as arguments of a plan."""
         options = self.options
         processes, accumulation = self.accelerator.num_processes, options.gradient_accumulation_steps
         return {"seed": options.seed, "num_processes": processes, "accumulation": accumulation}
 
     def prepare(self, prepare: Callable[[Run], T]) -> T:
-        """The task that `prepare` makes; then its model, patched, with its optimiser. Bad input ends the process."""
+        """Return the task that `prepare` makes; set up its patched model and optimizer. Bad input ends the run."""
         options, accelerator = self.options, self.accelerator
         with clear_errors():
             if options.norm != STOCK:
@@ -180,7 +180,7 @@ class Run:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """While a run trains, is tested and writes its results: from the newest checkpoint on, to a clear ending."""
+        """Resume from the newest checkpoint; inside the block, end with one line and the code that fits."""
         accelerator, options = self.accelerator, self.options
         with clear_endings(), self._divergence_recorded(), Interruption(accelerator) as self.interruption:
             self.progress = self.checkpoints.resume()
@@ -208,7 +208,7 @@ class Run:
             raise
 
     def __iter__(self) -> Iterator[Step]:
-        """The steps from the newest checkpoint on, to the last or until early stopping."""
+        """Yield the steps from the newest checkpoint to the last one, or until early stopping."""
         options, progress = self.options, self.progress
         shown, first = options.progress_bar, progress.step
         bar = ProgressBar(self.total_steps, main=self.is_main, shown=shown, first_step=first, unit=self.task.unit)
@@ -239,8 +239,12 @@ class Run:
                         break
 
     def backward(self, loss: torch.Tensor, inputs: dict[str, Any] | None = None) -> None:
-        """Add a micro-batch's gradients; `loss` is its share of the whole step's. Should it not be finite, `inputs`,
-        what the model was given, tell the first module whose output is not."""
+        """Add a micro-batch's gradients.
+
+        Args:
+            loss: the micro-batch's share of the step's loss.
+            inputs: what the model was given, to find the first module whose output is not finite.
+        """
         # accelerate divides by the number of micro-batches, DDP by the number of processes: the step's size is of all.
         undo_mean = self.accelerator.num_processes * self.options.gradient_accumulation_steps
         self.accelerator.backward(loss * undo_mean)
@@ -248,7 +252,7 @@ class Run:
         self.step.inputs = inputs
 
     def end_step(self) -> None:
-        """Apply the gradients of the step's micro-batches; count, log, and say whether to evaluate."""
+        """Apply the gradients of the step's micro-batches, count, log, and decide whether to evaluate."""
         accelerator, options, progress, step = self.accelerator, self.options, self.progress, self.step
         warming = progress.step < (options.warmup_steps or round(options.warmup_ratio * self.total_steps))
         applied = optimizer_step(
@@ -295,8 +299,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether the last step is done, or the last `early_stopping_patience` evaluations all were no better than the
-        best before them."""
+        """Return whether the last step is done, or early stopping has run out of patience."""
         progress, patience = self.progress, self.options.early_stopping_patience
         if progress.step >= self.total_steps:
             return True
@@ -316,17 +319,17 @@ class Run:
             self.stopwatch.resume()
 
     def _save(self) -> None:
-        """Save, unless the run was resumed from this very step: to write a checkpoint anew would risk it."""
+        """Save, unless the run resumed from this very step: writing its checkpoint again would risk it."""
         if self.saved_step != self.progress.step:
             self.progress.running_loss = self.accelerator.reduce(self.running_loss, "sum").item()
             self.checkpoints.save(self.progress)
             self.saved_step = self.progress.step
 
     def _stop(self) -> NoReturn:
-        """Save, and end the process as one that can be resumed."""
+        """Save, and end the process with the code of a run that can be resumed."""
         self._save()
         signal, step = self.interruption.name, self.progress.step
-        self.print(f"stopped by {signal} at step {step}; start the same command to resume")
+        self.print(f"stopped by {signal} at step {step}; run the same command again to resume")
         self.accelerator.end_training()
         sys.exit(EXIT_RESUME)
 
@@ -340,8 +343,10 @@ class Run:
         collate: Callable[[list[Any]], Any],
         outputs_of: Callable[[Any, list[int]], Sequence[Any]],
     ) -> list[Any]:
-        """What `outputs_of(batch, indices)` gives for every example of `data`, in its order, on every process. The
-        model is in eval mode meanwhile; a run that is asked to stop does so between two batches."""
+        """Return the outputs of `outputs_of(batch, indices)` for every example of `data`, in order, on every process.
+
+        The model is in eval mode meanwhile. A run that is asked to stop does so between two batches.
+        """
         accelerator = self.accelerator
         self.model.eval()
         indices: list[int] = []
@@ -363,7 +368,7 @@ class Run:
         return gather_by_index(accelerator, indices, outputs, len(lengths))
 
     def stop_if_asked(self) -> None:
-        """Where the run was asked to stop in the middle of an evaluation, do so. Called on every process."""
+        """Stop during an evaluation if the run was asked to. Called on every process."""
         if self.interruption.requested():
             self._stop()
 
@@ -389,18 +394,20 @@ class Run:
     # -------------------------------------------------------------------------------------------------- the end
 
     def best(self) -> Path:
-        """The folder of the best model, at the end of the training. On every process."""
+        """Return the folder of the best model at the end of the training. Called on every process."""
         check_trained(self.progress)
         return self.checkpoints.promote_best(self.progress.best_step)
 
     def alone(self) -> bool:
-        """Let the other processes end, which need not wait for the test; whether this one goes on."""
+        """Let the other processes end, and return whether this one continues with the test."""
         self.accelerator.end_training()
         return self.is_main
 
     def fresh_process(self, script: str, **arguments: Any) -> None:
-        """Run another script of the recipes, with the precision of this run, in a process that shares nothing with
-        this one; when it is asked to stop meanwhile, both end."""
+        """Run another script of the recipes in a fresh process, with the precision of this run.
+
+        When this process is asked to stop meanwhile, both end.
+        """
         options, precision = self.options, self.accelerator.mixed_precision
         words = []
         for name, value in arguments.items():  # with "=", as a text may begin with a hyphen
@@ -408,12 +415,15 @@ class Run:
         words += ["--mixed_precision", precision, "--batch_size", str(options.eval_batch_size), "--quiet"]
         words += ["--trust_remote_code"] if self.record["norm_files"] else []  # in the folder that this run wrote
         if not run_fresh_process(self.script.with_name(script), words, lambda: self.interruption.signalled):
-            self.print(f"stopped by {self.interruption.name} in the test; start the same command to go on")
+            self.print(f"stopped by {self.interruption.name} in the test; run the same command again to resume")
             sys.exit(EXIT_RESUME)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Write `results.json`: the recipe's own figures, which name at least `train_samples`, `train_tokens` and
-        `test`, with those of every run; say the scores; publish."""
+        """Write `results.json`, print the scores, and publish.
+
+        Args:
+            results: the recipe's own figures, at least `train_samples`, `train_tokens` and `test`.
+        """
         progress = self.progress
         self.record |= {
             "validation": progress.best_metrics,
@@ -428,7 +438,7 @@ class Run:
             "train_history": progress.train_history,
             **results,
         }
-        # The card first: a run that is killed here has no results yet, and goes on; a push that fails leaves both.
+        # The card comes first: a run that is killed here has no results yet and resumes; a failed push leaves both.
         best = self.output_dir / "best"
         publish(best, self.record, replace(self.options, push_to_hub=False))
         write_json(self.output_dir / "results.json", self.record)

@@ -1,8 +1,8 @@
 """The model card of a run's best model, and its push to the Hub.
 
-The card of `best/` gets the scores on the test split (or, without one, on validation), the data set and the exact
-command. `--push_to_hub` uploads the folder with it. The repository is made, or found, before training starts, so that
-a missing token is noticed then; a push that fails at the end leaves the results, and the same command tries it again.
+The card of `best/` gets the scores on the test split (or, without one, on validation), the data set and the command.
+`--push_to_hub` uploads the folder with it. The repository is created or found before training starts, so that a
+missing token is noticed then. A push that fails at the end leaves the results; the same command tries it again.
 """
 
 from __future__ import annotations

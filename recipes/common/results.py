@@ -1,6 +1,6 @@
-"""`results.json` of finished runs: what goes in, and a table of several of them.
+"""Reads `results.json` of finished runs, and prints a table of several.
 
-python recipes/common/results.py outputs/demo/*          a line for each run
+python recipes/common/results.py outputs/demo/*          one line per run
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Return the versions that a result depends on."""
     packages = ("hf-adanorm", "torch", "transformers", "accelerate", "datasets")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """The results of a finished run. Raises FileNotFoundError when it did not finish."""
+    """Return the results of a finished run. Raises FileNotFoundError if it did not finish."""
     path = Path(folder) / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the run in this folder has not finished")
@@ -29,7 +29,7 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 
 def format_results(results: Sequence[dict[str, Any]]) -> str:
-    """A plain table, one line a run, all of one recipe."""
+    """Return a plain table of runs of one recipe, one line per run."""
     metric = results[0]["metric"]
 
     def score(scores: dict[str, float] | None) -> str:
@@ -56,7 +56,7 @@ def format_results(results: Sequence[dict[str, Any]]) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """A plain table with a rule under its first row."""
+    """Return a plain table with a rule under its first row."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))

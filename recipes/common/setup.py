@@ -1,4 +1,4 @@
-"""What a run is set up with: accelerator, patch, optimiser, learning rate."""
+"""Sets up a run: accelerator, patch, schedules of the norms, optimizer, learning rate."""
 
 from __future__ import annotations
 
@@ -42,16 +42,15 @@ LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Accelerator:
-    """The accelerator of a recipe.
+    """Return the accelerator of a recipe.
 
-    Batches are divided over processes by the recipe's own plan, so no data loader is prepared with it, and the
-    learning rate is set by the step, so no scheduler is. `accelerator.accumulate` counts micro-batches; a step always
-    has `gradient_accumulation_steps` of them.
+    The recipe's own plan divides batches over processes, so no data loader is prepared, and the loop sets the learning
+    rate, so no scheduler is. `accelerator.accumulate` counts micro-batches: `gradient_accumulation_steps` per step.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     check_trackers(run.report_to)
     accelerator = Accelerator(
-        # Without being told, accelerate takes processes that torchrun starts on CPUs for so many single runs.
+        # By default accelerate treats processes that torchrun starts on CPUs as single runs.
         cpu=launched > 1 and not torch.accelerator.is_available(),
         mixed_precision=run.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -62,7 +61,7 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
         log_with=list(run.report_to) or None,
         project_dir=run.output_dir,
     )
-    # Each would take itself for the only one, and write to the same folder.
+    # Each process would run alone, and write to the same folder.
     if launched not in (1, accelerator.num_processes):
         raise RuntimeError(
             f"the launcher started {launched} processes, but accelerate found {accelerator.num_processes}: see "
@@ -75,7 +74,7 @@ def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Acce
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     set_seed(run.seed)
     if not (accelerator.is_main_process and run.progress_bar and sys.stderr.isatty()):
-        # In a log file bars are noise; the loop's own lines tell where it stands.
+        # In a log file bars are noise; the loop prints lines.
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     return accelerator
@@ -101,7 +100,7 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def calibration_rows(data: Any) -> list[Any]:
-    """A few examples from all over a training set, the same on every process and on every start."""
+    """Return a few examples from all over a training set, the same on every process and every start."""
     step = max(len(data) // CALIBRATION_EXAMPLES, 1)
     return [data[index] for index in range(0, len(data), step)][:CALIBRATION_EXAMPLES]
 
@@ -198,7 +197,7 @@ def allow_unused_parameters(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def make_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.optim.AdamW:
-    """AdamW; parameters with fewer than two dimensions (biases, gains of norms) are not decayed."""
+    """Return AdamW; parameters with fewer than two dimensions (biases, gains of norms) are not decayed."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
@@ -214,7 +213,7 @@ def make_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.opti
 
 
 def learning_rate_at(step: int, total_steps: int, options: OptimizationOptions) -> float:
-    """The learning rate of optimiser step `step`, counted from 0.
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
     It rises linearly from `warmup_init_lr` to `learning_rate` over the warm-up, then stays (constant), falls to
     `min_lr` at `total_steps` (linear, cosine), or falls with the inverse square root of the step.
@@ -243,8 +242,10 @@ def set_learning_rate(optimizer: Any, value: float) -> None:
 def norms_to_trackers(
     accelerator: Accelerator, model: nn.Module, options: RunOptions, step: int
 ) -> Iterator[Callable[[int], None]]:
-    """Within the block, call what it yields with the number of every finished step: `--watch_norms` as scalars to the
-    trackers. On several processes they are those of the main process's share of the batch."""
+    """Yield a function to call after every step, which sends `--watch_norms` to the trackers as scalars.
+
+    On several processes they describe the main process's share of the batch.
+    """
     if options.watch_norms is None:
         yield lambda step: None
         return

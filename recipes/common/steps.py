@@ -1,4 +1,4 @@
-"""Applying an optimiser step only when its loss and gradient are in order, and saying where they are not."""
+"""Applies an optimizer step only if its loss and gradient are finite, and reports where they are not."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from common.checkpoints import Progress
 from common.endings import DivergedError
 from common.options import OptimizationOptions
 
-# A spike is told by the mean and the spread over so many steps. Before there are as many, steep steps are the rule.
+# A spike is detected by the mean and the spread over this many steps. Earlier, steep steps are common.
 SPIKE_WINDOW = 128
 
 
 def check_trained(progress: Progress) -> None:
-    """Raise DivergedError for a run at its end that has trained nothing, or never was evaluated to a finite score."""
+    """Raise DivergedError at the end of a run that has trained nothing, or never had a finite score."""
     if progress.skipped_steps == progress.step:
-        raise DivergedError(f"all {progress.step} steps were left out: nothing was trained", progress.step)
+        raise DivergedError(f"all {progress.step} steps were skipped: nothing was trained", progress.step)
     if progress.best_step is None:
         raise DivergedError(f"no evaluation up to step {progress.step} gave a finite score", progress.step)
 
@@ -37,13 +37,16 @@ def optimizer_step(
     *,
     warming: bool = False,
 ) -> bool:
-    """Clip, check and apply the gradients of the step after `progress.step`; False when the step was left out.
+    """Clip, check and apply the gradients of the step after `progress.step`; return False if the step was skipped.
 
-    `loss` is this process's share of the step's loss, a scalar. What is decided on is the same on every process. Under
-    fp16 the gradient scaler answers an overflow: it leaves the step out, which is reported, and lowers its scale.
+    Every process decides alike. Under fp16 the gradient scaler answers an overflow: it skips the step, which is
+    reported, and lowers its scale.
 
-    Raises DivergedError, naming the step, when something is not finite and `--on_nonfinite` is "stop" (given the
-    `inputs` of the last micro-batch, it names the first module with such an output, too), and at a spike when
+    Args:
+        loss: this process's share of the step's loss, a scalar.
+        inputs: those of the last micro-batch, to name the first module whose output is not finite.
+
+    Raises DivergedError, naming the step, if something is not finite and `--on_nonfinite` is "stop", and at a spike if
     `--on_spike` is "stop".
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)  # to keep it would take DDP off for good
@@ -62,7 +65,7 @@ def optimizer_step(
     elif not finite:
         scale, where = accelerator.scaler.get_scale(), _overflown(bare)
         accelerator.print(
-            f"step {progress.step + 1}: overflow in fp16 at a loss scale of {scale:g}{where}: step left out, "
+            f"step {progress.step + 1}: overflow in fp16 at a loss scale of {scale:g}{where}: step skipped, "
             "the scale is lowered"
         )
     elif norm is not None:
@@ -74,12 +77,12 @@ def optimizer_step(
         progress.recent_steps = [*progress.recent_steps[1 - SPIKE_WINDOW :], [whole_loss, float(norm)]]
     if spoilt and response == "stop":
         raise DivergedError(
-            f"step {progress.step + 1}: {spoilt}. The last checkpoint stands; lower the learning rate, clip harder, "
-            f"or leave such steps out with {hint}",
+            f"step {progress.step + 1}: {spoilt}. The last checkpoint is intact; lower the learning rate, clip "
+            f"harder, or skip such steps with {hint}",
             progress.step + 1,
         )
     if spoilt:
-        left_out = ": step left out" if response == "skip" else ""
+        left_out = ": step skipped" if response == "skip" else ""
         accelerator.print(f"step {progress.step + 1}: {spoilt}{left_out}")
     if response == "skip" and spoilt:
         if scaled:
@@ -92,7 +95,7 @@ def optimizer_step(
 
 
 def _spike(recent: list[list[float]], loss: float, norm: float, sigmas: float) -> str:
-    """How far loss or gradient norm is above those of the recent steps, "" when it is not by `sigmas`."""
+    """Describe a loss or gradient norm that exceeds those of the recent steps by `sigmas`, or return ""."""
     if len(recent) < SPIKE_WINDOW:
         return ""
     past = np.asarray(recent)  # (steps, 2)
@@ -109,7 +112,7 @@ def _spike(recent: list[list[float]], loss: float, norm: float, sigmas: float) -
 
 
 def _overflown(model: nn.Module) -> str:
-    """The first parameter whose gradient is not finite, as the end of a clause; "" where none is to be seen."""
+    """Return the first parameter whose gradient is not finite, as the end of a clause, or ""."""
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             return f", first in the gradient of {name}"
@@ -117,7 +120,7 @@ def _overflown(model: nn.Module) -> str:
 
 
 def _steepest(model: nn.Module) -> str:
-    """Which parameter has the largest gradient, as the end of a sentence; "" where gradients are not to be seen."""
+    """Return the parameter with the largest gradient, as the end of a sentence, or ""."""
     squares = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -133,7 +136,7 @@ def _steepest(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _first_nonfinite(model: nn.Module, inputs: dict[str, torch.Tensor]) -> str:
-    """Where a forward pass first leaves the finite numbers, as the end of a sentence."""
+    """Return the first module whose output is not finite in a forward pass, as the end of a sentence."""
     found: list[str] = []
 
     def check(name: str, module: nn.Module, output: Any) -> None:

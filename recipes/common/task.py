@@ -1,4 +1,4 @@
-"""What the loop, a comparison and a report know of a task."""
+"""Describes a task for the loop, for comparisons and for reports."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Batches by token budget: as many sentence pairs in a micro-batch as its padded tokens allow.
+"""Fills micro-batches by tokens: as many sentence pairs as the budget of padded tokens allows.
 
-Pairs are sorted by length, ties in an order drawn from the seed and the epoch, and cut into micro-batches; so there is
-next to no padding, and every micro-batch is about the same work. An optimiser step takes
-`num_processes x accumulation` of them, drawn from all lengths. Within a step they are dealt out by length, so that
-processes work on similar ones at the same time. A step holds the same sentences for 1 process x 2 accumulated
-micro-batches as for 2 processes x 1.
+Pairs are sorted by length and cut into micro-batches. Ties are in an order drawn from the seed and the epoch. So there
+is little padding, and every micro-batch is about the same work. An optimizer step takes `num_processes x accumulation`
+of them, drawn from all lengths. Within a step, processes get micro-batches of similar length at the same time. A step
+contains the same sentences for 1 process x 2 accumulated micro-batches as for 2 processes x 1.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ class TokenPlan:
     """The steps of every epoch; a `common.batches.Plan`.
 
     Args:
-        source_lengths, target_lengths: tokens of every sentence pair, the end of the sentence included; for single
-            texts both are the same.
+        source_lengths, target_lengths: tokens of every sentence pair, its end included. Single texts give the same
+            lengths twice.
         max_tokens: most tokens in a micro-batch on either side, padding included.
 
     Raises ValueError when a sentence alone is beyond `max_tokens`, or the data cannot fill a single step.
@@ -62,7 +61,7 @@ class TokenPlan:
         self._cached: tuple[int, list[Step]] | None = None
 
     def steps(self, epoch: int) -> list[Step]:
-        """The micro-batches of every optimiser step of an epoch."""
+        """Return the micro-batches of every optimizer step of an epoch."""
         if self._cached is None or self._cached[0] != epoch:
             generator = np.random.default_rng((self.seed, epoch))
             shuffled = generator.permutation(len(self.lengths))
@@ -78,20 +77,20 @@ class TokenPlan:
         return self._cached[1]
 
     def micro_batches(self, step: Step, rank: int) -> list[list[int]]:
-        """One process's micro-batches of a step, longest sentences first."""
+        """Return one process's micro-batches of a step, longest sentences first."""
         return [batch.tolist() for batch in step[rank :: self.num_processes]]
 
     def num_examples(self, step: Step) -> int:
-        """The examples of a step over all micro-batches and processes."""
+        """Return the number of examples of a step over all micro-batches and processes."""
         return sum(map(len, step))
 
     def target_tokens(self, step: Step) -> int:
-        """Target tokens of a step over all micro-batches and processes: what its loss is divided by."""
+        """Return the target tokens of a step over all processes, by which its loss is divided."""
         return int(sum(self.target_lengths[batch].sum() for batch in step))
 
 
 def _cut(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Where to cut sentences, in this order, so that rows x longest is within `max_tokens` in every piece."""
+    """Return where to cut sentences, so that rows x longest is within `max_tokens` in every piece."""
     cuts = []
     start, longest = 0, 0
     for position, length in enumerate(lengths.tolist()):

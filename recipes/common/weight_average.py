@@ -1,4 +1,4 @@
-"""The mean of the weights of the last checkpoints, as the literature averages before it decodes."""
+"""Averages the weights of the last checkpoints, as is common before decoding."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Encoded:
 
 
 def is_projective(heads: Sequence[int] | np.ndarray) -> bool:
-    """Whether no two arcs of a tree cross, that from the root at the left included. Heads: 0 is the root."""
+    """Return whether no two arcs of a tree cross, including that from the root (head 0) at the left."""
     heads = np.asarray(heads)
     words = np.arange(1, len(heads) + 1)
     low, high = np.minimum(heads, words), np.maximum(heads, words)
@@ -71,7 +71,7 @@ class ParserVocabulary:
 
     @classmethod
     def of(cls, sentences: Sequence[Sentence], *, min_frequency: int, lowercase: bool) -> ParserVocabulary:
-        """Of a treebank, in the order of frequency, then of the alphabet."""
+        """Build the vocabulary of a treebank, ordered by frequency, then alphabetically."""
 
         def counted(values: Iterable[str], least: int = 1) -> list[str]:
             counts = Counter(values)
@@ -83,7 +83,7 @@ class ParserVocabulary:
         return cls(counted(words, min_frequency), counted(tags), counted(relations), lowercase=lowercase)
 
     def encode(self, sentence: Sentence) -> Encoded:
-        """A sentence in numbers."""
+        """Return a sentence as numbers."""
         forms = [form.lower() for form in sentence.forms] if self.lowercase else sentence.forms
         return Encoded(
             np.asarray([self._words.get(form, UNKNOWN) for form in forms]),
@@ -93,15 +93,15 @@ class ParserVocabulary:
         )
 
     def names(self, relations: Iterable[int]) -> list[str]:
-        """The names of relations by number."""
+        """Return the names of relations, given by number."""
         return [self.relations[number - 1] for number in relations]
 
     def transitions(self) -> list[str]:
-        """The names of all transitions, in order."""
+        """Return the names of all transitions, in order."""
         return ["SHIFT", *(f"{kind}-{name}" for name in self.relations for kind in ("LEFT", "RIGHT"))]
 
     def sizes(self) -> dict[str, int]:
-        """How many of each a model embeds."""
+        """Return the number of words, tags and relations that a model embeds."""
         rows = {"vocab_size": len(self.words) + UNKNOWN + 1, "num_tags": len(self.tags) + UNKNOWN + 1}
         return {**rows, "num_relations": len(self.relations) + 1}
 
@@ -113,7 +113,7 @@ class ParserVocabulary:
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> ParserVocabulary:
-        """That of a saved model, in a folder or on the Hub. Raises OSError when there is none."""
+        """Load the vocabulary of a saved model, from a folder or the Hub. Raises OSError if there is none."""
         return cls(**json.loads(Path(cached_file(str(name), cls.file_name)).read_text(encoding="utf-8")))
 
 
@@ -143,14 +143,14 @@ class States:
 
     @property
     def num_active(self) -> int:
-        """How many sentences, the first, are not yet parsed."""
+        """Return how many sentences, counted from the first, are not yet parsed."""
         return int(np.count_nonzero(2 * self.lengths > self.steps_done))
 
     def features(self) -> np.ndarray:
         """(active, 48): the 18 words, the 18 tags and the 12 relations that a transition is chosen by.
 
-        The first three of stack and buffer; of the first two of the stack, the outermost and second outermost
-        dependents on either side, and the leftmost of the leftmost and the rightmost of the rightmost.
+        These are the first three of stack and buffer. For the first two of the stack, they are also the outermost and
+        second outermost dependents on either side, the leftmost of the leftmost and the rightmost of the rightmost.
         """
         n = self.num_active
         row = self.rows[:n, None]
@@ -222,12 +222,12 @@ def oracle(states: States, sentences: Sequence[Encoded]) -> Iterator[np.ndarray]
 
 
 def longest_first(sentences: Sequence[Encoded]) -> list[int]:
-    """The order of sentences that `States` wants."""
+    """Return the order of sentences that `States` needs."""
     return sorted(range(len(sentences)), key=lambda index: -len(sentences[index].words))
 
 
 def training_examples(sentences: Sequence[Encoded], batch_size: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """All states that the oracle passes through, as features (transitions, 48), and its transitions (transitions,)."""
+    """Return features (transitions, 48) of all states that the oracle passes through, and its transitions."""
     features, transitions = [np.zeros((0, NUM_FEATURES), dtype=np.int32)], [np.zeros(0, dtype=np.int32)]
     order = longest_first(sentences)
     for start in range(0, len(order), batch_size):

@@ -1,7 +1,7 @@
 """BLEU and chrF, each under a name that says what it is.
 
-The literature's IWSLT14 De-En figures are BLEU of Moses-tokenised, lower-cased text: points away from sacreBLEU. Never
-hold one against the other.
+The literature's IWSLT14 De-En figures are BLEU of Moses-tokenized, lower-cased text, which differs from sacreBLEU by
+points. Never compare one with the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCORES = ("sacrebleu", "sacrebleu_lowercase", "bleu_tokenized_lowercase", "chrf"
 def translation_scores(
     hypotheses: Sequence[str], references: Sequence[str], lang: str
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """All of `SCORES` (0 to 100) and the signature of each.
+    """Return all of `SCORES` (0 to 100) and the signature of each.
 
     Args:
         hypotheses, references: plain text, one reference each.

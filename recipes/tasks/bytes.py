@@ -120,9 +120,8 @@ class Segments:
 class StreamPlan:
     """Steps that read the text as contiguous streams, for models with a memory; a `common.batches.Plan` of `Segments`.
 
-    The text is cut into as many streams as a step has rows, and every row of every micro-batch goes on where it
-    stopped at the step before. Nothing is shuffled; what does not fill a last step is left out. Raises ValueError when
-    the text cannot fill a single one.
+    The text is cut into as many streams as a step has rows. Each row continues where it stopped in the step before.
+    Nothing is shuffled, and an incomplete last step is skipped. Raises ValueError if the text is too short for a step.
     """
 
     def __init__(
@@ -142,7 +141,7 @@ class StreamPlan:
         return list(np.arange(self.num_streams) * self.num_steps + np.arange(self.num_steps)[:, None])
 
     def micro_batches(self, step: np.ndarray, rank: int) -> list[list[int]]:
-        """One process's micro-batches of a step, a stream at the same place in each step."""
+        """Return one process's micro-batches of a step; a stream has the same place in each step."""
         return step.reshape(self.shape)[:, rank].tolist()
 
     def num_examples(self, step: np.ndarray) -> int:
@@ -170,9 +169,11 @@ class Memory:
             accelerator.register_load_state_pre_hook(load)
 
     def inputs(self, number: int) -> dict[str, Any]:
-        """What the model is given beside the text. A memory that is not finite, of a step that was left out, would
-        spoil as many good ones as there are layers: the streams go on with an empty one. That of a spike that was left
-        out is kept: the weights that made it stand."""
+        """Return what the model is given in addition to the text.
+
+        A memory that is not finite, from a skipped step, is emptied: it would spoil the following steps. The memory of
+        a skipped spike is kept, because the weights that made it are.
+        """
         if not self.used:
             return {"use_cache": False}
         memory = self.held.get(number)
@@ -192,7 +193,7 @@ def memory_of(output: Any) -> list[torch.Tensor]:
 
 
 def has_memory(config: PreTrainedConfig) -> bool:
-    """Whether a model reads segments of a stream with a memory of those before, as Transformer-XL does."""
+    """Return whether a model carries a memory from segment to segment, as Transformer-XL does."""
     return bool(getattr(config, "mem_len", None))
 
 
@@ -210,7 +211,7 @@ class Windows:
         return 1 + max(0, -(-(len(self.data) - 1 - self.length) // self.stride))
 
     def span(self, index: int) -> tuple[int, int, int]:
-        """Where the inputs begin, where the targets scored begin and end, as positions of `data`."""
+        """Return where the inputs begin, and where the scored targets begin and end, as positions in `data`."""
         first = 1 if index == 0 else 1 + self.length + (index - 1) * self.stride
         last = min(1 + self.length + index * self.stride, len(self.data))
         return max(last - 1 - self.length, 0), first, last
@@ -342,7 +343,7 @@ def prepare_bytes(run: Run) -> ByteTask:
 
 
 def _config(options: Any) -> PreTrainedConfig:
-    """That of a fresh decoder, or of one that an earlier run saved."""
+    """Return the config of a fresh decoder, or of one that an earlier run saved."""
     if options.model_name_or_path:
         return load_pretrained(AutoConfig, options.model_name_or_path)
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -362,7 +363,7 @@ def _build_model(options: Any, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def check_reads_bytes(model: PreTrainedModel, length: int) -> None:
-    """Raise OptionError unless a model takes `length` bytes at once and reads them from left to right."""
+    """Raise OptionError unless a model takes `length` bytes and reads them from left to right."""
     config = model.config
     if config.vocab_size != NUM_BYTES:
         raise OptionError(f"the model has {config.vocab_size} tokens; a model of bytes has {NUM_BYTES}")

@@ -192,8 +192,10 @@ def attachments(
     relations: Sequence[Sequence[str]],
     punctuation_tags: Sequence[str],
 ) -> np.ndarray:
-    """What the scores are made of, (sentences, 2, 3): of all words, and of those that are no punctuation by their
-    coarse tag, how many there are, how many have the right head, and how many the right relation to it as well."""
+    """Return counts, (sentences, 2, 3), of all words and of those that are not punctuation by their coarse tag.
+
+    The counts are: words, correct heads, and correct heads with the correct relation.
+    """
     counts = np.zeros((len(gold), 2, 3), dtype=np.int64)
     for row, sentence in enumerate(gold):
         right_head = np.asarray(sentence.heads) == np.asarray(heads[row])

@@ -37,8 +37,8 @@ MANY_CLASSES = 1000
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
     """The train, validation and, when there is one that is to be scored, test split, up to `max_*_samples` of each.
 
-    Raises DataError for a missing or empty file, an unknown format, a file that cannot be parsed, a data set that
-    cannot be fetched, a missing or an empty split, and `split_sizes` that the data cannot fill.
+    Raises DataError for a file that is missing, empty or cannot be parsed, for an unknown format, a data set that
+    cannot be loaded, a split that is missing or empty, and `split_sizes` that the data cannot fill.
     """
     return limited(read_splits(options), options)
 
@@ -77,10 +77,10 @@ def read_splits(options: DataOptions) -> dict[str, Dataset]:
 
 
 def divide(splits: dict[str, Dataset], sizes: Sequence[int]) -> dict[str, Dataset]:
-    """All examples of the splits divided at random into `sizes` for train, validation and test; given two sizes, those
-    of train and validation alone, and the test split stays. The draw is always the same.
+    """Divide all examples at random into `sizes` for train, validation and test, always in the same way.
 
-    Raises DataError for other numbers of sizes, sizes below 1 or beyond what there is, and splits of unlike columns.
+    Two sizes divide train and validation only, and the test split is unchanged. Raises DataError for another number of
+    sizes, sizes below 1 or beyond the number of examples, and splits with different columns.
     """
     pooled = [data for split, data in splits.items() if split != "test" or len(sizes) == 3]
     total = sum(map(len, pooled))
@@ -100,7 +100,7 @@ USE = {"train": "train on", "validation": "choose the best checkpoint on", "test
 
 
 def content_of(paths: Sequence[Path]) -> str:
-    """What tells the contents of files, and of all files in folders, from others."""
+    """Return a hash of the contents of files, and of all files in folders."""
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
     key = hashlib.sha256()
     for path in files:
@@ -111,9 +111,9 @@ def content_of(paths: Sequence[Path]) -> str:
 
 
 def data_content(options: Any) -> dict[str, str]:
-    """What tells the content of a run's local data from others, by option.
+    """Return a hash of a run's local data by option.
 
-    That of images covers the files that the table names. Of what is not there, and of the Hub's, nothing is said.
+    For images it covers the files that the table names. Missing files and data of the Hub have none.
     """
     content = {}
     for name in DATA_OPTIONS:
@@ -142,8 +142,11 @@ def image_files(path: Path, column: str) -> list[Path]:
 def load_file(
     file: str | Path, split: str = "train", text_columns: Sequence[str | None] = (), option_name: str | None = None
 ) -> Dataset:
-    """One local file, by its ending. In a CSV, cells of `text_columns` are text, whatever they look like, and an empty
-    cell alone is a missing value. Raises DataError naming the file and its option, by default that of the split."""
+    """Load one local file, by its ending.
+
+    In a CSV, cells of `text_columns` are text, whatever they look like, and only an empty cell is a missing value.
+    Raises DataError naming the file and its option, by default that of the split.
+    """
     path, option_name = Path(file), option_name or f"{split}_file"
     if path.is_dir():
         raise DataError(f"--{option_name} {file}: a folder, not a file")
@@ -187,8 +190,10 @@ def load_file(
 
 
 def _cache(paths: Sequence[Path]) -> str:
-    """Where `datasets` keeps what it made of these files: other content, other folder. By itself it goes by the time
-    of their last change, which archives and copies keep."""
+    """Return the folder where `datasets` caches these files, by their content.
+
+    Its own cache goes by the time of the last change, which archives and copies keep.
+    """
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"adanorm-{content_of(paths)[:32]}")
 
 
@@ -252,7 +257,7 @@ def _as_text(cell: str) -> str | None:  # before pandas 3.1 na_values says nothi
 
 
 def is_text(feature: Any) -> bool:
-    """Whether a column holds text; that of a CSV is a `large_string` from pandas 3 on."""
+    """Return whether a column contains text, which is a `large_string` in a CSV from pandas 3 on."""
     return isinstance(feature, Value) and feature.dtype in {"string", "large_string"}
 
 
@@ -312,13 +317,13 @@ def resolve_labels(
 
     1. A label is a name: the text in the file, unchanged (`1`, `01` and `True` in a CSV are three names). A whole
        number or a boolean of a JSON or Parquet file counts as its JSON text (`1`, `true`); other values are refused.
-    2. The classes are `label_names`, in this order; else those that the data set itself declares; else the names in
-       the training split, in numeric order if all are whole numbers, else in alphabetical order.
+    2. The classes are `label_names`, in this order. Otherwise they are those that the data set declares, or else the
+       names in the training split, in numeric order if all are whole numbers, else in alphabetical order.
     3. If `label_names` contains none of the training labels and these are whole numbers from 0, number n is the n-th
        name, counted from 0.
 
-    Raises DataError for a missing column or label, a label that is none of the classes, fewer than two classes, and
-    classes that differ in spaces only; warns of spaces around a label.
+    Raises DataError for a missing column or label, an unknown label, fewer than two classes, and classes that differ
+    in spaces only. Warns about spaces around a label.
     """
     given: dict[str, list[str]] = {}
     feature = splits["train"].features.get(column)

@@ -40,7 +40,7 @@ def write_idx(path: str | Path, array: np.ndarray) -> None:
 
 
 def is_idx(path: str | Path) -> bool:
-    """Whether the name is that of an IDX file of images."""
+    """Return whether the name is that of an IDX file of images."""
     return "images-idx3-ubyte" in Path(path).name
 
 

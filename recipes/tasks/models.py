@@ -23,7 +23,7 @@ def check_model_source(options: Any) -> None:
 
 
 def label_mappings(names: Sequence[str]) -> dict[str, Any]:
-    """What a model's config says of the classes."""
+    """Return the fields of a model's config that describe the classes."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -66,7 +66,7 @@ def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
 
 
 def _fields(model_type: str) -> set[str]:
-    """What a config of this type takes; nothing where it has no defaults to tell it by."""
+    """Return the fields of a config of this type, or none if it has no defaults."""
     try:
         config = AutoConfig.for_model(model_type)
     except Exception:  # of whatever kind the config makes of no arguments
@@ -76,8 +76,8 @@ def _fields(model_type: str) -> set[str]:
 
 
 def _has_effect(config: PreTrainedConfig, name: str, given: dict[str, Any]) -> bool:
-    """Whether a field that the config does not declare is one all the same: it changes others (`rope_theta`), or the
-    model's code reads it (`position_buckets`)."""
+    """Return whether an undeclared field has an effect: it changes others (`rope_theta`), or the model's code reads it
+    (`position_buckets`)."""
     without = AutoConfig.for_model(config.model_type, **{key: value for key, value in given.items() if key != name})
     fields = {key: value for key, value in config.to_dict().items() if key != name}
     if fields != without.to_dict():
@@ -99,8 +99,7 @@ def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
-    """What `auto_class` loads by `name`. Raises OptionError naming the option when there is no such thing, or when it
-    is of another kind."""
+    """Return what `auto_class` loads by `name`. Raises OptionError naming the option if it cannot be loaded."""
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:  # transformers has many ways to say so
@@ -136,8 +135,8 @@ def load_classifier(auto_class: Any, name: str, names: Sequence[str]) -> PreTrai
 
 @torch.no_grad()
 def try_out(model: PreTrainedModel, name: str, **inputs: Any) -> Any:
-    """What a model returns for `inputs`, in eval mode. Raises OptionError, in the model's own words, for one that
-    cannot be given what `name` says."""
+    """Return a model's outputs for `inputs`, in eval mode. Raises OptionError, with the model's own message, if the
+    model cannot take what `name` describes."""
     copied = copy.deepcopy(model).eval()  # BigBird is another model for good once it has read a short text
     try:
         if copied.config._attn_implementation not in (None, "eager", "sdpa"):  # flash attention asks for a GPU

@@ -192,7 +192,7 @@ class ByteDataOptions:
     max_train_characters: int | None = option(
         None, "use only the first so many bytes of what is left to train on", within="(0, inf)"
     )
-    sequence_length: int = option(512, "bytes the model sees at once", within="(0, inf)")
+    sequence_length: int = option(512, "bytes in one input of the model", within="(0, inf)")
     eval_stride: int = option(
         256, "bytes scored in each window of sequence_length, the rest is context; not for a memory"
     )

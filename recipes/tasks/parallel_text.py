@@ -1,9 +1,9 @@
 """Sentence pairs from the Hub or from local files, and the usual cleaning of IWSLT14.
 
-A local file is a table with a column for each language (.json, .jsonl, .csv, .tsv, .parquet), or plain text, one
-sentence a line: then its name holds `{lang}`, which stands for either language (`train.{lang}.gz`). Such a name may be
-a pattern; the files that match are read in the order of their names. The XML and the `train.tags` files of IWSLT are
-read as they are.
+A local file is a table with a column for each language (.json, .jsonl, .csv, .tsv, .parquet), or plain text with one
+sentence per line. The name of a text file contains `{lang}`, which stands for either language (`train.{lang}.gz`). It
+may be a pattern; matching files are read in the order of their names. The XML and `train.tags` files of IWSLT are read
+directly.
 """
 
 from __future__ import annotations

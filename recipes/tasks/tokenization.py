@@ -53,8 +53,8 @@ def train_encoder_tokenizer(
     elif kind == "bpe":
         tokenizer = trained(models.BPE(unk_token=UNK), trainers.BpeTrainer(special_tokens=special, **settings))
     else:
-        # Its trainer numbers the letters within words in the order of a hash map, other in every process, and cuts
-        # ties between merges by these numbers: given as special tokens, they have their numbers already.
+        # Its trainer numbers the letters within words in the order of a hash map, which differs between processes, and
+        # breaks ties between merges by these numbers. As special tokens, the letters have fixed numbers.
         texts = list(texts)
         words = (word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
         within = sorted({f"##{letter}" for word in words for letter in word[1:]})

@@ -1,10 +1,11 @@
 """The network of a transition parser with LayerNorm, as the paper trains on the Penn Treebank: a model like any other.
 
-Words, tags and relations around a state (Chen and Manning 2014: 18, 18 and 12 of them) are embedded and concatenated;
-linear layers, each followed by a norm, an activation and dropout, and a linear classifier choose the next transition:
-"the norm before the activation of every linear layer". The paper counts three layers: two hidden ones and the
-classifier. Importing this module registers the classes with the Auto classes. The file travels with saved models:
-elsewhere they load with `AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`.
+The words, tags and relations around a state (18, 18 and 12 of them, after Chen and Manning 2014) are embedded and
+concatenated. Linear layers, each followed by a norm, an activation and dropout, and a linear classifier choose the
+next transition: "the norm before the activation of every linear layer". The paper counts three layers: two hidden
+ones and the classifier. Importing this module registers the classes with the Auto classes. The file travels with
+saved models: elsewhere they load with `AutoModelForSequenceClassification.from_pretrained(folder,
+trust_remote_code=True)`.
 """
 
 from __future__ import annotations

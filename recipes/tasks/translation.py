@@ -233,7 +233,7 @@ def _tokenize(data: Dataset, tokenizer: Any, options: Any) -> Dataset:
 
 
 def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """What the decoder reads to predict `labels` (batch, length): they, shifted, behind its start token."""
+    """Return what the decoder reads to predict `labels` (batch, length): its start token and the shifted labels."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
     shifted = torch.roll(labels, 1, dims=1)
@@ -332,7 +332,7 @@ def initialize(model: PreTrainedModel, kind: Literal["xavier", "kaiming"]) -> No
 
 
 def source_texts(data: Dataset) -> list[str]:
-    """What `translate.py` is given for a split."""
+    """Return the sentences of a split as input of `translate.py`."""
     return [" ".join(text.split("\n")) for text in data[SOURCE]]
 
 

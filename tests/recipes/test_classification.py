@@ -259,7 +259,7 @@ def test_a_run_that_stopped_at_a_spike_goes_on_without_that_step(texts, tmp_path
     classification.main(arguments_for(texts, tmp_path, on_spike="skip", **options))
     said = capsys.readouterr().out
     assert "resuming from step" in said
-    assert re.search(rf"step {step}: .*: step left out", said)
+    assert re.search(rf"step {step}: .*: step skipped", said)
     assert json.loads((tmp_path / "results.json").read_text())["skipped_steps"] >= 1
     assert not (tmp_path / "diverged.json").exists()
 

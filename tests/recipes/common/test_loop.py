@@ -116,7 +116,7 @@ def test_ctrl_c_in_the_middle_of_an_evaluation_is_answered_at_once(data, tmp_pat
     assert wait(process) == EXIT_RESUME, log.read_text()
     assert time.monotonic() - asked < 10
     assert "step 2: validation" not in log.read_text()
-    assert re.search("stopped by Ctrl-C at step 2; start the same command to resume", log.read_text())
+    assert re.search("stopped by Ctrl-C at step 2; run the same command again to resume", log.read_text())
     assert wait(start("language_modeling", runs["stopped"], log)) == 0, log.read_text()
     whole, stopped = (json.loads((tmp_path / name / "results.json").read_text()) for name in runs)
     for key in ("validation", "history", "train_history", "best_step"):

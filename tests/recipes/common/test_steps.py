@@ -102,7 +102,7 @@ def test_a_spike_stops_the_run_on_request():
 def test_a_spike_is_left_out_on_request_until_it_is_the_rule(capsys):
     run = Run(learning_rate=1e-5, on_spike="skip").settle()
     assert not run.step(50.0)
-    assert "step left out" in capsys.readouterr().out
+    assert "step skipped" in capsys.readouterr().out
     assert run.step(1.1)
     assert any(run.step(50.0) for _ in range(SPIKE_WINDOW))
 
@@ -148,7 +148,7 @@ def test_only_the_last_steps_are_kept():
 
 
 def test_a_run_that_trained_nothing_or_was_never_evaluated_has_diverged():
-    with pytest.raises(DivergedError, match="all 4 steps were left out"):
+    with pytest.raises(DivergedError, match="all 4 steps were skipped"):
         check_trained(Progress(step=4, skipped_steps=4, best_step=4))
     with pytest.raises(DivergedError, match="no evaluation up to step 4"):
         check_trained(Progress(step=4, skipped_steps=3))
