@@ -2,9 +2,9 @@
 
 Everything is written under a temporary name and renamed once it is on disk. `checkpoint-N` contains what
 `accelerate.Accelerator.save_state` saves (weights as safetensors, optimizer, gradient scaler, the random state of
-every process) and `progress.json`. `best-N` is the model of step N as `save_pretrained` writes it; it is deleted only after
-a checkpoint that refers to a newer one has been written. So a run that is killed at any time finds the best model of
-its newest checkpoint. With several machines, `output_dir` must be on a shared disk.
+every process) and `progress.json`. `best-N` is the model of step N as `save_pretrained` writes it; it is deleted only
+after a checkpoint that refers to a newer one has been written. So a run that is killed at any time finds the best
+model of its newest checkpoint. With several machines, `output_dir` must be on a shared disk.
 """
 
 from __future__ import annotations
