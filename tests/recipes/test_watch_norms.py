@@ -46,9 +46,3 @@ def test_trackio_has_one_run_for_a_folder_without_a_network(texts, tmp_path, mon
     assert [entry["step"] for entry in logs if "train/loss" in entry] == [5, 10, 12]
     (score,) = [entry["validation/accuracy"] for entry in logs if "validation/accuracy" in entry]
     assert score == results["validation"]["accuracy"]
-
-
-def test_zero_is_refused(texts, tmp_path):
-    with pytest.raises(SystemExit) as end:
-        run(texts, tmp_path / "zero", "--watch_norms", "0")
-    assert end.value.code == 2
