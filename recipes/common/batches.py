@@ -104,7 +104,7 @@ def train_batches(
     skip: int = 0,
     workers: int = 0,
 ) -> Iterator[tuple[int, list[Any]]]:
-    """Yield `(size, micro_batches)` for every optimiser step of an epoch after the first `skip`.
+    """Yield `(size, micro_batches)` for every optimizer step of an epoch after the first `skip`.
 
     `size` is what `count` returns for the step, by default its examples over all micro-batches and processes.
     `micro_batches` are those of this process, collated.

@@ -47,7 +47,7 @@ class ResumeError(ValueError):
 class Progress:
     """Where a run stands, as saved in `progress.json`."""
 
-    step: int = 0  # optimiser steps done
+    step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs completed
     epoch_step: int = 0  # steps done in the current epoch
     samples: int = 0  # examples seen by all processes
@@ -144,7 +144,7 @@ class Checkpoints:
 
     Args:
         output_dir: the run's folder; made when it is not there.
-        accelerator: what the model and the optimiser were, or will be, prepared with.
+        accelerator: what the model and the optimizer were, or will be, prepared with.
         config: the run's options. Those that are not in `free` must be the same when a run is resumed.
         content: a hash of the run's data by option. It must be the same when a run is resumed.
         keep: how many of the newest checkpoints to keep.
@@ -180,12 +180,12 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None when there is none, or when what there is will be overwritten."""
+        """Return the newest complete checkpoint, or None if there is none or it will be overwritten."""
         found = [] if self.overwrite else self._numbered("checkpoint")
         return found[-1] if found else None
 
     def check_resumable(self) -> Path | None:
-        """The checkpoint that this run would resume from; reads nothing but its options.
+        """Return the checkpoint that this run would resume from, after reading only its options.
 
         Raises ResumeError naming every option that differs from the run that wrote it, or for a finished run without
         a checkpoint, which would be trained anew over its results.
@@ -284,7 +284,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def staged(self, target: Path) -> Iterator[Path]:
-        """A temporary folder to write into, which takes its place as `target` when every process is done with it.
+        """Yield a temporary folder to write into, which becomes `target` when every process is done with it.
 
         Raises SaveError when it cannot be written.
         """

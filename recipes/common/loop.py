@@ -4,7 +4,7 @@
     run = Run(options, argv, __file__, data_content)  # launcher, lock, newest checkpoint
     if run.finished:
         return
-    task = run.prepare(prepare_task)             # data, model, patch, optimiser
+    task = run.prepare(prepare_task)             # data, model, patch, optimizer
     with run.training():                         # resumes; clear endings, SIGTERM and Ctrl-C
         for step in run:                         # sets the learning rate
             for batch in step:                   # micro-batches, on the device; then clips, checks and steps
@@ -150,7 +150,7 @@ class Run:
             if options.norm != STOCK:
                 remember(resolve_norm(options.norm)[0])  # to load an earlier model with it
             self.task = task = prepare(self)
-            set_seed(options.seed)  # the same initialisation whatever happened before, for every norm
+            set_seed(options.seed)  # the same initialization whatever happened before, for every norm
             model = main_first(accelerator, task.build_model)
             num_norms = apply_patch(model, options, lambda: task.calibration_batch(model))
             self.total_steps = options.max_steps or options.num_epochs * task.plan.num_steps

@@ -138,14 +138,14 @@ class PatchOptions:
 
 @dataclass(kw_only=True)
 class OptimizationOptions:
-    """Optimiser, schedule and length of the training."""
+    """Optimizer, schedule and length of the training."""
 
     learning_rate: float = option(5e-4, "peak learning rate", within="(0, inf)")
     lr_schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = option(
         "linear", "how the learning rate moves after the warm-up"
     )
     warmup_steps: int = option(
-        0, "optimiser steps over which the learning rate rises; wins over warmup_ratio", within="[0, inf)"
+        0, "optimizer steps over which the learning rate rises; wins over warmup_ratio", within="[0, inf)"
     )
     warmup_ratio: float = option(0.0, "warm-up as a share of all steps", within="[0, 1]")
     warmup_init_lr: float = option(0.0, "learning rate at the first warm-up step", within="[0, inf)")
@@ -156,10 +156,10 @@ class OptimizationOptions:
     adam_epsilon: float = option(1e-8, "Adam epsilon", within="[0, inf)")
     fused_adam: bool | None = option(None, "AdamW's update as one kernel, on a GPU; by default torch decides")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 clips nothing", within="[0, inf)")
-    gradient_accumulation_steps: int = option(1, "micro-batches in one optimiser step", within="(0, inf)")
+    gradient_accumulation_steps: int = option(1, "micro-batches in one optimizer step", within="(0, inf)")
     num_epochs: int = option(3, "passes over the training data", within="(0, inf)")
     max_steps: int | None = option(
-        None, "stop after this many optimiser steps; wins over num_epochs", within="(0, inf)"
+        None, "stop after this many optimizer steps; wins over num_epochs", within="(0, inf)"
     )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
@@ -189,7 +189,7 @@ class RunOptions:
     overwrite_output_dir: bool = option(
         False, "start afresh instead of resuming what output_dir holds", changes="nothing"
     )
-    seed: int = option(1, "seed of initialisation, dropout and the order of the data", within="[0, 4294967295]")
+    seed: int = option(1, "seed of initialization, dropout and the order of the data", within="[0, 4294967295]")
     eval_steps: int | None = option(
         None, "evaluate every so many steps; by default after every epoch", within="(0, inf)"
     )

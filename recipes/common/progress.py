@@ -60,18 +60,18 @@ class Stopwatch:
         self.started = None
 
     def resume(self) -> None:
-        """Go on timing after a pause."""
+        """Resume timing after a pause."""
         self.started = time.perf_counter() if self.steps >= UNTIMED_STEPS else None
 
     @property
     def samples_per_second(self) -> float | None:
-        """None while no step was timed."""
+        """Return the speed, or None while no step was timed."""
         seconds = self.progress.timed_seconds
         return self.progress.timed_samples / seconds if seconds else None
 
     @property
     def seconds_per_step(self) -> float | None:
-        """By the mean size of a step; None while no step was timed."""
+        """Return the time of a step of mean size, or None while no step was timed."""
         speed = self.samples_per_second
         return self.progress.samples / self.progress.step / speed if speed else None
 

@@ -45,7 +45,7 @@ class Task:
 
     @classmethod
     def selection(cls, options: Any) -> tuple[str, bool]:
-        """The validation score that chooses checkpoints and hyper-parameters, and whether higher is better."""
+        """Return the validation score that chooses checkpoints and hyperparameters, and whether higher is better."""
         name = getattr(options, "best_metric", cls.score)
         return name, cls.higher_is_better if name == cls.score else name != "loss"
 

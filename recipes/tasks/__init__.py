@@ -1,1 +1,1 @@
-"""What is particular to a task: its data, its tokeniser or image processor, its model."""
+"""What is particular to a task: its data, its tokenizer or image processor, its model."""

@@ -41,7 +41,7 @@ class Encoded:
 
     @property
     def has_oracle(self) -> bool:
-        """Whether transitions can build its tree: it is projective, and all its relations are known."""
+        """Return whether transitions can build its tree: it is projective, and all its relations are known."""
         return self.heads is not None and bool(np.all(self.relations)) and is_projective(self.heads)
 
 
@@ -147,7 +147,7 @@ class States:
         return int(np.count_nonzero(2 * self.lengths > self.steps_done))
 
     def features(self) -> np.ndarray:
-        """(active, 48): the 18 words, the 18 tags and the 12 relations that a transition is chosen by.
+        """Return the 18 words, 18 tags and 12 relations, (active, 48), that determine the next transition.
 
         These are the first three of stack and buffer. For the first two of the stack, they are also the outermost and
         second outermost dependents on either side, the leftmost of the leftmost and the rightmost of the rightmost.
@@ -166,8 +166,10 @@ class States:
         return np.concatenate([self.words[row, places], self.tags[row, places], relations], axis=1)
 
     def allowed(self, *, single_root: bool) -> np.ndarray:
-        """(active, 3): whether SHIFT, LEFT and RIGHT are possible. With `single_root`, the root takes its dependent
-        when nothing else is left."""
+        """Return whether SHIFT, LEFT and RIGHT are possible, (active, 3).
+
+        With `single_root`, the root takes its dependent last.
+        """
         n = self.num_active
         shift = self.next[:n] <= self.lengths[:n]
         two = self.top[:n] > _BOTTOM + 1  # words on the stack
@@ -197,8 +199,9 @@ class States:
 
 
 def oracle(states: States, sentences: Sequence[Encoded]) -> Iterator[np.ndarray]:
-    """The transitions, (active,), that build the projective trees of `sentences` from fresh `states`, step by step:
-    each is applied before the next is given.
+    """Yield the transitions, (active,), that build the projective trees of `sentences` from fresh `states`.
+
+    Each one is applied before the next is yielded.
 
     LEFT and RIGHT as soon as they are right: RIGHT not before the word has all its dependents.
     """
@@ -242,7 +245,7 @@ def training_examples(sentences: Sequence[Encoded], batch_size: int = 1000) -> t
 def parse(
     score: Callable[[np.ndarray], np.ndarray], sentences: Sequence[Encoded], *, single_root: bool, batch_size: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Heads and relations of the words of every sentence, by the best possible transition in each state.
+    """Return heads and relations of the words of every sentence, by the best allowed transition in each state.
 
     `score` gives scores (states, classes) of features (states, 48); classes are transitions.
     """
@@ -269,7 +272,7 @@ def parse(
 def parse_sentences(
     model: torch.nn.Module, sentences: Sequence[Encoded], *, single_root: bool, batch_size: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Heads and relations, by number, of every word of every sentence; the model is in eval mode already."""
+    """Return heads and relations, by number, of every word of every sentence. The model must be in eval mode."""
     device = next(model.parameters()).device
 
     def score(features: np.ndarray) -> np.ndarray:

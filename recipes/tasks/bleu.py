@@ -34,7 +34,7 @@ def translation_scores(
     cases = {
         "sacrebleu": (BLEU(), hypotheses, references),
         "sacrebleu_lowercase": (BLEU(lowercase=True), hypotheses, references),
-        # force: it would warn that the text is tokenised, which is the point here.
+        # force: it would warn that the text is tokenized, which is the point here.
         "bleu_tokenized_lowercase": (BLEU(lowercase=True, tokenize="none", force=True), *tokenized),
         "chrf": (CHRF(), hypotheses, references),
     }
@@ -52,13 +52,13 @@ def _moses(lang: str) -> tuple[MosesTokenizer, MosesDetokenizer]:
 
 
 def moses_tokenize(texts: Sequence[str], lang: str) -> list[str]:
-    """Texts with Moses's tokens divided by spaces; characters such as `&` are not escaped."""
+    """Return texts with Moses's tokens separated by spaces; characters such as `&` are not escaped."""
     tokenizer = _moses(_language(lang))[0]
     return [tokenizer.tokenize(text, escape=False, return_str=True) for text in texts]
 
 
 def moses_detokenize(texts: Sequence[str], lang: str) -> list[str]:
-    """Plain text of Moses's tokens."""
+    """Return plain text from Moses's tokens."""
     detokenizer = _moses(_language(lang))[1]
     return [detokenizer.detokenize(text.split(), unescape=False) for text in texts]
 

@@ -1,4 +1,4 @@
-"""Text as a stream of bytes: splits of a file, segments to train on, windows to score, a tokeniser of bytes."""
+"""Text as a stream of bytes: splits of a file, segments to train on, windows to score, a tokenizer of bytes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ UNUSED = ("mask_emb", "seg_embed", "r_s_bias")
 
 
 def read_bytes(file: str | Path, option_name: str) -> np.ndarray:
-    """The bytes of a file, decompressed by its ending, as uint8. Raises DataError naming the option and the file."""
+    """Return the bytes of a file, decompressed by its ending, as uint8. Raises DataError naming option and file."""
     path = Path(file)
     if not path.is_file():
         raise DataError(f"--{option_name} {file}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
@@ -70,9 +70,9 @@ def read_bytes(file: str | Path, option_name: str) -> np.ndarray:
 
 
 def load_byte_splits(options: ByteDataOptions) -> dict[str, np.ndarray]:
-    """`train`, `validation` and, when there is one, `test`.
+    """Return the splits `train`, `validation` and, if there is one, `test`.
 
-    The end of the train file is test, what lies before it validation, unless they have files of their own. Raises
+    The end of the train file is the test split, preceded by validation, unless they have their own files. Raises
     DataError for a missing or unreadable file, and for splits too short for a window.
     """
     if options.train_file is None:
@@ -112,7 +112,7 @@ class Segments:
         return (len(self.data) - 1) // self.length
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """`length + 1` bytes."""
+        """Return `length + 1` bytes."""
         start = index * self.length
         return self.data[start : start + self.length + 1]
 
@@ -137,7 +137,7 @@ class StreamPlan:
             )
 
     def steps(self, epoch: int) -> list[np.ndarray]:
-        """The segments of every step of an epoch, the same in each."""
+        """Return the segments of every step, the same in each epoch."""
         return list(np.arange(self.num_streams) * self.num_steps + np.arange(self.num_steps)[:, None])
 
     def micro_batches(self, step: np.ndarray, rank: int) -> list[list[int]]:
@@ -145,7 +145,7 @@ class StreamPlan:
         return step.reshape(self.shape)[:, rank].tolist()
 
     def num_examples(self, step: np.ndarray) -> int:
-        """The segments of a step over all micro-batches and processes."""
+        """Return the number of segments of a step over all micro-batches and processes."""
         return len(step)
 
 
@@ -188,7 +188,7 @@ class Memory:
 
 
 def memory_of(output: Any) -> list[torch.Tensor]:
-    """The memory that a model returned, by layer. What it returns is the end of twice as much, which would be kept."""
+    """Return a copy of the memory that a model returned, by layer; its tensors are views of larger ones."""
     return [layer.clone() for layer in output.mems]
 
 
@@ -198,9 +198,11 @@ def has_memory(config: PreTrainedConfig) -> bool:
 
 
 class Windows:
-    """Windows that together score every byte but the first exactly once: the first window all of its bytes, the others
-    their last `stride`, which so have at least `length - stride` bytes of context. Raises OptionError, naming the
-    option, for a stride that would leave bytes out."""
+    """Windows that together score every byte but the first exactly once.
+
+    The first window scores all of its bytes, the others their last `stride`, with at least `length - stride` bytes of
+    context. Raises OptionError, naming the option, for a stride that would skip bytes.
+    """
 
     def __init__(self, data: np.ndarray, length: int, stride: int, option_name: str = "stride"):
         if not 1 <= stride <= length:
@@ -217,13 +219,13 @@ class Windows:
         return max(last - 1 - self.length, 0), first, last
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """`length + 1` bytes, all of a text that has no more, and how many of them, the last, are scored."""
+        """Return `length + 1` bytes, fewer of a shorter text, and how many of them, at the end, are scored."""
         begin, first, last = self.span(index)
         return self.data[begin:last], last - first
 
 
 def collate_windows(rows: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
-    """Inputs (batch, length), targets (batch, length), and which targets are scored (batch, length)."""
+    """Return inputs, targets, and which targets are scored, each (batch, length)."""
     data = torch.from_numpy(np.stack([row[0] for row in rows]).astype(np.int64))  # (batch, length + 1)
     scored = torch.zeros(len(rows), data.shape[1] - 1, dtype=torch.bool)
     for row, (_, count) in zip(scored, rows, strict=True):
@@ -232,7 +234,7 @@ def collate_windows(rows: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.T
 
 
 def window_bits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The bits that each window's scored bytes cost, (batch,)."""
+    """Return the bits of each window's scored bytes, (batch,)."""
     # Without an attention mask: nothing is padded.
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()  # (batch, length, bytes)
     nats = F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none")  # (batch, length)
@@ -250,12 +252,11 @@ def stream_bits(
     num_processes: int = 1,
     before_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[int], list[tuple[float, int]]]:
-    """Segments by number, and for each the bits that it costs a model with a memory and how many bytes it has; every
-    byte but the first is scored once.
+    """Return segments by number, and for each its bits under a model with a memory and its number of bytes.
 
-    The text is cut into `num_streams` contiguous streams that are read segment by segment, all at a time; their memory
-    is empty at first and carried on. A process reads every `num_processes`-th stream, in as many steps as the others,
-    and calls `before_each` of them.
+    Every byte but the first is scored once. The text is cut into `num_streams` contiguous streams, which are read
+    together, segment by segment. Their memory starts empty and is carried along. A process reads every
+    `num_processes`-th stream, in as many steps as the others, and calls `before_each` before each step.
     """
     device = next(model.parameters()).device
     num_segments = -(-(len(data) - 1) // length)
@@ -306,7 +307,7 @@ class ByteTask(Task):
 
 
 def collate_segments(rows: Sequence[np.ndarray]) -> torch.Tensor:
-    """Segments (batch, sequence_length + 1) as token ids."""
+    """Return segments (batch, sequence_length + 1) as token ids."""
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
@@ -381,7 +382,7 @@ def check_reads_bytes(model: PreTrainedModel, length: int) -> None:
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """A tokeniser whose ids are the bytes of the text, saved with the model for stock pipelines."""
+    """Return a tokenizer whose ids are the bytes of the text, saved with the model for stock pipelines."""
     # GPT-2's table: bytes that print stand for themselves, the others for letters from 256 on, in order.
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(NUM_BYTES) if byte not in printing]

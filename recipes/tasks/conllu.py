@@ -39,7 +39,7 @@ class Sentence:
 def read_conllu(
     file: str | Path, *, tag_column: Literal["upos", "xpos"] = "xpos", trees: bool = True
 ) -> list[Sentence]:
-    """The sentences of a file, plain or gzipped. Without `trees`, what HEAD and DEPREL hold is not looked at.
+    """Return the sentences of a file, plain or gzipped. Without `trees`, HEAD and DEPREL are ignored.
 
     Raises DataError naming file and line: wrong columns or ids, a head that is none, a cycle, no root.
     """
@@ -172,7 +172,7 @@ def _check_tree(sentence: Sentence) -> None:
 def write_conllu(
     sentences: Iterable[Sentence], heads: Iterable[Sequence[int]], relations: Iterable[Sequence[str]]
 ) -> str:
-    """The sentences as they were read, with these heads and relations; graphs in DEPS are left out."""
+    """Return the sentences as they were read, with these heads and relations, and without graphs in DEPS."""
     lines: list[str] = []
     for sentence, its_heads, its_relations in zip(sentences, heads, relations, strict=True):
         written = list(sentence.lines)

@@ -35,7 +35,7 @@ MANY_CLASSES = 1000
 
 
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
-    """The train, validation and, when there is one that is to be scored, test split, up to `max_*_samples` of each.
+    """Return the splits: train, validation and, if it is to be scored, test, up to `max_*_samples` of each.
 
     Raises DataError for a file that is missing, empty or cannot be parsed, for an unknown format, a data set that
     cannot be loaded, a split that is missing or empty, and `split_sizes` that the data cannot fill.
@@ -44,7 +44,7 @@ def load_splits(options: DataOptions) -> dict[str, Dataset]:
 
 
 def limited(splits: dict[str, Dataset], options: DataOptions) -> dict[str, Dataset]:
-    """The first `max_*_samples` of every split. Raises DataError for an empty one."""
+    """Return the first `max_*_samples` of every split. Raises DataError for an empty one."""
     found = dict(splits)
     for split, data in splits.items():
         file, limit = getattr(options, f"{split}_file"), getattr(options, f"max_{split}_samples")
@@ -56,7 +56,7 @@ def limited(splits: dict[str, Dataset], options: DataOptions) -> dict[str, Datas
 
 
 def read_splits(options: DataOptions) -> dict[str, Dataset]:
-    """Whole splits; see `load_splits`."""
+    """Return complete splits; see `load_splits`."""
     files = {split: getattr(options, f"{split}_file") for split in SPLITS}
     sizes = getattr(options, "split_sizes", None)
     if any(files.values()):
@@ -131,7 +131,7 @@ def data_content(options: Any) -> dict[str, str]:
 
 
 def image_files(path: Path, column: str) -> list[Path]:
-    """The files beside a table of images that it speaks of: IDX's labels, or the images that a column names."""
+    """Return the files that belong to a table of images: IDX's labels, or the images that a column names."""
     if is_idx(path):
         return [labels_beside(path)]
     data = load_file(path)

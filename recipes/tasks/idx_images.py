@@ -12,7 +12,7 @@ from PIL import Image as PilImage
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """The unsigned bytes of an IDX file, in its shape. Raises ValueError naming the file when it is not one."""
+    """Return the unsigned bytes of an IDX file, in its shape. Raises ValueError naming a file of another kind."""
     path = Path(path)
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
@@ -36,12 +36,12 @@ def is_idx(path: str | Path) -> bool:
 
 
 def labels_beside(path: str | Path) -> Path:
-    """The file of labels that belongs to one of images."""
+    """Return the file of labels that belongs to one of images."""
     return Path(path).with_name(Path(path).name.replace("images-idx3", "labels-idx1"))
 
 
 def load_idx_images(path: str | Path) -> Dataset:
-    """Columns `image` and `label` of an IDX file of images and of the labels beside it.
+    """Return columns `image` and `label` of an IDX file of images and of the labels next to it.
 
     Raises ValueError when a file is broken or the two differ in number, FileNotFoundError when there are no labels.
     """

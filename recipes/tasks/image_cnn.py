@@ -135,7 +135,7 @@ class LayerNormCnnForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: object
     ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor, ...]:
-        """Logits (batch, classes) of images (batch, channels, image_size, image_size); with labels, the loss too."""
+        """Return logits (batch, classes) of images (batch, channels, height, width); with labels, also the loss."""
         x = pixel_values.mean(1, keepdim=True) if self.config.grayscale else pixel_values
         for layer in self.layers:
             x = layer(x)

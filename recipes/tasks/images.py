@@ -94,7 +94,7 @@ def prepare_image(run: Run) -> ClassificationTask:
 
 
 def as_images(data: Dataset, column: str, file: str | None) -> Dataset:
-    """The column as encoded images; relative paths are relative to the file that names them."""
+    """Return the column as encoded images; relative paths are relative to the file that names them."""
     if is_text(data.features[column]):
         folder = Path(file).resolve().parent if file else Path()
         data = data.map(lambda row: {column: None if row[column] is None else str(folder / row[column])})
@@ -143,8 +143,10 @@ def _opened(value: dict[str, Any] | None, where: str) -> Iterator[PilImage.Image
 
 
 def augmented(image: PilImage.Image, index: int, *, options: Any, epoch: int) -> PilImage.Image:
-    """A random variant of an image, that depends on seed, epoch and example alone: however a run is divided over
-    workers and processes, or resumed, it sees the same images."""
+    """Return a random variant of an image, which depends only on seed, epoch and example.
+
+    So a run sees the same images however it is divided over workers and processes, or resumed.
+    """
     draw = np.random.default_rng((options.seed, epoch, index))
     width, height = image.size
     if options.random_rotation:

@@ -1,4 +1,4 @@
-"""A joint BPE tokeniser of both languages, trained on the training data."""
+"""Trains a joint BPE tokenizer of both languages on the training data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train_joint_bpe(
     min_frequency: int = 2,
     split_punctuation: bool = True,
 ) -> PreTrainedTokenizerFast:
-    """A tokeniser for `text </s>`, whose `decode` gives plain text back; saved and loaded like any other.
+    """Return a tokenizer for `text </s>` whose `decode` restores plain text, saved and loaded like any other.
 
     A word carries a mark for the space before it; punctuation marks are never merged with letters, unless
     `split_punctuation` is off, for text that is tokenized already. The vocabulary contains every character of the

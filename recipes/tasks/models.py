@@ -1,4 +1,4 @@
-"""Models: fresh ones from `model_config`, checked field by field, and pretrained ones."""
+"""Makes models: fresh ones from `model_config`, checked field by field, and pretrained ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def label_mappings(names: Sequence[str]) -> dict[str, Any]:
 
 
 def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
-    """The config of a fresh model: `values`, then `model_config`, which must name a model_type.
+    """Return the config of a fresh model: `values`, then `model_config`, which must name a model_type.
 
     Raises OptionError for an unknown model_type, for a field that its config does not have, and for one that does not
     go with `values`.
@@ -56,10 +56,10 @@ def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
         if isinstance(value, int) and value < 0 and re.search(r"^(num|n)_|_(size|dim|layers)$", name):
             raise OptionError(f"model_config: {name} must not be negative, got {value}")
         if name == "pad_token_id" and values.get(name) not in (None, value):
-            raise OptionError(f"model_config: {name} is {values[name]} in the tokeniser, not {value}: leave it out")
+            raise OptionError(f"model_config: {name} is {values[name]} in the tokenizer, not {value}: leave it out")
     if sizes.get("vocab_size", math.inf) < values.get("vocab_size", 0):
         raise OptionError(
-            f"model_config: vocab_size {sizes['vocab_size']} is less than the tokeniser's {values['vocab_size']}: "
+            f"model_config: vocab_size {sizes['vocab_size']} is less than the tokenizer's {values['vocab_size']}: "
             "leave it out"
         )
     return config
@@ -88,7 +88,7 @@ def _has_effect(config: PreTrainedConfig, name: str, given: dict[str, Any]) -> b
 
 
 def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
-    """A fresh model. Raises OptionError, in the model's own words, for a config that it cannot be built from."""
+    """Return a fresh model. Raises OptionError, with the model's own message, if it cannot be built."""
     try:
         return auto_class.from_config(config)
     except OptionError:
@@ -109,8 +109,8 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
 
 
 def load_model(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
-    """The model that `auto_class` loads by `name`. Raises OptionError as `load_pretrained`, and for weights of other
-    shapes than are needed."""
+    """Return the model that `auto_class` loads by `name`. Raises OptionError as `load_pretrained`, and for weights of
+    other shapes."""
     loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load_pretrained(auto_class, name, **loading, **options)
     for weight, saved, wanted in sorted(info["mismatched_keys"]):
@@ -122,8 +122,8 @@ def load_model(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
 
 
 def load_classifier(auto_class: Any, name: str, names: Sequence[str]) -> PreTrainedModel:
-    """A pretrained model that is to tell these classes apart. Raises OptionError as `load_model`, and for one that
-    knows them in another order."""
+    """Return a pretrained model for these classes. Raises OptionError as `load_model`, and for one that has them in
+    another order."""
     known = [label for _, label in sorted(load_pretrained(AutoConfig, name).id2label.items())]
     if known != list(names) and sorted(known) == sorted(names):
         raise OptionError(

@@ -32,7 +32,7 @@ class DataOptions:
 
 @dataclass(kw_only=True)
 class TextOptions(DataOptions):
-    """Columns and tokeniser of a text classification task."""
+    """Columns and tokenizer of a text classification task."""
 
     text_column: str = option("text", "column of the text")
     text_pair_column: str | None = option(None, "column of the second text, for sentence pairs")
@@ -44,7 +44,7 @@ class TextOptions(DataOptions):
     label_names: list[str] | None = option(None, "the classes in order; by default taken from the training data")
     max_length: int = option(128, "longest text in tokens; what is beyond is cut off", within="[3, inf)")
     tokenizer: Literal["word", "wordpiece", "bpe"] = option(
-        "word", "tokeniser trained on the training data when the model starts from model_config"
+        "word", "tokenizer trained on the training data when the model starts from model_config"
     )
     vocab_size: int = option(30000, "largest size of its vocabulary", within="[10, inf)")
     min_frequency: int = option(2, "a word must occur this often to be in its vocabulary", within="[0, inf)")
@@ -99,7 +99,7 @@ class ParallelOptions(DataOptions):
         None, "column that holds both languages by name, as in the translation data sets of the Hub"
     )
     text_preparation: Literal["none", "moses"] = option(
-        "none", "moses: tokenise by Moses's rules first, as the literature does for IWSLT14"
+        "none", "moses: tokenize by Moses's rules first, as the literature does for IWSLT14"
     )
     hold_out_every: int | None = option(
         None, "take every so many-th pair of the training data for validation (IWSLT14: 23)", within="[2, inf)"
@@ -116,19 +116,19 @@ class ParallelOptions(DataOptions):
 
 @dataclass(kw_only=True)
 class TranslationDataOptions(ParallelOptions):
-    """Tokeniser and lengths."""
+    """Tokenizer and lengths."""
 
     vocab_size: int = option(8000, "size of the joint BPE vocabulary trained for a fresh model", within="[10, inf)")
-    lowercase: bool = option(False, "whether the trained tokeniser lower-cases, both languages")
+    lowercase: bool = option(False, "whether the trained tokenizer lower-cases, both languages")
     max_source_length: int = option(128, "longest source in tokens; what is beyond is cut off", within="[2, inf)")
     max_target_length: int = option(128, "longest target in tokens; what is beyond is cut off", within="[2, inf)")
     source_lang_code: str | None = option(
-        None, "source language as a multilingual pretrained tokeniser names it, for instance de_DE"
+        None, "source language as a multilingual pretrained tokenizer names it, for instance de_DE"
     )
-    target_lang_code: str | None = option(None, "target language as such a tokeniser names it")
+    target_lang_code: str | None = option(None, "target language as such a tokenizer names it")
     source_prefix: str = option("", "put before every source text, for instance for T5")
     cache_dir: str | None = option(
-        None, "where tokenised splits are kept; by default in the cache of `datasets`", changes="nothing"
+        None, "where tokenized splits are kept; by default in the cache of `datasets`", changes="nothing"
     )
 
 
@@ -143,7 +143,7 @@ class TranslationModelOptions:
     activation_dropout: float | None = option(None, "dropout after the feed-forward activation", within="[0, 1)")
     initialization: Literal["model", "xavier", "kaiming"] = option(
         "model",
-        "initialisation of a fresh model: the model's own; Xavier, as in fairseq; or, as in the paper's De-En runs, "
+        "initialization of a fresh model: the model's own; Xavier, as in fairseq; or, as in the paper's De-En runs, "
         "Xavier with Kaiming for the attention",
     )
 
@@ -203,7 +203,7 @@ class ByteDataOptions:
 
 @dataclass(kw_only=True)
 class LanguageModelingOptions(RunOptions, OptimizationOptions, ByteDataOptions, ModelOptions, PatchOptions):
-    """Options of the language modelling recipe."""
+    """Options of the language modeling recipe."""
 
     script: ClassVar[str] = "language_modeling.py"
     demo: ClassVar[str] = "enwik_sample.yaml --train_file A_TEXT"

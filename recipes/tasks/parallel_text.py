@@ -108,7 +108,7 @@ def _read_text_pair(pattern: str, split: str, options: ParallelOptions) -> Datas
 
 
 def _sentences(path: Path) -> Iterator[str]:
-    """The sentences of a file, by its name: IWSLT's XML, IWSLT's `train.tags`, or one a line."""
+    """Yield the sentences of a file, by its name: IWSLT's XML, IWSLT's `train.tags`, or one per line."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         # Only "\n" ends a line: others, U+2028 say, occur inside sentences and would shift the alignment. Editors of
         # Windows begin a file with a mark that is none of its text.
@@ -144,11 +144,11 @@ def _prepare(data: Dataset, options: ParallelOptions) -> Dataset:
         }
 
     workers = options.preprocessing_workers
-    return data.map(prepare, batched=True, num_proc=workers, desc="Tokenising by Moses's rules")
+    return data.map(prepare, batched=True, num_proc=workers, desc="Tokenizing by Moses's rules")
 
 
 def _clean(data: Dataset, options: ParallelOptions) -> list[int]:
-    """The pairs that Moses's clean-corpus-n keeps: neither side empty or too long, nor much longer than the other."""
+    """Return the pairs that Moses's clean-corpus-n keeps: no side empty, too long, or much longer than the other."""
     longest, ratio = options.max_words or float("inf"), options.max_length_ratio or float("inf")
     kept = []
     for number, (source, target) in enumerate(zip(data[SOURCE], data[TARGET], strict=True)):

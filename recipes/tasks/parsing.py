@@ -42,7 +42,7 @@ class Transitions:
 
 
 def collate_transitions(rows: tuple[np.ndarray, np.ndarray]) -> dict[str, torch.Tensor]:
-    """`input_ids` (batch, 48) and `labels` (batch,) of what `Transitions` gives for a list of indices."""
+    """Return `input_ids` (batch, 48) and `labels` (batch,) of examples of `Transitions`."""
     return {"input_ids": torch.from_numpy(rows[0]).long(), "labels": torch.from_numpy(rows[1]).long()}
 
 
@@ -99,7 +99,7 @@ def prepare_parsing(run: Run) -> ParsingTask:
             if split != "train" and coarse_tags.isdisjoint(options.punctuation_tags):
                 warnings.warn(
                     f"{file}: column 4 holds none of --punctuation_tags {options.punctuation_tags}; it holds "
-                    f"{', '.join(sorted(coarse_tags)[:20])}: the scores without punctuation are those with it",
+                    f"{', '.join(sorted(coarse_tags)[:20])}: excluding punctuation has no effect here",
                     stacklevel=2,
                 )
         elif split != "test":

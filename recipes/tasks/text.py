@@ -1,4 +1,4 @@
-"""Text classification, of single texts or of pairs: from the options to tokenised splits and a model."""
+"""Text classification, of single texts or of pairs: from the options to tokenized splits and a model."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ClassificationTask(Task):
 
     @classmethod
     def of(cls, plan: Plan, names: Sequence[str], **fields: Any) -> ClassificationTask:
-        """A task whose training batches are collated as `collate` does, unless `fields` say how."""
+        """Make a task whose training batches are collated by `collate`, unless `fields` contain `train_collate`."""
         splits, collate = fields["splits"], fields["collate"]
 
         def calibration_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -85,7 +85,7 @@ class ClassificationTask(Task):
 
 
 def prepare_text(run: Run) -> ClassificationTask:
-    """Load and check the data, train or load the tokeniser, tokenise. The options are TextOptions and ModelOptions.
+    """Load and check the data, train or load the tokenizer, tokenise. The options are TextOptions and ModelOptions.
 
     Raises DataError or OptionError for whatever would stop the training later.
     """
@@ -105,7 +105,7 @@ def prepare_text(run: Run) -> ClassificationTask:
     else:
         tokenizer = _trained_tokenizer(raw["train"], columns, run)
     tokenizer.model_max_length = options.max_length
-    # It recommends __call__ over pad, which does not apply: texts are tokenised once and padded in every batch.
+    # It recommends __call__ over pad, which does not apply: texts are tokenized once and padded in every batch.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -118,7 +118,7 @@ def prepare_text(run: Run) -> ClassificationTask:
             batched=True,
             remove_columns=raw[split].column_names,
             num_proc=options.preprocessing_workers,
-            desc=f"Tokenising {split}",
+            desc=f"Tokenizing {split}",
         )
         return data.add_column("labels", labels[split])
 

@@ -1,4 +1,4 @@
-"""Tokenisers trained on the training data, for models that start from a config."""
+"""Trains tokenizers on the training data, for models that start from a config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 
 
 def trained_once(run: Any, train: Callable[[], PreTrainedTokenizerFast]) -> Any:
-    """The tokeniser that `train` gave the main process when the run began, from the run's folder."""
+    """Return the tokenizer that the main process trained when the run began, from the run's folder."""
     folder = run.output_dir / "tokenizer"
     if run.is_main and not (run.resuming and folder.exists()):
         save_folder(train().save_pretrained, folder)
@@ -31,10 +31,9 @@ def train_encoder_tokenizer(
     lowercase: bool,
     max_length: int,
 ) -> PreTrainedTokenizerFast:
-    """A tokeniser for `[CLS] text [SEP]` and `[CLS] text [SEP] pair [SEP]`, saved and loaded like any other.
+    """Return a tokenizer for `[CLS] text [SEP]` and `[CLS] text [SEP] pair [SEP]`, saved and loaded like any other.
 
-    `word` takes words and punctuation marks as they are, the others split what is rare. The same texts give the same
-    vocabulary.
+    `word` keeps words and punctuation marks, the others split rare words. The same texts give the same vocabulary.
     """
     special = [PAD, UNK, CLS, SEP]
     settings = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": False}

@@ -107,7 +107,7 @@ class TransitionParserForSequenceClassification(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: object
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Logits (batch, transitions) of features (batch, 48): ids of words, tags, relations; with labels the loss."""
+        """Return logits (batch, transitions) of features (batch, 48); with labels, also the loss."""
         groups = input_ids.split(self.num_features, dim=1)
         embedded = [table(ids).flatten(1) for table, ids in zip(self.embeddings(), groups, strict=True)]
         x = torch.cat(embedded, dim=1)  # (batch, 48 * embedding_size)
@@ -120,7 +120,7 @@ class TransitionParserForSequenceClassification(PreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def embeddings(self) -> tuple[nn.Embedding, nn.Embedding, nn.Embedding]:
-        """The tables of words, tags and relations."""
+        """Return the tables of words, tags and relations."""
         return self.words, self.tags, self.relations
 
 

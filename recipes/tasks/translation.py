@@ -1,4 +1,4 @@
-"""Translation: from the options to tokenised splits, a collate function and a model."""
+"""Translation: from the options to tokenized splits, a collate function and a model."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class TranslationTask(Task):
 
 
 def prepare_translation(run: Run) -> TranslationTask:
-    """Load and check the data, train or load the tokeniser, tokenise.
+    """Load and check the data, train or load the tokenizer, tokenise.
 
     Raises DataError or OptionError for whatever would stop the training later.
     """
@@ -111,7 +111,7 @@ def prepare_translation(run: Run) -> TranslationTask:
     lengths = {split: (data["source_length"][:], data["target_length"][:]) for split, data in splits.items()}
     splits = {split: data.select_columns(["input_ids", "labels"]) for split, data in splits.items()}
     plan = TokenPlan(*lengths["train"], options.max_tokens, **run.division)
-    # It recommends __call__ over pad, which does not apply: texts are tokenised once and padded in every batch.
+    # It recommends __call__ over pad, which does not apply: texts are tokenized once and padded in every batch.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
@@ -148,7 +148,7 @@ def prepare_translation(run: Run) -> TranslationTask:
 
 
 def translate_arguments(options: Any) -> dict[str, str]:
-    """The options of `translate.py` without which it reads something else than the training did."""
+    """Return the options of `translate.py` that make it read texts as the training did."""
     names = ("source_lang_code", "source_prefix")
     return {name: value for name in names if (value := getattr(options, name))}
 
@@ -189,19 +189,19 @@ def _tokenizer(data: Dataset, run: Run) -> Any:
 
 
 def lang_token_id(tokenizer: Any, code: str) -> int:
-    """The id of a language's token. Raises OptionError, naming the codes there are, when the tokeniser has none."""
+    """Return the id of a language's token. Raises OptionError, naming the known codes, if the tokenizer has none."""
     if hasattr(tokenizer, "get_lang_id") and code in getattr(tokenizer, "lang_code_to_token", {}):
         return tokenizer.get_lang_id(code)  # M2M100: `de` is written `__de__`
     number = tokenizer.convert_tokens_to_ids(code)
     if number is None or number == tokenizer.unk_token_id:
         known = sorted(getattr(tokenizer, "lang_code_to_token", None) or getattr(tokenizer, "lang_code_to_id", {}))
         known = known or list(tokenizer.all_special_tokens)
-        raise OptionError(f"language code {code!r} is none of the tokeniser's: {', '.join(map(str, known[:60]))}")
+        raise OptionError(f"language code {code!r} is none of the tokenizer's: {', '.join(map(str, known[:60]))}")
     return number
 
 
 def _tokenize(data: Dataset, tokenizer: Any, options: Any) -> Dataset:
-    """`input_ids`, `labels` and their lengths, kept on the disk: the same text is tokenised once for all runs."""
+    """Return `input_ids`, `labels` and their lengths, cached on disk for all runs on the same text."""
 
     def tokenize(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
         texts = [options.source_prefix + text for text in rows[SOURCE]]
@@ -228,7 +228,7 @@ def _tokenize(data: Dataset, tokenizer: Any, options: Any) -> Dataset:
         cache_file_name=str(folder / f"{name}.arrow"),
         new_fingerprint=name,
         load_from_cache_file=True,
-        desc="Tokenising",
+        desc="Tokenizing",
     )
 
 
@@ -298,7 +298,7 @@ def _with_dropouts(config: Any, dropouts: dict[str, float]) -> Any:
 
 @torch.no_grad()
 def initialize(model: PreTrainedModel, kind: Literal["xavier", "kaiming"]) -> None:
-    """Initialise all linear and embedding weights as the paper's runs do; biases become 0.
+    """Initialize all linear and embedding weights as the paper's runs do; set biases to 0.
 
     Linear layers: Xavier uniform; queries, keys and values as one matrix of three times the height. Embeddings: normal
     with standard deviation width^-1/2. `kaiming` draws the attention's four matrices from U(-width^-1/2, width^-1/2),
@@ -337,7 +337,7 @@ def source_texts(data: Dataset) -> list[str]:
 
 
 def references(data: Dataset, split: str = "") -> list[str]:
-    """The reference translations of a split, as they came, spaces apart. Raises DataError when all are empty."""
+    """Return the reference translations of a split with spaces normalized. Raises DataError if all are empty."""
     found = [" ".join(text.split()) for text in data[REFERENCE]]
     if not any(found):
         raise DataError(f"all references of the {split} split are empty")
