@@ -47,7 +47,7 @@ def test_runs_from_top_to_bottom_offline(committed, monkeypatch):
     assert shown.count("validation accuracy") == 4
     pictures = [o for cell in code_cells(notebook) for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 6
-    assert shown.count("True") == 2  # unpatching and reloading: bit for bit
+    assert shown.count("True") == 2  # unpatching and reloading
 
 
 def test_committed_as_it_ran_and_without_paths_of_a_machine(committed):
