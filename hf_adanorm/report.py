@@ -13,6 +13,8 @@ from .detection import NormInfo
 from .modeling_adanorm import is_swapped
 from .replaced import learned_affine, source_of
 
+NOT_FOLDED = "_adanorm_not_folded"
+"""Attribute of a norm that a fold kept: the reason."""
 DEEP = 12
 """Layers from which on k is commented: k = 0.1 loses the gradient of 12 post-norm layers, not that of 4."""
 HEADER = ("count", "class", "computes", "status", "names")
@@ -115,6 +117,8 @@ class Report:
         """Return what becomes of one norm, in a few words."""
         if row.is_swapped:
             return f"swapped: {row.module}"
+        if reason := row.module.__dict__.get(NOT_FOLDED):
+            return f"not folded: {reason}"
         if row.cause in ("branch", "obstacle"):
             return f"skipped: {row.reason}"
         if row.chosen and (self.asked or not self.num_swapped):

@@ -82,9 +82,9 @@ def first_accepted(
         if isinstance(output, Tensor) and output.ndim == 3:
             made[tuple(output.shape[:2])] = None
 
-    for rows, video in ((2, False), (1, False), (2, True)) if given is None else ((0, False),):
+    for rows, kind in ((2, ""), (1, ""), (2, "video"), (2, "text")) if given is None else ((0, ""),):
         try:
-            inputs = _build(model, rows, video) if given is None else dict(given)
+            inputs = _build(model, rows, kind) if given is None else dict(given)
             made.clear()
             for candidate in _with_masks(model, inputs, hidden_states, made):
                 if given is None:
@@ -174,7 +174,8 @@ def _sound(name: str, config: Any, rows: int, generator: torch.Generator) -> Ten
     return torch.randn(rows, length, int(bins or 80), generator=generator)
 
 
-def _build(model: nn.Module, rows: int, video: bool) -> dict[str, Any]:
+def _build(model: nn.Module, rows: int, kind: str = "") -> dict[str, Any]:
+    """Return unpadded inputs: whatever the model takes, images as a `kind` of "video", or with "text" no images."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     main = getattr(model, "main_input_name", "input_ids")
@@ -182,9 +183,15 @@ def _build(model: nn.Module, rows: int, video: bool) -> dict[str, Any]:
     inputs: dict[str, Tensor] = {}
     if main == "input_ids" or {"input_ids", "pixel_values"} <= accepted:
         inputs["input_ids"] = _token_ids(config, rows, generator)
-    if main == "pixel_values" or {"input_ids", "pixel_values"} <= accepted:
+    if main == "pixel_values" or ({"input_ids", "pixel_values"} <= accepted and kind != "text"):
         inputs["pixel_values"] = _pixels(config, rows, generator)
-    if video:
+    if "pixel_values" in inputs and "spatial_shapes" in accepted:  # images as rows of flat patches
+        patch = int(_setting(config, "patch_size", default=16))
+        channels = int(_setting(config, "num_channels", default=3))
+        inputs["pixel_values"] = torch.randn(rows, 4, channels * patch**2, generator=generator)
+        inputs["pixel_attention_mask"] = torch.ones(rows, 4, dtype=torch.int64)
+        inputs["spatial_shapes"] = torch.full((rows, 2), 2)
+    if kind == "video":
         main = "pixel_values" if main == "pixel_values" else "pixel_values_videos"
         frames = int(_setting(config, "num_frames", "frames_per_clip", default=4))
         inputs[main] = torch.stack([_pixels(config, rows, generator) for _ in range(frames)], dim=1)
@@ -211,12 +218,12 @@ def quick_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     """
     if getattr(model, "config", None) is None:
         return
-    for video in (False, True):
+    for kind in ("", "video"):
         try:
-            inputs: dict[str, Any] = dict(_build(model, 1, video))
+            inputs: dict[str, Any] = dict(_build(model, 1, kind))
         except Exception:  # a config that lacks what it takes
             continue
-        if "decoder_input_ids" in inputs and not video:
+        if "decoder_input_ids" in inputs and not kind:
             width = int(_setting(model.config, "d_model", "hidden_size", default=1))
             encoded = torch.ones(1, 4, width, device=(p := next(model.parameters())).device, dtype=p.dtype)
             yield {"decoder_input_ids": inputs["decoder_input_ids"], "encoder_outputs": (encoded,)}

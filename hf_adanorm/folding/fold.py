@@ -27,7 +27,7 @@ before them that is not, are folded exactly. Where a bias would not arrive (a ma
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
 from hf_adanorm.modeling_adanorm import LayerNormSimple, is_swapped, make_norm
+from hf_adanorm.report import NOT_FOLDED
 from hf_adanorm.running import evaluating, hooked
 from hf_adanorm.saving import configs_of, mark_folded, resolved_spec, write_specs
 from hf_adanorm.spec import NormGroup
@@ -214,6 +215,7 @@ def fold_norms(
             f'Nothing was changed; unfoldable="keep" leaves them as they are'
         )
     if not plan.steps:
+        _note_kept(model, plan.norms)
         return FoldReport(tuple(plan.norms))
     if not any(bool(t.isfinite().any()) for t in watched.outputs.values() if t.is_floating_point()):
         raise ValueError(
@@ -232,7 +234,17 @@ def fold_norms(
     changed = plan.changed()
     added_biases = write(plan, change)
     difference, side = _check(plan, options, replacements)
+    _note_kept(model, plan.result())
     return FoldReport(tuple(plan.result()), difference, side, tuple(added_biases), tuple(changed), untied)
+
+
+def _note_kept(model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
+    """Keep beside every norm that was not folded the reason, for `inspect_model`."""
+    for norm in norms:
+        module = model.get_submodule(norm.name)
+        module.__dict__.pop(NOT_FOLDED, None)
+        if norm.action == "kept":
+            module.__dict__[NOT_FOLDED] = norm.reason
 
 
 def _check_model(model: nn.Module) -> None:
@@ -240,6 +252,11 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("folding needs the weights: this model is on the meta device. Load it first")
     if any(p.numel() == 0 and hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError("folding needs whole weights: fold before DeepSpeed ZeRO-3 partitions them")
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+        raise ValueError(
+            "folding needs whole weights, and these are sharded (tp_plan, FSDP): fold and save the model first, then "
+            "load the folded model sharded"
+        )
 
 
 def _moves(module: nn.Module, group: NormGroup, cls: type[nn.Module]) -> bool:

@@ -106,7 +106,7 @@ def test_patch_train_generate_save_load(model_type: str, folders: Path) -> None:
 def test_fold(model_type: str, folders: Path) -> None:
     model, inputs = build(model_type)
     before = output(model, inputs)
-    report = fold_affine(model, fold_inputs=inputs)
+    report = fold_affine(model, inputs=inputs)
     assert len(report.names("folded")) == TODAY[model_type].folded
     assert float((output(model, inputs) - before).abs().max() / before.abs().max()) < 1e-5
     save(model, inputs, folders / f"{model_type}-folded", trust=not report.is_stock)
@@ -137,11 +137,13 @@ def _run_sharded(folder: str) -> None:
     model = transformers.Qwen3ForCausalLM.from_pretrained(folder, tp_plan="auto", dtype="float32")
     assert model.model.layers[0].self_attn.q_proj.weight.placements[0].is_shard()
     torch.testing.assert_close(output(model, expected["inputs"]), expected["output"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="sharded"):
+        fold_affine(model)
     dist.barrier()
 
 
 def test_tensor_parallel_plans_that_name_norms(tmp_path: Path) -> None:
-    """Qwen3's plan names query and key norms. A patched model loads sharded."""
+    """Qwen3's plan names query and key norms. A patched model loads sharded; a fold of one is refused."""
     model, inputs = build("qwen3")
     plan = model.config.base_model_tp_plan
     assert any("q_norm" in name for name in plan)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import BertForMaskedLM
 
-from hf_adanorm import inspect_model, patch_model
+from hf_adanorm import fold_affine, inspect_model, patch_model
 from tests.zoo.round_trip import CASES
+from tests.zoo.todays_models import build
 
 
 def tiny() -> BertForMaskedLM:
@@ -82,3 +83,13 @@ def test_report_of_a_model_without_norms() -> None:
     report = inspect_model(nn.Linear(2, 2))
     assert report.rows == ()
     assert "0 norms" in str(report)
+
+
+def test_after_a_fold_the_report_says_why_a_norm_was_kept() -> None:
+    model, _ = build("gemma3_text")
+    fold_affine(model)
+    report = inspect_model(model)
+    status = {row.name: report.status(row) for row in report.rows}
+    assert status["model.layers.0.post_attention_layernorm"].startswith("not folded: added to the residual stream")
+    assert status["model.norm"].startswith("not folded: the weight of lm_head is tied")
+    assert status["model.layers.0.input_layernorm"] == "would be swapped"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_adanorm.running import dummy_inputs, real_rows
+from tests.zoo import todays_models
 from tests.zoo.fold_models import build
 
 
@@ -25,3 +26,8 @@ def test_padding_of_the_decoder_is_told_by_its_own_mask() -> None:
 def test_video_and_image_masks_are_among_the_dummy_inputs(name: str) -> None:
     inputs = dummy_inputs(build(name))
     assert inputs["pixel_values"].ndim == 5 or not bool(inputs["pixel_mask"].all())
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("siglip2", "spatial_shapes"), ("qwen2_5_vl", "input_ids")])
+def test_ragged_images_and_text_alone_are_among_the_dummy_inputs(model_type: str, name: str) -> None:
+    assert name in dummy_inputs(todays_models.build(model_type)[0])
