@@ -10,6 +10,7 @@ widths.
    its layer read and write, and which tensors are added up. The first layer of each form decides for all of them, and
    the pass ends once every norm is decided. It works on the meta device, too.
 3. Norms that no pass reaches are decided by their width alone.
+4. A stack whose norms would all be skipped has no residual stream (a plain CNN or MLP). All of them are then kept.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hf_adanorm.state import tensors_in
 
 from .probe import NormInfo
 
+_PER_HEAD = "it acts per head"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _HARMLESS = {"dtype", "device", "shape", "requires_grad", "is_meta"}
@@ -63,7 +65,10 @@ def off_stream(model: nn.Module, norms: Sequence[tuple[str, nn.Module, NormInfo]
         reason = _verdict(seen[place.form], place) if place.form in seen else _by_width(place, widths)
         if reason:
             reasons[place.name] = reason
-    return reasons
+    with_stream = {place.stack for place in places if place.name not in reasons}
+    heads = {place.stack for place in places if reasons.get(place.name, "").startswith(_PER_HEAD)}
+    stacks = {place.name: place.stack for place in places}  # plain networks normalize what linear layers put out
+    return {name: reason for name, reason in reasons.items() if stacks[name] in with_stream | heads}
 
 
 def reads_values(parent: nn.Module, key: str, tensors: Sequence[str]) -> bool:
@@ -221,7 +226,7 @@ def _verdict(sight: _Sight, place: _Place) -> str:
     if len(sight.layer_shape) > 3 and sight.layer_shape[1] == place.width:  # channels first
         width = place.width
     if sight.layer_shape and len(sight.shape) > len(sight.layer_shape) and place.width != width:
-        return f"it acts per head, on {place.width} of {width} channels"
+        return f"{_PER_HEAD}, on {place.width} of {width} channels"
     if sight.is_added:
         return ""
     is_branch = bool(set(sight.owner_read.values()) & set(sight.owner_wrote.values()))

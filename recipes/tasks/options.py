@@ -225,9 +225,6 @@ class ParsingOptions(RunOptions, OptimizationOptions, ModelOptions, PatchOptions
 
     script: ClassVar[str] = "parsing.py"
     demo: ClassVar[str] = "ud_ewt.yaml --train_file A_TREEBANK --validation_file ANOTHER"
-    targets: Literal["auto", "layernorm", "rmsnorm", "all"] = option(
-        "layernorm", "kind of norm to swap; the parser has no residual stream for auto to follow"
-    )
     train_file: str | None = option(None, "treebank in CoNLL-U or CoNLL-X, plain or .gz")
     validation_file: str | None = option(None, "treebank to choose the best checkpoint on")
     test_file: str | None = option(None, "treebank for the final test")

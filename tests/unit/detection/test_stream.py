@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_adanorm.detection import iter_norms, off_stream, reads_values
+from tasks.image_cnn import LayerNormCnnConfig, LayerNormCnnForImageClassification
 from tests.zoo import tiny_models
 
 # model type -> the last parts of the names of norms inside a branch, each with a word of its reason
@@ -102,14 +103,13 @@ class Model(PreTrainedModel):
         super().__init__(Config())
         self.embedding = nn.Embedding(11, 8)
         self.layers = nn.ModuleList(Layer(8, inner) for _ in range(3))
-        self.fails, self.runs = fails, 0
+        self.fails = fails
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.fails:
             raise RuntimeError("no inputs suit")
         x = self.embedding(input_ids)
         for layer in self.layers:
-            self.runs += 1
             x = layer(x)
         return x
 
@@ -128,10 +128,19 @@ def test_without_inputs_norms_of_the_stream_s_width_are_kept() -> None:
     assert not in_branches(Model(8, fails=True))
 
 
+def test_a_network_without_a_residual_stream_keeps_its_norms() -> None:
+    """The paper's MNIST model: each layer normalizes the output of its linear layer, at a width of its own."""
+    model = LayerNormCnnForImageClassification(LayerNormCnnConfig(linear_sizes=[12, 10], norm_before="linear"))
+    assert len(list(iter_norms(model))) > 1
+    assert not in_branches(model)
+
+
 def test_the_pass_ends_when_nothing_is_left_to_decide() -> None:
-    model = Model(8)
+    model, ran = Model(8), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, args, output: ran.append(module))
     in_branches(model)
-    assert model.runs == 1
+    assert ran == [model.layers[0]]
 
 
 def test_no_pass_where_the_structure_tells() -> None:
