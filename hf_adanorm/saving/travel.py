@@ -27,9 +27,13 @@ _SEEN = re.compile(r"^\s*import\s+\.(\S+)\s*$|^\s*from\s+\.(\S+)\s+import", re.M
 
 def entry_file(classes: Mapping[str, type]) -> str:
     """Return the text of the entry file for the author's norms, by name."""
-    files = {name: files_of(cls)[0].stem for name, cls in classes.items()}
-    imports = sorted({f"from .{files[name]} import {cls.__name__}" for name, cls in classes.items()})
-    named = ", ".join(f'"{name}": {cls.__name__}' for name, cls in classes.items())
+    return _entry_text({name: (files_of(cls)[0].stem, cls.__name__) for name, cls in classes.items()})
+
+
+def _entry_text(homes: Mapping[str, tuple[str, str]]) -> str:
+    """Return the entry file for norms by name, given the module and the class of each."""
+    imports = sorted({f"from .{file} import {cls}" for file, cls in homes.values()})
+    named = ", ".join(f'"{name}": {cls}' for name, (_, cls) in sorted(homes.items()))
     return "\n".join(
         [
             '"""Models with swapped norms of the classes below. Written by hf_adanorm; see modeling_adanorm.py."""',
@@ -69,9 +73,14 @@ def check_classes(entries: Mapping[str, Mapping[str, object]]) -> dict[str, type
             other = by_name.setdefault(path.name, path)
             if other != path and digest(other) != digest(path):
                 raise ValueError(f"two files of this model's norms are called {path.name}: {other} and {path}")
-            for line, why in _obstacles(path):
-                raise ValueError(f"the norm {name!r} cannot be saved: {path}, line {line}: {why}")
+            check_file(name, path)
     return classes
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raise ValueError, naming the line, for a file of a norm that could not be loaded where hf_adanorm is missing."""
+    for line, why in _obstacles(path):
+        raise ValueError(f"the norm {name!r} cannot be saved: {path}, line {line}: {why}")
 
 
 def _obstacles(path: Path) -> Iterator[tuple[int, str]]:
@@ -171,19 +180,11 @@ def inspect_code(folder: Path, spec: AdaNormSpec | None = None) -> CodeReport:
     expected = {name: sha for entry in classes.values() for name, sha in entry["files"].items()}
     sha = digest(loader) if loader.is_file() else ""
     ours = digest(Path(modeling_adanorm.__file__))
+    ours_entry = _entry_text({name: (str(e["file"]).removesuffix(".py"), e["class"]) for name, e in classes.items()})
     return CodeReport(
         loader="none" if not sha else "ours" if sha == ours else "modified",
         loader_sha256=sha,
-        entry="none" if not entry.is_file() else "ours" if _is_entry(entry, classes) else "modified",
+        entry="none" if not entry.is_file() else "ours" if entry.read_text("utf-8") == ours_entry else "modified",
         files=files,
         expected=expected,
     )
-
-
-def _is_entry(path: Path, classes: Mapping[str, Mapping[str, object]]) -> bool:
-    stand_ins = {
-        name: (str(entry["class"]), str(entry["file"]).removesuffix(".py")) for name, entry in classes.items()
-    }
-    imports = {f"from .{file} import {cls}" for cls, file in stand_ins.values()}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return set(lines[3:-2]) == imports and lines[0].startswith('"""Models with swapped norms')

@@ -57,7 +57,7 @@ def test_the_whole_state_dict_of_a_sharded_model_reloads_by_stock_from_pretraine
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
     assert len(norms) == 12
-    assert {module.norm for module in norms} == {norm}
+    assert {module.norm_name for module in norms} == {norm}
     assert {module.eps for module in norms} == {1e-3}
     assert hf_adanorm.is_patched(model)
     trained_whole = torch.load(folder / f"{norm}.pt")

@@ -107,7 +107,7 @@ def test_swap_changes_outputs(case: str, swap: str) -> None:
 def test_settings_survive(swap: str, saved: Path) -> None:
     model = AutoModelForMaskedLM.from_pretrained(saved / "bert" / swap)
     norm = model.bert.encoder.layer[1].output.LayerNorm
-    assert norm.norm == swap
+    assert norm.norm_name == swap
     assert norm.eps == 1e-3
     assert norm.normalized_shape == (32,)
     if swap == "adanorm":

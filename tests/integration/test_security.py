@@ -28,7 +28,7 @@ SOURCES = sorted((ROOT / "hf_adanorm").rglob("*.py"))
 SPEC: dict[str, Any] = {
     "format": 1,
     "version": "0.1.0",
-    "groups": [{"norm": "adanorm", "C": 1.0, "k": 0.1, "modules": ["embeddings.LayerNorm"]}],
+    "groups": [{"norm": "adanorm", "settings": {"C": 1.0, "k": 0.1}, "modules": ["embeddings.LayerNorm"]}],
 }
 
 
@@ -52,14 +52,15 @@ def calls(path: Path) -> list[str]:
 def test_the_travelling_file_imports_torch_transformers_and_the_standard_library_only() -> None:
     assert imported(TRAVELLER) <= {"torch", "transformers", *sys.stdlib_module_names}
     assert not any(node.level for node in nodes(TRAVELLER, ast.ImportFrom))
-    by_name = [node for node in nodes(TRAVELLER, ast.Call) if ast.unparse(node.func).endswith("import_module")]
-    assert [ast.unparse(node.args[0]) for node in by_name] == ["'hf_adanorm.modeling_adanorm'"]
+    assert not [call for call in calls(TRAVELLER) if "import_module" in call or "find_spec" in call]
+    of_sys = [node for node in nodes(TRAVELLER, ast.Attribute) if ast.unparse(node.value) == "sys"]
+    assert {node.attr for node in of_sys} == {"modules"}  # asked whether the package is there already
 
 
 def test_the_travelling_file_reaches_for_no_file_process_network_or_code() -> None:
     forbidden = {"open", "eval", "exec", "compile", "__import__", "input", "print"}
     assert forbidden.isdisjoint(calls(TRAVELLER))
-    unwanted = {"os", "sys", "io", "subprocess", "socket", "urllib", "pathlib", "shutil", "ctypes", "pickle", "re"}
+    unwanted = {"os", "io", "subprocess", "socket", "urllib", "pathlib", "shutil", "ctypes", "pickle", "re"}
     assert unwanted.isdisjoint(imported(TRAVELLER))
 
 
@@ -181,12 +182,23 @@ MALICIOUS: dict[str, Any] = {
     "a group as text": changed(groups=["adanorm"]),
     "another norm": group(norm="os.system"),
     "a norm that is a list": group(norm=["adanorm"]),
-    "a setting that is none": group(forward="lambda x: x"),
-    "C as text": group(C="1"),
-    "C as a bool": group(C=True),
-    "C infinite": group(C=1e999),
-    "C beyond float": group(C=10**400),
-    "k negative": group(k=-1.0),
+    "an unknown key": group(forward="lambda x: x"),
+    "an unknown setting": group(settings={"forward": "lambda x: x"}),
+    "a setting of the layout": group(settings={"eps": 1e-5}),
+    "a device as a setting": group(settings={"device": "cuda"}),
+    "settings as a list": group(settings=[1]),
+    "a nested setting": group(settings={"C": {"C": 1}}),
+    "C as text": group(settings={"C": "1"}),
+    "C as a bool": group(settings={"C": True}),
+    "C infinite": group(settings={"C": 1e999}),
+    "C beyond float": group(settings={"C": 10**400}),
+    "k negative": group(settings={"k": -1.0}),
+    "classes as text": changed(classes="my_norms.py"),
+    "a class that is built in": changed(classes={"adanorm": {"class": "A", "file": "a.py", "files": {"a.py": "0"}}}),
+    "a class of a module": changed(classes={"a": "os.system"}),
+    "a file elsewhere": changed(classes={"a": {"class": "A", "file": "../a.py", "files": {"../a.py": "0"}}}),
+    "a class that is not known": changed(classes={"a": {"class": "A", "file": "a.py", "files": {"a.py": "0"}}}),
+    "an output dtype": group(output_dtype="float8"),
     "eps as a list": group(eps=[1e-5]),
     "modules as text": group(modules="embeddings.LayerNorm"),
     "modules of numbers": group(modules=[1]),
@@ -230,7 +242,7 @@ def test_a_config_nested_too_deep_to_read_is_refused(checkpoint: Path, tmp_path:
 
 def test_long_values_do_not_fill_the_error_message() -> None:
     for spec in (
-        group(C="x" * 10**6),
+        group(settings={"C": "x" * 10**6}),
         group(norm="x" * 10**6),
         group(normalized_shape=["x"] * 10**5),
         changed(version=9),
@@ -245,7 +257,7 @@ def test_a_spec_of_the_largest_size_is_read_in_a_moment() -> None:
     model = BertModel(BertConfig(vocab_size=9, **sizes))
     names = [f"encoder.layer.*.a{i}.*.*.*.*" for i in range(100_000)]
     start = time.perf_counter()
-    modeling_adanorm.apply_spec(model, AdaNormSpec.from_dict(group(modules=names)))
+    modeling_adanorm.apply_spec(model, group(modules=names), {})
     assert time.perf_counter() - start < 20
     assert not hf_adanorm.is_patched(model)
 
@@ -255,9 +267,9 @@ def test_a_name_that_is_repeated_costs_no_more_than_one(groups: int) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 1, "intermediate_size": 8}
     model = BertModel(BertConfig(vocab_size=9, **sizes))
     one = group(modules=["encoder.layer.*.output.LayerNorm"] * (10_000 // groups))
-    spec = AdaNormSpec.from_dict({**one, "groups": one["groups"] * groups})
+    spec = {**one, "groups": one["groups"] * groups}
     start = time.perf_counter()
-    modeling_adanorm.apply_spec(model, spec)
+    modeling_adanorm.apply_spec(model, spec, {})
     assert time.perf_counter() - start < 5
     assert hf_adanorm.is_patched(model)
 
@@ -265,9 +277,9 @@ def test_a_name_that_is_repeated_costs_no_more_than_one(groups: int) -> None:
 @pytest.mark.parametrize("name", ["h.0.attn.c_attn", "h.0.mlp.act", "h.0.mlp.dropout", "drop", "wte", "h.0"])
 def test_what_is_no_norm_is_not_swapped_whatever_a_spec_says(name: str) -> None:
     model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1))
-    spec = AdaNormSpec.from_dict(group(modules=[name, "ln_f"], eps=1e-5, normalized_shape=[8]))
-    with pytest.raises(ValueError, match="no normalisation layer"):
-        modeling_adanorm.apply_spec(model, spec)
+    spec = group(modules=[name, "ln_f"], eps=1e-5, normalized_shape=[8])
+    with pytest.raises(ValueError, match="no normalization layer"):
+        modeling_adanorm.apply_spec(model, spec, {})
     assert not hf_adanorm.is_patched(model)
 
 

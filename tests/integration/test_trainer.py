@@ -93,7 +93,7 @@ def test_every_checkpoint_loads_by_the_stock_call(trained: tuple[str, Path, Trai
         model, info = AutoModelForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
         assert not any(info.values()), info
         assert norms(model) == norms(run.model)
-        assert {norm.norm for norm in model.modules() if getattr(norm, "is_adanorm_module", False)} == {swap}
+        assert {norm.norm_name for norm in model.modules() if getattr(norm, "is_adanorm_module", False)} == {swap}
 
 
 def test_best_checkpoint_is_in_memory_at_the_end(trained: tuple[str, Path, Trainer]) -> None:

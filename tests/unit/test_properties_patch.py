@@ -140,7 +140,7 @@ def test_it_does_what_was_asked_or_changes_nothing(call: tuple[str, dict[str, An
     swapped = {name: m for name, m in model.named_modules() if getattr(m, "is_adanorm_module", False)}
     assert list(swapped) == names
     for module in swapped.values():
-        assert module.norm == norm
+        assert module.norm_name == norm
         assert arguments.get("eps") in (None, module.eps)
         if norm == "adanorm":
             assert (module.C, module.k) == (arguments.get("C", 1.0), arguments.get("k", 0.1))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
 from hf_adanorm import patch_model
-from hf_adanorm.modeling_adanorm import AdaNormSpec, NormGroup
+from hf_adanorm.spec import AdaNormSpec, NormGroup
 
 outcomes: Counter[str] = Counter()
 
@@ -32,7 +32,7 @@ names = st.lists(
     unique=True,
 )
 groups = st.builds(
-    lambda C, k, modules: NormGroup(norm="adanorm", C=C, k=k, modules=tuple(modules)),
+    lambda C, k, modules: NormGroup(norm="adanorm", settings={"C": C, "k": k}, modules=tuple(modules)),
     st.floats(1e-3, 100),
     st.floats(0, 10),
     names,
@@ -135,8 +135,8 @@ def test_stock_loading_gives_the_saved_model_or_a_clear_error(checkpoint: Path) 
             return
         norms = [m for m in model.modules() if getattr(m, "is_adanorm_module", False)]
         assert len(norms) == 3  # a spec that leaves one out cannot load the weights
-        if all((m.norm, m.C, m.k) == ("adanorm", 1.0, 0.2) for m in norms if m.norm == "adanorm") and all(
-            m.norm == "adanorm" for m in norms
+        if all((m.C, m.k) == (1.0, 0.2) for m in norms if m.norm_name == "adanorm") and all(
+            m.norm_name == "adanorm" for m in norms
         ):
             with torch.no_grad():
                 torch.testing.assert_close(model(ids)[0], saved)

@@ -147,7 +147,7 @@ def definition(norm: Any) -> Function:
 
     def f(x: Tensor) -> Tensor:
         mean, std = statistics(norm, x)
-        if norm.norm == "detachnorm":
+        if norm.norm_name == "detachnorm":
             mean = mean_there if norm.detach_mean else mean
             std = std_there if norm.detach_variance else std
         return phi * (x - mean) / std

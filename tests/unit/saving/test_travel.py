@@ -1,0 +1,206 @@
+"""Norms of the author's travel with a saved model, or saving says which line stops them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, BertConfig, BertModel
+
+from hf_adanorm import AdaNormSpec, patch_model, register_norm, unpatch_model
+from hf_adanorm.norms import load_class
+from hf_adanorm.saving import inspect_code, travel
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+IDS = torch.arange(8)[None]
+HELPERS = "def scaled(x, alpha, shift):\n    return alpha * x + shift\n"
+NORMS = '''"""Norms of an author's."""
+import torch
+from torch import nn
+from .helpers import scaled
+
+
+class BoundedRMSNorm(nn.Module):
+    def __init__(self, normalized_shape, eps=1e-5, *, alpha=0.5, shift=0.0):
+        super().__init__()
+        if not alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {alpha}")
+        self.weight = nn.Parameter(torch.full((normalized_shape,), 0.3))
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+        self.shift = shift
+        self.register_buffer("seven", torch.full((1,), 7.0), persistent=False)
+        self.eight = torch.tensor([8.0])
+
+    def forward(self, x):
+        return self.weight * torch.erf(scaled(x, self.alpha, self.shift)) + self.seven - self.eight
+'''
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(vocab_size=9, **SIZES)).eval()
+
+
+def written(folder: Path, code: str = NORMS) -> type:
+    folder.mkdir(exist_ok=True)
+    (folder / "helpers.py").write_text(HELPERS)
+    (folder / "my_norms.py").write_text(code)
+    return load_class(str(folder / "my_norms.py"), "BoundedRMSNorm")
+
+
+def output(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).last_hidden_state  # type: ignore[no-any-return]
+
+
+def trained(folder: Path, **settings: Any) -> Any:
+    model = patch_model(bert(), written(folder), **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+ALONE = """
+import sys
+sys.modules["hf_adanorm"] = None
+import torch
+from transformers import AutoModel
+folder, copy = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+model.save_pretrained(copy)
+deeper = AutoModel.from_pretrained(copy, trust_remote_code=True, num_hidden_layers=2).encoder.layer[1].output.LayerNorm
+with torch.no_grad():
+    torch.save([model.eval()(torch.arange(8)[None])[0], deeper.norm.weight, deeper.norm.seven], folder + "/out.pt")
+"""
+
+
+def alone(folder: Path, copy: Path) -> list[torch.Tensor]:
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder), str(copy)], capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(folder / "out.pt")  # type: ignore[no-any-return]
+
+
+def test_it_loads_by_stock_calls_by_trust_and_without_the_package_again_and_again(tmp_path: Path) -> None:
+    model = trained(tmp_path / "code", alpha=0.7, shift=0.1)
+    expected = output(model)
+    assert expected.std() > 0
+    model.save_pretrained(tmp_path / "first")
+    assert torch.equal(output(BertModel.from_pretrained(tmp_path / "first").eval()), expected)
+    by_trust = AutoModel.from_pretrained(tmp_path / "first", trust_remote_code=True).eval()
+    assert type(by_trust) is BertModel
+    assert torch.equal(output(by_trust), expected)
+    for one, two in (("first", "second"), ("second", "third")):
+        found, weight, seven = alone(tmp_path / one, tmp_path / two)
+        torch.testing.assert_close(found, expected)
+        assert (weight.unique().tolist(), seven.tolist()) == ([pytest.approx(0.3)], [7.0])  # those of a new norm
+    norm = by_trust.encoder.layer[0].output.LayerNorm
+    assert norm.settings() == {"alpha": 0.7, "shift": 0.1}
+    learned = norm.inner.weight.detach().clone()
+    assert torch.equal(unpatch_model(by_trust).encoder.layer[0].output.LayerNorm.weight, learned)
+
+
+def test_a_stock_load_where_the_class_is_not_known_or_was_changed_says_what_to_do(tmp_path: Path) -> None:
+    trained(tmp_path / "code").save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    entry = config["adanorm"]["classes"]["BoundedRMSNorm"]
+    entry["files"]["helpers.py"] = "0" * 64
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"saved with another version of my_norms\.py"):
+        BertModel.from_pretrained(tmp_path / "saved")
+    entry["class"] = "Unknown"
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the class Unknown of my_norms\.py: import my_norms and call register_norm"):
+        BertModel.from_pretrained(tmp_path / "saved")
+
+
+def test_two_folders_with_other_files_of_the_same_name_do_not_mix(tmp_path: Path) -> None:
+    expected = []
+    for name in ("a", "b"):
+        written(tmp_path / name, NORMS.replace("7.0", "1.0" if name == "a" else "2.0"))
+        model = patch_model(bert(), f"{tmp_path / name}/my_norms.py:BoundedRMSNorm")
+        model.save_pretrained(tmp_path / f"saved_{name}")
+        expected.append(output(model))
+    assert not torch.equal(*expected)
+    for name, value in zip("ab", expected, strict=True):
+        again = AutoModel.from_pretrained(tmp_path / f"saved_{name}", trust_remote_code=True).eval()
+        assert torch.equal(output(again), value)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("from . import helpers", "write `from .name import ...`"),
+        ("from .deep.helpers import scaled", "write `from .name import ...`"),
+        ("from ..code import helpers", "write `from .name import ...`"),
+        ("import helpers", "a file in the same folder"),
+        ("import hf_adanorm", "must work where hf_adanorm is missing"),
+        ("from hf_adanorm import AdaNorm", "must work where hf_adanorm is missing"),
+        ("from .nowhere import x", "there is no nowhere.py"),
+        ('"""Or\n    from .helpers import it"""', "takes this text for an import"),
+    ],
+)
+def test_what_could_not_be_loaded_elsewhere_is_refused_with_its_line(line: str, why: str, tmp_path: Path) -> None:
+    model = patch_model(bert(), written(tmp_path / "code"))
+    path = tmp_path / "code" / "my_norms.py"
+    path.write_text(f"{NORMS}\n\ndef later():\n    {line}\n")
+    number = len(NORMS.splitlines()) + 4 + line.count("\n")
+    with pytest.raises(ValueError, match=rf"my_norms\.py, line {number}: .*{re.escape(why)}"):
+        travel.check_file("bounded", path)
+    with pytest.raises(ValueError, match="another version"):  # the file was changed since the model was patched
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "config.json").exists()
+
+
+class Here(nn.Module):
+    def __init__(self, normalized_shape: int, eps: float = 1e-5) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_a_class_without_a_file_works_in_memory_and_is_refused_on_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Here, "__module__", "__main__")
+    model = patch_model(bert(), Here)
+    output(model)
+    with pytest.raises(ValueError, match=r"Move it to a file such as my_norms\.py"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_norm_of_a_registered_class_that_was_put_in_by_hand_is_refused_on_saving(tmp_path: Path) -> None:
+    cls = written(tmp_path / "code")
+    register_norm("bounded", cls)
+    model = bert()
+    model.embeddings.LayerNorm = cls(16)
+    with pytest.raises(
+        ValueError, match=r"embeddings\.LayerNorm is a BoundedRMSNorm .* include='embeddings.LayerNorm'"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_the_report_tells_our_loader_from_a_changed_one_and_names_the_authors_files(tmp_path: Path) -> None:
+    model = trained(tmp_path / "code")
+    model.save_pretrained(tmp_path / "saved")
+    spec = AdaNormSpec.from_dict(model.config.adanorm)
+    report = inspect_code(tmp_path / "saved", spec)
+    assert (report.loader, report.entry) == ("ours", "ours")
+    assert report.files == report.expected
+    assert set(report.files) == {"helpers.py", "my_norms.py"}
+    for name in ("modeling_adanorm.py", "modeling_adanorm_with_classes.py", "my_norms.py"):
+        (tmp_path / "saved" / name).write_text((tmp_path / "saved" / name).read_text() + "\nimport os\n")
+    report = inspect_code(tmp_path / "saved", spec)
+    assert (report.loader, report.entry) == ("modified", "modified")
+    assert report.files != report.expected
+    assert inspect_code(tmp_path / "code").loader == "none"
