@@ -30,6 +30,7 @@ from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -45,7 +46,7 @@ from hf_adanorm.spec import AdaNormSpec
 
 from . import card, travel
 from .files import write_file
-from .marks import refresh_marks
+from .marks import folded_norms, refresh_marks
 from .spec import all_configs, differences, has_spec, in_words, refresh_specs, refuse_loose_norms, spec_in_file
 from .travel import own_file
 
@@ -182,6 +183,8 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
             saving.config = model.config
         if has_spec(model.config):
             _classes_of(model.config)
+        if folded_norms(model) and not getattr(model.config, "tie_word_embeddings", True):
+            _separate_shared(model)
         if (state_dict := bound.arguments.get("state_dict")) is not None:
             bound.arguments["state_dict"] = state_dict = dict(state_dict)
             notice_hook(model, state_dict)
@@ -221,6 +224,19 @@ def adjust_missing_and_unexpected_keys(original: Callable[..., Any], model: Any,
             "out the argument config, or load the config from the folder of the checkpoint"
         )
     return original(model)
+
+
+def _separate_shared(model: PreTrainedModel) -> None:
+    """Give parameters that share memory, and that the config does not tie, memory of their own. Resizing embeddings
+    shares the head's biases again after a fold has untied the head; transformers refuses to save that."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, key = name.rpartition(".")
+        first = seen.setdefault(id(parameter), name)
+        if first != name and name not in tied and first not in tied:
+            clone = parameter.detach().clone().requires_grad_(parameter.requires_grad)
+            setattr(model.get_submodule(owner), key, nn.Parameter(clone, requires_grad=parameter.requires_grad))
 
 
 def load_state_dict(original: Callable[..., Any], file: Any, bound: BoundArguments) -> Any:

@@ -150,7 +150,7 @@ def test_two_folders_with_other_files_of_the_same_name_do_not_mix(tmp_path: Path
     ],
 )
 def test_what_could_not_be_loaded_elsewhere_is_refused_with_its_line(line: str, why: str, tmp_path: Path) -> None:
-    model = patch_model(bert(), written(tmp_path / "code"))
+    model = patch_model(bert(), written(tmp_path / "code", f"{NORMS}\n# {line.splitlines()}\n"))
     path = tmp_path / "code" / "my_norms.py"
     path.write_text(f"{NORMS}\n\ndef later():\n    {line}\n")
     number = len(NORMS.splitlines()) + 4 + line.count("\n")

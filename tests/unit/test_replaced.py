@@ -1,0 +1,87 @@
+"""What a swapped norm gives back: learned gains, frozen or not, and the dtype of the norm that it replaced."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+from hf_adanorm import Fold, patch_model, unpatch_model
+from hf_adanorm.replaced import source_of
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+IDS = torch.arange(8)[None]
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(vocab_size=32, **SIZES)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+    return model
+
+
+def last(model: Any) -> Any:
+    return model.bert.encoder.layer[1].output.LayerNorm
+
+
+def test_learned_gains_come_back_also_those_of_another_state_dict() -> None:
+    model, other = patch_model(bert(), "dyt"), patch_model(bert(), "dyt")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.25)
+    model.load_state_dict(other.state_dict())
+    expected = last(model).dyt_gain.detach().clone()
+    assert torch.equal(last(unpatch_model(model)).weight, expected)
+    assert torch.equal(expected, last(bert()).weight + 0.25)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("after", [True, False])
+def test_gains_are_trainable_as_the_layers_around_them_are(before: bool, after: bool) -> None:
+    model = patch_model(bert().requires_grad_(before)).requires_grad_(after)
+    assert {p.requires_grad for p in unpatch_model(model).parameters()} == {after}
+
+
+def test_only_the_gains_of_a_frozen_layer_come_back_frozen() -> None:
+    model = patch_model(bert())
+    model.bert.encoder.layer[1].requires_grad_(False)
+    unpatch_model(model)
+    assert not last(model).weight.requires_grad
+    assert model.bert.encoder.layer[0].output.LayerNorm.weight.requires_grad
+
+
+def test_a_copy_keeps_the_replaced_norm_and_a_pickle_its_class_only() -> None:
+    norm = last(patch_model(bert()))
+    copied, pickled = copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))
+    assert torch.equal(source_of(copied).weight, source_of(norm).weight)  # type: ignore[union-attr,arg-type]
+    assert source_of(pickled).weight.is_meta  # type: ignore[union-attr]
+
+
+def test_an_untied_head_is_saved_after_its_embeddings_were_resized(tmp_path: Path) -> None:
+    model = patch_model(bert(), "layernorm-simple", affine=Fold(tied="untie", unfoldable="approximate"))
+    before = model(IDS).logits
+    model.resize_token_embeddings(40)
+    model.save_pretrained(tmp_path)
+    again = BertForMaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(IDS).logits[..., :32], before)
+
+
+def test_a_t5_in_float16_runs_as_its_stock_norms_cast_to_the_dtype_of_their_weight(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "stock")
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "stock", dtype=torch.float16)
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32  # as transformers keeps it
+    patch_model(model)
+    assert model(input_ids=IDS, labels=IDS).logits.dtype == torch.float16
+    model.save_pretrained(tmp_path / "patched")
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "patched", dtype=torch.float16)
+    assert again(input_ids=IDS, labels=IDS).logits.dtype == torch.float16
