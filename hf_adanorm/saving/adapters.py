@@ -12,13 +12,16 @@ PEFT and hf_adanorm are imported, in whatever order:
 3. Attaching a loaded adapter that carries a spec to a base with other norms raises, before anything is attached.
    One without a spec was trained on a stock base, or where hf_adanorm was not imported: on a base with swapped norms
    the base that it names decides, and a warning says what does not fit or cannot be known.
-4. An adapter that would train gains and biases of norms which have none (LN tuning) is refused.
+4. The norms that were folded are recorded and compared in the same way: an adapter trained before a fold moves the
+   outputs of the folded model, and the other way round.
+5. An adapter that would train gains and biases of norms which have none (LN tuning) is refused.
 
 PEFT is never imported from here (see install.py).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 import weakref
@@ -34,6 +37,7 @@ from transformers.utils.hub import cached_file
 from hf_adanorm.modeling_adanorm import is_swapped
 from hf_adanorm.spec import AdaNormSpec
 
+from .marks import FOLDED, folded_norms
 from .spec import describes, differences, in_words, resolved_spec, spec_in_file
 
 KEY = "adanorm"
@@ -43,9 +47,9 @@ _BASE, _LOADED = "_adanorm_base", "_adanorm_loaded"  # outside the fields that P
 class _Base:
     """The base that an adapter's config belongs to, held outside the fields that PEFT saves."""
 
-    def __init__(self, model: nn.Module | None, spec: AdaNormSpec | None) -> None:
+    def __init__(self, model: nn.Module | None, spec: AdaNormSpec | None, folded: list[str]) -> None:
         self._model = None if model is None else weakref.ref(model)
-        self._spec = spec
+        self._spec, self._folded = spec, folded
 
     @property
     def model(self) -> nn.Module | None:
@@ -57,11 +61,16 @@ class _Base:
         model = self.model
         return self._spec if model is None else resolved_spec(model)
 
+    @property
+    def folded(self) -> list[str]:
+        """The norms that were folded when the adapter was attached: a fold afterwards leaves its layers alone."""
+        return self._folded
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Base, (None, self.spec)
+        return _Base, (None, self.spec, self.folded)
 
 
 # --------------------------------------------------------------------------------------- the four places in PEFT
@@ -94,6 +103,16 @@ def save_config(original: Callable[..., Any], config: Any, bound: BoundArguments
     spec = base.spec
     mapping = dict(bound.kwargs.get("auto_mapping_dict") or config.auto_mapping or {})
     mapping.pop(KEY, None)
+    mapping.pop(FOLDED, None)
+    if base.folded:
+        mapping[FOLDED] = base.folded
+        if not _named_base_is_folded_so(config, base.folded):
+            warnings.warn(
+                "this adapter is saved without its base, which was folded in memory: on the base that it names, "
+                f"{config.base_model_name_or_path!r}, it would compute something else. Save the folded base with "
+                "save_pretrained and train the adapter on that",
+                stacklevel=3,
+            )
     if spec is not None:
         mapping[KEY] = spec.to_dict()
         if config.task_type is None and base.model is not None:  # then PEFT looks for the base's class here
@@ -105,6 +124,7 @@ def save_config(original: Callable[..., Any], config: Any, bound: BoundArguments
 
 def _attach(config: Any, model: nn.Module) -> None:
     mapping, spec = dict(config.auto_mapping or {}), resolved_spec(model)
+    _check_fold(config, mapping.pop(FOLDED, None), folded_norms(model))
     if (data := mapping.pop(KEY, None)) is not None:
         if differing := differences(AdaNormSpec.from_dict(data), model):
             raise ValueError(
@@ -112,10 +132,41 @@ def _attach(config: Any, model: nn.Module) -> None:
                 "patched base that it was trained on, or call patch_model with these settings on the stock base, "
                 "before attaching it"
             )
-        config.auto_mapping = mapping or None  # from here on the base itself says what it has
     elif config.__dict__.pop(_LOADED, False) and spec is not None:
         _warn_unless_trained_here(config, model)
-    config.__dict__[_BASE] = _Base(model, spec)
+    config.auto_mapping = mapping or None  # from here on the base itself says what it has
+    config.__dict__[_BASE] = _Base(model, spec, folded_norms(model))
+
+
+def _check_fold(config: Any, recorded: Any, here: list[str]) -> None:
+    """Raise ValueError for an adapter that was trained on a base with other folds. Warn where it keeps no record of
+    any, and the base that it names has others."""
+    if recorded is not None and recorded != here:
+        raise ValueError(
+            "this adapter was trained on a base whose norms were folded into the layers behind them "
+            f"({_some(recorded)}); the norms folded here are {_some(here)}. Load the folded base that it was trained "
+            "on, or fold this one in the same way before attaching the adapter"
+        )
+    if recorded is None and here and config.__dict__.get(_LOADED) and not _named_base_is_folded_so(config, here):
+        warnings.warn(
+            f"this adapter may not belong to this base, whose norms were folded ({_some(here)}): it has no record of "
+            "a fold. Adapters trained before a fold change what the model computes; merge them before folding, or "
+            "train them on the folded base",
+            stacklevel=5,
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(str, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "none"
+
+
+def _named_base_is_folded_so(config: Any, folded: list[str]) -> bool:
+    """Whether config.json of the base that an adapter names lists these folded norms."""
+    name = config.base_model_name_or_path
+    with suppress(OSError, ValueError):
+        if name and (path := cached_file(name, "config.json", revision=config.revision, local_files_only=True)):
+            return bool(json.loads(Path(path).read_text(encoding="utf-8")).get(FOLDED) == folded)
+    return False
 
 
 def _warn_unless_trained_here(config: Any, model: nn.Module) -> None:

@@ -20,11 +20,12 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_adanorm import is_patched, patch_model, unpatch_model
+from hf_adanorm import fold_affine, is_patched, patch_model, unpatch_model
 from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
 from hf_adanorm.saving import install
 from hf_adanorm.saving.spec import resolved_spec
 from hf_adanorm.saving.wrapping import _ACTIVE, _FINDER
+from tests.zoo import fold_models
 from tests.zoo.round_trip import ROUNDING, SWAPS, build, difference, inputs, norms, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the trained gains and biases:UserWarning")
@@ -387,3 +388,55 @@ def test_absent_peft_stays_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [_FINDER])
     assert _FINDER.find_spec("peft") is None
     assert _FINDER.find_spec("json") is None
+
+
+# ------------------------------------------------------------------------------------------------------------- folds
+
+
+def adapter_of(model: Any, folder: Path) -> Path:
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_trained_before_a_fold_is_reported_when_it_is_attached_afterwards(tmp_path: Path) -> None:
+    model = fold_models.build("llama")
+    adapter = adapter_of(copy.deepcopy(model), tmp_path / "adapter")
+    fold_affine(model)
+    with pytest.warns(UserWarning, match=r"may not belong to this base, whose norms were folded \(layers.0.input"):
+        PeftModel.from_pretrained(model, adapter)
+
+
+def test_an_adapter_trained_on_a_folded_base_goes_with_that_base_alone(tmp_path: Path) -> None:
+    model = fold_models.build("llama")
+    fold_affine(model)
+    model.save_pretrained(tmp_path / "base")
+    folded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this adapter")
+        adapter = adapter_of(folded, tmp_path / "adapter")
+        PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), adapter)
+    with pytest.raises(ValueError, match="the norms folded here are none"):
+        PeftModel.from_pretrained(fold_models.build("llama"), adapter)
+    with pytest.warns(UserWarning, match="which was folded in memory"):
+        adapter_of(model, tmp_path / "stray")
+
+
+@pytest.mark.parametrize("targets", [["model.norm"], ["lm_head"]])
+def test_a_fold_keeps_norms_and_layers_that_an_adapter_trains(targets: list[str]) -> None:
+    """`modules_to_save` keeps the original beside the adapter's copy, and the adapter can be disabled."""
+    model = fold_models.build("llama")
+    ids = {"input_ids": torch.arange(4, 16).view(1, 12)}
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=targets)).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.3
+    with torch.no_grad():
+        before = wrapped(**ids).logits
+        with wrapped.disable_adapter():
+            without = wrapped(**ids).logits
+        report = fold_affine(wrapped, inputs=ids)
+        assert report.names("folded")
+        assert "model.norm" not in {name.removeprefix("base_model.model.") for name in report.names("folded")}
+        torch.testing.assert_close(wrapped(**ids).logits, before, rtol=1e-4, atol=1e-5)
+        with wrapped.disable_adapter():
+            torch.testing.assert_close(wrapped(**ids).logits, without, rtol=1e-4, atol=1e-5)
