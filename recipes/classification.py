@@ -20,6 +20,7 @@ if __name__ == "__main__":  # help, and mistakes in the options, before torch is
 
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -86,6 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         best = run.best()
         if run.alone():
             sizes = {"train_samples": len(task.train_data), "train_tokens": sum(task.lengths["train"])}
+            if "test" in task.splits:  # what a model that has learned nothing scores
+                labels = task.splits["test"]["labels"][:]
+                sizes["chance"] = Counter(labels).most_common(1)[0][1] / len(labels)
             run.write_results({"test": test_scores(run, task, best), **sizes})
 
 

@@ -19,13 +19,12 @@ With `--grid`, every norm first tries every point of the grid that applies to it
 `--grid_seeds`) and without a test split. The point with the best mean validation score is used for all its runs, so
 choose between settings with `--grid`: variants named in `--norms` are all shown with their test scores.
 
-In `output_dir`: `report.html`, `table.md`, `table.tex`, `curves.png` and `.svg`, `runs.csv`, `curves.csv`,
-`comparison.json`, `records.jsonl`; the runs in `runs/`, those of the grid in `search/`, each with its `log.txt`.
+In `output_dir`: `report.html`, `table.md`, `curves.png` and `.svg`, `comparison.json`, `records.jsonl`; the runs in
+`runs/`, those of the grid in `search/`, each with its `log.txt`.
 
 `records.jsonl` holds one line per run that ended, without weights, texts or labels. With `--records FILE`, such a line
 stands for a run of the same norm, seed, options and data, on any machine. With `--gather`, nothing is trained: the
-records become the table of the paper's eight rows with differences and intervals (`rows.md`, `rows.tex`,
-`forest.png`).
+records become the table of the paper's eight rows with differences and intervals (`rows.md`, `forest.png`).
 
 Exit codes: 0 finished, 1 a run failed (the others are done), 2 bad input, 75 stopped by SIGTERM: start it again.
 """
@@ -85,7 +84,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     name = Path(own.config).stem if own.config else own.recipe
     own.title = name
     own.output_dir = Path(own.output_dir or ("outputs/rows" if own.gather is not None else f"outputs/compare-{name}"))
-    own.paper = CONFIGS.get(name) if own.paper is None else None if own.paper == "none" else own.paper
+    own.paper = CONFIGS.get(name, (None,))[0] if own.paper is None else None if own.paper == "none" else own.paper
     return own, rest
 
 

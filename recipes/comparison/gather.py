@@ -20,16 +20,15 @@ from typing import Any, NamedTuple
 from common.options import OptionError, PatchOptions, parse_options
 from comparison.choices import choose_recipe
 from comparison.forest import draw_forest
-from comparison.paper import BASELINE, COLUMNS, CONFIGS, NEEDS, ROWS, SUBSTITUTES, paper_score, row_name
+from comparison.paper import BASELINE, COLUMNS, CONFIGS, ROWS, paper_score, row_name
 from comparison.records import Run, read_records, stated
-from comparison.report import interval, p_value, save_figure, to_latex, to_markdown
+from comparison.report import interval, p_value, save_figure, to_markdown
 from comparison.significance import LOOK_P, LOOKS, Difference, holm, planned
 from comparison.summary import Scores
 from comparison.variants import in_order, title_of, trained_alike
 from hf_adanorm.saving import write_file
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
-_OTHER_DATA = ("_file", "_split", "_column", "dataset_name", "dataset_config", "score_test")  # ends of options
 _PATCH = {item.name for item in dataclasses.fields(PatchOptions)}
 MARKS = {"better": " ▲", "worse": " ▼", "level": " ≈", "open": ""}
 
@@ -65,10 +64,9 @@ class Row:
             raise OptionError(f"--gather {path}: no run has ended")
         self.path, self.first = path, everything[0].record
         self.title, recipe = self.first["title"], self.first["recipe"]
-        self.column = CONFIGS.get(self.title, "")
-        if not self.column:
+        if self.title not in CONFIGS:
             raise OptionError(f"--gather {path}: config {self.title!r} matches no row of the paper")
-        self.name = row_name(self.column, self.title)
+        self.column, self.name = CONFIGS[self.title][0], row_name(self.title)
         if path.is_file() and path.stem != self.title:  # other settings of the same config
             self.name += f", {path.stem.removeprefix(self.title).strip('_-').replace('_', ' ')}"
         self.task, self.options_class = importlib.import_module(recipe).TASK, importlib.import_module(recipe).OPTIONS
@@ -134,7 +132,7 @@ def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def gather(paths: Sequence[Path], output_dir: Path, pages: Sequence[Path] = ()) -> str:
-    """Write `rows.md`, `rows.tex` and the forest plot, and fill the pages; return the Markdown.
+    """Write `rows.md` and the forest plot, and fill the pages; return the Markdown.
 
     Raises OptionError before anything is written.
     """
@@ -142,22 +140,18 @@ def gather(paths: Sequence[Path], output_dir: Path, pages: Sequence[Path] = ()) 
     if not files:
         raise OptionError(f"--gather {' '.join(map(str, paths))}: no records; give files or folders of *.jsonl")
     rows = sorted((Row(file) for file in files), key=lambda row: (list(COLUMNS).index(row.column), row.path.stem))
-    table = scores_table(rows)
     sections = {
-        "scores": to_markdown(table),
+        "scores": to_markdown(scores_table(rows)),
         "differences": to_markdown(differences_table(rows)),
         "claims": claims_text(rows),
         "gaps": to_markdown(gaps_table(rows)),
         "runs": to_markdown(runs_table(rows)),
-        "departures": "".join(f"- {departures(row)}\n" for row in rows),
         "commands": "```bash\n" + "\n".join(command(row) for row in rows) + "\n```\n",
-        "needs": needs_text(rows),
     }
     filled = {page: fill(page, sections) for page in pages}
     text = "\n".join(f"## {name.capitalize()}\n\n{section}" for name, section in sections.items())
     output_dir.mkdir(parents=True, exist_ok=True)
     write_file(output_dir / "rows.md", text)
-    write_file(output_dir / "rows.tex", to_latex([[cell.replace("*", "") for cell in row] for row in table]))
     save_figure(draw_forest(rows), output_dir / "forest", dpi=110, formats=("png",))
     for page, content in filled.items():
         write_file(page, content)
@@ -289,55 +283,17 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def is_own(row: Row) -> bool:
-    """Return whether a row ran on the data that the paper's row has, as far as its config says."""
-    return row.title == NEEDS[row.column].config
-
-
-def departures(row: Row) -> str:
-    """Describe the data of a row and where its settings depart from those of the paper's row."""
-    need, had = NEEDS[row.column], dict(row.first["options"])
-    meant = _config_options(need.config)[1]
-    by_grid = []
-    for name in dict.fromkeys(name for run in row.runs for name in run.choice):
-        values = {run.norm: run.choice[name] for run in row.runs if name in run.choice}
-        chosen = ", ".join(f"{title_of(norm)} {value}" for norm, value in values.items())
-        by_grid.append(f"{name} {chosen} (chosen on validation)")
-        had.pop(name, None)
-        meant.pop(name, None)
-    ours, theirs = had.pop("model_config", {}), meant.pop("model_config", {})
-    pairs = {name: (_value(name, had, row), _value(name, meant, row)) for name in sorted(had.keys() | meant.keys())}
-    pairs = {name: pair for name, pair in pairs.items() if name not in _PATCH and not name.endswith(_OTHER_DATA)}
-    pairs |= {f"model {name}": (ours.get(name), theirs.get(name)) for name in [*ours, *(theirs.keys() - ours.keys())]}
-    accumulation = "gradient_accumulation_steps"
-    one, other = (_value(accumulation, options, row) for options in (had, meant))
-    pairs[accumulation] = (one * (row.first.get("num_processes") or 1), other * need.processes)
-    pairs["mixed_precision"] = (row.first.get("mixed_precision") or "no", meant.get("mixed_precision") or "no")
-    said = [f"{name} {_said(one)} ({_said(other)})" for name, (one, other) in pairs.items() if one != other]
-    place = "" if is_own(row) else f"{SUBSTITUTES[row.title][1]} in place of the row's data; "
-    budget = (
-        f"{row.first.get('steps') or 0:,} updates a run, {row.first.get('train_samples') or 0:,} training examples"
-    )
-    return f"{row.name}: {place}{budget}; {', '.join([*by_grid, *said]) or 'no other departure'}."
-
-
-def _config_options(config: str) -> tuple[type[Any], dict[str, Any]]:
-    """Return the class of a config's options, and those that it sets apart from the defaults."""
+def _config_options(config: str) -> dict[str, Any]:
+    """Return the options that a config sets apart from the defaults."""
     path = str(_CONFIGS / f"{config}.yaml")
     options_class = choose_recipe(None, path)[1]
     options = json.loads(json.dumps(dataclasses.asdict(parse_options(options_class, ["--config", path]))))
-    return options_class, stated(options_class, options, options["norm"])
+    return stated(options_class, options, options["norm"])
 
 
 def _value(name: str, options: Mapping[str, Any], row: Row) -> Any:
     """Return an option, or its default where it is not stated."""
     return options[name] if name in options else getattr(row.options_class(), name, None)
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def command(row: Row) -> str:
@@ -347,21 +303,12 @@ def command(row: Row) -> str:
         words += ["--norms", *row.norms]
     seeds = [str(len(row.seeds))] if row.seeds == list(range(1, len(row.seeds) + 1)) else map(str, row.seeds)
     words += ["--seeds", *seeds, "--output_dir", f"outputs/{row.path.stem}"]
-    meant, had = _config_options(row.title)[1], row.first["options"]
+    meant, had = _config_options(row.title), row.first["options"]
     for name in sorted(had.keys() | meant.keys()):
         value = _value(name, had, row)
         if value != _value(name, meant, row) and name != "norm":
             words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return wrap(words)
-
-
-def needs_text(rows: Sequence[Row]) -> str:
-    """Describe what the rows need that were not run on their own data, with a command for each."""
-    own = {row.column for row in rows if is_own(row)}
-    needs = {column: need for column, need in NEEDS.items() if column not in own}
-    lines = (f"- {name}: {n.data} (license, as far as known: {n.license}); {n.machine}." for name, n in needs.items())
-    commands = "\n".join(wrap(shlex.split(need.command)) for need in needs.values())
-    return "\n".join(lines) + f"\n\n```bash\n{commands}\n```\n"
 
 
 def wrap(words: Sequence[str], width: int = 100) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hf_adanorm import norms
 
 BASELINE = "layernorm"
@@ -38,68 +36,27 @@ def margin(score: str, column: str | None) -> float:
     return 0.1 if column == "MNIST" else MARGINS[score]
 
 
-class Need(NamedTuple):
-    """What a row of the paper takes."""
-
-    config: str
-    data: str
-    license: str
-    machine: str
-    arguments: str = ""  # of `compare.py`, beside the config
-    processes: int = 1
-
-    @property
-    def command(self) -> str:
-        words = ["python recipes/compare.py", f"--config recipes/configs/{self.config}.yaml", self.arguments]
-        return " ".join([*filter(None, words), "--seeds 5", f"--output_dir outputs/{self.config}"])
-
-
-_TREES = "--train_file 02-21.conllx --validation_file 22.conllx --test_file 23.conllx"
-NEEDS = {
-    "En-De": Need(
-        "wmt14_en_de",
-        "WMT14 English-German, 4.5 million pairs, from the Hub",
-        "for research, by the terms of its parts",
-        "8 GPUs of 16 GB",
-        '--launcher "accelerate launch --config_file recipes/launch/ddp_8_gpus.yaml"',
-        processes=8,
-    ),
-    "De-En": Need("iwslt14_de_en", "IWSLT14 German-English, from the Hub", "CC BY-NC-ND", "a GPU of 12 GB"),
-    "En-Vi": Need("iwslt15_en_vi", "IWSLT15 English-Vietnamese, from the Hub", "CC BY-NC-ND", "a GPU of 16 GB"),
-    "Enwiki8": Need(
-        "enwik8", "enwik8, the file", "GFDL and CC BY-SA, as Wikipedia's", "a GPU", "--train_file enwik8.zip"
-    ),
-    "RT": Need("rt", "RT, from the Hub", "none stated", "a CPU"),
-    "SST5": Need("sst5", "SST-5, from the Hub", "none stated", "a CPU"),
-    "MNIST": Need("mnist", "MNIST, from the Hub", "CC BY-SA", "a CPU, half an hour of a core for each run"),
-    "PTB": Need(
-        "ptb",
-        "the Penn Treebank, converted to dependencies",
-        "of the Linguistic Data Consortium, to be bought",
-        "a CPU, two hours of a core for each run",
-        _TREES,
-    ),
-}
-
-# Configs that stand in for a row's own: which, and on what data.
-SUBSTITUTES = {
+# Which column of the paper a config of this folder is compared with, and the data that stands in for the row's own.
+CONFIGS = {
+    "wmt14_en_de": ("En-De", ""),
+    "iwslt14_de_en": ("De-En", ""),
+    "iwslt15_en_vi": ("En-Vi", ""),
+    "enwik8": ("Enwiki8", ""),
+    "rt": ("RT", ""),
+    "sst5": ("SST5", ""),
+    "mnist": ("MNIST", ""),
+    "ptb": ("PTB", ""),
     "enwik_sample": ("Enwiki8", "a sample of Wikipedia"),
     "multi30k_de_en": ("De-En", "Multi30k"),
     "multi30k_prenorm": ("De-En", "Multi30k"),
     "ud_ewt": ("PTB", "UD English-EWT"),
 }
 
-# Which column of the paper a config of this folder is compared with.
-CONFIGS = {need.config: column for column, need in NEEDS.items()}
-CONFIGS |= {config: column for config, (column, _) in SUBSTITUTES.items()}
 
-
-def row_name(column: str, config: str | None) -> str:
-    """A row as it was measured by a config: with the data that stands in for the row's own, or the config's name where
-    it is none of this folder's."""
-    if config == NEEDS[column].config:
-        return column
-    return f"{column} ({SUBSTITUTES[config][1] if config in SUBSTITUTES else f'by {config}'})"
+def row_name(config: str) -> str:
+    """Return the name of a config's row, with the data that stands in for the row's own."""
+    column, data = CONFIGS[config]
+    return f"{column} ({data})" if data else column
 
 
 def paper_score(column: str, norm: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 import json
@@ -20,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from comparison.paper import BASELINE, COLUMNS, paper_score
-from comparison.records import Run, outcome, overfit_gap
+from comparison.records import Run, outcome
 from comparison.significance import LOOK_P, LOOKS
 from comparison.variants import in_order, kind, title_of
 from hf_adanorm import plots
@@ -180,7 +179,7 @@ def _why_not(summary: Mapping[str, Any]) -> str:
     return "the scores are not finite, or differ by the same amount with every seed"
 
 
-# Markdown and LaTeX
+# Markdown
 
 
 def paper_table(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -224,18 +223,6 @@ def to_markdown(table: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|---|" + "---:|" * (len(table[0]) - 1))
     return "\n".join(lines) + "\n"
-
-
-def to_latex(table: Sequence[Sequence[str]]) -> str:
-    """Return a tabular for the booktabs package."""
-    replace = {"&": r"\&", "%": r"\%", "_": r"\_", "±": r"$\pm$", "<": "$<$", "#": r"\#", "$": r"\$"}
-    rows = [" & ".join("".join(replace.get(letter, letter) for letter in cell) for cell in row) for row in table]
-    body = " \\\\\n".join(rows[1:])
-    columns = "l" + "r" * (len(table[0]) - 1)
-    return (
-        f"% needs \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows[0]} \\\\\n\\midrule\n"
-        f"{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
-    )
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
@@ -356,16 +343,6 @@ def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, 
 # Files
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with any keys; a key that a row does not have stays empty."""
-    text = io.StringIO()
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue())
-
-
 def save_figure(figure: Any, stem: Path, *, dpi: int, formats: Sequence[str] = ("png", "svg")) -> dict[str, bytes]:
     """Write a figure as `stem`.png and `stem`.svg; return both, by their format."""
     pictures = {}
@@ -377,46 +354,25 @@ def save_figure(figure: Any, stem: Path, *, dpi: int, formats: Sequence[str] = (
     return pictures
 
 
-def run_rows(runs: Sequence[Run], search: Sequence[Run]) -> list[dict[str, Any]]:
+def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return one row per run: how it ended, its scores, its cost."""
     rows = []
-    for stage, group in (("search", search), ("run", runs)):
-        for run in group:
-            record = run.record
-            row = {"stage": stage, "norm": run.norm, "seed": run.seed, "outcome": outcome(run), **run.choice}
-            for split in ("validation", "test"):
-                row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
-            row["loss_gap"] = overfit_gap(record) if run.status == "finished" else None
-            costs = ("best_step", "steps", "skipped_steps", "parameters", "num_processes", "seconds_per_step")
-            costs += ("train_samples_per_second", "peak_memory_mb", "command")
-            rows.append(row | {name: record.get(name) for name in costs})
-    return rows
-
-
-def curve_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return every logged loss and score in long form."""
-    rows = []
     for run in runs:
-        progress = run.progress
-        for split, history in (("train", "train_history"), ("validation", "history")):
-            for entry in progress.get(history, []):
-                rows += [
-                    {"norm": run.norm, "seed": run.seed, "split": split, "step": entry["step"], "name": k, "value": v}
-                    for k, v in entry.items()
-                    if k not in {"step", "epoch"}
-                ]
+        record = run.record
+        row = {"norm": run.norm, "seed": run.seed, "outcome": outcome(run)}
+        for split in ("validation", "test"):
+            row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
+        costs = ("best_step", "steps", "seconds_per_step", "peak_memory_mb")
+        rows.append(row | {name: record.get(name) for name in costs})
     return rows
 
 
-def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run], search: Sequence[Run]) -> None:
+def write_report(folder: Path, summary: Mapping[str, Any], runs: Sequence[Run]) -> None:
     """Write all files of a comparison except `comparison.json`."""
     table, differences = paper_table(summary), difference_table(summary)
     bullets = "\n".join(f"- {line}" for line in notes(summary))
     text = f"# {summary['title']}\n\n{conclusion(summary, runs)}\n\n{to_markdown(table)}\n{to_markdown(differences)}\n"
     write_file(folder / "table.md", f"{text}{bullets}\n\n    {summary['command']}\n")
-    write_file(folder / "table.tex", f"{to_latex(table)}\n{to_latex(differences)}")
-    write_csv(folder / "runs.csv", run_rows(runs, search))
-    write_csv(folder / "curves.csv", curve_rows(runs))
     figure = draw(summary, runs)
     pictures = save_figure(figure, folder / "curves", dpi=200)
     write_file(folder / "report.html", page(summary, runs, pictures["png"], folder))
@@ -444,7 +400,7 @@ def page(summary: Mapping[str, Any], runs: Sequence[Run], picture: bytes, folder
     folders of the runs."""
     escape = html.escape
     source = base64.b64encode(picture).decode()
-    rows = run_rows(runs, [])
+    rows = run_rows(runs)
     shown = ["norm", "seed", "outcome", "best_step", "steps", "seconds_per_step", "peak_memory_mb"]
     shown[3:3] = sorted({key for row in rows for key in row if key.startswith(("validation_", "test_"))})
     every = [[key.replace("_", " ") for key in shown], *([_cell(row.get(key)) for key in shown] for row in rows)]

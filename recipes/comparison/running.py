@@ -329,7 +329,7 @@ class Comparison:
         write_records(
             folder / "records.jsonl", [to_record(run, self.task, self.options_class, **about) for run in ended]
         )
-        write_report(folder, summary, self.runs, self.search)
+        write_report(folder, summary, self.runs)
         return summary
 
     def estimate(self) -> str:

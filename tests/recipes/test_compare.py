@@ -1,7 +1,6 @@
 """Comparisons of norms: the choice of runs, the statistics, and one small comparison with real runs."""
 
 import contextlib
-import csv
 import json
 import os
 import re
@@ -124,6 +123,8 @@ def test_hyper_parameters_are_chosen_on_validation_and_the_test_set_is_not_read(
     final = read(folder / "runs" / "adanorm-seed1", "results.json")
     assert final["options"]["learning_rate"] == 0.01
     assert final["test"]["accuracy"] >= 0
+    answers = read(folder / "runs" / "adanorm-seed1", "test_predictions.json")
+    assert final["chance"] == max(map(answers["labels"].count, (0, 1))) / len(answers["labels"])
     assert final["history"] == tried["history"]
 
 
@@ -148,15 +149,9 @@ def test_all_files_of_the_report_are_there(compared):
     folder, _ = compared
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert re.search(r"\| AdaNorm \| 77\.50 \| \d+\.\d\d \(n=1\) \|", table)
-    assert re.search(r"LayerNorm & 77\.21 & \d+\.\d\d", (folder / "table.tex").read_text(encoding="utf-8"))
-    runs = list(csv.DictReader((folder / "runs.csv").read_text(encoding="utf-8").splitlines()))
-    assert len(runs) == 9
-    assert sum(row["outcome"].startswith("diverged at step") for row in runs) == 3
     assert "No difference was tested: that takes at least two seeds" in table
     assert len((folder / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 3
     assert "AdaNorm learning_rate 0.01 (of 2 tried). All else was the same for all norms." in table
-    curves = list(csv.DictReader((folder / "curves.csv").read_text(encoding="utf-8").splitlines()))
-    assert {row["split"] for row in curves} == {"train", "validation"}
     assert "<svg" in (folder / "curves.svg").read_text(encoding="utf-8")[:2000]
     assert Image.open(folder / "curves.png").width > 1500
 

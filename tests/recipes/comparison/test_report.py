@@ -13,8 +13,6 @@ from comparison.report import (
     our_score,
     page,
     speeds,
-    to_latex,
-    to_markdown,
 )
 from comparison.summary import summarize
 from tests.recipes.comparison.comparison_runs import diverge, finish
@@ -113,10 +111,3 @@ def test_p_holm_relation_and_gap_are_explained_in_place(tmp_path):
     assert "lies within ±0.50, a margin fixed in advance" in text
     summary, _ = compared(tmp_path, {"adanorm": 20}, num_seeds=1)
     assert not any(re.match("p:|Relation", line) for line in notes(summary))
-
-
-def test_tables_escape_what_their_language_reserves():
-    table = [["model", "a_b (%)"], ["x & y", "1 ± 2"]]
-    assert r"x \& y & 1 $\pm$ 2" in to_latex(table)
-    assert r"a\_b (\%)" in to_latex(table)
-    assert to_markdown(table).splitlines()[1] == "|---|---:|"
