@@ -67,7 +67,8 @@ class Row:
         if self.title not in CONFIGS:
             raise OptionError(f"--gather {path}: config {self.title!r} matches no row of the paper")
         self.column, self.name = CONFIGS[self.title][0], row_name(self.title)
-        if path.is_file() and path.stem != self.title:  # other settings of the same config
+        self.stem = path.parent.name if path.stem == "records" else path.stem  # a comparison's folder, or a file
+        if path.stem not in ("records", self.title):  # other settings of the same config
             self.name += f", {path.stem.removeprefix(self.title).strip('_-').replace('_', ' ')}"
         self.task, self.options_class = importlib.import_module(recipe).TASK, importlib.import_module(recipe).OPTIONS
         for run in everything:
@@ -139,7 +140,7 @@ def gather(paths: Sequence[Path], output_dir: Path, pages: Sequence[Path] = ()) 
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
         raise OptionError(f"--gather {' '.join(map(str, paths))}: no records; give files or folders of *.jsonl")
-    rows = sorted((Row(file) for file in files), key=lambda row: (list(COLUMNS).index(row.column), row.path.stem))
+    rows = sorted((Row(file) for file in files), key=lambda row: (list(COLUMNS).index(row.column), row.stem))
     sections = {
         "scores": to_markdown(scores_table(rows)),
         "differences": to_markdown(differences_table(rows)),
@@ -302,7 +303,7 @@ def command(row: Row) -> str:
     if set(row.norms) != set(ROWS):
         words += ["--norms", *row.norms]
     seeds = [str(len(row.seeds))] if row.seeds == list(range(1, len(row.seeds) + 1)) else map(str, row.seeds)
-    words += ["--seeds", *seeds, "--output_dir", f"outputs/{row.path.stem}"]
+    words += ["--seeds", *seeds, "--output_dir", f"outputs/{row.stem}"]
     meant, had = _config_options(row.title), row.first["options"]
     for name in sorted(had.keys() | meant.keys()):
         value = _value(name, had, row)

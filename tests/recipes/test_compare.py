@@ -65,7 +65,7 @@ def read(folder, name):
         (["--launcher", "'open"], "--launcher 'open: No closing quotation"),
         (["--C", "0"], "--norms adanorm: C must be a finite number > 0"),
         (["--norms", "adanorm:k=-1"], "--norms adanorm:k=-1: k must be a finite number >= 0"),
-        (["--norms", "detachnorm:detach_mean=false,detach_variance=false"], "detach nothing"),
+        (["--norms", "detachnorm:detach_mean=false,detach_variance=false"], "set detach_variance=True"),
         (["--norms", "adnorm"], "norm 'adnorm': expected none, layernorm"),
         (["--grid_seeds", "4"], "--grid_seeds must be in [1, 3]"),
         (["--eval_batch_size", "0"], "--eval_batch_size must be positive"),

@@ -127,6 +127,15 @@ def test_what_cannot_be_gathered_is_refused_before_anything_is_written(change, s
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_of_a_comparison_is_gathered_by_its_records(tmp_path):
+    folder = tmp_path / "outputs" / "my_rt"
+    folder.mkdir(parents=True)
+    write(folder / "records.jsonl", [finish(tmp_path, "layernorm", 1, num_correct=500)])
+    text = gather([folder], tmp_path)
+    assert "| **RT**, accuracy (%) |" in text
+    assert "--output_dir outputs/my_rt" in text
+
+
 def test_sections_are_filled_into_pages_and_the_rest_stays(rt, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- gathered: scores -->\nold\n<!-- end -->\n\nafter\n", encoding="utf-8")
