@@ -1,4 +1,4 @@
-"""What `watch_norms` records: one `NormRecord` for every norm and recorded step, in a `NormLog`.
+"""The log of `watch_norms`: one `NormRecord` for every norm and recorded step, in a `NormLog`.
 
 Statistics are per row, where a row is what is normalised together (H values of one position), then averaged over the
 rows of a step; rows of padding count like others.
@@ -66,22 +66,19 @@ class NormRecord:
 
 
 class NormLog:
-    """What `watch_norms` recorded: one `NormRecord` for each norm and recorded step.
-
-    Attributes:
-        records: in order of steps, and within a step in the order in which the norms ran.
-        histograms: per norm, counts of y in 96 bins from -12 to 12 (the outer bins hold what lies beyond), with
-            `histogram=True`; float64.
-        skipped: names of norms that are not watched, as they compute neither LayerNorm nor RMSNorm.
-    """
+    """What `watch_norms` recorded."""
 
     def __init__(self, model_class: str, every: int, k: float):
         self.model_class = model_class
         self.every = every
         self.k = k
         self.records: list[NormRecord] = []
+        """One for each norm and recorded step, in the order in which the norms ran."""
         self.histograms: dict[str, Tensor] = {}
+        """With `histogram=True`: for each norm, counts of y in 96 bins from -12 to 12, float64. The outer bins count
+        what is beyond."""
         self.skipped: tuple[str, ...] = ()
+        """Names of norms that are not watched, because they compute neither LayerNorm nor RMSNorm."""
         self._end_step: Callable[[], None] | None = None
 
     @property
@@ -95,7 +92,7 @@ class NormLog:
         return list(dict.fromkeys(record.name for record in self.records))
 
     def values(self, field: str) -> Tensor:
-        """One statistic as a float64 tensor (steps, norms); NaN where a norm did not run.
+        """Return one statistic as a float64 tensor (steps, norms); NaN where a norm did not run.
 
         Raises:
             ValueError: no such field.
@@ -110,8 +107,8 @@ class NormLog:
         return out
 
     def scalars(self, step: int | None = None) -> dict[str, float]:
-        """The finite statistics of one step (None: the last) as `{"norms/grad_input_var/encoder.layer.0.norm": 1e-9}`,
-        the form that trackers take."""
+        """Return the finite statistics of one step (None: the last) in the form that trackers take, such as
+        `{"norms/grad_input_var/encoder.layer.0.norm": 1e-9}`."""
         if not self.records:
             return {}
         step = self.records[-1].step if step is None else step
@@ -123,14 +120,14 @@ class NormLog:
         }
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """The records as dictionaries of JSON types (None for NaN), for `json.dump` or a data frame."""
+        """Return the records as dictionaries of JSON types (None for NaN), for `json.dump` or a data frame."""
         return [
             {key: None if value != value else value for key, value in dataclasses.asdict(record).items()}
             for record in self.records
         ]
 
     def end_step(self) -> None:
-        """End a step by hand, for an optimizer that is no `torch.optim.Optimizer`, or with none at all.
+        """End a step by hand, for an optimizer that is not a `torch.optim.Optimizer`, or without one.
 
         Raises:
             RuntimeError: outside the `with` block.
@@ -140,8 +137,8 @@ class NormLog:
         self._end_step()
 
     def gather(self) -> NormLog:
-        """The log over all processes of a distributed run, every process's rows counted. Every process must call it,
-        with the same norms watched; without processes, a copy."""
+        """Return the log over all processes of a distributed run; every process must call this. Without processes,
+        return a copy."""
         parts: list[Any] = [(self.records, self.histograms)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts = [None] * torch.distributed.get_world_size()

@@ -49,13 +49,13 @@ Curve = Sequence[float] | Mapping[int, float] | Tensor
 def _figure(ax: Axes | None = None, columns: int = 1) -> tuple[Figure, Any]:
     """Return the figure and the Axes to draw into: `ax`, or those of a new figure (a list for several columns)."""
     try:
-        import matplotlib.pyplot  # noqa: F401, also lets a notebook display figures
-        from matplotlib.figure import Figure
+        import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install matplotlib") from error
     if ax is not None:
         return cast("Figure", ax.get_figure(root=True)), ax
-    figure = Figure(figsize=(6.0, 3.6) if columns == 1 else (5.1 * columns, 3.6), layout="constrained")
+    figure = plt.figure(figsize=(6.0, 3.6) if columns == 1 else (5.1 * columns, 3.6), layout="constrained")
+    plt.close(figure)  # pyplot would show it in a notebook once more, beside the value of the cell
     axes = figure.subplots(1, columns)
     return figure, axes if columns == 1 else list(axes)
 

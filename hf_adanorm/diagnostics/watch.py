@@ -1,4 +1,4 @@
-"""What every norm of a model does to activations and gradients while the model trains: `watch_norms`.
+"""Record what every norm of a model does to activations and gradients while the model trains: `watch_norms`.
 
 1. On a recorded step each norm gets two hooks. The one before it puts an alias in place of its input, so that the
    gradient of the norm alone is seen where a residual connection reads the same tensor. The one after it computes the
@@ -10,7 +10,7 @@
 4. Compiled graphs do not run hooks that come later: recorded steps run eagerly under `torch.compile`.
 
 Gradients are those of the loss as it was given to `backward`: fp16 loss scaling and the division by micro-batches are
-in them. What the statistics are is said in `log.py`.
+in them. `log.py` documents the statistics.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ class _Watcher:
             self.stance = torch.compiler.set_stance("force_eager")
 
     def is_stale(self) -> bool:
-        """Whether norms were replaced since (patched)."""
+        """Check whether norms were replaced since, by a patch."""
         modules = set(self.model.modules())
         return any(watched.module not in modules for watched in self.norms)
 

@@ -42,7 +42,7 @@ ALL_COMMANDS = [words for block in SHELL for words in commands(block)]
 
 
 def run_help(script: Path, monkeypatch, capsys) -> str:
-    """What `script --help` prints."""
+    """Return what `script --help` prints."""
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(script), run_name="__main__")
@@ -191,7 +191,7 @@ def models(tmp_path_factory):
 
 
 def runs_here(words: list[str]) -> bool:
-    """Whether a command runs as it stands: without a placeholder, without the Hub, and to an end."""
+    """Check whether a command runs as it stands: without a placeholder, without the Hub, and to an end."""
     return words[1] != "run" and "--push-to-hub" not in words and not {"NAME", "FOLDER"} & set(words)
 
 
