@@ -28,10 +28,10 @@ CELLS = [(0, 0, 0), (0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 1, 1), (1, 2, 0), (2, 0
 
 # What versions of other libraries matter to, without what takes long and tells no more about them.
 SUITES = (
-    "unit/saving unit/folding unit/detection unit/test_autograd_modes.py unit/test_calibration.py unit/test_cli.py "
-    "unit/test_cpu_kernel.py unit/test_fading.py unit/test_modeling_adanorm.py unit/test_patching.py "
-    "unit/test_swapping.py integration/test_gpu.py integration/test_old_checkpoints.py integration/test_saving.py "
-    "integration/test_security.py integration/test_trainer.py "
+    "unit/saving unit/folding unit/detection unit/kernels unit/test_calibration.py unit/test_cli.py "
+    "unit/test_conversion.py unit/test_modeling_adanorm.py unit/test_patching.py unit/test_settings.py "
+    "unit/test_swapping.py integration/test_gpu.py integration/test_saving.py integration/test_security.py "
+    "integration/test_trainer.py "
 )
 AT_THE_BOUNDS = (
     "integration/test_hub.py recipes/tasks recipes/test_classification.py recipes/test_language_modeling.py "

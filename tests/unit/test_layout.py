@@ -1,10 +1,18 @@
 """Tests are where one looks for them: each module has a test file of its name, in the same place."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_the_matrix_of_versions_runs_tests_that_exist():
+    for file in ("noxfile.py", "Makefile"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        named = re.findall(r"(?:unit|integration|recipes|campaigns)/[a-z_/]*test_[a-z_]+\.py", text)
+        assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
 
 
 @pytest.mark.parametrize(("code", "tests"), [("hf_adanorm", "unit"), ("recipes", "recipes")])
