@@ -1,12 +1,12 @@
-"""Checkpoints saved under each version of transformers, loaded under every other, with the package and by trust.
+"""Load checkpoints that another version of transformers saved, with the package and by trust.
 
     python tests/campaigns/checkpoints.py save FOLDER           # under each version
     python tests/campaigns/checkpoints.py load FOLDER           # then under each version
     python tests/campaigns/checkpoints.py load FOLDER --trust   # the same where hf_adanorm cannot be imported
     python tests/campaigns/checkpoints.py report FOLDER         # the table; exit code 1 if a model came out another
 
-`nox -s checkpoints` does all of it. A stock model that was saved beside the patched one is the control: where its own
-weights do not survive a change of version, nothing is asked of the patched one.
+`nox -s checkpoints` does all of it. The control is a stock model saved beside the patched one: if its own
+weights do not survive a change of version, the patched model is not checked.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import CONFIG_MAPPING
 
 from tests.zoo import tiny_inputs, tiny_models
+from tests.zoo.todays_models import output
 
 TYPES = (
     "bert", "gpt2", "bart", "marian", "clip", "vit", "deit", "beit", "dinov2", "dinov3_vit", "vivit", "swin",
@@ -36,14 +37,6 @@ TYPES = (
 )  # fmt: skip
 """About half of them had modules renamed or moved between 5.0 and 5.24."""
 TOLERANCE = 1e-6
-
-
-def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        found = model.eval()(**inputs)
-    keys = ("logits", "logits_per_image", "last_hidden_state")
-    return next((found[key] for key in keys if key in found), tiny_inputs.tensors(found)[0])
 
 
 def swapped(model: nn.Module) -> int:
@@ -77,7 +70,7 @@ def save(folder: Path) -> None:
 
 
 def outcome(folder: Path, kind: str, sample: dict[str, Any], **options: Any) -> str:
-    """ "same", or what is not."""
+    """Return "same", or what differs."""
     try:
         model = getattr(transformers, sample["auto"]).from_pretrained(folder / kind, **options)
         here = output(model, sample["inputs"])
@@ -103,7 +96,7 @@ def load(folder: Path, trust: bool) -> None:
 
 
 def report(folder: Path) -> int:
-    """A line a pair of versions and way; then every model that is not the same, with its control."""
+    """Print one line per pair of versions and way to load, then every model that differs, with its control."""
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:

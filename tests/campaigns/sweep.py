@@ -1,15 +1,16 @@
 """Every model type in transformers' auto mappings: build tiny, patch, run, save, load elsewhere, compare, undo.
 
-    OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out sweep.csv        # all types; resumes; about half an hour
+    OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out sweep.csv
     OMP_NUM_THREADS=1 python tests/campaigns/sweep.py --out few.csv --types bert,clip
     python tests/campaigns/sweep.py --out sweep.csv --support docs/support.csv
 
-For each type, one process builds a tiny model with random gains and biases and saves it as an unpatched control. It
-counts the mean-subtracting norms by a probe of the whole model (`norm_census`), patches (C = 1.3, k = 0.07,
-eps = 2e-5), runs forward and backward, and saves. Then it unpatches and compares with the original bit for bit. A
-second process, in which nothing was patched, loads control and patched model with stock `from_pretrained` and compares
-weights, norm settings and outputs. If the control itself does not reload bit for bit, the patched model may be as far
-off. `patch_model` uses its defaults: the norms on the residual stream. Those inside a branch count as explained.
+All types take about half an hour; a second call resumes. For each type, one process builds a tiny model with random
+gains and biases and saves it as an unpatched control. It counts the mean-subtracting norms by a probe of the whole
+model (`norm_census`), patches (C = 1.3, k = 0.07, eps = 2e-5), runs forward and backward, and saves. Then it unpatches
+and compares with the original bit for bit. A second process, in which nothing was patched, loads control and patched
+model with stock `from_pretrained` and compares weights, norm settings and outputs. If the control itself does not
+reload bit for bit, the patched model may be as far off. `patch_model` uses its defaults: the norms on the residual
+stream. Those inside a branch count as explained.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What `test_distributed.py` runs in two processes: writes what it found as JSON.
+"""Run in two processes for `test_distributed.py`, which reads the results as JSON.
 
-Losses of sharded and of data-parallel training beside those of one whole model on the same global batch, the whole
-state dict, and what accelerate's loader makes of a patched model.
+They are the losses of sharded and data-parallel training, beside those of one model on the same global batch, the whole
+state dict, and what accelerate's loader does.
 """
 
 import json
@@ -51,7 +51,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def train(model: torch.nn.Module, rank: int | None) -> list[float]:
-    """The mean loss over the global batch at every step; with a rank, on this process's half."""
+    """Return the mean loss over the global batch at every step. With a rank, train on this process's half."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for step in range(STEPS):
@@ -91,7 +91,7 @@ def check_fsdp(norm: str, rank: int, mesh: object, folder: Path) -> dict[str, ob
 
 
 def check_accelerate_loader(rank: int, mesh: object) -> str:
-    """What accelerate's RAM-efficient loading for FSDP2 raises on a patched model; empty when it works."""
+    """Return what accelerate's RAM-efficient loading for FSDP2 raises on a patched model, or ""."""
     from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
 
     full = build("adanorm").state_dict()

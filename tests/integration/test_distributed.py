@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What the first process found; the second must have found the same losses."""
+    """Return what the first process found. The second must have found the same losses."""
     first, second = (json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
     assert first["processes"] == 2
     assert first["fsdp"] == second["fsdp"]
@@ -66,7 +66,7 @@ def test_the_whole_state_dict_of_a_sharded_model_reloads_by_stock_from_pretraine
 
 
 def test_accelerates_ram_efficient_loading_still_fails_on_buffers(found):
-    """If not, accelerate was mended: turn fsdp_cpu_ram_efficient_loading on in recipes/launch/fsdp2.yaml."""
+    """If not, accelerate has a fix: turn fsdp_cpu_ram_efficient_loading on in recipes/launch/fsdp2.yaml."""
     assert found["accelerate_loader"] == "AttributeError: 'Tensor' object has no attribute 'device_mesh'"
 
 

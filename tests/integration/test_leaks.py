@@ -1,4 +1,4 @@
-"""Nothing grows: memory, objects, file descriptors and threads stay where they were over hundreds of cycles."""
+"""Check that memory, objects, file descriptors and threads do not grow over hundreds of cycles."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def model() -> BertModel:
 
 
 class Growth(NamedTuple):
-    """What half of the cycles left behind."""
+    """Growth during one half of the cycles."""
 
     bytes: int  # of Python's memory
     objects: int
 
 
 def growth(cycle: Callable[[], object], cycles: int) -> Growth:
-    """Run so many cycles, after a warm-up of a fifth as many. File descriptors and threads must not grow at all.
+    """Run so many cycles after a warm-up, and return the smaller growth of their two halves.
 
-    Of the first and the second half, what the one that left less did: a leak grows in both, while caches are filled
-    and a table of the interpreter (that of the interned strings, 7 MB) is made larger once, and then hold for long.
+    A leak grows in both halves. Caches fill up once, and so does the interpreter's table of interned strings (7 MB).
+    File descriptors and threads must not grow at all.
     """
     for _ in range(cycles // 10):
         cycle()

@@ -14,14 +14,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    BertConfig,
-    BertModel,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from hf_adanorm import is_patched, patch_model, unpatch_model
 from tests.zoo.round_trip import CASES, ROUNDING, SWAPS, auto_class, build, difference, inputs, norms, run
+from tests.zoo.tiny_text import TEXTS, make_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the trained gains and biases:UserWarning"),
@@ -37,7 +35,7 @@ def patched(case: str, swap: str = "adanorm") -> PreTrainedModel:
 # ---------------------------------------------------------------------------------------------- compilation and export
 
 
-@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("swap", ["adanorm", "detachnorm"])
 def test_compiled_model_equals_eager(swap: str) -> None:
     """aot_eager traces forward and backward as the default backend does, without a C++ compiler for each kernel."""
     torch._dynamo.reset()
@@ -55,19 +53,7 @@ def test_compiled_model_equals_eager(swap: str) -> None:
     assert torch.allclose(embeddings.grad, eager.grad, rtol=1e-4, atol=1e-5 * float(eager.grad.abs().max()))
 
 
-def test_model_compiled_by_inductor_equals_eager() -> None:
-    torch._dynamo.reset()
-    model = patch_model(
-        BertModel(BertConfig(**{**CASES["bert"].config().to_dict(), "num_hidden_layers": 1})), C=1.3
-    ).eval()
-    batch = inputs("bert")
-    with torch.no_grad():
-        expected = model(**batch).last_hidden_state
-        got = torch.compile(model)(**batch).last_hidden_state
-    assert torch.allclose(got, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("swap", ["adanorm", "detachnorm"])
 def test_torch_export(swap: str) -> None:
     model = patched("bert", swap)
     ids = inputs("bert")["input_ids"]
@@ -92,7 +78,7 @@ class LogitsOnly(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("swap", ["adanorm", "detachnorm"])
 def test_onnx_export_gives_equal_outputs(swap: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -114,8 +100,8 @@ def test_onnx_export_gives_equal_outputs(swap: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("swap", ["adanorm", "detachnorm"])
 def test_gradient_checkpointing_gives_the_same_gradients(swap: str, reentrant: bool) -> None:
     def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
         model.train()
@@ -238,25 +224,14 @@ def test_quantised_model_is_patched_after_loading_and_saved(bits: int, tmp_path:
 # ----------------------------------------------------------------------------------------------- sentence-transformers
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fine", "film", "dull"]
-    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-
-
 def test_sentence_transformers_save_and_load(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     torch.manual_seed(0)
     build("bert").bert.save_pretrained(tmp_path / "bert")
-    tokenizer().save_pretrained(tmp_path / "bert")
+    make_tokenizer().save_pretrained(tmp_path / "bert")
     # A folder of a plain model gets mean pooling on top.
     model = library.SentenceTransformer(str(tmp_path / "bert"), device="cpu")
-    sentences = ["a fine film", "a dull film"]
+    sentences = TEXTS[:2]
     stock = model.encode(sentences)
     assert patch_model(model, **SWAPS["adanorm"]) is model
     expected = model.encode(sentences)

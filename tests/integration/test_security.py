@@ -65,7 +65,7 @@ def test_the_travelling_file_reaches_for_no_file_process_network_or_code() -> No
 
 
 def test_importing_the_travelling_file_opens_nothing_for_writing_and_starts_nothing(tmp_path: Path) -> None:
-    """Where it is pulled: in a process without the package, under an audit hook."""
+    """Import it in a process without the package, under an audit hook."""
     copied = tmp_path / TRAVELLER.name
     copied.write_bytes(TRAVELLER.read_bytes())
     code = f"""

@@ -55,7 +55,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def fits(recipe: str, name: str, value: Any) -> bool:
-    """Whether a value is within the range of its option."""
+    """Return whether a value is within the range of its option."""
     try:
         check_ranges(OPTIONS[recipe](**{name: value}))
     except OptionError:

@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(few, max_examples=200)
 @given(st.sampled_from(FORMATS), labels, st.data(), st.booleans())
 def test_examples_arrive_unchanged(folder: Path, suffix: str, found: list[int], data: Any, named: bool) -> None:
-    # Texts that a csv reader takes for numbers or for nothing are another matter, and refused.
+    # A csv reader mistakes some texts for numbers or missing values; the recipes refuse them.
     classes: list[Any] = ["bad", "good", "ugly", "odd"] if named else list(range(4))
     rows = [{"text": "x" + data.draw(texts), "label": classes[number]} for number in found]
     loaded = load_file(write(folder, suffix, rows))

@@ -1,7 +1,4 @@
-"""Real processes at little cost: forked from a server that has imported torch, transformers and the recipes once.
-
-A process starts in a fraction of the time that its imports take.
-"""
+"""Start real processes cheaply: fork them from a server that has imported torch, transformers and the recipes."""
 
 from __future__ import annotations
 
@@ -61,7 +58,7 @@ def write_output_to(log: str) -> None:
 
 
 def ranks() -> list[dict[str, str]]:
-    """What a launcher sets for each of two processes on this machine."""
+    """Return the variables that a launcher sets for each of two processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -104,8 +101,10 @@ def _in_group(environment: dict[str, str], log: str, worker: Callable[..., None]
 
 
 class Scripts:
-    """Scripts run one after the other, each in a process forked from one that has imported them, `modules`, once, with
-    `environment` in force: what is read where a module is imported, such as the Hub's address, holds for all."""
+    """Run scripts one after the other, each in a fork of a process that has imported `modules` once.
+
+    `environment` is in force during these imports, so what a module reads then, such as the Hub's address, stays.
+    """
 
     WORKER = """
 import importlib, json, os, sys

@@ -1,8 +1,8 @@
 """Tiny random models of seven architectures, ways to swap their norms, and what it takes to compare two of them.
 
-Gains and biases are random, C, k and eps are not the defaults and one detach flag is off: a fresh LayerNorm equals
-LayerNorm-simple and DetachNorm in the forward pass, so defaults would hide a swap that got lost. Imports nothing of
-hf_adanorm, so that a process without the package can use it.
+A fresh LayerNorm equals LayerNorm-simple and DetachNorm in the forward pass, so defaults would hide a missing swap.
+Therefore gains and biases are random, C, k and eps are not the defaults, and one detach flag is off.
+Imports nothing of hf_adanorm, so that a process without the package can use it.
 """
 
 from __future__ import annotations

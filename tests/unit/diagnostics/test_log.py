@@ -1,4 +1,4 @@
-"""How a log of norms is told."""
+"""Check how a log of norms prints."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def num_hooks(model: nn.Module) -> int:
 
 
 def reference(norm: nn.Module, x: torch.Tensor, grad: torch.Tensor, k: float = 0.1) -> dict[str, float]:
-    """All statistics of one norm, from the definitions, in float64."""
+    """Return all statistics of one norm, computed from the definitions in float64."""
     x, grad = x.double(), grad.double()
     mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
     sigma = (var + norm.eps).sqrt()

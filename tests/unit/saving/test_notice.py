@@ -30,7 +30,7 @@ def tiny() -> BertForSequenceClassification:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model as one safetensors file, in shards, and as a torch file."""
+    """Save one model as one safetensors file, in shards, and as a torch file."""
     folder = tmp_path_factory.mktemp("saved")
     model = patch_model(tiny())
     model.save_pretrained(folder / "whole")
@@ -74,7 +74,7 @@ model.save_pretrained(out)
 
 @pytest.fixture(scope="module")
 def without_package(saved: Path) -> dict[str, str]:
-    """What loading each form said where the package is not installed; then one is trusted, and saved again."""
+    """Load each form without the package and return the output. Then trust one form and save it again."""
     command = [sys.executable, "-c", WITHOUT, str(saved), *FORMS, str(saved / "again")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
