@@ -1,6 +1,6 @@
 """Run in two processes for `test_distributed.py`, which reads the results as JSON.
 
-They are the losses of sharded and data-parallel training, beside those of one model on the same global batch, the whole
+They are the losses of sharded and data-parallel training, beside those of one model on the same batch, the whole
 state dict, and what accelerate's loader does.
 """
 

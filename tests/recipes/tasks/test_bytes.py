@@ -172,9 +172,10 @@ def test_compressed_files_hold_the_same_bytes(tmp_path):
         archive.writestr("a", content)
     for name in ("a.bz2", "a.gz", "a.zip"):
         assert read_bytes(tmp_path / name, "train_file").tobytes() == content
-    (tmp_path / "b.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match=r"b\.gz: cannot be read"):
-        read_bytes(tmp_path / "b.gz", "train_file")
+    for name in ("b.bz2", "b.gz", "b.zip"):
+        (tmp_path / name).write_bytes(b"no archive")
+        with pytest.raises(DataError, match=rf"{name}: cannot be read"):
+            read_bytes(tmp_path / name, "train_file")
 
 
 def test_token_ids_are_the_bytes_and_come_back(tmp_path):
