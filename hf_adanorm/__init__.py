@@ -94,7 +94,7 @@ def serve(format: int, stock: Any, classes: Any) -> Any:  # noqa: A002
 def _complete(modeling: Any) -> None:
     """Add what only this package has to the classes of the file that travels: methods and kernels."""
     importlib.import_module(".protocol", __name__).complete_all()
-    importlib.import_module(".kernels", __name__).register()
+    importlib.import_module(".kernels", __name__)  # registers on import
 
 
 install.install()

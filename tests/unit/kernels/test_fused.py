@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_adanorm import modeling_adanorm
 from hf_adanorm.kernels import cpu, fused
-from hf_adanorm.modeling_adanorm import NORM_CLASSES
-from tests.zoo.formulas import saved_bytes
+from hf_adanorm.modeling_adanorm import NORM_CLASSES, AdaNorm
+from tests.zoo.formulas import reference, saved_bytes
 
 H, EPS = 6, 1e-2
 Function = Callable[[Tensor], Tensor]
@@ -209,3 +209,31 @@ def test_the_kernels_compute_in_training_and_inference_and_save_no_more_than_nn_
             assert torch.equal(computed, still)  # type: ignore[arg-type]
             assert saved_bytes(norm, x) <= saved_bytes(nn.LayerNorm(H), x)
     assert len(calls) == 9
+
+
+@pytest.mark.parametrize("name", ["adanorm", "layernorm-simple", "detachnorm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_err_at_most_a_tenth_more_than_nn_layernorm(dtype: torch.dtype, name: str, kernels: bool) -> None:
+    def errors(module: nn.Module, kind: str, settings: dict[str, float]) -> list[float]:
+        low, exact = leaf(x), leaf(x.double())
+        z, expected = module(low), reference((kind, settings), exact, (-1,), 1e-5)
+        (dx,), (expected_dx,) = grad(z, low, dz), grad(expected, exact, dz.double())
+        pairs = ((z.detach(), expected.detach()), (dx, expected_dx))
+        return [((one.double() - e).pow(2).mean() / e.pow(2).mean()).sqrt().item() for one, e in pairs]
+
+    x, dz = (random(64, 768, seed=5) * 3 + 1).to(dtype), random(64, 768, seed=6).to(dtype)
+    settings = {"C": 1.3, "k": 0.07} if name == "adanorm" else {}
+    found = errors(NORM_CLASSES[name](768, **settings), name, settings)
+    for error, stock in zip(found, errors(nn.LayerNorm(768, dtype=dtype), "layernorm-simple", {}), strict=True):
+        assert error <= 1.1 * stock
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("width", [1, 7, 768, 20_000])
+def test_the_rounding_of_float32_is_bounded(width: int, offset: float, kernels: bool) -> None:
+    """At most 12 units of 2^-23 (1 + |mean| / std) max(1, |z|) off the exact value, with and without kernels."""
+    x = (random(32, width, seed=width) * 3 + offset).float()
+    exact = reference(("adanorm", {"C": 1.0, "k": 0.1}), x.double(), (-1,), 1e-5)
+    std = (x.double().var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    unit = 2.0**-23 * (1 + x.double().mean(-1, keepdim=True).abs() / std) * exact.abs().clamp_min(1)
+    assert ((AdaNorm(width)(x).double() - exact).abs() / unit).max() <= 12

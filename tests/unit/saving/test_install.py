@@ -111,6 +111,7 @@ FIRST = {
     "the travelling file": "import hf_adanorm.modeling_adanorm",
     "the spec": "import hf_adanorm.saving.spec",
     "the hooks": "import hf_adanorm.saving.hooks",
+    "the kernels": "from hf_adanorm.kernels import fused",
 }
 LAZY = """
 import hf_adanorm
