@@ -259,7 +259,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         by = "with the first seed" if seeds == 1 else f"by the mean over {seeds} seeds"
         lines.append(f"Chosen on validation {by}: {'; '.join(chosen)}. All else was the same for all norms.")
     else:
-        lines.append("All norms had the same hyper-parameters but those in their names; none was tuned here.")
+        lines.append("All norms had the same hyper-parameters except for those in their names; none was tuned here.")
     if summary["column"]:
         lines.append(
             f"The paper's column is {summary['column']}; its models, budgets and data preparation are not ours in all "
@@ -387,7 +387,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 th { cursor: pointer; border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; max-width: 13rem; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; }
-th { min-width: 4.5rem; } th:nth-child(3) { min-width: 8.5rem; } .scroll img { min-width: 620px; }
+@media (max-width: 700px) { th { min-width: 4.5rem; } th:nth-child(3) { min-width: 8.5rem; } }
+.scroll img { min-width: 620px; }
 img { width: 100%; height: auto; background: white; border-radius: 4px; margin: .8rem 0 .3rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
 ul { margin: .3rem 0; padding-left: 1.2rem; font-size: .88rem; } .scroll { overflow-x: auto; }
