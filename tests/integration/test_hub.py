@@ -60,7 +60,7 @@ def pushed(session: Session) -> dict[str, Any]:
     files = {**files, "config.json": json.dumps(config).encode()}
     session.hub.create_repo("me/newer", files)
     code = files["modeling_adanorm.py"].decode()
-    newer = code.replace("\nFORMAT = 1", "\nFORMAT = 2").replace('__version__ = "0.1.0"', '__version__ = "9.1.0"')
+    newer = code.replace('__version__, FORMAT = "0.1.0", 1', '__version__, FORMAT = "9.1.0", 3')
     assert newer != code
     session.hub.create_repo("me/newer-file", {**files, "modeling_adanorm.py": newer.encode()})
     return reference

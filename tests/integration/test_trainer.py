@@ -130,10 +130,11 @@ def test_resuming_with_other_norms_is_said_before_the_first_step(tmp_path: Path)
     checkpoint = str(tmp_path / "checkpoint-2")
     for options, told in (
         ({"k": 0.5}, r"k=0\.07 at .*has adanorm, k=0\.5"),
-        ({"norm": "none"}, r"adanorm, C=1.*has none"),
+        ({"norm": "none", "C": None, "k": None}, r"adanorm, C=1.*has none"),
     ):
         model = BertForSequenceClassification(CASES["bert"].config())
-        patch_model(model, **{"norm": "adanorm", "C": 1.3, "k": 0.07, "eps": 1e-3, **options})
+        options = {"norm": "adanorm", "C": 1.3, "k": 0.07, "eps": 1e-3, **options}
+        patch_model(model, **{name: value for name, value in options.items() if value is not None})
         again = trainer(tmp_path / "again", "", model=model, max_steps=2)
         with pytest.warns(UserWarning, match=f"resumes with other norms than the checkpoint .*needs .*{told}"):
             again.train(resume_from_checkpoint=checkpoint)
