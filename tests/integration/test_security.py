@@ -236,7 +236,7 @@ def test_a_config_nested_too_deep_to_read_is_refused(checkpoint: Path, tmp_path:
     folder = with_spec(checkpoint, tmp_path, None)
     deep = "[" * 200_000 + "]" * 200_000
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("null", deep, 1))
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not a JSON file"):
         write_model_card(folder)
 
 
