@@ -11,7 +11,7 @@ nbformat = pytest.importorskip("nbformat", reason="running the notebook needs nb
 nbclient = pytest.importorskip("nbclient", reason="running the notebook needs nbclient and ipykernel")
 pytest.importorskip("ipykernel", reason="running the notebook needs ipykernel")
 pytest.importorskip("matplotlib", reason="the notebook draws")
-pytest.importorskip("datasets", reason="the notebook uses the recipes' tokeniser")
+pytest.importorskip("datasets", reason="the notebook uses the recipes' tokenizer")
 
 PATH = Path(__file__).parents[2] / "recipes" / "notebooks" / "quickstart.ipynb"
 

@@ -248,7 +248,7 @@ def test_mbarts_decoder_starts_with_the_language(arguments, tmp_path):
 
 
 def test_a_multilingual_model_is_told_its_languages(arguments, tmp_path):
-    """NLLB's tokeniser: the source begins with its language, the target is forced to begin with its own."""
+    """NLLB's tokenizer: the source begins with its language, the target is forced to begin with its own."""
     letters = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"wortabcdefghijkl"]
     tokenizer = NllbTokenizer(vocab={text: n for n, text in enumerate(letters)}, merges=[])
     tokenizer.save_pretrained(tmp_path / "base")

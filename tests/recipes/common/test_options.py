@@ -98,7 +98,10 @@ def test_help_and_mistakes_come_before_torch(script, argument):
 
 def test_the_patch_options_are_those_of_patch_model():
     fields = {item.name: item for item in dataclasses.fields(PatchOptions)}
-    theirs = inspect.signature(hf_adanorm.patch_model).parameters
+    theirs = {
+        **inspect.signature(hf_adanorm.patch_model).parameters,
+        **inspect.signature(hf_adanorm.Fold).parameters,
+    }
     assert fields.keys() - theirs.keys() == {"calibrate_k", "norm_settings", "norm_schedule"}
     for name in fields.keys() & theirs.keys():
         assert fields[name].default == theirs[name].default, name

@@ -1,4 +1,4 @@
-"""The joint tokeniser of both languages."""
+"""The joint tokenizer of both languages."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -24,7 +24,7 @@ def test_a_text_with_thousands_of_characters_keeps_them_all():
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
-def test_the_joint_tokeniser_gives_the_text_back_after_a_reload(tmp_path, lowercase):
+def test_the_joint_tokenizer_gives_the_text_back_after_a_reload(tmp_path, lowercase):
     texts = ["Ein kleiner Hund, der bellt.", "A small dog that barks (loudly)!", "Một con chó nhỏ."] * 3
     tokenizer = train_joint_bpe(texts, vocab_size=150, lowercase=lowercase, max_length=50)
     tokenizer.save_pretrained(tmp_path)

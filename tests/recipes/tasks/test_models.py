@@ -34,7 +34,7 @@ def test_fields_that_become_others_are_taken():
         ({"hidden_size": 8}, "needs a model_type"),
         ({"model_type": "bert", "num_hidden_layers": -1}, "num_hidden_layers must not be negative"),
         ({"model_type": "bert", "hidden_size": 1.5}, "Field 'hidden_size' expected int, got float"),
-        ({"model_type": "bert", "vocab_size": 3}, "vocab_size 3 is less than the tokeniser's 20"),
+        ({"model_type": "bert", "vocab_size": 3}, "vocab_size 3 is less than the tokenizer's 20"),
     ],
 )
 def test_what_would_be_passed_over_is_refused(fields, said):

@@ -1,4 +1,4 @@
-"""Sentence pairs from files, the cleaning of IWSLT14, scores, and the joint tokeniser."""
+"""Sentence pairs from files, the cleaning of IWSLT14, scores, and the joint tokenizer."""
 
 import gzip
 import json
