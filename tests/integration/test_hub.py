@@ -135,9 +135,9 @@ def test_who_pulls_and_how(
     """The same logits, or an error; in a pipeline too."""
     right = pushed[repo]
     for answers in (with_package, without_package):
-        assert answers["trust"][repo] == right
+        assert _close(answers["trust"][repo], right)
         assert _close(answers["pipeline with trust"][repo], right)
-    assert with_package["stock"][repo] == right
+    assert _close(with_package["stock"][repo], right)
     assert _close(with_package["pipeline"][repo], right)
     for how in ("stock", "pipeline"):
         assert "size mismatch" in without_package[how][repo] or "ignore_mismatched_sizes" in without_package[how][repo]
@@ -146,9 +146,9 @@ def test_who_pulls_and_how(
 def test_pulls_after_other_ways_to_push(
     pushed: dict[str, Any], trained: dict[str, Any], with_package: dict[str, Any], without_package: dict[str, Any]
 ) -> None:
-    assert with_package["stock"]["me/saved"] == pushed["me/saved"]
-    assert with_package["stock"]["me/trained"] == trained["me/trained"]
-    assert without_package["trust"]["me/trained"] == trained["me/trained"]
+    assert _close(with_package["stock"]["me/saved"], pushed["me/saved"])
+    assert _close(with_package["stock"]["me/trained"], trained["me/trained"])
+    assert _close(without_package["trust"]["me/trained"], trained["me/trained"])
     assert "ignore_mismatched_sizes" in without_package["stock"]["me/trained"]
 
 
@@ -163,19 +163,20 @@ def test_a_newer_format_names_both_versions(with_package: dict[str, Any], withou
 def test_a_newer_travelling_file_serves_its_own_format(
     pushed: dict[str, Any], without_package: dict[str, Any]
 ) -> None:
-    assert without_package["newer file with trust"] == pushed["me/adanorm-whole"]
+    assert _close(without_package["newer file with trust"], pushed["me/adanorm-whole"])
 
 
 def test_revisions(pushed: dict[str, Any], with_package: dict[str, Any], session: Session) -> None:
     main, wide, first = with_package["revision"].values()
-    assert main == first == pushed["me/revised"]
-    assert wide == pushed["me/revised@wide"]
-    assert main != wide
+    assert _close(main, pushed["me/revised"])
+    assert _close(first, pushed["me/revised"])
+    assert _close(wide, pushed["me/revised@wide"])
+    assert not _close(main, wide)
 
 
 def test_a_private_repository_needs_its_token(pushed: dict[str, Any], with_package: dict[str, Any]) -> None:
     answers = with_package["private"]
-    assert answers["token of the environment"] == pushed["me/saved"]
+    assert _close(answers["token of the environment"], pushed["me/saved"])
     for how in ("wrong token", "no token"):
         assert answers[how].startswith("OSError: ")  # transformers' own
         assert "me/private" in answers[how] or "Invalid credentials" in answers[how]
@@ -190,7 +191,7 @@ def test_a_trusted_load_without_the_package_can_be_pushed_again(
     config = json.loads(files["config.json"])
     assert config["auto_map"]["AutoModelForSequenceClassification"] == "modeling_adanorm.BertForSequenceClassification"
     assert config["adanorm"] == json.loads(first["config.json"])["adanorm"]
-    assert without_package["again"] == pushed["me/adanorm-whole"]
+    assert _close(without_package["again"], pushed["me/adanorm-whole"])
     assert "ignore_mismatched_sizes" in without_package["again without trust"]
 
 
