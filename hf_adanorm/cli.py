@@ -25,9 +25,8 @@ except ImportError:  # the library itself needs torch and transformers only
     sys.exit("error: the command line needs typer and rich: pip install typer rich")
 
 from .norms import norm_names, parse_value, resolve_norm, settings_of, title_of
-from .options import patch_options
+from .options import HELP
 
-HELP = {name: option.help for name, option in patch_options().items()}
 # Programs that start new processes, which do not import what this process imported.
 LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "ray", "horovodrun")
 

@@ -71,7 +71,7 @@ class SwappedNorm(nn.Module):
     is_adanorm_module, norm_name = True, ""  # recognized whichever copy of this file made the class
     plain_settings: dict[str, Any] | None = None  # with which it is exactly N(x), without gain and bias
     weight: Tensor
-    bias = None
+    bias, elementwise_affine = None, False
     inner: Any = property(lambda self: self)  # the module that computes: this one, or the author's
     variance_epsilon = property(lambda self: self.eps)  # the name that some models read
 

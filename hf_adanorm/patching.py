@@ -175,7 +175,7 @@ def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
     kept = [replaced_by(module) for _, module in swapped]
     lost = [old is None or not old.has_values for old in kept]
     fresh = sum(gone and not learned_affine(norm) for gone, (_, norm) in zip(lost, swapped, strict=True))
-    with all_or_nothing(model, [old.module for old in kept if old is not None]) as change:
+    with all_or_nothing(model, [old.module for old in kept if old is not None], stacklevel=5) as change:
         replace_modules(model, restored(model, swapped))
         restore_fused_path(model)
         write_specs(model)  # biases that a fold added stay, and loading has to know of them

@@ -55,7 +55,7 @@ class _Norm(modeling_adanorm.SwappedNorm):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` returned; the constructor checks it. That of another norm has no effect."""
         now = {name: value for name, value in self.settings().items() if isinstance(value, (int, float))}
-        if state.shape != (1 + len(now),):
+        if not isinstance(state, Tensor) or state.shape != (1 + len(now),):  # savers may pass a placeholder
             return
         new: dict[str, Any] = dict(zip(now, state.tolist()[1:], strict=True))
         whole = [name for name, old in now.items() if isinstance(old, int) and new[name].is_integer()]
@@ -72,6 +72,12 @@ class _Norm(modeling_adanorm.SwappedNorm):
             settings = self.settings()
             return y.mul_(-settings["C"] * settings["k"]).add_(settings["C"])  # phi(y)
         return math.nan if self.norm_name == "dyt" else None
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            f"torch.jit.script cannot read the code of {type(self).__name__}: use torch.jit.trace(model, example), "
+            "torch.export or torch.compile"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.pop(prefix + NOTICE, None)

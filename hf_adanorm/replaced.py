@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .modeling_adanorm import SwappedNorm, is_swapped
 
 _KEY = "_adanorm_replaced"
+GIVEN_EPS = "_adanorm_given_eps"  # in the __dict__ of a swapped norm whose eps `patch_model` was given
 _GAINS, _BIASES = ("dyt_gain", "gain", "weight"), ("dyt_bias", "bias")
 
 

@@ -40,7 +40,7 @@ from .modeling_adanorm import (
 from .norms import did_you_mean, name_of, settings_of
 from .norms import remember as remember_class
 from .options import CHOICES
-from .replaced import learned_affine, remember, replaced_by
+from .replaced import GIVEN_EPS, learned_affine, remember, replaced_by
 from .report import NormRow
 from .saving import write_specs
 from .selection import Patterns, check_patterns, choose_norms
@@ -69,14 +69,14 @@ class Change(State):
 
 
 @contextlib.contextmanager
-def all_or_nothing(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterator[Change]:
+def all_or_nothing(model: nn.Module, others: Sequence[nn.Module] = (), stacklevel: int = 4) -> Iterator[Change]:
     """The block's changes of `model` (and of `others`, see `Change`) stand when it ends, and its warnings are said; if
     it raises anything, they are taken back."""
     change = Change(model, others)
     try:
         yield change
         for message in change._warnings:
-            warnings.warn(message, stacklevel=4)  # whoever called the function that holds the block
+            warnings.warn(message, stacklevel=stacklevel)  # 4: the caller of the function that holds the block
     except BaseException:
         change.restore()
         raise
@@ -273,6 +273,10 @@ def apply_plan(plan: Plan) -> None:
         _inherit(new, module, info, plan.options.cls, group)
         _carry_hooks(module, new)
         remember(new, module, has_values=True, around_was_trainable=trainable[name])
+        if ADJUSTED_EPS in module.__dict__ and is_swapped(module) and new.eps == module.eps:
+            new.__dict__[ADJUSTED_EPS] = True
+        if plan.options.eps is not None:
+            new.__dict__[GIVEN_EPS] = True
         replacements[id(module)] = new
     if not replacements:
         return

@@ -27,7 +27,7 @@ from hf_adanorm.modeling_adanorm import (
     spec_names,
 )
 from hf_adanorm.norms import digest, files_of, known_classes
-from hf_adanorm.replaced import source_of
+from hf_adanorm.replaced import GIVEN_EPS, source_of
 from hf_adanorm.spec import AdaNormSpec, NormGroup
 
 from .travel import own_file
@@ -306,7 +306,7 @@ def _overrides(module: SwappedNorm) -> dict[str, Any]:
     readable = {} if source is None else source_settings(source)
     found = {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
     found = {key: value for key, value in found.items() if readable.get(key) != value}
-    if source is not None and source.__dict__.get(ADJUSTED_EPS):  # the config's eps is another
+    if GIVEN_EPS in module.__dict__ or (source is not None and ADJUSTED_EPS in source.__dict__):  # not the config's
         found["eps"] = module.eps
     reference = None if module.reference == "paper" else module.reference
     return {**found, "reference": reference, "output_dtype": module.output_dtype}

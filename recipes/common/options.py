@@ -27,11 +27,8 @@ import yaml
 from common import require
 from common.endings import EXIT_CODES, USE_EXIT_CODES, OptionError, is_first_on_machine
 from hf_adanorm.norms import BUILT_IN, STOCK, check_settings, parse_value, resolve_norm, settings_of
-from hf_adanorm.options import norms
 
 T = TypeVar("T")
-
-NORMS = norms()
 
 Change = Literal["results", "onward", "nothing"]
 

@@ -107,7 +107,7 @@ def test_a_call_with_another_value_changes_it() -> None:
     model = patch_model(tiny(), "adanorm", C=1.3)
     patch_model(model, "adanorm", C=1.5)
     assert {m.C for m in model.modules() if isinstance(m, AdaNorm)} == {1.5}
-    assert {group["C"] for group in model.config.adanorm["groups"]} == {1.5}
+    assert {group["settings"]["C"] for group in model.config.adanorm["groups"]} == {1.5}
 
 
 @settings(max_examples=15, deadline=None)

@@ -93,13 +93,16 @@ def calls(draw: st.DrawFn) -> tuple[str, dict[str, Any], str | None]:
     """(model, arguments, name of the argument that was spoilt)."""
     kind = draw(st.sampled_from(["bert", "gpt2", "vit"]))
     arguments: dict[str, Any] = {"norm": draw(st.sampled_from(["adanorm", "layernorm-simple", "detachnorm", "none"]))}
-    for name in draw(st.lists(st.sampled_from(sorted(GOOD)), unique=True, max_size=4)):
+    own = {"adanorm": {"C", "k"}, "detachnorm": {"detach_mean"}}
+    others = {"C", "k", "detach_mean"} - own.get(arguments["norm"], set())
+    for name in draw(st.lists(st.sampled_from(sorted(GOOD.keys() - others)), unique=True, max_size=4)):
         arguments[name] = draw(GOOD[name])
     if arguments["norm"] == "none":
         arguments.pop("affine", None)
     spoilt = draw(st.none() | st.sampled_from(sorted(BAD)))
-    if spoilt in ("C", "k"):  # the other norms take no notice of them
+    if spoilt in ("C", "k"):
         arguments["norm"] = "adanorm"
+        arguments.pop("detach_mean", None)
     if spoilt:
         arguments[spoilt] = draw(st.sampled_from(BAD[spoilt]))
     return kind, arguments, spoilt

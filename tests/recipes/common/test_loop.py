@@ -42,7 +42,9 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line_and_the_first_goes_on
         time.sleep(0.005)
     assert wait(start("classification", argv, tmp_path / "log2")) == 2
     said = (tmp_path / "log2").read_text()
-    assert re.search(rf"^error: --output_dir .*: another run, process {first.pid} on \S+, writes there; .*\n\Z", said, re.MULTILINE)
+    assert re.search(
+        rf"^error: --output_dir .*: another run, process {first.pid} on \S+, writes there; .*\n\Z", said, re.MULTILINE
+    )
     assert first.is_alive()
     first.kill()
     assert wait(first) < 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from hf_adanorm.saving import wrapping
 from hf_adanorm.saving.wrapping import wrap_method
@@ -45,6 +47,14 @@ def calls(folder: Path) -> dict[tuple[Any, str], tuple[Callable[..., Any], dict[
         (PreTrainedModel, "post_init"): (model.post_init, {}),
         (PreTrainedConfig, "to_json_file"): (model.config.to_json_file, {"json_file_path": folder / "a.json"}),
         (PreTrainedModel, "save_pretrained"): (model.save_pretrained, {"save_directory": folder / "saved"}),
+        (PreTrainedModel, "_adjust_missing_and_unexpected_keys"): (
+            model._adjust_missing_and_unexpected_keys,
+            {
+                "loading_info": LoadStateDictInfo(
+                    **{item.name: set() for item in dataclasses.fields(LoadStateDictInfo)}
+                )
+            },
+        ),
         (PreTrainedModel, "_upload_modified_files"): (
             model._upload_modified_files,
             {"working_dir": str(folder), "repo_id": "me/model", "files_timestamps": {}},
