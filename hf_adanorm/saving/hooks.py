@@ -223,6 +223,8 @@ def adjust_missing_and_unexpected_keys(original: Callable[..., Any], model: Any,
             f"the checkpoint has swapped norms, but the config given for this {type(model).__name__} has none: leave "
             "out the argument config, or load the config from the folder of the checkpoint"
         )
+    # A model that was saved without the package has its settings in the config alone.
+    info.missing_keys -= {f"{name}._extra_state" for name, module in model.named_modules() if is_swapped(module)}
     return original(model)
 
 
