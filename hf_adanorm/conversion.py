@@ -176,7 +176,6 @@ def _refuse_missing(name: str, model: PreTrainedModel, missing: Iterable[str]) -
 
 def _read_tensors(source: Source, keys: list[str]) -> dict[str, Tensor]:
     """Read tensors from the files of a checkpoint, by key."""
-    import torch
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
 
@@ -184,21 +183,16 @@ def _read_tensors(source: Source, keys: list[str]) -> dict[str, Tensor]:
         return {}
     folder = Path(source.name)
     if not folder.is_dir():
-        patterns = ["*.safetensors", "pytorch_model*.bin"]
-        folder = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(source.name, revision=source.revision, allow_patterns="*.safetensors"))
     found: dict[str, Tensor] = {}
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for path in files:
-        if path.suffix == ".bin":
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found |= {key: tensors[key] for key in keys if key in tensors}
-        else:
-            with safe_open(path, "pt") as tensors:
-                found |= {key: tensors.get_tensor(key) for key in set(keys) & set(tensors.keys())}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            found |= {key: tensors.get_tensor(key) for key in set(keys) & set(tensors.keys())}
     if lost := [key for key in keys if key not in found]:
         raise ValueError(
-            f"{source.name} contains weights that the model does not use and that cannot be kept under their names: "
-            f"{', '.join(lost[:3])}. Load it as the class that uses them: --architecture CLASS"
+            f"{source.name} contains weights that the model does not use and that cannot be kept: "
+            f"{', '.join(lost[:3])}. Load it as the class that uses them (--architecture CLASS), or save it "
+            "as safetensors first"
         )
     return found
 

@@ -144,7 +144,7 @@ class SwappedNorm(nn.Module):
         usual = {"training": self.training, "norm_name": self.norm_name, "is_filled": None, "centered": True}
         usual |= {"channels_first": False, "reference": "paper", "given": None}
         shown = {k: v for k, v in vars(self).items() if k not in usual or (k in LAYOUT and v != usual[k])}
-        plain = [f"{k}={v}" for k, v in shown.items() if isinstance(v, (str, int, float))]
+        plain = [f"{k}={v}" for k, v in shown.items() if k[0] != "_" and isinstance(v, (str, int, float))]
         return ", ".join(
             [str(self.normalized_shape), *plain, *(f"{k}={v}" for k, v in vars(self).get("given", {}).items())]
         )

@@ -44,13 +44,6 @@ def test_data_parallel_training_has_the_losses_of_one_process(found, norm):
     assert losses["parallel"] == pytest.approx(losses["whole"], abs=TOLERANCE)
 
 
-def test_data_parallel_training_does_not_broadcast_tripwires(found):
-    counts = found["ddp"]["adanorm"]
-    assert counts["tripwires"] == 12
-    assert counts["broadcast_tripwires"] == 0
-    assert counts["broadcast_others"] > 0  # the model's own buffers are none of our business
-
-
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_whole_state_dict_of_a_sharded_model_reloads_by_stock_from_pretrained(folder, found, norm):
     model, info = AutoModelForSeq2SeqLM.from_pretrained(folder / norm, output_loading_info=True)

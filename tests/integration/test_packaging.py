@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -19,7 +18,6 @@ import pytest
 from packaging.version import Version
 
 import hf_adanorm
-from hf_adanorm import modeling_adanorm
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77 or newer")
@@ -108,8 +106,6 @@ def test_the_versions_that_are_said_to_work_are_those_of_the_matrix(metadata):
         if isinstance(node, ast.Assign)
         and (name := ast.unparse(node.targets[0])) in ("PYTHON", "TRANSFORMERS", "TORCH")
     }
-    known = [tuple(map(int, listed["TRANSFORMERS"][end].split(".")[:2])) for end in (0, -1)]
-    assert known == [modeling_adanorm.OLDEST, modeling_adanorm.NEWEST]
     bounds = dict(re.match(r"([\w-]+)>=([\d.]+)$", need).groups() for need in metadata.get_all("Requires-Dist")[:2])
     assert {name: Version(bound) for name, bound in bounds.items()} == {
         "torch": Version(listed["TORCH"][0]),
@@ -125,7 +121,9 @@ def test_installs_into_an_empty_environment_and_runs_the_cell_of_the_readme(buil
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", built[1])
     # torch and transformers come from the environment of the tests, after the fresh one's own packages.
     purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    (purelib / "tests_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # The parent process may itself have them from folders on its path.
+    folders = [path for path in sys.path if path.endswith("site-packages")]
+    (purelib / "tests_environment.pth").write_text("\n".join(folders) + "\n")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     cell = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
