@@ -242,10 +242,12 @@ def _separate_shared(model: PreTrainedModel) -> None:
 
 
 def load_state_dict(original: Callable[..., Any], file: Any, bound: BoundArguments) -> Any:
-    """What accelerate reads from a file for a model, without the notice: it puts every key into a module itself."""
+    """Read a file for accelerate without what it cannot put into a module: the notice, and the settings of swapped
+    norms, which the config has as well."""
     state_dict = original(file)
-    for key in [key for key in state_dict if key.endswith(NOTICE)]:
-        del state_dict[key]  # what torch.load gives bears the versions of the modules as well
+    ours = {f"{key.removesuffix('.weight')}._extra_state" for key, value in state_dict.items() if value.numel() == 1}
+    for key in [key for key in state_dict if key.endswith(NOTICE) or key in ours]:
+        del state_dict[key]  # deleted in place: what torch.load returns also has the versions of the modules
     return state_dict
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -13,12 +13,9 @@ from comparison.paper import BASELINE, COLUMNS, ROWS
 from comparison.report import style_of
 from comparison.variants import in_order, kind, title_of
 
-if TYPE_CHECKING:
-    from comparison.gather import Row
 
-
-def draw_forest(rows: Sequence[Row]) -> Any:
-    """Return the figure; differences that favor the norm lie to the right of zero."""
+def draw_forest(rows: Sequence[Any]) -> Any:
+    """Return the figure for rows of `comparison.gather`; differences that favor the norm lie to the right of zero."""
     norms = [norm for norm in in_order(norm for row in rows for norm in row.norms) if norm != BASELINE]
     columns = min(len(rows), 2)
     lines = -(-len(rows) // columns)
@@ -31,7 +28,7 @@ def draw_forest(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _panel(axes: Any, row: Row, norms: Sequence[str]) -> None:
+def _panel(axes: Any, row: Any, norms: Sequence[str]) -> None:
     """Draw the differences of one row. One that would dwarf the others becomes an arrow with its value."""
     sign = 1 if row.task.higher_is_better else -1
     axes.axvspan(-row.scores.margin, row.scores.margin, color="0.9", zorder=0)
