@@ -214,7 +214,12 @@ def _noticed(model: PreTrainedModel) -> Iterator[None]:
 def adjust_missing_and_unexpected_keys(original: Callable[..., Any], model: Any, bound: BoundArguments) -> Any:
     """Refuse the weights of a patched model for a model without swapped norms. transformers would name shapes, and the
     notice in the checkpoint would ask for the package, which is imported."""
-    info = bound.arguments["loading_info"]
+    # A model that was saved without the package has its settings in the config alone.
+    settings = {f"{name}._extra_state" for name, module in model.named_modules() if is_swapped(module)}
+    info = bound.arguments.get("loading_info")
+    if info is None:  # transformers 5.0 passes sets of keys, and returns them
+        missing, unexpected = original(model)
+        return missing - settings, unexpected
     noticed = any(key.endswith(NOTICE) for key in info.unexpected_keys)
     if noticed and info.mismatched_keys and not any(is_swapped(module) for module in model.modules()):
         for keys in (info.missing_keys, info.unexpected_keys, info.mismatched_keys):
@@ -223,8 +228,7 @@ def adjust_missing_and_unexpected_keys(original: Callable[..., Any], model: Any,
             f"the checkpoint has swapped norms, but the config given for this {type(model).__name__} has none: leave "
             "out the argument config, or load the config from the folder of the checkpoint"
         )
-    # A model that was saved without the package has its settings in the config alone.
-    info.missing_keys -= {f"{name}._extra_state" for name, module in model.named_modules() if is_swapped(module)}
+    info.missing_keys -= settings
     return original(model)
 
 

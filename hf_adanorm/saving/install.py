@@ -36,7 +36,7 @@ def _wrap_models(module: Any) -> None:
     wrap_method(module, "PreTrainedModel.post_init", _late("hooks", "post_init"))
     wrap_method(module, "PreTrainedModel.save_pretrained", _late("hooks", "save_pretrained"), "save_directory")
     adjust = _late("hooks", "adjust_missing_and_unexpected_keys")
-    wrap_method(module, "PreTrainedModel._adjust_missing_and_unexpected_keys", adjust, "loading_info")
+    wrap_method(module, "PreTrainedModel._adjust_missing_and_unexpected_keys", adjust)
     upload = _late("hooks", "upload_modified_files")
     wrap_method(module, "PreTrainedModel._upload_modified_files", upload, "working_dir", "repo_id")
 
