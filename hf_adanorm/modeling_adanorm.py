@@ -509,7 +509,7 @@ def apply_spec(model: Any, data: Any, classes: Mapping[str, type[nn.Module]], re
     replace_modules(model, new)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # a set, a list or None
     more = (NOTICE, r"\._extra_state$") if new else (NOTICE,)
-    model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)([*ignored, *more])
+    model._keys_to_ignore_on_load_unexpected = (list if isinstance(ignored, list) else set)([*ignored, *more])
 
 
 def _check_norm(name: str, module: nn.Module, knows_eps: bool) -> None:
