@@ -10,7 +10,7 @@ from collections.abc import Sequence
 Row = Sequence[str]
 
 _NARROWEST = 24  # characters down to which a column of sentences is wrapped
-# Colours are the page's own, and a grey that shows on white and on black: a notebook may be either.
+# Colors are the page's own, and a gray that shows on white and on black: a notebook may be either.
 _STYLE = (
     "<style>.hf-adanorm{max-height:32em;overflow:auto;margin:.5em 0}"
     ".hf-adanorm table{border-collapse:collapse;color:inherit;background:transparent;font-size:90%}"

@@ -32,11 +32,11 @@ class NormInfo:
     kind: Literal["layernorm", "rmsnorm", "other"]
     """`"layernorm"` subtracts the mean, `"rmsnorm"` does not, `"other"` is left alone for `reason`."""
     normalized_shape: tuple[int, ...] = ()
-    """Sizes of the normalised axes, e.g. `(768,)`; empty for `"other"`."""
+    """Sizes of the normalized axes, e.g. `(768,)`; empty for `"other"`."""
     eps: float = 0.0
     """The eps in effect (inside the root), which need not be an attribute of the module."""
     channels_first: bool = False
-    """Axis 1 is normalised (N, C, ...) instead of the trailing axes."""
+    """Axis 1 is normalized (N, C, ...) instead of the trailing axes."""
     has_gain: bool = False
     has_bias: bool = False
     gain_offset: float = 0.0
@@ -104,7 +104,7 @@ def probe(module: nn.Module) -> NormInfo:
     if info is not None:
         return info
     if error is not None:
-        return NormInfo(kind="other", reason=f"unrecognised: its forward on random input raised {error}")
+        return NormInfo(kind="other", reason=f"unrecognized: its forward on random input raised {error}")
     return NormInfo(kind="other", reason=reason_for_other(module))
 
 
@@ -185,7 +185,7 @@ def _random_copy(module: nn.Module, device: torch.device, generator: torch.Gener
 
 
 def _widths(module: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes a norm of this module may normalise, most telling first."""
+    """Shapes a norm of this module may normalize, most telling first."""
     found: list[tuple[int, ...]] = []
     declared: Any = getattr(module, "normalized_shape", None)
     if isinstance(declared, int):
@@ -231,7 +231,7 @@ def _normalized(x: Tensor, axes: tuple[int, ...], centered: bool) -> tuple[Tenso
 
 
 def _match(clone: Any, x: Tensor, y: Tensor, first: int, last: int, tensors: dict[str, Tensor]) -> NormInfo | None:
-    """Fit y = a * N(x) + b for each choice of normalised axes; axes [first, last) carry `a` and `b`."""
+    """Fit y = a * N(x) + b for each choice of normalized axes; axes [first, last) carry `a` and `b`."""
     y = y.double()
     scale = max(1.0, float(y.abs().max()))
     rows = [i for i in range(x.ndim) if not first <= i < last]

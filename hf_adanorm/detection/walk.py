@@ -1,4 +1,4 @@
-"""Recognise norm modules of any architecture by what they compute.
+"""Recognize norm modules of any architecture by what they compute.
 
 Names say little: `T5LayerNorm` is an RMSNorm, `NoNorm` does not normalize, `ConvNextLayerNorm` works on either layout.
 A module could be a norm if it is small and has parameters shaped like a gain and a bias, or a class named like a norm.
@@ -140,7 +140,7 @@ def _of_torch_norm(module: nn.Module) -> NormInfo | None:
         return None
     parametrized = parametrize.is_parametrized(module)
     if not parametrized and any(
-        isinstance(module.__dict__.get(key), Tensor) or _has_hook_reparametrisation(module, key)
+        isinstance(module.__dict__.get(key), Tensor) or _has_hook_reparametrization(module, key)
         for key in ("weight", "bias")
     ):
         reason = "its weight is computed from other parameters (weight_norm, spectral_norm or the like)"
@@ -161,7 +161,7 @@ def _of_torch_norm(module: nn.Module) -> NormInfo | None:
     )
 
 
-def _has_hook_reparametrisation(module: nn.Module, key: str) -> bool:
+def _has_hook_reparametrization(module: nn.Module, key: str) -> bool:
     return f"{key}_v" in module._parameters or f"{key}_orig" in module._parameters
 
 

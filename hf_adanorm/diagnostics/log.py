@@ -1,6 +1,6 @@
 """The log of `watch_norms`: one `NormRecord` for every norm and recorded step, in a `NormLog`.
 
-Statistics are per row, where a row is what is normalised together (H values of one position), then averaged over the
+Statistics are per row, where a row is what is normalized together (H values of one position), then averaged over the
 rows of a step; rows of padding count like others.
 """
 
@@ -56,7 +56,7 @@ class NormRecord:
     grad_detached_var: float
     """var(dl/dy) / sigma^2: what grad_input_var would be with mean and variance detached."""
     grad_input_mean: float
-    """`|mean of dl/dx|` over a row, averaged over rows, of the norm's own gradient: 0 where it re-centres."""
+    """`|mean of dl/dx|` over a row, averaged over rows, of the norm's own gradient: 0 where it re-centers."""
     grad_input_var: float
     """Variance of dl/dx within a row, averaged over rows; at most grad_detached_var where the norm re-scales it."""
     grad_norm_before: float

@@ -49,7 +49,7 @@ def watch_norms(
     A step ends when a `torch.optim` optimizer with parameters of the model steps; without one, everything in the block
     is a single step unless `log.end_step()` is called. Nothing is left on the model, also after an exception. Works
     under DDP (each process records its own rows, `log.gather()` joins them), gradient checkpointing and accumulation.
-    Under `torch.compile` the recorded steps run eagerly, which one warning says. An AdaNorm keeps its normalised input
+    Under `torch.compile` the recorded steps run eagerly, which one warning says. An AdaNorm keeps its normalized input
     for the backward pass of a recorded step: some memory more than usual under gradient checkpointing.
 
     Args:
@@ -78,7 +78,7 @@ def watch_norms(
         ...         optimizer.zero_grad()
         >>> log.steps, log.names, tuple(log.values("grad_input_var").shape)
         ([1, 3], ['1'], (2, 1))
-        >>> bool((log.values("grad_input_mean") < 1e-6).all())   # the derivative of the mean re-centres
+        >>> bool((log.values("grad_input_mean") < 1e-6).all())   # the derivative of the mean re-centers
         True
     """
     watcher = _Watcher(model, every, k, histogram, start_step)
@@ -338,7 +338,7 @@ class _Watcher:
     def note_order(self, watched: _Watched) -> None:
         if watched.order < 0:
             watched.order, self.num_ran = self.num_ran, self.num_ran + 1
-            if not _is_recomputing():  # reentrant checkpointing: the neighbours were noted in the first pass
+            if not _is_recomputing():  # reentrant checkpointing: the neighbors were noted in the first pass
                 watched.before = self.last_layer
                 self.waiting.append(watched)
 

@@ -239,7 +239,7 @@ class FoldPlan:
             return f"{name} belongs to an adapter: merge it first"
         weight = module._parameters["weight"]
         if weight is None or type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in TOLERANCES:
-            return f"{name} is quantised or keeps its weight in another form ({type(weight).__name__})"
+            return f"{name} is quantized or keeps its weight in another form ({type(weight).__name__})"
         for key, tensor in module._parameters.items():
             if tensor is not None and (others := self._tied(tensor, name)):
                 return f"the {key} of {name} is tied to {others}"

@@ -260,8 +260,8 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
 
 def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
     """The linear layers that a fold gave a bias, and the stock norms whose eps it adjusted, with that eps: as the
-    modules are marked, and as the configs say. Others replace modules (embeddings are resized, layers quantised and
-    dequantised), and a mark goes with its module."""
+    modules are marked, and as the configs say. Others replace modules (embeddings are resized, layers quantized and
+    dequantized), and a mark goes with its module."""
     biases = {name for name, module in modules.items() if ADDED_BIAS in module.__dict__}
     eps = {name: 0.0 for name, module in modules.items() if ADJUSTED_EPS in module.__dict__}
     seen: set[int] = set()

@@ -27,7 +27,7 @@ class DataOptions:
         None, "use only the first so many validation examples", within="(0, inf)"
     )
     max_test_samples: int | None = option(None, "use only the first so many test examples", within="(0, inf)")
-    preprocessing_workers: int | None = option(None, "processes that tokenise", changes="nothing", within="[0, inf)")
+    preprocessing_workers: int | None = option(None, "processes that tokenize", changes="nothing", within="[0, inf)")
 
 
 @dataclass(kw_only=True)

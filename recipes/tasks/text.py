@@ -85,7 +85,7 @@ class ClassificationTask(Task):
 
 
 def prepare_text(run: Run) -> ClassificationTask:
-    """Load and check the data, train or load the tokenizer, tokenise. The options are TextOptions and ModelOptions.
+    """Load and check the data, train or load the tokenizer, tokenize. The options are TextOptions and ModelOptions.
 
     Raises DataError or OptionError for whatever would stop the training later.
     """

@@ -88,7 +88,7 @@ class TranslationTask(Task):
 
 
 def prepare_translation(run: Run) -> TranslationTask:
-    """Load and check the data, train or load the tokenizer, tokenise.
+    """Load and check the data, train or load the tokenizer, tokenize.
 
     Raises DataError or OptionError for whatever would stop the training later.
     """

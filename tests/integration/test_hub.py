@@ -84,7 +84,7 @@ def without_package(session: Session, pushed: dict[str, Any], trained: dict[str,
 # ----------------------------------------------------------------------------------------------------------- pushing
 
 
-def test_a_push_uploads_model_travelling_file_card_and_tokenizer(session: Session, pushed: dict[str, Any]) -> None:
+def test_a_push_uploads_model_traveling_file_card_and_tokenizer(session: Session, pushed: dict[str, Any]) -> None:
     expected = {"README.md", "config.json", "modeling_adanorm.py", "tokenizer.json", "tokenizer_config.json"}
     for repo in REPOS:
         files = set(session.hub.repos[repo].files()) - {".gitattributes"}
@@ -100,7 +100,7 @@ def test_weights_go_through_the_lfs_protocol(session: Session, pushed: dict[str,
 
 
 @pytest.mark.parametrize("repo", ["me/config", "me/pushed-config"])
-def test_a_pushed_config_alone_brings_the_travelling_file(session: Session, pushed: dict[str, Any], repo: str) -> None:
+def test_a_pushed_config_alone_brings_the_traveling_file(session: Session, pushed: dict[str, Any], repo: str) -> None:
     files = session.hub.repos[repo].files()
     assert {"config.json", "modeling_adanorm.py"} <= set(files)
     assert json.loads(files["config.json"])["auto_map"]["AutoModel"] == "modeling_adanorm.BertModel"
@@ -119,7 +119,7 @@ def test_a_broken_upload_leaves_the_previous_commit(session: Session, pushed: di
     assert session.hub.repos["me/adanorm-whole"].branches == before
 
 
-def test_trainer_pushes_the_travelling_file_with_every_checkpoint(session: Session, trained: dict[str, Any]) -> None:
+def test_trainer_pushes_the_traveling_file_with_every_checkpoint(session: Session, trained: dict[str, Any]) -> None:
     commits = [files for files in session.hub.repos["me/trained"].commits.values() if "config.json" in files]
     assert len(commits) >= 2
     assert all({"modeling_adanorm.py", "README.md"} <= set(files) for files in commits)
@@ -160,9 +160,7 @@ def test_a_newer_format_names_both_versions(with_package: dict[str, Any], withou
     assert "ignore_mismatched_sizes" in without_package["newer"]
 
 
-def test_a_newer_travelling_file_serves_its_own_format(
-    pushed: dict[str, Any], without_package: dict[str, Any]
-) -> None:
+def test_a_newer_traveling_file_serves_its_own_format(pushed: dict[str, Any], without_package: dict[str, Any]) -> None:
     assert _close(without_package["newer file with trust"], pushed["me/adanorm-whole"])
 
 

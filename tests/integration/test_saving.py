@@ -347,7 +347,7 @@ def test_without_package_norms_that_the_checkpoint_lacks_start_as_new_ones(child
 
 @pytest.mark.parametrize("case", CASES)
 def test_saved_again_without_package_loads_with_it(case: str, saved: Path, child: dict[str, Any]) -> None:
-    """The travelling file travels on, with the package and by trust alone."""
+    """The traveling file travels on, with the package and by trust alone."""
     assert child[case, "resaved"]["norms"] == child[case, "adanorm"]["norms"]
     assert difference(child[case, "resaved"]["run"], child[case, "adanorm"]["run"]) <= ROUNDING
     folder = saved / case / "resaved"

@@ -23,7 +23,7 @@ from hf_adanorm.saving.card import BEGIN, END
 from tests.zoo.processes import alone
 
 ROOT = Path(__file__).parents[2]
-TRAVELLER = Path(modeling_adanorm.__file__)
+TRAVELER = Path(modeling_adanorm.__file__)
 SOURCES = sorted((ROOT / "hf_adanorm").rglob("*.py"))
 SPEC: dict[str, Any] = {
     "format": 1,
@@ -46,28 +46,28 @@ def calls(path: Path) -> list[str]:
     return [ast.unparse(node.func) for node in nodes(path, ast.Call)]
 
 
-# ------------------------------------------------------------------------------------------------ the travelling file
+# ------------------------------------------------------------------------------------------------ the traveling file
 
 
-def test_the_travelling_file_imports_torch_transformers_and_the_standard_library_only() -> None:
-    assert imported(TRAVELLER) <= {"torch", "transformers", *sys.stdlib_module_names}
-    assert not any(node.level for node in nodes(TRAVELLER, ast.ImportFrom))
-    assert not [call for call in calls(TRAVELLER) if "import_module" in call or "find_spec" in call]
-    of_sys = [node for node in nodes(TRAVELLER, ast.Attribute) if ast.unparse(node.value) == "sys"]
+def test_the_traveling_file_imports_torch_transformers_and_the_standard_library_only() -> None:
+    assert imported(TRAVELER) <= {"torch", "transformers", *sys.stdlib_module_names}
+    assert not any(node.level for node in nodes(TRAVELER, ast.ImportFrom))
+    assert not [call for call in calls(TRAVELER) if "import_module" in call or "find_spec" in call]
+    of_sys = [node for node in nodes(TRAVELER, ast.Attribute) if ast.unparse(node.value) == "sys"]
     assert {node.attr for node in of_sys} == {"modules"}  # asked whether the package is there already
 
 
-def test_the_travelling_file_reaches_for_no_file_process_network_or_code() -> None:
+def test_the_traveling_file_reaches_for_no_file_process_network_or_code() -> None:
     forbidden = {"open", "eval", "exec", "compile", "__import__", "input", "print"}
-    assert forbidden.isdisjoint(calls(TRAVELLER))
+    assert forbidden.isdisjoint(calls(TRAVELER))
     unwanted = {"os", "io", "subprocess", "socket", "urllib", "pathlib", "shutil", "ctypes", "pickle", "re"}
-    assert unwanted.isdisjoint(imported(TRAVELLER))
+    assert unwanted.isdisjoint(imported(TRAVELER))
 
 
-def test_importing_the_travelling_file_opens_nothing_for_writing_and_starts_nothing(tmp_path: Path) -> None:
+def test_importing_the_traveling_file_opens_nothing_for_writing_and_starts_nothing(tmp_path: Path) -> None:
     """Import it in a process without the package, under an audit hook."""
-    copied = tmp_path / TRAVELLER.name
-    copied.write_bytes(TRAVELLER.read_bytes())
+    copied = tmp_path / TRAVELER.name
+    copied.write_bytes(TRAVELER.read_bytes())
     code = f"""
         import importlib.util, json, sys
         sys.modules["hf_adanorm"] = None
@@ -284,7 +284,7 @@ def test_what_is_no_norm_is_not_swapped_whatever_a_spec_says(name: str) -> None:
 
 
 def test_names_are_compared_never_run_as_patterns() -> None:
-    for path in (TRAVELLER, ROOT / "hf_adanorm" / "saving" / "hooks.py", ROOT / "hf_adanorm" / "saving" / "spec.py"):
+    for path in (TRAVELER, ROOT / "hf_adanorm" / "saving" / "hooks.py", ROOT / "hf_adanorm" / "saving" / "spec.py"):
         assert "re" not in imported(path)
         assert "fnmatch" not in imported(path)
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_adanorm import is_patched, patch_model
-from tests.zoo.round_trip import CASES, SWAPS, norms, randomise
+from tests.zoo.round_trip import CASES, SWAPS, norms, randomize
 
 STEPS = 6
 
@@ -45,7 +45,7 @@ def trainer(folder: Path, swap: str, model: Any = None, max_steps: int = STEPS, 
     if model is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = patch_model(randomise(BertForSequenceClassification(CASES["bert"].config())), **SWAPS[swap])
+            model = patch_model(randomize(BertForSequenceClassification(CASES["bert"].config())), **SWAPS[swap])
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=max_steps,

@@ -24,7 +24,7 @@ EVERY = 4  # steps from checkpoint to checkpoint
 
 
 def write_data(folder: Path) -> Path:
-    """Data of all recipes: labelled texts, a language whose words have other names in reverse order, bytes."""
+    """Data of all recipes: labeled texts, a language whose words have other names in reverse order, bytes."""
     draw = random.Random(0)
     for split, size in {"train": 90, "validation": 13}.items():
         texts, pairs, trees = [], [], []

@@ -1,4 +1,4 @@
-"""The language modelling recipe: bytes, windows, bits per character, runs of a tiny decoder."""
+"""The language modeling recipe: bytes, windows, bits per character, runs of a tiny decoder."""
 
 import json
 import random

@@ -219,7 +219,7 @@ def test_other_architectures_start_from_a_config(arguments, tmp_path, sizes, cap
     assert config.decoder_start_token_id == config.eos_token_id == 2
 
 
-def test_the_same_text_is_tokenised_once_for_all_runs(pairs, tmp_path):
+def test_the_same_text_is_tokenized_once_for_all_runs(pairs, tmp_path):
     cache = tmp_path / "cache"
     translation.main(arguments_for(pairs, cache, tmp_path / "a", max_steps=1, preprocessing_workers=2))
     written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}

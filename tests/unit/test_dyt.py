@@ -1,4 +1,4 @@
-"""DyT, a norm that the travelling file alone knows: all else finds it there."""
+"""DyT, a norm that the traveling file alone knows: all else finds it there."""
 
 from __future__ import annotations
 

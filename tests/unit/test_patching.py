@@ -55,8 +55,8 @@ def test_patched_model_computes_what_its_formula_says() -> None:
 
     def formula(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         x = args[0]
-        centred = x - x.mean(-1, keepdim=True)
-        y = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        y = centered / (centered.square().mean(-1, keepdim=True) + 1e-3).sqrt()
         return 1.3 * (1 - 0.07 * y.detach()) * y
 
     for module in expected.modules():

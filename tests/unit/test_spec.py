@@ -24,5 +24,5 @@ def test_it_becomes_json_types_and_back() -> None:
 
 
 def test_an_unknown_entry_is_refused() -> None:
-    with pytest.raises((TypeError, ValueError), match="colour"):
-        AdaNormSpec.from_dict({**SPEC.to_dict(), "colour": 1})
+    with pytest.raises((TypeError, ValueError), match="color"):
+        AdaNormSpec.from_dict({**SPEC.to_dict(), "color": 1})

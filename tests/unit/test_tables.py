@@ -27,7 +27,7 @@ def test_sentences_are_wrapped_and_names_are_not():
     assert " ".join(text.split()).endswith("nothing folds")
 
 
-def test_html_escapes_and_takes_the_colours_of_the_page():
+def test_html_escapes_and_takes_the_colors_of_the_page():
     page = html_table(("<a>",), [("<b>",)], "x < y", [("more & more", "<c>")])
     for raw in ("<a>", "<b>", "x < y", "<c>", "more & more"):
         assert raw not in page

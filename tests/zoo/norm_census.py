@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["census"]
 
 
-_SMALL = 4  # modules, itself included: a norm may hold an activation or a quantiser
+_SMALL = 4  # modules, itself included: a norm may hold an activation or a quantizer
 
 
 class _LayerNormCalls(TorchFunctionMode):
@@ -36,7 +36,7 @@ class _LayerNormCalls(TorchFunctionMode):
 
 
 def census(model: nn.Module, call: Any) -> tuple[set[str], set[str]]:
-    """Names of the modules that subtract a mean and normalise, and of all small modules that `call()` ran.
+    """Names of the modules that subtract a mean and normalize, and of all small modules that `call()` ran.
 
     A module around another that does so is not counted a second time.
     """
@@ -93,19 +93,19 @@ def _subtracts_mean(module: nn.Module, args: tuple[Any, ...]) -> bool:
         y = y[0] if isinstance(y, tuple) else y
         if not isinstance(y, Tensor) or y.shape != x.shape:
             continue
-        return any(_is_affine_of_normalised(x, y, axis) for axis in {1, x.ndim - 1} if x.shape[axis] > 2)
+        return any(_is_affine_of_normalized(x, y, axis) for axis in {1, x.ndim - 1} if x.shape[axis] > 2)
     return False
 
 
-def _is_affine_of_normalised(x: Tensor, y: Tensor, axis: int) -> bool:
+def _is_affine_of_normalized(x: Tensor, y: Tensor, axis: int) -> bool:
     rows = x.double().movedim(axis, -1).reshape(-1, x.shape[axis])
     out = y.double().movedim(axis, -1).reshape(-1, x.shape[axis])
     if rows.shape[0] < 4 or float(out.std()) == 0:
         return False
-    centred = rows - rows.mean(-1, keepdim=True)
-    normalised = centred / centred.square().mean(-1, keepdim=True).sqrt()
+    centered = rows - rows.mean(-1, keepdim=True)
+    normalized = centered / centered.square().mean(-1, keepdim=True).sqrt()
     rms = rows / rows.square().mean(-1, keepdim=True).sqrt()
-    residual = _misfit(normalised, out)
+    residual = _misfit(normalized, out)
     return residual < 1e-3 and _misfit(rows, out) > 10 * residual + 1e-3 and _misfit(rms, out) > 10 * residual + 1e-3
 
 

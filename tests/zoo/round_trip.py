@@ -96,11 +96,11 @@ def build(case: str) -> PreTrainedModel:
     """A random model with gains in 0.5 .. 1.5 and biases in +-0.5."""
     torch.manual_seed(0)
     model: PreTrainedModel = auto_class(CASES[case].auto_class).from_config(CASES[case].config())
-    return randomise(model)
+    return randomize(model)
 
 
 @torch.no_grad()
-def randomise(model: Any) -> Any:
+def randomize(model: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

@@ -460,7 +460,7 @@ def _fill(config: PreTrainedConfig) -> None:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0) -> None:
+def randomize(model: nn.Module, seed: int = 0) -> None:
     """Weights large enough to matter, gains in 0.5 .. 1.5 (less 1 where 1 + w is applied), biases in +-0.5."""
     from hf_adanorm.detection import iter_norms
 
@@ -481,7 +481,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     for parameter in model.parameters():
         if id(parameter) in done or not parameter.is_floating_point() or parameter.numel() == 0:
             continue
-        if not bool(torch.isfinite(parameter).all()):  # some classes leave parameters uninitialised
+        if not bool(torch.isfinite(parameter).all()):  # some classes leave parameters uninitialized
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         if parameter.ndim >= 2:
             fan_in = math.prod(parameter.shape[1:])
@@ -495,7 +495,7 @@ def build(cls: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -
     torch.manual_seed(seed)
     model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
     model = model.float().eval()
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 

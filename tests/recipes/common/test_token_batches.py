@@ -33,7 +33,7 @@ def test_every_sentence_once_an_epoch_within_the_budget(pairs, epoch):
 
 
 @given(lengths)
-def test_neighbouring_micro_batches_could_not_be_one(pairs):
+def test_neighboring_micro_batches_could_not_be_one(pairs):
     plan = plan_for(pairs)
     sizes = np.diff([0, *plan.cuts, len(pairs)])
     order = np.lexsort((plan.source_lengths, plan.target_lengths))

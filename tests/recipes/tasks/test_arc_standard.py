@@ -28,7 +28,7 @@ def encoded(heads, relations=None):
 
 @st.composite
 def projective_heads(draw, max_words=12):
-    """Heads of a random projective tree, with one root or several: by merging neighbouring parts at random."""
+    """Heads of a random projective tree, with one root or several: by merging neighboring parts at random."""
     length = draw(st.integers(1, max_words))
     heads = [0] * length
     parts = list(range(1, length + 1))  # heads of parts, left to right

@@ -6,7 +6,7 @@ import sacrebleu
 from tasks.bleu import moses_detokenize, moses_tokenize, translation_scores
 
 
-def test_scores_are_sacrebleus_and_the_tokenised_one_is_of_moses_tokens():
+def test_scores_are_sacrebleus_and_the_tokenized_one_is_of_moses_tokens():
     hypotheses = ["The cat doesn't sit, on the Mat.", "A dog & a bird run away today"]
     references = ["the cat doesn't sit on the mat.", "A dog and a bird ran away today"]
     scores, signatures = translation_scores(hypotheses, references, "en")

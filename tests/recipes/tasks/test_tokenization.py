@@ -1,4 +1,4 @@
-"""Tokenisers trained on texts."""
+"""Tokenizers trained on texts."""
 
 import pytest
 from transformers import AutoTokenizer

@@ -26,7 +26,7 @@ def test_bleu_is_computed_from_sums_as_sacrebleu_does(tmp_path):
     assert score(2 * rows[2:])[0] == pytest.approx(100)
 
 
-def test_initialisation_is_that_of_the_papers_runs():
+def test_initialization_is_that_of_the_papers_runs():
     width = 64
     config = AutoConfig.for_model(
         **{**TINY_TRANSLATOR, "d_model": width, "encoder_ffn_dim": 96, "vocab_size": 500, "encoder_attention_heads": 4}

@@ -134,8 +134,8 @@ class Written(nn.Module):
         self.b_2 = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return self.a_2 * centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 2.5e-4) + self.b_2
+        centered = x - x.mean(-1, keepdim=True)
+        return self.a_2 * centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + 2.5e-4) + self.b_2
 
 
 class Unbiased(Written):
@@ -154,7 +154,7 @@ class LayerScale(Written):
 
 
 class TwoAxes(nn.Module):
-    """Normalises two trailing axes."""
+    """Normalizes two trailing axes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class TwoAxes(nn.Module):
         return nn.functional.layer_norm(x, (4, 6), self.weight, None, 1e-4)
 
 
-def test_a_users_layernorm_is_recognised_without_a_telling_name() -> None:
+def test_a_users_layernorm_is_recognized_without_a_telling_name() -> None:
     info = recognize(Written())
     assert info == NormInfo(
         kind="layernorm",

@@ -45,7 +45,7 @@ def all_figures(log):
     }
 
 
-def test_every_figure_is_labelled_whole_and_legible(log, tmp_path):
+def test_every_figure_is_labeled_whole_and_legible(log, tmp_path):
     before = dict(plt.rcParams)
     for name, figure in all_figures(log).items():
         assert isinstance(figure, Figure), name
@@ -122,7 +122,7 @@ def test_phi_takes_a_log_or_activations(log):
     assert shares[-1] == pytest.approx(1 / 3)
 
 
-def test_lines_differ_in_more_than_colour():
+def test_lines_differ_in_more_than_color():
     ax = plots.plot_losses({name: [1.0, 2.0] for name in "abcdefg"}).axes[0]
     looks = [(line.get_marker(), str(line._dash_pattern)) for line in ax.get_lines()]
     assert len(set(looks)) == 7

@@ -125,13 +125,13 @@ def test_statistics_are_those_of_the_definitions(name):
 
 @pytest.mark.parametrize("name", NORMS)
 def test_theorem_1_holds_in_the_record(name):
-    """The four rows of Theorem 1: who re-centres, who re-scales."""
+    """The four rows of Theorem 1: who re-centers, who re-scales."""
     torch.manual_seed(2)
     x = torch.randn(ROWS, WIDTH) * 3
     (record,) = record_alone(NORMS[name](), x, torch.randn(ROWS, WIDTH) + 1.0 + x / 3).records
-    recentres = name not in ("detachnorm", "mean-detached")
+    recenters = name not in ("detachnorm", "mean-detached")
     rescales = name not in ("detachnorm", "variance-detached")
-    if recentres:
+    if recenters:
         assert record.grad_input_mean < 1e-5 * record.grad_detached_mean
     else:
         assert record.grad_input_mean == pytest.approx(record.grad_detached_mean, rel=1e-4)

@@ -396,7 +396,7 @@ def test_resized_embeddings_lose_no_bias_of_a_fold(name: str, tmp_path: Path) ->
     assert torch.equal(logits(reloaded(model, tmp_path), inputs), logits(model, inputs))
 
 
-def test_layers_quantised_to_8_bits_and_back_lose_no_bias_of_a_fold(tmp_path: Path) -> None:
+def test_layers_quantized_to_8_bits_and_back_lose_no_bias_of_a_fold(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     model = build("stablelm")  # none of its layers but one has a bias of its own
     quietly(patch_model, model, "layernorm-simple", affine="fold")
@@ -404,7 +404,7 @@ def test_layers_quantised_to_8_bits_and_back_lose_no_bias_of_a_fold(tmp_path: Pa
     how = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = type(model).from_pretrained(tmp_path / "folded", quantization_config=how).eval()
     inputs = {"input_ids": torch.arange(4, 12)[None]}
-    assert torch.equal(logits(reloaded(model, tmp_path / "quantised"), inputs), logits(model, inputs))
+    assert torch.equal(logits(reloaded(model, tmp_path / "quantized"), inputs), logits(model, inputs))
     model = model.dequantize(torch.float32)
     assert torch.equal(logits(reloaded(model, tmp_path / "whole"), inputs), logits(model, inputs))
 

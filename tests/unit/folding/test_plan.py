@@ -79,7 +79,7 @@ def test_a_layer_with_an_adapter_is_refused() -> None:
     assert "adapter" in report.norms[0].reason
 
 
-def test_a_quantised_layer_is_refused() -> None:
+def test_a_quantized_layer_is_refused() -> None:
     block = Block(lambda self, y: self.linear(y))
     block.linear = torch.ao.nn.quantized.dynamic.Linear(WIDTH, 3)
     assert fold_block(block).action == "kept"

@@ -1,4 +1,4 @@
-"""The wrappers around transformers: installed once, invisible to stock models, removable, good neighbours."""
+"""The wrappers around transformers: installed once, invisible to stock models, removable, good neighbors."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_even_a_warning_that_raises_comes_after_the_weights(tmp_path: Path) -> N
     assert is_patched(AutoModel.from_pretrained(tmp_path))
 
 
-def test_a_travelling_file_that_cannot_be_written_is_not_pointed_to(tmp_path: Path) -> None:
+def test_a_traveling_file_that_cannot_be_written_is_not_pointed_to(tmp_path: Path) -> None:
     (tmp_path / "modeling_adanorm.py" / "in the way").mkdir(parents=True)
     with pytest.warns(UserWarning, match=r"what hf_adanorm adds.*modeling_adanorm\.py"):
         patch_model(tiny()).save_pretrained(tmp_path)

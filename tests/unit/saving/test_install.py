@@ -108,7 +108,7 @@ FIRST = {
     "PEFT": "import peft",
     "a public name": "from hf_adanorm import AdaNorm",
     "patching": "import hf_adanorm.patching",
-    "the travelling file": "import hf_adanorm.modeling_adanorm",
+    "the traveling file": "import hf_adanorm.modeling_adanorm",
     "the spec": "import hf_adanorm.saving.spec",
     "the hooks": "import hf_adanorm.saving.hooks",
     "the kernels": "from hf_adanorm.kernels import fused",

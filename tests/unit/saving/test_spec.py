@@ -1,4 +1,4 @@
-"""Names in a spec outlive the names of modules: they are the checkpoint's, and what was renamed is recognised."""
+"""Names in a spec outlive the names of modules: they are the checkpoint's, and what was renamed is recognized."""
 
 from __future__ import annotations
 

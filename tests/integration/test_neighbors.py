@@ -141,7 +141,7 @@ def test_generation_with_a_cache_equals_generation_without(tmp_path: Path) -> No
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **arguments, use_cache=False))
 
 
-# -------------------------------------------------------------------------------------------- devices and quantisation
+# -------------------------------------------------------------------------------------------- devices and quantization
 
 
 def test_device_map_auto(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_accelerate_saves_and_loads_the_whole_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_model_is_patched_after_loading_and_saved(bits: int, tmp_path: Path) -> None:
+def test_quantized_model_is_patched_after_loading_and_saved(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 

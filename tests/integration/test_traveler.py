@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 
 from hf_adanorm import modeling_adanorm, patch_model
 
-TRAVELLER = Path(modeling_adanorm.__file__)
+TRAVELER = Path(modeling_adanorm.__file__)
 CONVENTIONS = {"_is_hf_initialized", "_auto_class", "_keys_to_ignore_on_load_unexpected"}  # may vanish without harm
 
 
@@ -21,7 +21,7 @@ def private(name: str) -> bool:
 
 
 def test_it_uses_no_private_name_of_torch_or_transformers() -> None:
-    tree = ast.parse(TRAVELLER.read_text(encoding="utf-8"))
+    tree = ast.parse(TRAVELER.read_text(encoding="utf-8"))
     own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and private(node.attr)}
     assert attributes - own <= CONVENTIONS
