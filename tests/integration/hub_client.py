@@ -1,9 +1,5 @@
-"""Do the tasks of test_hub.py in a fresh process: `python -m tests.integration.hub_client TASK FOLDER`.
+"""Do the tasks of test_hub.py, each in a process of its own; the last line of the output is the answer in JSON."""
 
-The last line of the output is the answer in JSON. Tasks whose name ends in `without_package` cannot import hf_adanorm.
-"""
-
-# ruff: noqa: E402
 from __future__ import annotations
 
 import contextlib
@@ -14,18 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TASK = sys.argv[1] if __name__ == "__main__" else ""
-if TASK.endswith("without_package"):
-    sys.modules["hf_adanorm"] = None  # type: ignore[assignment]  # as if it were not installed
-
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
+from transformers import AutoModelForSequenceClassification, BertConfig, Trainer, TrainingArguments, pipeline
 
 from tests.zoo.tiny_text import TEXTS, make_tokenizer
 
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
 REPOS = ["me/adanorm-whole", "me/detachnorm-sharded"]
 
 
@@ -155,7 +145,7 @@ def train(folder: Path) -> dict[str, Any]:
 
     tokenizer, model = make_tokenizer(), build()
     data = [{**tokenizer(text), "labels": i % 2} for i, text in enumerate(TEXTS)]
-    arguments = transformers.TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         push_to_hub=True,
         hub_model_id="me/trained",
@@ -166,7 +156,7 @@ def train(folder: Path) -> dict[str, Any]:
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
     trainer.train()
     trainer.evaluate()
     while trainer.push_in_progress is not None and not trainer.push_in_progress.is_done():
@@ -175,11 +165,10 @@ def train(folder: Path) -> dict[str, Any]:
     return {"me/trained": logits(model)}
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    task, folder = sys.argv[1:]
     with contextlib.redirect_stdout(sys.stderr):  # the last line of stdout is the answer, whatever transformers prints
-        answer = globals()[TASK](folder)
+        answer = globals()[task](Path(folder))
     print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[2]))

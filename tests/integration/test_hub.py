@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,22 @@ from huggingface_hub import HfApi, ModelCard
 from hf_adanorm.saving.card import BEGIN, END, describes
 from tests.integration.hub_client import REPOS
 from tests.integration.hub_server import HubServer
+from tests.zoo.processes import Scripts
 
 ROOT = Path(__file__).parents[2]
+CLIENT = "tests.integration.hub_client"
 TOKEN = "hf_token_of_the_loopback_hub"
 
 
 class Session:
-    """A hub and the fresh processes that speak with it."""
+    """A hub and the processes that speak with it, with the package and without, each kind with a cache of its own."""
 
-    def __init__(self, hub: HubServer, folder: Path):
-        self.hub, self.folder = hub, folder
+    def __init__(self, hub: HubServer, folder: Path, processes: dict[bool, Scripts]):
+        self.hub, self.folder, self.processes = hub, folder, processes
         self.output = ""
 
     def run(self, task: str) -> dict[str, Any]:
-        home = self.folder / f"home-{task}"  # nobody shares a cache
-        env = {**os.environ, **self.hub.environment(home, TOKEN), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.integration.hub_client", task, str(self.folder)]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+        done = self.processes[task.endswith("without_package")].run(CLIENT, task, self.folder)
         self.output += done.stdout + done.stderr
         assert done.returncode == 0, done.stderr[-3000:]
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -46,7 +43,16 @@ class Session:
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     with HubServer(tokens={TOKEN: "me"}) as hub:
         hub.create_repo("me/remote-card", {"README.md": b"---\ntags:\n- mine\n---\n# Written by hand\n"})
-        yield Session(hub, tmp_path_factory.mktemp("hub"))
+        folder = tmp_path_factory.mktemp("hub")
+        with ExitStack() as stack:
+            processes = {}
+            for without in (False, True):
+                home = folder / f"home-{without}"
+                home.mkdir()
+                environment = {**hub.environment(home, TOKEN), "PYTHONPATH": str(ROOT)}
+                scripts = Scripts([CLIENT], home, environment, hidden="hf_adanorm" * without)
+                processes[without] = stack.enter_context(scripts)
+            yield Session(hub, folder, processes)
 
 
 @pytest.fixture(scope="module")

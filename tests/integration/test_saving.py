@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, BertModel
 import hf_adanorm
 from hf_adanorm import AdaNormSpec, inspect_model, is_patched, patch_model, unpatch_model
 from hf_adanorm.saving.spec import swapped_norms
+from tests.zoo.processes import Scripts
 from tests.zoo.round_trip import CASES, ROUNDING, SWAPS, auto_class, build, difference, inputs, norms, run
 
 ALL = [(case, swap) for case in CASES for swap in SWAPS]
@@ -49,13 +47,10 @@ def unsaved_run(case: str, swap: str | None = None) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def child(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def child(saved: Path, tmp_path_factory: pytest.TempPathFactory, elsewhere: Scripts) -> dict[str, Any]:
     """Load every folder in a process in which hf_adanorm cannot be imported, and return the results."""
-    scratch = tmp_path_factory.mktemp("child")
-    out = scratch / "out.pt"
-    command = [sys.executable, "-m", "tests.integration.load_without_package", str(saved), str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    out = tmp_path_factory.mktemp("child") / "out.pt"
+    done = elsewhere.run("tests.integration.load_without_package", saved, out)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = torch.load(out)
     return result

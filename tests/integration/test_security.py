@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import json
-import subprocess
 import sys
 import textwrap
 import time
@@ -20,7 +19,7 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model
 import hf_adanorm
 from hf_adanorm import AdaNormSpec, modeling_adanorm, patch_model, unpatch_model, write_model_card
 from hf_adanorm.saving.card import BEGIN, END
-from tests.zoo.processes import alone
+from tests.zoo.processes import Scripts, alone
 
 ROOT = Path(__file__).parents[2]
 TRAVELER = Path(modeling_adanorm.__file__)
@@ -64,13 +63,14 @@ def test_the_traveling_file_reaches_for_no_file_process_network_or_code() -> Non
     assert unwanted.isdisjoint(imported(TRAVELER))
 
 
-def test_importing_the_traveling_file_opens_nothing_for_writing_and_starts_nothing(tmp_path: Path) -> None:
+def test_importing_the_traveling_file_opens_nothing_for_writing_and_starts_nothing(
+    tmp_path: Path, elsewhere: Scripts
+) -> None:
     """Import it in a process without the package, under an audit hook."""
     copied = tmp_path / TRAVELER.name
     copied.write_bytes(TRAVELER.read_bytes())
     code = f"""
         import importlib.util, json, sys
-        sys.modules["hf_adanorm"] = None
         sys.dont_write_bytecode = True
         import torch, transformers
         transformers.PreTrainedModel
@@ -89,9 +89,7 @@ def test_importing_the_traveling_file_opens_nothing_for_writing_and_starts_nothi
         watching = False
         print(json.dumps({{"events": events, "modules": sorted(set(sys.modules) - before)}}))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
+    seen = json.loads(elsewhere.run_code(textwrap.dedent(code)).stdout.splitlines()[-1])
     assert seen["modules"] == []
     modes = [arguments[1] for event, arguments in seen["events"] if event == "open"]
     assert set(modes) <= {"r", "rb"}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from transformers import BertConfig, BertModel
 
 from hf_adanorm import modeling_adanorm, patch_model
+from tests.zoo.processes import Scripts
 
 TRAVELER = Path(modeling_adanorm.__file__)
 CONVENTIONS = {"_is_hf_initialized", "_auto_class", "_keys_to_ignore_on_load_unexpected"}  # may vanish without harm
@@ -38,7 +37,6 @@ def test_it_uses_no_private_name_of_torch_or_transformers() -> None:
 # Each name is deleted in a child of a process that has loaded torch and transformers, and not the package.
 DELETE = """
 import importlib, json, os, sys
-sys.modules["hf_adanorm"] = None
 import torch, transformers
 from transformers import AutoModel
 import transformers.conversion_mapping as mapping
@@ -93,14 +91,12 @@ print(json.dumps(results))
 """
 
 
-def test_whatever_name_disappears_it_survives_if_the_stock_model_does(tmp_path: Path) -> None:
+def test_whatever_name_disappears_it_survives_if_the_stock_model_does(tmp_path: Path, elsewhere: Scripts) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = BertModel(BertConfig(vocab_size=9, **sizes))
     model.save_pretrained(tmp_path / "stock")
     patch_model(model).save_pretrained(tmp_path / "ours")
-    paths = [str(tmp_path / name) for name in ("stock", "ours", "out")]
-    done = subprocess.run([sys.executable, "-c", DELETE, *paths], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = elsewhere.run_code(DELETE, *(tmp_path / name for name in ("stock", "ours", "out")))
     results = json.loads(done.stdout.splitlines()[-1])
     stock = {name.removesuffix(" stock") for name, fine in results.items() if name.endswith(" stock") and fine}
     ours = {name.removesuffix(" ours") for name, fine in results.items() if name.endswith(" ours") and fine}
@@ -110,6 +106,7 @@ def test_whatever_name_disappears_it_survives_if_the_stock_model_does(tmp_path: 
 
 ELSEWHERE = """
 import sys
+del sys.modules["hf_adanorm"]  # it can be imported
 import torch
 from transformers import AutoModel
 folder = sys.argv[1]
@@ -118,14 +115,13 @@ print(type(model).__module__, "hf_adanorm" in sys.modules)
 """
 
 
-def test_a_folder_called_hf_adanorm_in_the_working_directory_is_not_imported(tmp_path: Path) -> None:
+def test_a_folder_called_hf_adanorm_in_the_working_directory_is_not_imported(
+    tmp_path: Path, elsewhere: Scripts
+) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     patch_model(BertModel(BertConfig(vocab_size=9, **sizes))).save_pretrained(tmp_path / "saved")
     (tmp_path / "hf_adanorm").mkdir()
     (tmp_path / "hf_adanorm" / "__init__.py").write_text("raise SystemExit('it was imported')\n")
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "saved")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    module, imported = done.stdout.split()[-2:]
+    module, imported = elsewhere.run_code(ELSEWHERE, tmp_path / "saved", folder=tmp_path).stdout.split()[-2:]
     assert module.startswith("transformers_modules.")
     assert imported == "False"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from transformers import AutoModelForMaskedLM, EncoderDecoderModel, Trainer, Tra
 
 from hf_adanorm import inspect_model, patch_model, unpatch_model, watch_norms
 from hf_adanorm.modeling_adanorm import DyT
+from tests.zoo.processes import Scripts
 from tests.zoo.round_trip import build, inputs
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +133,6 @@ def test_trainer_decays_it_as_little_as_a_norm(tmp_path: Path) -> None:
 
 WITHOUT = """
 import json, sys
-sys.modules["hf_adanorm"] = None
 import torch
 from transformers import AutoModelForMaskedLM
 folder, ids = sys.argv[1], torch.arange(8)[None]
@@ -155,15 +152,10 @@ print(json.dumps({
 """
 
 
-def test_without_the_package_it_loads_by_trust_and_raises_otherwise(tmp_path: Path) -> None:
+def test_without_the_package_it_loads_by_trust_and_raises_otherwise(tmp_path: Path, elsewhere: Scripts) -> None:
     model = trained(patched())
     model.save_pretrained(tmp_path)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(tmp_path)], env=env, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(elsewhere.run_code(WITHOUT, tmp_path).stdout.splitlines()[-1])
     assert "mismatch" in found["error"]
     assert not any(found["info"].values())
     assert found["sum"] == pytest.approx(model(torch.arange(8)[None]).logits.double().sum().item(), rel=1e-6)

@@ -6,7 +6,6 @@ import functools
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,12 +56,17 @@ def write_output_to(log: str) -> None:
     os.dup2(descriptor, 2)
 
 
+_stores: list[dist.TCPStore] = []
+
+
 def ranks() -> list[dict[str, str]]:
-    """Return the variables that a launcher sets for each of two processes on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    """Return the variables that a launcher sets for each of two processes on this machine.
+
+    This process hosts their store, as torchrun does: nobody else can take the port before they listen.
+    """
+    _stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_stores[-1].port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
@@ -104,22 +108,28 @@ class Scripts:
     """Run scripts one after the other, each in a fork of a process that has imported `modules` once.
 
     `environment` is in force during these imports, so what a module reads then, such as the Hub's address, stays.
+    A module in `hidden` cannot be imported.
     """
 
     WORKER = """
 import importlib, json, os, sys
-for module in sys.argv[1:]:
+sys.modules.update(dict.fromkeys(sys.argv[1].split()))
+for module in sys.argv[2:]:
     importlib.import_module(module)
 for line in sys.stdin:
-    module, argv, logs, environment = json.loads(line)
+    (module, *sys.argv), logs, environment, folder = json.loads(line)
     child = os.fork()
     if not child:
         os.environ.update(environment)
         for descriptor, log in enumerate(logs, start=1):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        sys.argv, code = argv, 0
+        os.chdir(folder)
+        code = 0
         try:
-            importlib.import_module(module).main()
+            if module == "-c":
+                exec(sys.argv.pop(1), {"__name__": "__main__"})
+            else:
+                importlib.import_module(module).main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(bool(end.code))
         except BaseException:
@@ -130,10 +140,10 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-    def __init__(self, modules: list[str], folder: Path, environment: dict[str, str]):
-        self.logs = [folder / "stdout", folder / "stderr"]
+    def __init__(self, modules: list[str], folder: Path, environment: dict[str, str], hidden: str = ""):
+        self.logs = [str(folder / "stdout"), str(folder / "stderr")]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        command = [sys.executable, "-c", self.WORKER, *modules]
+        command = [sys.executable, "-c", self.WORKER, hidden, *modules]
         self.worker = subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
 
     def __enter__(self) -> Scripts:
@@ -144,9 +154,19 @@ for line in sys.stdin:
 
     def run(self, script: Path | str, *argv: object, **environment: str | None) -> subprocess.CompletedProcess[str]:
         """Run a script, or a module by its name, with variables more; those that are None are left out."""
-        given = {name: value for name, value in environment.items() if value is not None}
-        command = [str(script), *map(str, argv)]
         module = script.stem if isinstance(script, Path) else script
-        self.worker.stdin.write(json.dumps([module, command, list(map(str, self.logs)), given]) + "\n")
+        return self._run([module, str(script), *map(str, argv)], environment)
+
+    def run_code(self, code: str, *argv: object, folder: Path = Path()) -> subprocess.CompletedProcess[str]:
+        """Run `python -c code` in `folder`; a failure is an AssertionError with what it printed."""
+        done = self._run(["-c", "-c", code, *map(str, argv)], {}, folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    def _run(
+        self, command: list[str], environment: dict[str, str | None], folder: Path = Path()
+    ) -> subprocess.CompletedProcess[str]:
+        given = {name: value for name, value in environment.items() if value is not None}
+        self.worker.stdin.write(json.dumps([command, self.logs, given, str(folder.absolute())]) + "\n")
         code = int(self.worker.stdout.readline())
-        return subprocess.CompletedProcess(command, code, *(log.read_text() for log in self.logs))
+        return subprocess.CompletedProcess(command[1:], code, *(Path(log).read_text() for log in self.logs))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from torch import nn
 from hf_adanorm import Fold, fold_affine, patch_model
 from hf_adanorm.running import dummy_inputs
 from tests.zoo.fold_models import build, logits, tied_llama
+from tests.zoo.processes import Scripts
 
 transformers.logging.set_verbosity_error()
 
@@ -67,12 +66,14 @@ torch.set_num_threads(saved["threads"])
 with torch.no_grad():
     assert torch.equal(model(**saved["inputs"]).logits, saved["logits"])
 assert all(bool((p == 1).all()) for name, p in model.named_parameters() if "norm" in name)
-assert not any(name.split(".")[0] == "hf_adanorm" for name in sys.modules)
+assert [module for name, module in sys.modules.items() if name.startswith("hf_adanorm")] == [None]
 print("stock")
 """
 
 
-def test_a_plain_stock_model_loads_with_stock_transformers_where_we_are_not(tmp_path: Path) -> None:
+def test_a_plain_stock_model_loads_with_stock_transformers_where_we_are_not(
+    tmp_path: Path, elsewhere: Scripts
+) -> None:
     model = tied_llama()
     report = fold_affine(model, tied="untie")
     assert report.is_stock
@@ -81,10 +82,7 @@ def test_a_plain_stock_model_loads_with_stock_transformers_where_we_are_not(tmp_
     model.save_pretrained(tmp_path)
     expected = {"inputs": inputs, "logits": logits(model, inputs), "threads": torch.get_num_threads()}
     torch.save(expected, tmp_path / "expected.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", _STOCK, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.stdout == "stock\n", done.stderr[-2000:]
+    assert elsewhere.run_code(_STOCK, tmp_path).stdout == "stock\n"
 
 
 def test_biases_that_were_added_make_no_stock_model() -> None:

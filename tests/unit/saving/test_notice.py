@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate.utils.modeling as accelerate_modeling
@@ -19,6 +17,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 from hf_adanorm import patch_model, unpatch_model
 from hf_adanorm.modeling_adanorm import NOTICE
+from tests.zoo.processes import Scripts
 
 KEY = f"bert.embeddings.LayerNorm.{NOTICE}"
 
@@ -55,7 +54,6 @@ def test_with_the_package_nobody_sees_it(saved: Path, form: str) -> None:
 
 WITHOUT = """
 import sys
-sys.modules["hf_adanorm"] = None
 from transformers import AutoModelForSequenceClassification
 folder, *forms, out = sys.argv[1:]
 load = AutoModelForSequenceClassification.from_pretrained
@@ -73,11 +71,9 @@ model.save_pretrained(out)
 
 
 @pytest.fixture(scope="module")
-def without_package(saved: Path) -> dict[str, str]:
+def without_package(saved: Path, elsewhere: Scripts) -> dict[str, str]:
     """Load each form without the package and return the output. Then trust one form and save it again."""
-    command = [sys.executable, "-c", WITHOUT, str(saved), *FORMS, str(saved / "again")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = elsewhere.run_code(WITHOUT, saved, *FORMS, saved / "again")
     return dict(zip(FORMS, ("\n" + done.stderr).split("\nform ")[-len(FORMS) :], strict=True))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import AutoModel, BertConfig, BertModel
 from hf_adanorm import AdaNormSpec, patch_model, register_norm, unpatch_model
 from hf_adanorm.norms import load_class
 from hf_adanorm.saving import inspect_code, travel
+from tests.zoo.processes import Scripts
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 IDS = torch.arange(8)[None]
@@ -70,7 +69,6 @@ def trained(folder: Path, **settings: Any) -> Any:
 
 ALONE = """
 import sys
-sys.modules["hf_adanorm"] = None
 import torch
 from transformers import AutoModel
 folder, copy = sys.argv[1:]
@@ -82,15 +80,9 @@ with torch.no_grad():
 """
 
 
-def alone(folder: Path, copy: Path) -> list[torch.Tensor]:
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(folder), str(copy)], capture_output=True, text=True, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(folder / "out.pt")  # type: ignore[no-any-return]
-
-
-def test_it_loads_by_stock_calls_by_trust_and_without_the_package_again_and_again(tmp_path: Path) -> None:
+def test_it_loads_by_stock_calls_by_trust_and_without_the_package_again_and_again(
+    tmp_path: Path, elsewhere: Scripts
+) -> None:
     model = trained(tmp_path / "code", alpha=0.7, shift=0.1)
     expected = output(model)
     assert expected.std() > 0
@@ -100,7 +92,8 @@ def test_it_loads_by_stock_calls_by_trust_and_without_the_package_again_and_agai
     assert type(by_trust) is BertModel
     assert torch.equal(output(by_trust), expected)
     for one, two in (("first", "second"), ("second", "third")):
-        found, weight, seven = alone(tmp_path / one, tmp_path / two)
+        elsewhere.run_code(ALONE, tmp_path / one, tmp_path / two, folder=tmp_path / one)
+        found, weight, seven = torch.load(tmp_path / one / "out.pt")
         torch.testing.assert_close(found, expected)
         assert (weight.unique().tolist(), seven.tolist()) == ([pytest.approx(0.3)], [7.0])  # those of a new norm
     norm = by_trust.encoder.layer[0].output.LayerNorm
