@@ -42,8 +42,9 @@ demo: $(DEMO)  ## train a small classifier with AdaNorm and with LayerNorm, comp
 	@echo
 	@$(BIN)/python recipes/common/results.py $(DEMO_DIR)/adanorm $(DEMO_DIR)/layernorm
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest
+# A file stays in one process, which makes what its tests share once; the slow folders come first.
+test: $(STAMP)  ## run the tests, in a process per core
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Of the Python that is there: on a machine with a GPU torch is installed already, and there may be no network.
 gpu-check:  ## what only a GPU can show: exactness, launchers, recipes, speed

@@ -77,12 +77,6 @@ def push(folder: Path) -> dict[str, Any]:
     reference["me/saved"] = logits(model)
     model.config.save_pretrained(str(folder / "config"), push_to_hub=True, repo_id="me/config")
     model.config.push_to_hub("me/pushed-config")
-    model.push_to_hub("me/private", private=True)
-
-    model.push_to_hub("me/revised")
-    other = build(C=2.0)
-    other.push_to_hub("me/revised", revision="wide")
-    reference["me/revised"], reference["me/revised@wide"] = logits(model), logits(other)
 
     (folder / "own-card").mkdir()
     (folder / "own-card" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
@@ -107,13 +101,6 @@ def pull_with_package(folder: Path) -> dict[str, Any]:
     out["newer"] = {repo: load(repo) for repo in ("me/newer", "me/newer-file")}
     out["newer with trust"] = load("me/newer-file", trust_remote_code=True)
     out["newer in a pipeline"] = run_pipeline("me/newer")
-    first = json.loads((folder / "first-commit.json").read_text())
-    out["revision"] = {name: load("me/revised", revision=name) for name in ("main", "wide", first)}
-    out["private"] = {
-        "wrong token": load("me/private", token="hf_wrong"),
-        "no token": load("me/private", token=False),
-        "token of the environment": load("me/private"),
-    }
     return out
 
 
@@ -130,13 +117,6 @@ def pull_without_package(folder: Path) -> dict[str, Any]:
     out["again"] = load("me/again", trust_remote_code=True)
     out["again without trust"] = load("me/again")
     return out
-
-
-def break_off(folder: Path) -> dict[str, Any]:
-    """Push while uploads break off, without a delay between retries."""
-    time.sleep = lambda seconds: None  # type: ignore[assignment]
-    error = attempt(lambda: build(C=3.0).push_to_hub("me/adanorm-whole"))
-    return {"error": error, "after": load("me/adanorm-whole", force_download=True)}
 
 
 def train(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: exactness, CUDA graphs, determinism, memory, launchers and recipes.
+"""Check on a GPU: exactness, CUDA graphs, determinism, memory, launchers and recipes.
 
 `make gpu-check` runs these tests, those of the Triton kernels, and the benchmark.
 `GPU_CHECK_DEVICE=cpu python -m pytest tests/integration/test_gpu.py` shows whether the tests themselves run.

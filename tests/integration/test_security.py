@@ -254,9 +254,9 @@ def test_a_spec_of_the_largest_size_is_read_in_a_moment() -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 8}
     model = BertModel(BertConfig(vocab_size=9, **sizes))
     names = [f"encoder.layer.*.a{i}.*.*.*.*" for i in range(100_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     modeling_adanorm.apply_spec(model, group(modules=names), {})
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert not hf_adanorm.is_patched(model)
 
 
@@ -266,9 +266,9 @@ def test_a_name_that_is_repeated_costs_no_more_than_one(groups: int) -> None:
     model = BertModel(BertConfig(vocab_size=9, **sizes))
     one = group(modules=["encoder.layer.*.output.LayerNorm"] * (10_000 // groups))
     spec = {**one, "groups": one["groups"] * groups}
-    start = time.perf_counter()
+    start = time.process_time()
     modeling_adanorm.apply_spec(model, spec, {})
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert hf_adanorm.is_patched(model)
 
 

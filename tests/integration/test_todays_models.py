@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,37 +15,25 @@ import torch.distributed as dist
 import transformers
 
 from hf_adanorm import fold_affine, inspect_model, patch_model
-from tests.zoo.processes import together
+from tests.zoo.processes import Scripts, together
 from tests.zoo.tiny_inputs import tensors
 from tests.zoo.todays_models import TODAY, build, output
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_PACKAGE = """
+LOAD = """
 import json, sys, torch, transformers
 from pathlib import Path
-sys.modules["hf_adanorm"] = None  # cannot be imported
+from tests.zoo.todays_models import output
 torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    expected = torch.load(folder / "expected.pt", weights_only=False)
-    options = {"trust_remote_code": expected["trust"], "attn_implementation": "eager", "dtype": "float32"}
-    auto_map = json.loads((folder / "config.json").read_text()).get("auto_map", {})
-    by_trust = (name for name, code in auto_map.items() if "Model" in name and code.endswith(expected["class"]))
-    cls = getattr(transformers, next(by_trust) if expected["trust"] else expected["class"])
-    model = cls.from_pretrained(folder, **options)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        found = model.eval()(**expected["inputs"])
-    found = next(found[name] for name in ("logits", "logits_per_image", "last_hidden_state") if name in found)
-    error = float((found - expected["output"]).abs().max() / expected["output"].abs().max())
-    print(folder.name, "wrong" if not error < 1e-5 else "right", error, flush=True)
+folder = Path(sys.argv[1])
+expected = torch.load(folder / "expected.pt", weights_only=False)
+options = {"trust_remote_code": expected["trust"], "attn_implementation": "eager", "dtype": "float32"}
+auto_map = json.loads((folder / "config.json").read_text()).get("auto_map", {})
+by_trust = (name for name, code in auto_map.items() if "Model" in name and code.endswith(expected["class"]))
+cls = getattr(transformers, next(by_trust) if expected["trust"] else expected["class"])
+found = output(cls.from_pretrained(folder, **options).eval(), expected["inputs"])
+print(float((found - expected["output"]).abs().max() / expected["output"].abs().max()))
 """
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder in which the tests save models and their outputs, for `test_loads_without_the_package`."""
-    return tmp_path_factory.mktemp("today")
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +45,8 @@ def quiet() -> Iterator[None]:
 
 def save(model: Any, inputs: dict[str, Any], folder: Path, *, trust: bool) -> None:
     model.save_pretrained(folder)
-    torch.save(
-        {"class": type(model).__name__, "trust": trust, "inputs": inputs, "output": output(model, inputs)},
-        folder / "expected.pt",
-    )
+    kept = {"class": type(model).__name__, "trust": trust, "inputs": inputs, "output": output(model, inputs)}
+    torch.save(kept, folder / "expected.pt")
 
 
 def train_one_step(model: Any, inputs: dict[str, Any]) -> None:
@@ -82,7 +65,7 @@ def train_one_step(model: Any, inputs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("model_type", TODAY)
-def test_patch_train_generate_save_load(model_type: str, folders: Path) -> None:
+def test_patch_train_generate_save_load(model_type: str, tmp_path: Path, elsewhere: Scripts) -> None:
     model, inputs = build(model_type)
     report, before = inspect_model(model), output(model, inputs)
     assert (report.num_swappable, report.num_skipped) == (TODAY[model_type].swapped, TODAY[model_type].skipped)
@@ -95,33 +78,22 @@ def test_patch_train_generate_save_load(model_type: str, folders: Path) -> None:
     if model.can_generate():
         prompt = {key: value for key, value in inputs.items() if not key.startswith("decoder")}
         assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[-1] > 1
-    save(model, inputs, folders / f"{model_type}-patched", trust=True)
-    loaded = type(model).from_pretrained(
-        folders / f"{model_type}-patched", attn_implementation="eager", dtype="float32"
-    )
+    save(model, inputs, tmp_path, trust=True)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager", dtype="float32")
     torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=1e-5, atol=1e-6)
+    assert float(elsewhere.run_code(LOAD, tmp_path).stdout) < 1e-5
 
 
 @pytest.mark.parametrize("model_type", TODAY)
-def test_fold(model_type: str, folders: Path) -> None:
+def test_fold(model_type: str, tmp_path: Path, elsewhere: Scripts) -> None:
+    """Fold, save, and load without the package: as a stock model, or by trust where swapped norms are left."""
     model, inputs = build(model_type)
     before = output(model, inputs)
     report = fold_affine(model, inputs=inputs)
     assert len(report.names("folded")) == TODAY[model_type].folded
     assert float((output(model, inputs) - before).abs().max() / before.abs().max()) < 1e-5
-    save(model, inputs, folders / f"{model_type}-folded", trust=not report.is_stock)
-
-
-def test_loads_without_the_package(folders: Path) -> None:
-    """Load by trust where norms are swapped, and as a stock model where everything was folded."""
-    assert len(list(folders.iterdir())) == 2 * len(TODAY)
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folders)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = re.findall(r"^(\S+) (right|wrong) (\S+)$", done.stdout, re.MULTILINE)
-    assert [result for result in results if result[1] == "wrong"] == []
-    assert len(results) == 2 * len(TODAY)
+    save(model, inputs, tmp_path, trust=not report.is_stock)
+    assert float(elsewhere.run_code(LOAD, tmp_path).stdout) < 1e-5
 
 
 def test_the_support_table_lists_these_counts() -> None:

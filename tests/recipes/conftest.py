@@ -1,4 +1,4 @@
-"""Tiny data for the recipes, and a clean slate for each test."""
+"""Tiny data for the recipes, and a fresh state of accelerate for each test."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from tests.recipes.recipe_process import start, wait
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
-    """accelerate keeps its state in the process: a run must not see the settings of the one before."""
+    """Forget the state that accelerate keeps in the process, so that no run sees the settings of an earlier one."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -21,7 +21,7 @@ def _fresh_accelerate_state():
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> dict[str, Path]:
-    """Texts of 3 to 20 words with a learnable label, one file a split."""
+    """Write texts of 3 to 20 words with a learnable label, one file per split."""
     folder = tmp_path_factory.mktemp("texts")
     draw = random.Random(0)
     good, bad, other = ["fine", "great", "lovely"], ["poor", "dull", "awful"], [f"word{n}" for n in range(30)]
@@ -40,7 +40,7 @@ def texts(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """Data of all recipes, once the server that processes are forked from has imported the recipes."""
+    """Write data for all recipes, and wait until the server that forks processes has imported the recipes."""
     folder = tmp_path_factory.mktemp("data")
     assert wait(start("classification", ["--help"], folder / "log")) == 0
     return write_data(folder)

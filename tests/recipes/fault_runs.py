@@ -24,7 +24,7 @@ EVERY = 4  # steps from checkpoint to checkpoint
 
 
 def write_data(folder: Path) -> Path:
-    """Data of all recipes: labeled texts, a language whose words have other names in reverse order, bytes."""
+    """Write data for all recipes: labeled texts, translations (other words in reverse order), trees and bytes."""
     draw = random.Random(0)
     for split, size in {"train": 90, "validation": 13}.items():
         texts, pairs, trees = [], [], []
@@ -70,7 +70,7 @@ def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> l
 
 
 def stopped_and_resumed(run: Callable[[], Any], folder: Path) -> Any:
-    """What `run` returns when it is asked to stop after the first checkpoint in `folder`, and called again."""
+    """Stop `run` after the first checkpoint in `folder`, call it again, and return its result."""
 
     def ask_to_stop() -> None:
         while not list(folder.glob("checkpoint-*")):

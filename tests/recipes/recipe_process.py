@@ -1,8 +1,4 @@
-"""Runs of a recipe in real processes that can be killed: so cheap that dozens of kills are affordable.
-
-What can happen to one: SIGKILL at an exact moment (a file operation), a limit of the size of files (as a full disk),
-being one of two processes.
-"""
+"""Run a recipe in real processes that are cheap enough to be killed dozens of times, alone or as one of two."""
 
 from __future__ import annotations
 
@@ -37,13 +33,11 @@ def start(
     file_size: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> BaseProcess:
-    """Run `recipe` with `argv`, its output into `log`.
+    """Run `recipe` with `argv` and write its output to `log`.
 
-    Args:
-        kill_at: (audit event, regular expression): SIGKILL before the first such operation on a matching path.
-        raise_at: the same for an exception that no code expects.
-        file_size: no file can grow beyond so many bytes; writing more fails as on a full disk.
-        environment: variables, such as those a launcher sets.
+    `kill_at` is an audit event and a regular expression: SIGKILL comes before the first such operation on a matching
+    path. `raise_at` raises an unexpected exception there instead. `file_size` limits files to so many bytes, as a full
+    disk does. `environment` adds variables, such as those of a launcher.
     """
     arguments = (recipe, [str(value) for value in argv], str(log), kill_at, raise_at, file_size, environment or {})
     start_server()
@@ -86,10 +80,7 @@ def _run(
 
 
 def check_whole(folder: Path) -> int:
-    """The newest checkpoint's step, 0 for none. Every file under a final name must be whole.
-
-    Raises AssertionError, or what the readers of JSON, safetensors and torch files raise on a torn one.
-    """
+    """Check that every file under a final name is whole, and return the newest checkpoint's step, 0 for none."""
     newest = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name.startswith(".tmp-"):
@@ -112,13 +103,13 @@ def check_whole(folder: Path) -> int:
 
 
 def same_weights(left: Path, right: Path) -> bool:
-    """Whether two checkpoints hold the same weights, bit for bit."""
+    """Return whether two checkpoints hold the same weights, bit for bit."""
     a, b = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def resumed_from(log: Path) -> int:
-    """The step that a run said it went on from, 0 when it began afresh."""
+    """Return the step that a run resumed from according to its log, 0 for a fresh start."""
     found = re.search(r"resuming from step (\d+)", log.read_text(encoding="utf-8"))
     return int(found[1]) if found else 0
 
@@ -126,8 +117,10 @@ def resumed_from(log: Path) -> int:
 def two_processes(
     recipe: str, argvs: Sequence[Sequence[object]], folder: Path, *, kill_when: Path | None = None, **faults: Any
 ) -> tuple[list[int], list[str]]:
-    """Exit codes and outputs of two processes of one run, each with its own arguments and `faults` of `start`; the
-    second is killed as soon as `kill_when` exists."""
+    """Return exit codes and outputs of two processes of a run, each with its own arguments and `faults` of `start`.
+
+    The second is killed as soon as `kill_when` exists.
+    """
     logs = [folder / f"log{rank}" for rank in range(2)]
     processes = []
     for rank, environment in enumerate(ranks()):

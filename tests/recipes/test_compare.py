@@ -180,12 +180,10 @@ def test_the_html_report_stands_alone(compared):
 def test_a_finished_comparison_is_only_reported_again(compared, capsys):
     folder, arguments = compared
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
-    started = time.perf_counter()
     compare.main(arguments)
     assert "run 3/3: adanorm, seed 1" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")} == before
     assert len(before) == 6
-    assert time.perf_counter() - started < 60
 
 
 def test_other_options_for_finished_runs_are_refused_by_name(compared, capsys):

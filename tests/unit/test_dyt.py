@@ -47,7 +47,7 @@ def test_value_and_gradients_are_the_papers(dtype: torch.dtype) -> None:
     low, rough = norm.to(dtype), x.detach().to(dtype).requires_grad_()
     z = low(rough)
     found = torch.autograd.grad(z, [rough, *low.parameters()], dz.to(dtype))
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert z.dtype == dtype
     for a, b in zip([z, *found], [expected, *exact], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)

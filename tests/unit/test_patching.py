@@ -294,16 +294,15 @@ def test_unpatched_encoder_may_take_the_fast_path_again() -> None:
 # --------------------------------------------------------------------------------------------------------------- speed
 
 
-def test_patching_bert_large_takes_well_under_a_second() -> None:
+def test_patching_bert_large_takes_seconds_at_most() -> None:
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     with torch.device("meta"):
         model = BertModel(BertConfig(**sizes))
     for module in model.modules():  # real norms, the rest would only take time to make
         if isinstance(module, nn.LayerNorm):
             module.to_empty(device="cpu").reset_parameters()
-    start = time.perf_counter()
+    start = time.process_time()
     patch_model(model)
-    seconds = time.perf_counter() - start
-    print(f"patching the {len(norms(model))} norms of BERT-large: {seconds * 1000:.0f} ms")
+    seconds = time.process_time() - start
     assert len(norms(model)) == 49
     assert seconds < 5

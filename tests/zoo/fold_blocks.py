@@ -60,7 +60,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unchanged(model: nn.Module, before: dict[str, Tensor], *, rounding: bool = False) -> bool:
-    """Whether the state is as before: bit for bit, or to within rounding of each element."""
+    """Return whether the state is as before: bit for bit, or to within rounding of each element."""
     after = model.state_dict()
     tolerance = {"rtol": 1e-5, "atol": 0.0} if rounding else {"rtol": 0.0, "atol": 0.0}
     return after.keys() == before.keys() and all(

@@ -1,4 +1,4 @@
-"""The norms' formulas in float64, written from the paper, and what compares a norm with them."""
+"""The norms' formulas in float64, written from the paper, and helpers that compare a norm with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make(norm, shape=H, eps=1e-3, **kwargs) -> nn.Module:
 
 
 def reference(norm, x: Tensor, dims, eps: float, centered: bool = True) -> Tensor:
-    """The paper's definitions, word for word: section 2.1 for N, 3.2 for DetachNorm, 4.2 for AdaNorm."""
+    """Return the paper's definitions, word for word: section 2.1 for N, 3.2 for DetachNorm, 4.2 for AdaNorm."""
     name, arguments = norm
     mu = x.mean(dims, keepdim=True) if centered else torch.zeros((), dtype=x.dtype)
     sigma = ((x - mu) ** 2).mean(dims, keepdim=True).add(eps).sqrt()
@@ -46,7 +46,7 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def derivatives(function, x: Tensor, dz: Tensor, v: Tensor) -> list[Tensor]:
-    """Output, gradient, and the gradient of <gradient, v> with respect to x and to dz."""
+    """Return output, gradient, and the gradient of <gradient, v> with respect to x and to dz."""
     x, dz = leaf(x), leaf(dz)
     z = function(x)
     (dx,) = torch.autograd.grad(z, x, dz, create_graph=True)
@@ -55,7 +55,7 @@ def derivatives(function, x: Tensor, dz: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def ulps(value: Tensor, exact: Tensor) -> float:
-    """The largest error in units in the last place of the exact value's binade."""
+    """Return the largest error in units in the last place of the exact value's binade."""
     info = torch.finfo(value.dtype)
     exponent = torch.floor(torch.log2(exact.abs().clamp_min(info.tiny)))
     return ((value.double() - exact).abs() / (2.0**exponent * info.eps)).max().item()

@@ -24,7 +24,7 @@ context = multiprocessing.get_context("forkserver")
 
 @functools.cache
 def start_server() -> None:
-    """The server finds what it preloads by PYTHONPATH alone, and in silence goes without what it does not find."""
+    """Start the server. It finds what it preloads by PYTHONPATH alone, and silently skips what it does not find."""
     context.set_forkserver_preload([*RECIPES, "tests.recipes.recipe_process"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -37,8 +37,8 @@ def start_server() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def wait(process: BaseProcess, seconds: float = 120) -> int:
-    """The exit code of a process (minus the signal's number when one ended it); a hanging one is killed and fails."""
+def wait(process: BaseProcess, seconds: float = 600) -> int:
+    """Return the exit code of a process, -N if signal N ended it. Kill a hanging one and fail."""
     process.join(seconds)
     hangs = process.is_alive()
     if hangs:
@@ -50,7 +50,7 @@ def wait(process: BaseProcess, seconds: float = 120) -> int:
 
 
 def write_output_to(log: str) -> None:
-    """From here on, what this process prints goes there."""
+    """Write what this process prints from here on to `log`."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -94,7 +94,7 @@ def together(worker: Callable[..., None], folder: Path, *arguments: Any) -> None
     ]
     for process in processes:
         process.start()
-    assert [wait(process, 240) for process in processes] == [0, 0], [Path(log).read_text() for log in logs]
+    assert [wait(process) for process in processes] == [0, 0], [Path(log).read_text() for log in logs]
 
 
 def _in_group(environment: dict[str, str], log: str, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -153,12 +153,12 @@ for line in sys.stdin:
         self.worker.communicate()  # the end of its input
 
     def run(self, script: Path | str, *argv: object, **environment: str | None) -> subprocess.CompletedProcess[str]:
-        """Run a script, or a module by its name, with variables more; those that are None are left out."""
+        """Run a script, or a module by its name, with additional variables except those that are None."""
         module = script.stem if isinstance(script, Path) else script
         return self._run([module, str(script), *map(str, argv)], environment)
 
     def run_code(self, code: str, *argv: object, folder: Path = Path()) -> subprocess.CompletedProcess[str]:
-        """Run `python -c code` in `folder`; a failure is an AssertionError with what it printed."""
+        """Run `python -c code` in `folder`. Raises AssertionError with its stderr if it fails."""
         done = self._run(["-c", "-c", code, *map(str, argv)], {}, folder)
         assert done.returncode == 0, done.stderr[-3000:]
         return done

@@ -87,13 +87,16 @@ CASES: dict[str, Case] = {
     ),
 }
 
+PAIRS = [*((case, "adanorm") for case in CASES), *(("bert", swap) for swap in SWAPS if swap != "adanorm")]
+"""Every architecture under one norm, and one architecture under every norm."""
+
 
 def auto_class(name: str) -> Any:
     return getattr(transformers, name)
 
 
 def build(case: str) -> PreTrainedModel:
-    """A random model with gains in 0.5 .. 1.5 and biases in +-0.5."""
+    """Return a random model with gains in 0.5 .. 1.5 and biases in +-0.5."""
     torch.manual_seed(0)
     model: PreTrainedModel = auto_class(CASES[case].auto_class).from_config(CASES[case].config())
     return randomize(model)
@@ -112,7 +115,7 @@ def randomize(model: Any) -> Any:
 
 
 def tiny() -> transformers.BertForMaskedLM:
-    """A fresh BERT, its gains 1 and its biases 0."""
+    """Return a fresh BERT, its gains 1 and its biases 0."""
     torch.manual_seed(0)
     return transformers.BertForMaskedLM(_bert()).eval()
 
@@ -131,7 +134,7 @@ def inputs(case: str) -> dict[str, Tensor]:
 
 
 def run(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and gradients with respect to everything that enters the model: embeddings and pixels."""
+    """Return the output and the gradients with respect to everything that enters the model: embeddings and pixels."""
     model.eval()
     entering: list[Tensor] = []
 
@@ -155,15 +158,15 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"output": output.detach(), "gradient": torch.cat(gradients)}
 
 
-# Loaded weights lie elsewhere in memory than saved ones, where some processors add in another order.
+# Loaded weights have other addresses in memory, where some processors add in another order.
 ROUNDING = 1e-5
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Largest difference of output and gradients, relative to their largest value."""
+    """Return the largest difference of output and gradients, relative to their largest value."""
     return max(float((a[key] - b[key]).abs().max() / b[key].abs().max()) for key in ("output", "gradient"))
 
 
 def norms(model: nn.Module) -> dict[str, str]:
-    """Name and all settings (class, shape, eps, C, k, flags) of every swapped norm."""
+    """Return name and all settings (class, shape, eps, C, k, flags) of every swapped norm."""
     return {name: str(m) for name, m in model.named_modules() if getattr(type(m), "is_adanorm_module", False)}

@@ -1,9 +1,9 @@
-"""Tiny random models of any model type in transformers, with inputs their forward accepts.
+"""Tiny random models of any model type in transformers.
 
-`attempts(model_type)` yields ways to shrink the default config, most drastic first: every width the same, or every
-width divided by a factor (which keeps ratios and divisibility), or only fewer layers. What cannot be guessed from
-the names of a config's fields stands in OVERRIDES. `build` draws weights, gains and biases that are far from the
-trivial ones (so that a lost gain or a lost norm shows in the output).
+`configs(model_type)` yields ways to shrink the default config, most drastic first: every width the same, or every
+width divided by a factor (which keeps ratios and divisibility), or only fewer layers. `OVERRIDES` holds what the names
+of a config's fields do not tell. `build` draws weights, gains and biases that are far from trivial, so that a lost
+gain or a lost norm shows in the output.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -26,19 +28,11 @@ from transformers.models.auto import modeling_auto
 VOCAB = 160
 LENGTH = 7
 
-# The order in which a type's class is looked for; the bare model first.
-_MAPPINGS = [
-    "MODEL",
-    "MODEL_FOR_PRETRAINING",
-    "MODEL_FOR_CAUSAL_LM",
-    "MODEL_FOR_MASKED_LM",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",
-]
-_MAPPINGS += [
-    name.removesuffix("_MAPPING_NAMES")
-    for name in sorted(vars(modeling_auto))
-    if name.endswith("_MAPPING_NAMES") and name.removesuffix("_MAPPING_NAMES") not in _MAPPINGS
-]
+_MAPPINGS = ["MODEL", "MODEL_FOR_PRETRAINING", "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM"]
+_MAPPINGS += ["MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM"]
+_MAPPINGS = [f"{name}_MAPPING_NAMES" for name in _MAPPINGS]
+_MAPPINGS += sorted(name for name in vars(modeling_auto) if name.endswith("_MAPPING_NAMES") and name not in _MAPPINGS)
+"""The order in which a type's class is looked for; the bare model first."""
 
 
 class UnsupportedError(Exception):
@@ -53,28 +47,20 @@ def model_types() -> list[str]:
 
 
 def model_classes(model_type: str, config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
-    """Classes that build this type, the preferred one first."""
-    import transformers
-
+    """Return classes that build this type, the preferred one first."""
     names: list[str] = []
     for mapping in _MAPPINGS:
-        value = getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").get(model_type)
-        if value is not None:
-            names += [value] if isinstance(value, str) else list(value)
-    found = [getattr(transformers, name, None) for name in dict.fromkeys(names)]
+        value = getattr(modeling_auto, mapping).get(model_type, [])
+        names += [value] if isinstance(value, str) else list(value)
+    found = [getattr(transformers, name, None) for name in names]
     classes = [cls for cls in found if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
-    classes += [cls for cls in _classes_of_config(config) if cls not in classes]
-    return classes
+    return list(dict.fromkeys([*classes, *_classes_of_config(config)]))
 
 
 def _classes_of_config(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
-    """Model classes next to the config's own file that name it as their config_class."""
-    import importlib
-
-    package = type(config).__module__.rpartition(".")[0]
-    name = type(config).__module__.rpartition(".")[2].replace("configuration_", "modeling_")
+    """Return the model classes in the file beside the config's that name it as their config_class."""
     try:
-        module = importlib.import_module(f"{package}.{name}")
+        module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     except ImportError:
         return []
     return [
@@ -109,32 +95,39 @@ _NOT_WIDTH = re.compile(
     r"num_channels|in_channels$|in_chans|out_channels$|audio_channels|position|dropout|groups|lookahead|expan|ratio|"
     r"codebook_size|num_codevec|rel_|embeddings$|num_positional|hidden_act|channel_multiplier|group_size|freq|window"
 )
-_EXPERTS = {"n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "n_group": 1,
-            "topk_group": 1, "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "num_zero_experts": 2,
-            "n_shared_experts": 1, "zero_expert_num": 2, "top_k_experts": 2, "num_selected_experts": 2,
-            "moe_num_shared_experts": 1}  # fmt: skip
-_CAPS = {"max_position_embeddings": 128, "n_positions": 128, "max_source_positions": 64, "max_target_positions": 64,
-         "n_ctx": 128, "block_size": 64, "codebook_size": 64, "num_queries": 12, "num_query_tokens": 4,
-         "entity_vocab_size": 60, "max_text_len": 16, "two_stage_num_proposals": 12, "num_denoising": 4,
-         "train_num_points": 16, "max_2d_position_embeddings": 64, "num_latents": 6, "d_latents": 32,
-         "num_codevectors_per_group": 8,
-         "index_topk": 4, "max_seq_len": 128, "context_length": 32, "image_seq_length": 16, "num_labels": 3,
-         "shape_vocab_size": 40, "pronunciation_vocab_size": 40}  # fmt: skip
+_CAPS_TEXT = """
+0 num_kv_shared_layers
+1 n_group topk_group n_shared_experts moe_num_shared_experts first_k_dense_replace
+2 num_experts_per_tok moe_topk moe_k top_k_experts num_selected_experts num_zero_experts zero_expert_num
+3 num_labels
+4 n_routed_experts num_experts num_local_experts moe_num_experts index_topk num_query_tokens num_denoising
+4 image_embedding_size
+6 num_latents
+8 num_codevectors_per_group
+12 num_queries two_stage_num_proposals
+16 max_text_len train_num_points image_seq_length
+32 d_latents context_length
+40 shape_vocab_size pronunciation_vocab_size
+60 entity_vocab_size
+64 max_source_positions max_target_positions block_size codebook_size max_2d_position_embeddings
+128 max_position_embeddings n_positions n_ctx max_seq_len
+"""
 
 
+def _table(text: str) -> dict[str, int]:
+    """Read lines of a number and the fields that it is for."""
+    return {name: int(number) for number, *names in map(str.split, text.strip().splitlines()) for name in names}
+
+
+_CAPS = _table(_CAPS_TEXT)
+"""The largest values of fields that are neither widths nor counts of layers or heads."""
 _STAGES = ("depths", "hidden_sizes", "embed_dims", "stage_dims")
 
 
-def _sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield value
-
-
 def _whole(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The config and all configs in it, inner ones first."""
-    inner = [c for sub in _sub_configs(config) for c in _whole(sub)]
-    return [*inner, config]
+    """Return the config and all configs in it, inner ones first."""
+    inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return [*(part for sub in inner for part in _whole(sub)), config]
 
 
 def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
@@ -143,23 +136,22 @@ def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
 
 
 def shrink(config: PreTrainedConfig, width: int | None, factor: int | None, layers: int = 2) -> None:
-    """Make `config` small in place: widths all equal to `width`, or all divided by `factor`."""
+    """Make `config` small in place, widths all equal to `width`, or all divided by `factor`."""
     for part in _whole(config):
         _shrink_part(part, width, factor, layers)
         _fit_rope(part)
+
+
+def _is_width(name: str) -> bool:
+    return bool(_WIDTH.search(name) or _ALSO_WIDTH.match(name)) and not _NOT_WIDTH.search(name)
 
 
 def _width(name: str, value: int, width: int | None, factor: int | None) -> int:
     if value < 24:
         return value
     if width is not None:
-        if name in ("head_dim", "d_kv", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "attention_head_dim"):
-            return width // 4
-        if name == "qk_head_dim":
-            return width // 2
-        if "head_dim" in name:
-            return width // 4
-        return width
+        of_head = "head_dim" in name or name == "d_kv"
+        return width // 2 if name == "qk_head_dim" else width // 4 if of_head else width
     if factor is not None:
         return max(1, value // factor) if value % factor == 0 else max(2, round(value / factor))
     return value
@@ -199,8 +191,6 @@ def _shrink_part(config: PreTrainedConfig, width: int | None, factor: int | None
 
 
 def _shrink_int(name: str, value: int, width: int | None, factor: int | None, layers: int, old: dict[str, Any]) -> int:
-    if name in _EXPERTS:
-        return min(value, _EXPERTS[name])
     if name in _CAPS:
         return min(value, _CAPS[name])
     if re.fullmatch(r"(\w+_)?vocab_size\w*|vocabulary_size|n_tokens", name):
@@ -208,34 +198,16 @@ def _shrink_int(name: str, value: int, width: int | None, factor: int | None, la
     if _LAYERS.match(name) and not _KEEP_LAYERS.search(name):
         stages = [old[k] for k in _STAGES if isinstance(old.get(k), (list, tuple))]
         return value if any(len(stage) == value for stage in stages) else min(value, layers)
-    if name == "first_k_dense_replace":
-        return min(value, 1)
     if _HEADS.match(name):
-        if width is None:
-            return value
-        if name == "num_key_value_heads" and value == old.get("num_attention_heads"):
-            return min(value, 4)
-        return min(value, 2 if "key_value" in name or "kv" in name else 4)
+        whole = name == "num_key_value_heads" and value == old.get("num_attention_heads")
+        grouped = ("key_value" in name or "kv" in name) and not whole
+        return value if width is None else min(value, 2 if grouped else 4)
     if name == "image_size":
-        return _image_size(value, old)
-    if name == "image_embedding_size":
-        return 4
-    if name == "num_kv_shared_layers":
-        return 0
-    if name == "upsample_groups":
-        return _width(name, value, width, factor)
+        patch = old.get("patch_size")
+        return min(value, 4 * patch if isinstance(patch, int) and patch > 4 else 64)
     if name == "window_size" and "depths" in old:
         return 2  # windows must tile every stage of the smaller image
-    if (_WIDTH.search(name) or _ALSO_WIDTH.match(name)) and not _NOT_WIDTH.search(name):
-        return _width(name, value, width, factor)
-    return value
-
-
-def _image_size(value: int, old: dict[str, Any]) -> int:
-    patch = old.get("patch_size")
-    if isinstance(patch, int) and patch > 4:
-        return min(value, 4 * patch)
-    return min(value, 64)
+    return _width(name, value, width, factor) if _is_width(name) or name == "upsample_groups" else value
 
 
 def _shrink_list(name: str, value: Any, width: int | None, factor: int | None, layers: int, depth: int | None) -> Any:
@@ -249,7 +221,7 @@ def _shrink_list(name: str, value: Any, width: int | None, factor: int | None, l
             value = value[:layers]
         if _HEADS.match(name):
             return kind(min(v, 2) for v in value) if width is not None else kind(value)
-        if (_WIDTH.search(name) or _ALSO_WIDTH.match(name)) and not _NOT_WIDTH.search(name):
+        if _is_width(name):
             return kind(_width(name, v, width, factor) for v in value)
         if re.search(r"index|layer|out_features|out_indices", name) and depth is not None and max(value) >= layers:
             return kind(dict.fromkeys(min(v, layers - 1) for v in value))
@@ -281,7 +253,7 @@ def _fit_rope(config: PreTrainedConfig) -> None:
 
 @functools.cache
 def _source(config_class: type) -> str:
-    """Text of the model file that stands next to the config's."""
+    """Return the text of the model file beside the config's."""
     path = Path(inspect.getfile(config_class))
     model_file = path.with_name(path.name.replace("configuration_", "modeling_"))
     return model_file.read_text() if model_file.exists() else ""
@@ -290,7 +262,6 @@ def _source(config_class: type) -> str:
 # --- what names do not tell ------------------------------------------------------------------------------------------
 
 _SERIES = {"prediction_length": 4, "context_length": 12}
-_RESNET = {"use_timm_backbone": False, "use_pretrained_backbone": False}
 _HIERA = {
     "vision_config.backbone_config.window_size_per_stage": [2, 2, 2, 1],
     "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
@@ -299,14 +270,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "time_series_transformer": _SERIES,
     "informer": _SERIES,
     "autoformer": _SERIES,
-    "bamba": {"attn_layer_indices": [1]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
     "align": {"vision_config.width_coefficient": 0.25, "vision_config.depth_coefficient": 0.3},
     "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
-    "blt": {"encoder_hash_byte_group_vocab": 50},
     "seggpt": {"image_size": [64, 32], "patch_size": 8, "pretrain_image_size": 32},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "reformer": {"axial_pos_shape": [1, LENGTH], "lsh_attn_chunk_length": LENGTH, "local_attn_chunk_length": LENGTH},
@@ -321,29 +289,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "sam2_hiera_det_model": {"window_size_per_stage": [2, 2, 2, 1]},
     "blip-2": {"image_token_index": VOCAB - 1},
     "instructblip": {"image_token_index": VOCAB - 1},
-    "instructblipvideo": {"video_token_index": VOCAB - 1},
     "dbrx": {
         "attn_config.rope_theta": 10000.0,
         "ffn_config.ffn_hidden_size": 32,
         "attn_config.kv_n_heads": 2,
         "attn_config.clip_qkv": 8.0,
     },
-    "depth_pro": {
-        "patch_size": 32,
-        "image_model_config.image_size": 32,
-        "fov_model_config.image_size": 32,
-        "patch_model_config.image_size": 32,
-        "image_model_config.patch_size": 8,
-        "fov_model_config.patch_size": 8,
-        "patch_model_config.patch_size": 8,
-    },
     "videomae": {"num_frames": 4},
     "vivit": {"num_frames": 4, "image_size": 32},
 }
 """Fields to set after shrinking, by type; dotted names reach into sub-configs."""
-
-COMPOSED: dict[str, Callable[[], PreTrainedConfig]] = {}
-"""Types whose config needs others to be built from."""
 
 
 def _tiny(model_type: str, **fields: Any) -> PreTrainedConfig:
@@ -364,40 +319,31 @@ def _assign(config: Any, name: str, value: Any) -> None:
         setattr(config, last, value)
 
 
-def _encoder_decoder(model_type: str, encoder: str, decoder: str = "bert") -> Callable[[], PreTrainedConfig]:
-    def make() -> PreTrainedConfig:
-        inner = _tiny(decoder, is_decoder=True, add_cross_attention=True)
-        config = type(CONFIG_MAPPING[encoder]()) and CONFIG_MAPPING[model_type].from_encoder_decoder_configs(
-            _tiny(encoder), inner
-        )
+_ENCODERS = {"encoder-decoder": "bert", "vision-encoder-decoder": "vit", "speech-encoder-decoder": "wav2vec2"}
+
+
+def _composed(model_type: str) -> PreTrainedConfig | None:
+    """Return the config of a type that is built from others, None for other types."""
+    cls: Any = CONFIG_MAPPING[model_type]
+    if model_type in _ENCODERS:
+        decoder = _tiny("bert", is_decoder=True, add_cross_attention=True)
+        config = cls.from_encoder_decoder_configs(_tiny(_ENCODERS[model_type]), decoder)
         config.pad_token_id, config.decoder_start_token_id = 0, 1
         return config
-
-    return make
-
-
-COMPOSED["encoder-decoder"] = _encoder_decoder("encoder-decoder", "bert")
-COMPOSED["vision-encoder-decoder"] = _encoder_decoder("vision-encoder-decoder", "vit")
-COMPOSED["speech-encoder-decoder"] = _encoder_decoder("speech-encoder-decoder", "wav2vec2")
-COMPOSED["vision-text-dual-encoder"] = lambda: CONFIG_MAPPING["vision-text-dual-encoder"].from_vision_text_configs(
-    _tiny("vit"), _tiny("bert"), projection_dim=32
-)
-COMPOSED["musicgen"] = lambda: CONFIG_MAPPING["musicgen"](
-    text_encoder=_tiny("t5").to_dict(),
-    audio_encoder=_tiny("encodec").to_dict(),
-    decoder=_tiny("musicgen_decoder").to_dict(),
-)
-COMPOSED["musicgen_melody"] = lambda: CONFIG_MAPPING["musicgen_melody"](
-    text_encoder=_tiny("t5").to_dict(), audio_encoder=_tiny("encodec").to_dict(),
-    decoder=_tiny("musicgen_melody_decoder").to_dict(),
-)  # fmt: skip
-COMPOSED["rag"] = lambda: CONFIG_MAPPING["rag"].from_question_encoder_generator_configs(_tiny("dpr"), _tiny("bart"))
+    if model_type == "vision-text-dual-encoder":
+        return cls.from_vision_text_configs(_tiny("vit"), _tiny("bert"), projection_dim=32)
+    if model_type in ("musicgen", "musicgen_melody"):
+        parts = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": f"{model_type}_decoder"}
+        return cls(**{part: _tiny(inner).to_dict() for part, inner in parts.items()})
+    if model_type == "rag":
+        return cls.from_question_encoder_generator_configs(_tiny("dpr"), _tiny("bart"))
+    return None
 
 
 def configs(model_type: str) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """Ways to a tiny config, each with the name of the way."""
-    if model_type in COMPOSED:
-        yield "composed", COMPOSED[model_type]()
+    """Yield ways to a tiny config, each with the name of the way."""
+    if (config := _composed(model_type)) is not None:
+        yield "composed", config
         return
     ways: dict[str, tuple[int | None, int | None, bool]] = {
         "width 32": (32, None, False),
@@ -423,10 +369,16 @@ def configs(model_type: str) -> Iterator[tuple[str, PreTrainedConfig]]:
         yield way, config
 
 
-_FILL = {"vocab_size": VOCAB, "num_experts_per_tok": 2, "n_routed_experts": 4, "num_experts": 4, "top_k_experts": 2,
-         "n_shared_experts": 1, "topk_group": 1, "n_group": 1, "moe_intermediate_size": 32, "sliding_window": 8,
-         "initializer_range": 0.02, "dropout_rate": 0.0, "dropout": 0.0, "shared_expert_intermediate_size": 32,
-         "moe_layer_freq": 1, "pad_token_id": 0, "prediction_length": 4}  # fmt: skip
+_FILL_TEXT = """
+0 pad_token_id dropout dropout_rate
+1 n_shared_experts topk_group n_group moe_layer_freq
+2 num_experts_per_tok top_k_experts
+4 n_routed_experts num_experts prediction_length
+8 sliding_window
+32 moe_intermediate_size shared_expert_intermediate_size
+160 vocab_size
+"""
+_FILL: dict[str, float] = {"initializer_range": 0.02, **_table(_FILL_TEXT)}
 
 
 def _get(config: PreTrainedConfig, name: str) -> Any:
@@ -461,7 +413,7 @@ def _fill(config: PreTrainedConfig) -> None:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Weights large enough to matter, gains in 0.5 .. 1.5 (less 1 where 1 + w is applied), biases in +-0.5."""
+    """Draw weights large enough to matter, gains in 0.5 .. 1.5 (less 1 where 1 + w is applied), biases in +-0.5."""
     from hf_adanorm.detection import iter_norms
 
     generator = torch.Generator().manual_seed(seed)
@@ -491,7 +443,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def build(cls: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model in eval mode, eager attention, float32, with random state drawn from `seed`."""
+    """Return a model in evaluation mode, with eager attention, in float32; `seed` decides its weights."""
     torch.manual_seed(seed)
     model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
     model = model.float().eval()

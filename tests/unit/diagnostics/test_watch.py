@@ -269,7 +269,8 @@ def test_gradient_checkpointing_does_not_count_twice(use_reentrant):
     for field in FIELDS:
         rounding = 1e-6 if field == "grad_input_mean" else 1e-12  # the former is zero except for rounding
         torch.testing.assert_close(logs[0].values(field), logs[1].values(field), rtol=1e-4, atol=rounding)
-    assert all(torch.equal(logs[0].histograms[name], logs[1].histograms[name]) for name in logs[0].names)
+    for name in logs[0].names:  # rounding moves a value at an edge to the next bin
+        torch.testing.assert_close(logs[0].histograms[name], logs[1].histograms[name], rtol=0, atol=1)
 
 
 def test_gradient_norms_are_those_of_the_layers_before_and_after():

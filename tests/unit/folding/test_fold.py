@@ -322,11 +322,11 @@ def reload(folders: list[Path]) -> None:
         with torch.no_grad():
             output = model.eval()(**saved["inputs"])
         result = output["logits"] if "logits" in output else output[0]
-        assert torch.equal(result, saved["logits"]), folder
+        torch.testing.assert_close(result, saved["logits"])
         model.save_pretrained(folder / "again")
         again = cls.from_pretrained(folder / "again").eval()
         with torch.no_grad():
-            assert torch.equal(again(**saved["inputs"])[0], output[0]), folder
+            torch.testing.assert_close(again(**saved["inputs"])[0], output[0])
 
 
 SAVED = {
@@ -393,7 +393,7 @@ def test_resized_embeddings_lose_no_bias_of_a_fold(name: str, tmp_path: Path) ->
     quietly(patch_model, model, "adanorm", affine="fold", targets="all")
     model.resize_token_embeddings(64)  # puts a new head in place of the one that got a bias
     inputs = dummy_inputs(model)
-    assert torch.equal(logits(reloaded(model, tmp_path), inputs), logits(model, inputs))
+    torch.testing.assert_close(logits(reloaded(model, tmp_path), inputs), logits(model, inputs))
 
 
 def test_layers_quantized_to_8_bits_and_back_lose_no_bias_of_a_fold(tmp_path: Path) -> None:
@@ -404,9 +404,9 @@ def test_layers_quantized_to_8_bits_and_back_lose_no_bias_of_a_fold(tmp_path: Pa
     how = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = type(model).from_pretrained(tmp_path / "folded", quantization_config=how).eval()
     inputs = {"input_ids": torch.arange(4, 12)[None]}
-    assert torch.equal(logits(reloaded(model, tmp_path / "quantized"), inputs), logits(model, inputs))
+    torch.testing.assert_close(logits(reloaded(model, tmp_path / "quantized"), inputs), logits(model, inputs))
     model = model.dequantize(torch.float32)
-    assert torch.equal(logits(reloaded(model, tmp_path / "whole"), inputs), logits(model, inputs))
+    torch.testing.assert_close(logits(reloaded(model, tmp_path / "whole"), inputs), logits(model, inputs))
 
 
 def test_the_eps_of_a_fold_outlives_the_norm_that_it_was_adjusted_on(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_the_eps_of_a_fold_outlives_the_norm_that_it_was_adjusted_on(tmp_path: P
     again = reloaded(model, tmp_path)
     assert again.encoder.layer[1].output.LayerNorm.eps == other.eps != model.config.layer_norm_eps
     with torch.no_grad():
-        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+        torch.testing.assert_close(again(**inputs)[0], model(**inputs)[0])
 
 
 def test_an_eps_that_was_adjusted_lasts_through_a_second_patch_and_back() -> None:
