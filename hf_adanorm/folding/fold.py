@@ -5,7 +5,7 @@
 so a LayerNorm whose every reader is a linear layer of its own can become LayerNorm-simple (and AdaNorm with k = 0,
 C = 1), and the model's output does not change. Three steps, each of one forward pass:
 
-1. Watch who reads what (`consumers.py`), and decide what can be folded into what (`plan.py`).
+1. Watch who reads what (`watch.py`), and decide what can be folded into what (`plan.py`).
 2. Only for `"calibrate"`: fit gains and biases to the source's activations (`fit.py`).
 3. Write them into the weights (`write.py`) and run the model again. A difference above the tolerance undoes it all.
 
@@ -27,8 +27,10 @@ before them that is not, are folded exactly. Where a bias would not arrive (a ma
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -43,12 +45,11 @@ from hf_adanorm.saving import configs_of, mark_folded, resolved_spec, write_spec
 from hf_adanorm.spec import NormGroup
 from hf_adanorm.swapping import Change, Options, all_or_nothing, apply_plan, make_plan, refuse_wrapped
 
-from .consumers import watch_consumers
 from .fit import fit
 from .heads import settle_heads, untie_heads
 from .options import Fold
 from .plan import TOLERANCES, FoldedNorm, FoldPlan, is_plain
-from .uses import Watched, is_side_output, named_outputs, sample
+from .watch import Watched, is_side_output, sample, watch
 from .write import write
 
 _HEADER = ("norm", "action", "consumers, or why not")
@@ -195,47 +196,48 @@ def fold_norms(
     calibrate = options.unfoldable == "calibrate"
     groups = {n: become.group(n, model.get_submodule(n), infos[n]) for n in names} if calibrate else {}
     heads = untie_heads(model) if options.tied == "untie" else {}
-    watched = watch_consumers(model, infos, options.inputs, keep_outputs=groups)
-    plan = FoldPlan(
-        model,
-        infos,
-        watched,
-        names,
-        approximate=calibrate or options.unfoldable == "approximate",
-        calibrate=calibrate,
-        moving=[n for n, group in groups.items() if _moves(model.get_submodule(n), group, become.cls)],
-    )
-    untied = settle_heads(model, heads, {reader for step in plan.steps.values() for reader in step.readers})
-    kept = [norm for norm in plan.norms if norm.action == "kept"]
-    if kept and options.unfoldable == "raise":
-        listed = "; ".join(f"{norm.name}: {norm.reason}" for norm in kept[:5])
-        more = f" (and {len(kept) - 5} more)" if len(kept) > 5 else ""
-        raise ValueError(
-            f"{len(kept)} of {len(plan.norms)} norms cannot be folded: {listed}{more}. "
-            f'Nothing was changed; unfoldable="keep" leaves them as they are'
+    with tempfile.TemporaryDirectory(prefix="hf_adanorm-") as folder:
+        watched = watch(model, infos, options.inputs, Path(folder) if calibrate else None)
+        plan = FoldPlan(
+            model,
+            infos,
+            watched,
+            names,
+            approximate=calibrate or options.unfoldable == "approximate",
+            calibrate=calibrate,
+            moving=[n for n, group in groups.items() if _moves(model.get_submodule(n), group, become.cls)],
         )
-    if not plan.steps:
-        _note_kept(model, plan.norms)
-        return FoldReport(tuple(plan.norms))
-    if not any(bool(t.isfinite().any()) for t in watched.outputs.values() if t.is_floating_point()):
-        raise ValueError(
-            "the model's outputs on these inputs hold no finite number, so a fold cannot be checked: pass a real "
-            "batch as inputs, and look for NaN in the weights"
-        )
+        untied = settle_heads(model, heads, {reader for step in plan.steps.values() for reader in step.readers})
+        kept = [norm for norm in plan.norms if norm.action == "kept"]
+        if kept and options.unfoldable == "raise":
+            listed = "; ".join(f"{norm.name}: {norm.reason}" for norm in kept[:5])
+            more = f" (and {len(kept) - 5} more)" if len(kept) > 5 else ""
+            raise ValueError(
+                f"{len(kept)} of {len(plan.norms)} norms cannot be folded: {listed}{more}. "
+                f'Nothing was changed; unfoldable="keep" leaves them as they are'
+            )
+        if not plan.steps:
+            _note_kept(model, plan.norms)
+            return FoldReport(tuple(plan.norms))
+        if not any(bool(t.isfinite().any()) for t in watched.outputs.values() if t.is_floating_point()):
+            raise ValueError(
+                "the model's outputs on these inputs hold no finite number, so a fold cannot be checked: pass a real "
+                "batch as inputs, and look for NaN in the weights"
+            )
 
-    def replacement(name: str) -> Callable[[Tensor], Tensor]:
-        """Return what takes the place of a norm, with its eps as adjusted by the time it is called."""
-        return lambda x: make_norm(plan.modules[name], vars(groups[name]), {groups[name].norm: become.cls})(x)
+        def replacement(name: str) -> Callable[[Tensor], Tensor]:
+            """Return what takes the place of a norm, with its eps as adjusted by the time it is called."""
+            return lambda x: make_norm(plan.modules[name], vars(groups[name]), {groups[name].norm: become.cls})(x)
 
-    replacements = {name: replacement(name) for name in plan.steps} if calibrate else {}
-    if plan.fitted:
-        fit(plan, replacements)
-    watched.norm_outputs.clear()
+        replacements = {name: replacement(name) for name in plan.steps} if calibrate else {}
+        if plan.fitted:
+            fit(plan, replacements)
     changed = plan.changed()
     added_biases = write(plan, change)
     difference, side = _check(plan, options, replacements)
-    _note_kept(model, plan.result())
-    return FoldReport(tuple(plan.result()), difference, side, tuple(added_biases), tuple(changed), untied)
+    norms = tuple(plan.result())
+    _note_kept(model, norms)
+    return FoldReport(norms, difference, side, tuple(added_biases), tuple(changed), untied)
 
 
 def _note_kept(model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
@@ -282,7 +284,7 @@ def _check(
 
     watched = plan.watched
     with evaluating(plan.model), hooked(replaced()):
-        after = {path: sample(t) for path, t in named_outputs(plan.model(**watched.inputs.values))}
+        after = sample(plan.model(**watched.inputs.values))
     has_task = any(not is_side_output(path) for path in watched.outputs)
     difference, side = 0.0, {}
     for path, old in watched.outputs.items():

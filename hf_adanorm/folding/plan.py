@@ -14,9 +14,8 @@ from hf_adanorm.detection import NormInfo
 from hf_adanorm.modeling_adanorm import is_swapped
 from hf_adanorm.norms import computes_n, settings_of
 
-from .linear import is_linear_map, num_inputs
 from .shadows import FOREIGN
-from .uses import AddUse, LinearUse, OtherUse, OutputUse, Watched
+from .watch import AddUse, LinearUse, OtherUse, OutputUse, Watched, is_linear_map, num_inputs
 
 # The types of weights that can be folded into, and how far the outputs may move by rounding.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

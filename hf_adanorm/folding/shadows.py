@@ -189,7 +189,10 @@ class Shadows:
         return []
 
     def _concatenate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[Source]:
-        parts = args[0]
+        parts = [part for part in args[0] if part.numel()] or args[0]  # an empty cache comes before keys and values
+        if len(parts) == 1 and parts[0].shape == out.shape:
+            self.add(out, self.of(parts[0]))
+            return []
         for source in {s for part in parts for s in self.of(part)}:
             found = [
                 self.of(part).get(source)

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_adanorm.folding.linear import channel_dim, is_linear_map, num_inputs
+from hf_adanorm.folding.watch import channel_dim, is_linear_map, num_inputs
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_adanorm.folding.uses import is_side_output, named_outputs
+from hf_adanorm.folding.watch import is_side_output, named_outputs
 
 
 def test_outputs_have_paths() -> None:
