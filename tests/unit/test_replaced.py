@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM
 
-from hf_adanorm import Fold, patch_model, unpatch_model
+from hf_adanorm import Fold, is_patched, patch_model, unpatch_model
 from hf_adanorm.replaced import source_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -75,13 +76,30 @@ def test_an_untied_head_is_saved_after_its_embeddings_were_resized(tmp_path: Pat
     torch.testing.assert_close(again(IDS).logits[..., :32], before)
 
 
-def test_a_t5_in_float16_runs_as_its_stock_norms_cast_to_the_dtype_of_their_weight(tmp_path: Path) -> None:
-    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "stock")
-    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "stock", dtype=torch.float16)
-    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32  # as transformers keeps it
+@pytest.mark.parametrize("family", ["T5", "MT5", "UMT5", "Udop", "Pop2Piano"])
+def test_a_t5_in_float16_gets_the_dtypes_that_its_stock_norms_return(family: str, tmp_path: Path) -> None:
+    config_class = getattr(transformers, f"{family}Config")
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    tokens = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
+    cls = getattr(transformers, f"{family}ForConditionalGeneration")
+    cls(config_class(**sizes, **tokens)).save_pretrained(tmp_path / "stock")
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
+    if family == "Udop":
+        inputs |= {"bbox": torch.zeros(1, 8, 4), "pixel_values": None, "visual_bbox": None}
+
+    def dtypes(model: Any) -> list[torch.dtype]:
+        """Return the dtypes of the logits and of every norm's output."""
+        found: list[torch.dtype] = []
+        for name, module in model.named_modules():
+            if name.endswith("layer_norm"):
+                module.register_forward_hook(lambda module, args, output: found.append(output.dtype))
+        return [model(**inputs).logits.dtype, *found]
+
+    model = cls.from_pretrained(tmp_path / "stock", dtype=torch.float16)
+    assert {p.dtype for n, p in model.named_parameters() if n.endswith("wo.weight")} == {torch.float32}
+    expected = dtypes(model)
     patch_model(model)
-    assert model(input_ids=IDS, labels=IDS).logits.dtype == torch.float16
+    assert is_patched(model)
+    assert dtypes(model) == expected
     model.save_pretrained(tmp_path / "patched")
-    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "patched", dtype=torch.float16)
-    assert again(input_ids=IDS, labels=IDS).logits.dtype == torch.float16
+    assert dtypes(cls.from_pretrained(tmp_path / "patched", dtype=torch.float16)) == expected
