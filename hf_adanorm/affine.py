@@ -1,7 +1,7 @@
-"""What becomes of trained gains and biases in a patch: dropped with a warning, or folded.
+"""Drop the trained gains and biases of a patch with a warning, or fold them.
 
-`swapping.py` makes the plan of a patch and carries it out. The functions here run in between. A fold takes those norms
-out of the plan that stay as they are, and lets the others start as plain N(x).
+These functions run between making the plan of a patch and applying it (`swapping.py`). A fold removes the norms that
+it keeps from the plan, and lets the others start as plain N(x).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from ._tables import counted
 from .folding import Fold, FoldReport, fold_norms, is_plain
@@ -21,12 +21,17 @@ from .swapping import Change, Options, Plan, is_as
 
 
 def fold(plan: Plan, change: Change, options: Fold) -> FoldReport:
-    """Fold the gains and biases of the norms in the plan, and take those out of it that cannot be folded."""
+    """Fold the gains and biases of the norms in the plan, and remove those that cannot be folded from it."""
     _refuse_other_functions(plan)
     if plan.options.eps is not None:  # equal to the source's own, which a fold may change on the module
-        plan.swaps = [(*swap[:3], _without_given_eps(swap[1], swap[3])) for swap in plan.swaps]
+        plan.swaps = [
+            (name, module, info, replace(group, eps=None))
+            if not is_swapped(module) and source_settings(module).get("eps") == group.eps
+            else (name, module, info, group)
+            for name, module, info, group in plan.swaps
+        ]
     calibrate = options.unfoldable == "calibrate"
-    # Norms that were swapped before have no gain and bias any more; a fit makes up for what else they become.
+    # A norm that was swapped earlier has no gain and bias. A fit makes up for another function that it becomes.
     names = [
         name
         for name, module, _, group in plan.swaps
@@ -44,7 +49,7 @@ def fold(plan: Plan, change: Change, options: Fold) -> FoldReport:
     if kept:
         change.warn(
             f"{len(kept)} of {len(report.norms)} norms cannot be folded and stay as they are ({kept[0].name}: "
-            f"{kept[0].reason}, ...): fold_affine(model) lists each; Fold(unfoldable=...) says what else can be done"
+            f"{kept[0].reason}, ...). fold_affine(model) lists all of them; Fold(unfoldable=...) offers other ways"
         )
     _warn_of_losses(report, change, options)
     return report
@@ -105,14 +110,14 @@ def _refuse_other_functions(plan: Plan) -> None:
 
 
 def _start(module: nn.Module, group: NormGroup, options: Options) -> NormGroup:
-    """Return the group with the settings at which the norm is N(x), unless it was something else already."""
+    """Return the group with the settings at which the norm is N(x), unless the module computes something else now."""
     if is_swapped(module) and not is_plain(type(module.inner), module.settings()):
         return group
     return replace(group, settings={**group.settings, **options.cls.plain_settings})  # type: ignore[attr-defined]
 
 
 def _warn_of_start(plan: Plan, change: Change) -> None:
-    """Warn where the settings of the call are not those that a fold starts with."""
+    """Warn if a fold starts with other settings than those of the call."""
     given = {key: value for key, value in plan.options.settings.items() if not isinstance(value, Mapping)}
     plain = plan.options.cls.plain_settings  # type: ignore[attr-defined]
     if other := {key: value for key, value in given.items() if plain.get(key, value) != value}:
@@ -125,33 +130,21 @@ def _warn_of_start(plan: Plan, change: Change) -> None:
         )
 
 
-def _without_given_eps(module: nn.Module, group: NormGroup) -> NormGroup:
-    readable = not is_swapped(module) and source_settings(module).get("eps") == group.eps
-    return replace(group, eps=None) if readable else group
-
-
 def warn_of_dropped(plan: Plan, change: Change) -> None:
     """Warn once about the trained gains and biases that the plan drops."""
+    if hasattr(plan.options.cls, "from_norm"):
+        return
     trained = 0
     for _, module, info, _ in plan.swaps:
-        if hasattr(plan.options.cls, "from_norm"):
-            continue
         if is_swapped(module):
-            held = learned_affine(module).items()
-            trained += any(not t.is_meta and _differs(t, float(key == "gain")) for key, t in held)
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            neutral = 0.0 if name == info.bias_name else 1.0 - info.gain_offset
-            if not parameter.is_meta and parameter.numel() and _differs(parameter, neutral):
-                trained += 1
-                break
+            held = [(t, float(key == "gain")) for key, t in learned_affine(module).items()]
+        else:
+            own = module.named_parameters(recurse=False)
+            held = [(t, 0.0 if key == info.bias_name else 1.0 - info.gain_offset) for key, t in own]
+        trained += any(not t.is_meta and bool((t.detach() != neutral).any()) for t, neutral in held)
     if trained:
         change.warn(
             f"the trained gains and biases of {counted(trained, 'norm')} are dropped: the model's outputs change "
             'until it is trained again. affine="fold" keeps what it learned; for a post-norm model (BERT, BART) use '
             'affine=Fold(unfoldable="calibrate", inputs=batch) and k=calibrate_k(model, batches).k'
         )
-
-
-def _differs(parameter: Tensor, value: float) -> bool:
-    return bool((parameter.detach() != value).any())

@@ -1,4 +1,4 @@
-"""Choose k for a pretrained model: what its norms' inputs look like on a few batches, and the k that this allows."""
+"""Propose k for each norm of a pretrained model, from what reaches the norms on a few batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .running import SLOW_BAR, evaluating, hooked, real_rows
 
 @dataclass(frozen=True, kw_only=True)
 class NormRange:
-    """What reached one norm: y = N(x) over all rows of the batches."""
+    """The range of y = N(x) at one norm, over all rows of the batches."""
 
     name: str
     largest: float
@@ -31,35 +31,27 @@ class NormRange:
     share_negative: float
     """Share of entries with y > 1 / k, where phi < 0."""
     k: float
-    """Proposed: the largest k, up to the one asked for, with margin / max |y|."""
+    """The proposed k: the one asked for, or margin / max |y| if that is smaller."""
 
 
 @dataclass(frozen=True)
 class KReport:
-    """The answer of `calibrate_k`. Prints as a table."""
+    """The result of `calibrate_k`; prints as a table."""
 
     norms: tuple[NormRange, ...]
     asked: float
 
     @property
     def k(self) -> dict[str, float]:
-        """Proposed k by norm, as `patch_model(model, "adanorm", k=...)` takes it."""
+        """The proposed k of each norm, as `patch_model(model, "adanorm", k=...)` takes it."""
         return {norm.name: norm.k for norm in self.norms}
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         head = ("norm", "min y", "max y", f"y > {0.5 / self.asked:g}", f"y > {1 / self.asked:g}", "proposed k")
-        rows: list[tuple[str, ...]] = [
-            (
-                norm.name,
-                f"{norm.smallest:.1f}",
-                f"{norm.largest:.1f}",
-                f"{norm.share_falling:.3%}",
-                f"{norm.share_negative:.3%}",
-                f"{norm.k:.4f}",
-            )
-            for norm in self.norms
-        ]
-        return head, rows
+        values = [(n.smallest, n.largest, n.share_falling, n.share_negative, n.k) for n in self.norms]
+        formats = (".1f", ".1f", ".3%", ".3%", ".4f")
+        rows = [tuple(map(format, row, formats)) for row in values]
+        return head, [(norm.name, *row) for norm, row in zip(self.norms, rows, strict=True)]
 
     def __str__(self) -> str:
         return text_table(*self._table())
@@ -74,19 +66,19 @@ def calibrate_k(
 ) -> KReport:
     """Measure y = N(x) at every norm on a few batches, and propose a k for each: min(k, margin / max `|y|`).
 
-    Pretrained models have channels far out, where y comes near sqrt(H - 1); phi(y) = C (1 - k y) turns those beyond
-    1 / k over. With margin 0.25 phi stays within 0.75 C .. 1.25 C on everything seen; 0.5 is the most with which z
-    still grows with y everywhere. Padding, as the batch's attention mask tells, does not count.
+    Pretrained models have outlier channels, whose y comes near sqrt(H - 1). Beyond y = 1 / k, phi(y) = C (1 - k y) is
+    negative and flips their sign. With margin 0.25, phi stays within 0.75 C .. 1.25 C on these batches. 0.5 is the
+    largest margin with which z = phi(y) y grows with y everywhere. Padding does not count.
 
     Args:
-        model: before or after a patch; run in evaluation mode.
+        model: before or after a patch; runs in evaluation mode.
         batches: keyword arguments of the forward pass, on the model's device.
-        k: the largest to propose, and the one that the shares are given for.
+        k: the largest to propose, and the one that the reported shares belong to.
         margin: > 0.
 
     Raises:
-        TypeError: batches is not a list of mappings, k or margin no number, model no module.
-        ValueError: no batches, no norm that ran, a number out of range, or a norm that met NaN or infinity.
+        TypeError: batches is not a list of mappings, k or margin is not a number, or model is not a module.
+        ValueError: no batches, no norm that ran, a number out of range, or NaN or infinity at a norm.
     """
     check_module(model)
     check_number("k", k, inclusive=False)
@@ -102,18 +94,15 @@ def calibrate_k(
     def watch(name: str, info: Any, x: Tensor) -> None:
         x = (x.movedim(1, -1) if info.channels_first else x).detach().float()
         shape = info.normalized_shape
-        y = (
-            F.layer_norm(x, shape, None, None, info.eps)
-            if info.kind == "layernorm"
-            else F.rms_norm(x, shape, None, info.eps)
-        )
+        norm = F.layer_norm if info.kind == "layernorm" else F.rms_norm
+        y = norm(x, shape, eps=info.eps)
         real = real_rows(model, name, current, y.shape[: -len(shape)])
         y = y if real is None else y[real]
         if not y.numel():
             return
         seen = found.setdefault(name, [-math.inf, math.inf, 0.0, 0.0, 0.0])
         high, low = float(y.max()), float(y.min())
-        if math.isnan(high):  # max() would pass over it
+        if math.isnan(high):  # Python's max() below would skip it
             high = math.inf
         seen[0], seen[1] = max(seen[0], high), min(seen[1], low)
         seen[2] += float((y > 0.5 / k).sum())
@@ -124,15 +113,13 @@ def calibrate_k(
         module.register_forward_pre_hook(lambda _, args, name=name, info=info: watch(name, info, args[0]))
         for name, module, info in norms
     )
-    count = 0
     with hooked(hooks), evaluating(model):
         for batch in tqdm(batches, desc="calibrating", unit="batch", **SLOW_BAR):
             if not isinstance(batch, Mapping):
                 raise TypeError(f"a batch must be {{argument name: tensor, ...}}, got {type(batch).__name__}")
             current = batch
             model(**batch)
-            count += 1
-    if not count:
+    if not current:
         raise ValueError("batches is empty: calibrate_k needs at least one batch of real data")
     if not found:
         raise ValueError(f"no norm of {type(model).__name__} ran on these batches")

@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block with `model` in evaluation mode, without gradients and from seed 0. Put all state back afterwards.
+    """Run the block with `model` in evaluation mode, without gradients and from seed 0. Restore all state afterwards.
 
-    Modules return to their mode through `train(flag)`, one by one: some merge or unmerge weights there. What they and
-    the passes changed all the same (attributes, hooks, buffers, weights) is then put back from `State`.
+    Modules return to their mode through `train(flag)`, one by one: some merge or unmerge weights there. `State` then
+    restores whatever else changed (attributes, hooks, buffers, weights).
     """
     state, modes = State(model), [(module, module.training) for module in model.modules()]
     try:
@@ -44,7 +44,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hooked(handles: Iterable[Any]) -> Iterator[None]:
-    """Register hooks by going through `handles`, run the block, and remove them."""
+    """Run the block with the hooks that iterating over `handles` registers."""
     with contextlib.ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
 
     values: dict[str, Any]
     unseen_masks: list[str]
-    """Padding masks that the model takes and that these inputs lack."""
+    """Padding masks that the model takes but that these inputs lack."""
 
 
 def first_accepted(
@@ -68,7 +68,7 @@ def first_accepted(
         model: its forward decides which inputs are tried.
         given: keyword arguments of the user; None for inputs made from the model's config.
         run: runs the model.
-        hidden_states: ask for hidden states, too, if the model returns them on request.
+        hidden_states: also ask for hidden states, if the model returns them on request.
 
     Raises:
         ValueError: the model accepts none of them. The message quotes the model's own error.
@@ -84,7 +84,7 @@ def first_accepted(
 
     for rows, kind in ((2, ""), (1, ""), (2, "video"), (2, "text")) if given is None else ((0, ""),):
         try:
-            inputs = _build(model, rows, kind) if given is None else dict(given)
+            inputs: dict[str, Any] = dict(_build(model, rows, kind) if given is None else given)
             made.clear()
             for candidate in _with_masks(model, inputs, hidden_states, made):
                 if given is None:
@@ -128,23 +128,15 @@ def dummy_inputs(model: nn.Module) -> dict[str, Any]:
 
 def _setting(config: Any, *names: str, default: Any = None) -> Any:
     """Return the first of `names` that the config, or one of its parts (text, vision, audio, encoder), has."""
-    parts = [config]
-    nested = [f"{part}_config" for part in ("text", "vision", "audio", "backbone", "encoder")]
-    for part in (*nested, "encoder", "decoder"):
-        value = getattr(config, part, None)
-        if value is not None and not isinstance(value, (str, int, float, dict)):
-            parts.append(value)
-    for candidate in parts:
-        for name in names:
-            value = getattr(candidate, name, None)
-            if value is not None:
-                return value
-    return default
+    parts = [f"{part}_config" for part in ("text", "vision", "audio", "backbone", "encoder")]
+    configs = [config, *(getattr(config, part, None) for part in (*parts, "encoder", "decoder"))]
+    values = (getattr(each, name, None) for each in configs for name in names)
+    return next((value for value in values if value is not None), default)
 
 
 def _token_ids(config: Any, rows: int, generator: torch.Generator) -> Tensor:
-    """Return int64 (rows, length), at most as long as the model has positions. The end token, which some heads look
-    for, is the last of each row and stands nowhere else."""
+    """Return int64 (rows, length) within the model's positions. Each row has one end token, at its end: some heads
+    look for it."""
     positions = int(_setting(config, "max_position_embeddings", "n_positions", default=-1))
     length = _LENGTH if positions < 1 else max(min(_LENGTH, positions - 2), 1)  # XLNet: -1, some types keep two back
     vocabulary = int(_setting(config, "vocab_size", default=100))
@@ -175,7 +167,7 @@ def _sound(name: str, config: Any, rows: int, generator: torch.Generator) -> Ten
 
 
 def _build(model: nn.Module, rows: int, kind: str = "") -> dict[str, Any]:
-    """Return unpadded inputs: whatever the model takes, images as a `kind` of "video", or with "text" no images."""
+    """Return unpadded inputs of every modality. `kind`: "video" makes images into videos, "text" leaves them out."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     main = getattr(model, "main_input_name", "input_ids")
@@ -211,10 +203,10 @@ def _build(model: nn.Module, rows: int, kind: str = "") -> dict[str, Any]:
 
 
 def quick_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield keyword arguments that may let `model(**inputs)` reach its layers with little work, cheapest first.
+    """Yield keyword arguments with which `model(**inputs)` may reach its layers, cheapest first.
 
-    One row of a few tokens, without masks. A decoder comes first by itself, on a made-up output of the encoder.
-    Yields nothing for a model without a config. Whether the model accepts them is for the caller to find out.
+    They hold one row of a few tokens, without masks. A decoder comes first by itself, on a made-up output of the
+    encoder. A model without a config gets none. The model may refuse any of them.
     """
     if getattr(model, "config", None) is None:
         return
@@ -224,8 +216,8 @@ def quick_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
         except Exception:  # a config that lacks what it takes
             continue
         if "decoder_input_ids" in inputs and not kind:
-            width = int(_setting(model.config, "d_model", "hidden_size", default=1))
-            encoded = torch.ones(1, 4, width, device=(p := next(model.parameters())).device, dtype=p.dtype)
+            width, like = int(_setting(model.config, "d_model", "hidden_size", default=1)), next(model.parameters())
+            encoded = torch.ones(1, 4, width, device=like.device, dtype=like.dtype)
             yield {"decoder_input_ids": inputs["decoder_input_ids"], "encoder_outputs": (encoded,)}
         yield inputs
         if "input_ids" in inputs and len(inputs) > 1:
@@ -233,7 +225,7 @@ def quick_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _end_before_padding(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Move the end token of the first row, which some heads look for, to the last position that is not padding."""
+    """Move the end token of the first row to the last position that is not padding: some heads look for it."""
     pad = getattr(model.config, "pad_token_id", None)
     for key, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
         if key not in inputs or mask not in inputs:
@@ -265,9 +257,9 @@ PADDING_MASKS = {
 def _with_masks(
     model: nn.Module, inputs: Mapping[str, Any], hidden_states: bool, made: Mapping[tuple[int, ...], None]
 ) -> Iterator[Inputs]:
-    """Yield `inputs` with every padding mask that the model takes and that they lack or that masks nothing there; then
-    with masks of other shapes and types, with fewer, and with none. The likeliest come first. `made` holds shapes that
-    the model arrived at before it failed on a mask of another shape."""
+    """Yield `inputs` with every padding mask that the model takes, unless they have one that masks something; then
+    with masks of other shapes and types, with fewer, and with none. The likeliest come first. `made` holds shapes of
+    hidden states that the model reached before it failed on a mask."""
     parameters = inspect.signature(model.forward).parameters
     options = {name: masks for name in PADDING_MASKS if name in parameters and (masks := _masks(name, inputs))}
     asked = {}
@@ -302,7 +294,7 @@ def _masks(name: str, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _paddings(shape: Sequence[int], device: torch.device) -> Iterator[Tensor]:
-    """Yield masks that pad part of the first row at its end, and of the last of several at its beginning (or not)."""
+    """Yield masks that pad the first row at its end, with and without padding at the start of the last row."""
     part = max(shape[-1] // (3 if shape[-1] < 64 else 8), 1)
     for at_start in (part, 0) if shape[0] > 1 else (0,):
         mask = torch.ones(tuple(shape), dtype=torch.int64, device=device)
@@ -312,7 +304,7 @@ def _paddings(shape: Sequence[int], device: torch.device) -> Iterator[Tensor]:
 
 
 def _returns_hidden_states(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether the model can be asked for hidden states."""
+    """Return whether the model can be asked for hidden states."""
     if not hasattr(model, "config"):
         return False
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -321,9 +313,9 @@ def _returns_hidden_states(model: nn.Module, parameters: Mapping[str, inspect.Pa
 
 
 def real_rows(model: nn.Module, name: str, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
-    """Return bool of `shape` (batch, length): which positions at the norm `name` are not padding. None if unknown.
+    """Return which positions at the norm `name` are not padding: bool of `shape` (batch, length), or None if unknown.
 
-    In an encoder-decoder the decoder has a mask of its own, and without one no padding.
+    The decoder of an encoder-decoder has its own mask; without one, it has no padding.
     """
     two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     in_decoder = two_sided and "decoder" in name.split(".")

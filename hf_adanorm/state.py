@@ -1,9 +1,9 @@
-"""The state of a model, noted before something is done with it and put back afterwards.
+"""The state of a model, recorded before something is done with it and restored afterwards.
 
-`State` notes everything that the model's modules refer to: attributes, parameters, buffers, submodules and hooks, and
-the lists, dicts, sets and plain objects (configs, hooks with attributes) that these hold. Nothing large is copied.
-Tensors are copied one by one, right before something writes into them: callers say so with `keep`, and within
-`recording` a dispatch mode notices it.
+`State` records everything that the model's modules refer to: attributes, parameters, buffers, submodules and hooks,
+and the lists, dicts, sets and plain objects (configs, hooks with attributes) that these hold. Nothing large is copied.
+A tensor is copied right before something writes into it: callers announce that with `keep`, and a dispatch mode
+notices it within `recording`.
 """
 
 from __future__ import annotations
@@ -29,18 +29,14 @@ _OPAQUE = (type, types.ModuleType, types.FunctionType, types.MethodType, logging
 
 
 class State:
-    """What `modules` and all that is in them look like now. `restore` puts it back."""
+    """The state of `modules` and of all that is in them at this moment; `restore` brings it back."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, bool]] = []
         self._kept: list[tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]] = []
-        self._note(modules)
-
-    def _note(self, roots: Sequence[Any]) -> None:
-        """Copy, one level deep, every container that can be reached from `roots`, and list the tensors."""
         seen: dict[int, Any] = {}  # the values are kept, so that no id is used twice
-        waiting: list[tuple[Any, int]] = [(root, 0) for root in roots]
+        waiting: list[tuple[Any, int]] = [(module, 0) for module in modules]
         while waiting:
             value, depth = waiting.pop()
             if isinstance(value, _PLAIN) or id(value) in seen or depth > _MAX_DEPTH:
@@ -51,18 +47,19 @@ class State:
                     self._tensors.append((value, value.data, value.requires_grad))
                 continue
             if isinstance(value, (dict, list, set, deque)):
-                self._containers.append((value, value.copy() if type(value) in (dict, list, set) else _copy(value)))
+                kind = next(kind for kind in (dict, list, set, deque) if isinstance(value, kind))
+                self._containers.append((value, kind(value)))
             depth = 0 if isinstance(value, nn.Module) else depth + 1
             waiting += [(inner, depth) for inner in _inside(value)]
 
     def keep(
         self, tensor: Tensor, new: Tensor | None = None, inverse: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """Remember the values of `tensor`, which is about to be overwritten. Repeated calls do no harm.
+        """Remember the values of `tensor`, which is about to be overwritten. The first call counts.
 
         Args:
             tensor: any tensor, also a view of a larger one.
-            new: the values that it is to get.
+            new: the values that it will get.
             inverse: computes the old values from the new ones, within rounding. Where it does, nothing is copied.
         """
         if new is not None and inverse is not None and _recovers(tensor, inverse(new)):
@@ -72,7 +69,7 @@ class State:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back. A KeyboardInterrupt in the middle of it is raised at the end."""
+        """Restore everything. A KeyboardInterrupt in between is raised at the end."""
         interrupt: KeyboardInterrupt | None = None
         while True:
             try:
@@ -102,7 +99,7 @@ class State:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep the values of the model's tensors that an operation in this block is about to write into."""
+        """Keep the values of every tensor of the model that an operation in this block writes into."""
         owned: dict[int, list[Tensor]] = {}
         for tensor, *_ in self._tensors:
             owned.setdefault(storage_of(tensor), []).append(tensor)
@@ -147,7 +144,7 @@ def storage_of(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def random_states(model: nn.Module) -> Iterator[None]:
-    """Run the block with the generators of torch at seed 0. Put back those of torch, numpy and Python afterwards."""
+    """Run the block with torch's generators at seed 0. Restore those of torch, numpy and Python afterwards."""
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
@@ -163,7 +160,7 @@ def random_states(model: nn.Module) -> Iterator[None]:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """Yield what an object holds. What functions refer to belongs to whoever wrote them."""
+    """Yield what an object holds; nothing for functions, classes and modules of Python."""
     if isinstance(value, (dict, list, tuple, set, deque)):
         if len(value) <= _MAX_LENGTH or isinstance(value, dict):  # a dict may be the table of a module's submodules
             yield from value.values() if isinstance(value, dict) else value
@@ -171,17 +168,11 @@ def _inside(value: Any) -> Iterator[Any]:
         yield value.__dict__
 
 
-def _copy(container: Any) -> Any:
-    return (dict if isinstance(container, dict) else list)(container)
-
-
 def _put_back(container: Any, old: Any) -> None:
-    """Give a container the entries that it had, in their order."""
+    """Give a container its earlier entries, in their order."""
     if isinstance(container, dict):
-        now = container.items()
-        if len(container) == len(old) and all(
-            a is b and x is y for (a, x), (b, y) in zip(now, old.items(), strict=True)
-        ):
+        pairs = zip(container.items(), old.items(), strict=False)
+        if len(container) == len(old) and all(a is b and x is y for (a, x), (b, y) in pairs):
             return
         kind = OrderedDict if isinstance(container, OrderedDict) else dict  # subclasses may refuse to be changed
         kind.clear(container)
@@ -194,7 +185,7 @@ def _put_back(container: Any, old: Any) -> None:
 
 
 def _recovers(old: Tensor, back: Tensor) -> bool:
-    """Whether `back` is `old` but for a few last places."""
+    """Return whether `back` equals `old` to within a few units in the last place."""
     old = old.detach()
     gap = (back - old).abs_().sub_(old.abs(), alpha=8 * torch.finfo(old.dtype).eps)
     return bool((gap <= 0).all())

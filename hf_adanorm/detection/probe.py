@@ -1,9 +1,9 @@
-"""Find the formula a module computes by running a copy of it; the module itself is never run or changed.
+"""Find the formula that a module computes by running a copy of it. The module itself is never run or changed.
 
 The copy gets random float32 parameters. It runs on the CPU, or on the module's own device if its code needs that. The
-module may be on the meta device. Global random state, autocast and default devices play no part. A least-squares fit
-of the copy's output to the normalized input gives gain and bias per channel. These are matched with the parameters by
-value. The eps is measured on inputs of ever smaller variance.
+module may be on the meta device. Global random state, autocast and default devices have no effect. A least-squares
+fit of the copy's output to the normalized input gives gain and bias per channel, which are matched with the parameters
+by value. The eps is measured on inputs of ever smaller variance.
 """
 
 from __future__ import annotations
@@ -30,19 +30,17 @@ class NormInfo:
     """What a norm module computes."""
 
     kind: Literal["layernorm", "rmsnorm", "other"]
-    """`"layernorm"` subtracts the mean, `"rmsnorm"` does not, `"other"` is left alone for `reason`."""
+    """`"layernorm"` subtracts the mean, `"rmsnorm"` does not, `"other"` is skipped for `reason`."""
     normalized_shape: tuple[int, ...] = ()
     """Sizes of the normalized axes, e.g. `(768,)`; empty for `"other"`."""
     eps: float = 0.0
     """The eps in effect (inside the root), which need not be an attribute of the module."""
     channels_first: bool = False
     """Axis 1 is normalized (N, C, ...) instead of the trailing axes."""
-    has_gain: bool = False
-    has_bias: bool = False
     gain_offset: float = 0.0
     """1.0 where the gain applied is 1 + weight."""
     gain_name: str | None = None
-    """Name of the parameter or buffer that is the gain, usually `"weight"`."""
+    """Name of the parameter or buffer that is the gain, usually `"weight"`; None without a gain."""
     bias_name: str | None = None
     parametrized: bool = False
     """Under `torch.nn.utils.parametrize`: replacing it would drop the parametrization."""
@@ -52,8 +50,13 @@ class NormInfo:
     """Why a module of kind `"other"` is not one of the two formulas."""
 
 
+def other(reason: str) -> NormInfo:
+    """Describe a module that is not one of the two formulas."""
+    return NormInfo(kind="other", reason=reason)
+
+
 def own_forward(module: nn.Module) -> Any:
-    """A forward set on the instance, unless by accelerate's hooks, which keep the original."""
+    """Return a forward set on the instance, but not one of accelerate's hooks, which keep the original; or None."""
     if "_hf_hook" in module.__dict__:
         original = module.__dict__.get("_old_forward")
         same = getattr(original, "__func__", None) is type(module).forward
@@ -62,7 +65,7 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def extra_inputs(module: nn.Module) -> list[str]:
-    """Names of the inputs of forward after the first."""
+    """Return the names of the inputs of forward after the first."""
     try:
         parameters = list(inspect.signature(type(module).forward).parameters.values())
     except (TypeError, ValueError):
@@ -72,6 +75,7 @@ def extra_inputs(module: nn.Module) -> list[str]:
 
 
 def reason_for_other(module: nn.Module) -> str:
+    """Describe what a module that is named like a norm computes instead."""
     name = type(module).__name__.lower()
     if isinstance(module, nn.GroupNorm) or "groupnorm" in name:
         return "a group norm: statistics over groups of channels and all positions"
@@ -86,16 +90,13 @@ def reason_for_other(module: nn.Module) -> str:
     return "it does not compute LayerNorm or RMSNorm"
 
 
-# --- the probe ----------------------------------------------------------------------------------------------
-
-
 def probe(module: nn.Module) -> NormInfo:
-    """Run a copy with random parameters and name the formula it computes."""
+    """Run a copy with random parameters and return the formula that it computes."""
     if extra := extra_inputs(module):
-        return NormInfo(kind="other", reason=f"its forward takes further inputs ({', '.join(extra)})")
+        return other(f"its forward takes further inputs ({', '.join(extra)})")
     own = own_forward(module)
     if own is not None and getattr(own, "__self__", None) is not module:
-        return NormInfo(kind="other", reason="its forward was replaced on this instance")
+        return other("its forward was replaced on this instance")
     devices = {t.device for t in (*module.parameters(), *module.buffers())} - {torch.device("cpu")}
     own_device = next((d for d in devices if d.type != "meta"), None)
     info, error = _probe_on(module, torch.device("cpu"))
@@ -104,12 +105,12 @@ def probe(module: nn.Module) -> NormInfo:
     if info is not None:
         return info
     if error is not None:
-        return NormInfo(kind="other", reason=f"unrecognized: its forward on random input raised {error}")
-    return NormInfo(kind="other", reason=reason_for_other(module))
+        return other(f"unrecognized: its forward on random input raised {error}")
+    return other(reason_for_other(module))
 
 
 def _probe_on(module: nn.Module, device: torch.device) -> tuple[NormInfo | None, str | None]:
-    """The formula, or None and the first error if no input worked."""
+    """Return the formula and None, or None and the first error if no input worked."""
     generator = torch.Generator().manual_seed(0)
     cuda = [device] if device.type == "cuda" else []
     error: str | None = None
@@ -133,7 +134,7 @@ def _probe_on(module: nn.Module, device: torch.device) -> tuple[NormInfo | None,
                 continue
             ran = True
             if not isinstance(y, Tensor):
-                return NormInfo(kind="other", reason=f"it returns a {type(y).__name__}, not one tensor"), None
+                return other(f"it returns a {type(y).__name__}, not one tensor"), None
             if y.shape != x.shape:
                 continue
             info = _match(clone, x, y, first, last, tensors)
@@ -143,7 +144,7 @@ def _probe_on(module: nn.Module, device: torch.device) -> tuple[NormInfo | None,
 
 
 def _random_copy(module: nn.Module, device: torch.device, generator: torch.Generator) -> tuple[Any, dict[str, Tensor]]:
-    """A copy free of hooks and its random float32 parameters (in 0.5 .. 1.5); the source may be on meta."""
+    """Return a copy without hooks, and its random float32 parameters (in 0.5 .. 1.5). The source may be on meta."""
     cls: Any = source_class(module)
     clone = cls.__new__(cls)
     nn.Module.__init__(clone)
@@ -157,23 +158,19 @@ def _random_copy(module: nn.Module, device: torch.device, generator: torch.Gener
             clone.__dict__[key] = value
     tensors: dict[str, Tensor] = {}
     shapes = tensor_shapes(module)
-    sizes = {tuple(s) for key, s in shapes.items() if key not in module._buffers}
-    for key in (*module._parameters, *(k for k in shapes if k not in module._parameters)):
-        if key not in shapes:
-            clone._parameters[key] = None
-            continue
+    sizes = {shape for key, shape in shapes.items() if key not in module._buffers}
+    clone._parameters.update(dict.fromkeys(module._parameters))
+    clone._buffers.update(dict.fromkeys(module._buffers))
+    for key, shape in shapes.items():
         buffer = module._buffers.get(key)
-        if buffer is not None and (shapes[key] not in (sizes or {shapes[key]}) or not buffer.is_floating_point()):
+        if buffer is not None and (shape not in (sizes or {shape}) or not buffer.is_floating_point()):
             value = torch.ones_like(buffer, device=device) if buffer.is_meta else buffer.detach().to(device).clone()
         else:
-            value = tensors[key] = (torch.rand(shapes[key], generator=generator, device="cpu") + 0.5).to(device)
+            value = tensors[key] = (torch.rand(shape, generator=generator, device="cpu") + 0.5).to(device)
         if buffer is not None:
             clone._buffers[key] = value
         else:
             clone._parameters[key] = nn.Parameter(value, requires_grad=False)
-    for key, buffer in module._buffers.items():
-        if buffer is None:
-            clone._buffers[key] = None
     for key, child in module._modules.items():
         if key != "parametrizations":
             clone._modules[key] = None if child is None else _random_copy(child, device, generator)[0]
@@ -185,7 +182,7 @@ def _random_copy(module: nn.Module, device: torch.device, generator: torch.Gener
 
 
 def _widths(module: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes a norm of this module may normalize, most telling first."""
+    """Return the shapes that this module may normalize, the likeliest first."""
     found: list[tuple[int, ...]] = []
     declared: Any = getattr(module, "normalized_shape", None)
     if isinstance(declared, int):
@@ -199,7 +196,7 @@ def _widths(module: nn.Module) -> list[tuple[int, ...]]:
 
 
 def _layouts(module: nn.Module) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """Input shapes to try, each with the range of axes [first, last) that carries the gain."""
+    """Yield the input shapes to try, each with the range of axes [first, last) that carries the gain."""
     for size in _widths(module):
         a, b, c = [n for n in (5, 4, 3, 6, 7, 8) if n not in size][:3]
         k = len(size)
@@ -209,12 +206,12 @@ def _layouts(module: nn.Module) -> Iterator[tuple[tuple[int, ...], int, int]]:
         if k == 1:
             yield (a, *size, b), 1, 2
             yield (a, *size, b, c), 1, 2
-    if not _widths(module):  # any width will do, to say at least what it computes
+    if not _widths(module):  # any width shows what it computes
         yield (5, 4, 7), 2, 3
 
 
 def _random_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Rows whose mean and scale differ; so large that no sensible eps shows."""
+    """Return rows of different mean and scale, so large that no sensible eps has an effect."""
     x = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     offset = torch.randn((*shape[:1], *(1 for _ in shape[1:])), generator=generator, device="cpu")
     scale = 100 * (1 + torch.rand((*shape[:2], *(1 for _ in shape[2:])), generator=generator, device="cpu"))
@@ -222,7 +219,7 @@ def _random_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _normalized(x: Tensor, axes: tuple[int, ...], centered: bool) -> tuple[Tensor, Tensor]:
-    """x over its root mean square along `axes`, in float64, and the mean square."""
+    """Return x over its root mean square along `axes`, in float64, and the mean square."""
     x = x.double()
     if centered:
         x = x - x.mean(axes, keepdim=True)
@@ -248,10 +245,7 @@ def _match(clone: Any, x: Tensor, y: Tensor, first: int, last: int, tensors: dic
             size = tuple(x.shape[first:last])
             formula = "LayerNorm" if centered else "RMSNorm"
             if count < last - first:
-                return NormInfo(
-                    kind="other",
-                    reason=f"a multi-head {formula}: over the last axis of {size}, with a gain for all",
-                )
+                return other(f"a multi-head {formula}: over the last axis of {size}, with a gain for all")
             return _describe(clone, x, a, b, axes, centered, not trailing, tensors)
     return None
 
@@ -266,7 +260,7 @@ def _describe(
     channels_first: bool,
     tensors: dict[str, Tensor],
 ) -> NormInfo:
-    """Match the fitted gain and bias with the parameters, find eps, and build the answer."""
+    """Match the fitted gain and bias with the parameters, measure eps, and describe the norm."""
     size = tuple(x.shape[i] for i in axes)
     formula = "LayerNorm" if centered else "RMSNorm"
     gain_name = bias_name = None
@@ -289,21 +283,19 @@ def _describe(
         factor = fitted[0] * math.sqrt(n / (n - 1))
         unbiased = any(bool(((factor - v).abs() < 3e-4).all()) for v in (*own.values(), torch.ones(size)))
         why = "divides by the unbiased standard deviation" if unbiased else "scales by something else than its gain"
-        return NormInfo(kind="other", reason=f"close to {formula}, but it {why}")
+        return other(f"close to {formula}, but it {why}")
     if bias_name is None and not close(fitted[1], 0.0):
-        return NormInfo(kind="other", reason=f"close to {formula}, but it adds something else than its bias")
+        return other(f"close to {formula}, but it adds something else than its bias")
     if not _widths(clone):
-        return NormInfo(kind="other", reason=f"{formula} over the last axis, but it does not know the axis' size")
+        return other(f"{formula} over the last axis, but it does not know the axis' size")
     eps = _find_eps(clone, x, a, b, axes, centered)
     if eps is None:
-        return NormInfo(kind="other", reason=f"close to {formula}, but its eps is not added to the variance")
+        return other(f"close to {formula}, but its eps is not added to the variance")
     return NormInfo(
         kind="layernorm" if centered else "rmsnorm",
         normalized_shape=size,
         eps=eps,
         channels_first=channels_first,
-        has_gain=gain_name is not None,
-        has_bias=bias_name is not None,
         gain_offset=offset,
         gain_name=gain_name,
         bias_name=bias_name,
@@ -311,12 +303,12 @@ def _describe(
 
 
 def _find_eps(clone: Any, x: Tensor, a: Tensor, b: Tensor, axes: tuple[int, ...], centered: bool) -> float | None:
-    """The eps of y = a * d / sqrt(v + eps) + b, from inputs of mean square v near eps; None if not so.
+    """Return the eps of y = a * d / sqrt(v + eps) + b from inputs of mean square v near eps; None for other formulas.
 
-    With r the shrinkage of y against the eps-free norm, r^2 = v / (v + eps), so eps = v * (1 / r^2 - 1).
+    If r is the shrinkage of y compared with the norm without eps, r^2 = v / (v + eps), so eps = v * (1 / r^2 - 1).
     """
     unit = _normalized(x, axes, centered=True)[0]
-    shift = 0.0 if centered else 0.3  # for an RMSNorm any mean will do
+    shift = 0.0 if centered else 0.3  # an RMSNorm works at any mean
 
     def measure(mean_square: float) -> float:
         small = ((unit + shift) * math.sqrt(mean_square / (1 + shift * shift))).to(x)
@@ -342,13 +334,13 @@ def _find_eps(clone: Any, x: Tensor, a: Tensor, b: Tensor, axes: tuple[int, ...]
 
 
 def source_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without the subclass that `parametrize` puts in front of it."""
+    """Return the module's class without the subclass that `parametrize` adds."""
     cls = type(module)
     return cls.__mro__[1] if parametrize.is_parametrized(module) else cls
 
 
 def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the module's own parameters and buffers; `ds_shape` is where ZeRO-3 keeps the real one."""
+    """Return the shapes of the module's own parameters and buffers. ZeRO-3 keeps the real one in `ds_shape`."""
     tensors: dict[str, Tensor] = {k: v for k, v in module._parameters.items() if v is not None}
     tensors |= {k: v for k, v in module._buffers.items() if v is not None}
     shapes = {k: tuple(getattr(v, "ds_shape", v.shape)) for k, v in tensors.items()}
@@ -360,4 +352,5 @@ def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def is_sizes(value: Any) -> bool:
+    """Return whether `value` is a tuple or list of integers."""
     return isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value)

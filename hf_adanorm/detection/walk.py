@@ -1,15 +1,15 @@
 """Recognize norm modules of any architecture by what they compute.
 
-Names say little: `T5LayerNorm` is an RMSNorm, `NoNorm` does not normalize, `ConvNextLayerNorm` works on either layout.
-A module could be a norm if it is small and has parameters shaped like a gain and a bias, or a class named like a norm.
-Such a module is copied with random parameters. The copy runs on random input, and its output is compared with
+Names do not suffice: `T5LayerNorm` is an RMSNorm, `NoNorm` does not normalize, `ConvNextLayerNorm` works on either
+layout. A candidate is a small module with parameters shaped like a gain and a bias, or with a class named like a norm.
+Each candidate is copied with random parameters. The copy runs on random input, and its output is compared with
 
     y = a * (x - mean) / sqrt(var + eps) + b        LayerNorm
     y = a * x / sqrt(mean(x^2) + eps) + b           RMSNorm
 
-over the trailing axes or over axis 1 (see `probe.py`). `nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep
-their forward are read off without running anything, and big modules are never run. What is named like a norm and is
-not one of the two formulas is described by `kind="other"` and a reason.
+over the trailing axes or over axis 1 (see `probe.py`). `nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep their
+forward need no run, and large modules are never run. A module that is named like a norm and computes neither formula
+gets `kind="other"` and a reason.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .probe import (
     NormInfo,
     extra_inputs,
     is_sizes,
+    other,
     own_forward,
     probe,
     reason_for_other,
@@ -40,16 +41,16 @@ from .probe import (
 
 
 def recognize(module: nn.Module, name: str = "") -> NormInfo | None:
-    """Say what norm `module` computes; None if nothing about it is norm-like.
+    """Return what norm `module` computes, or None if nothing about it is norm-like.
 
-    `name` is its name in the model, if known. A class without parameters and without a telling name only counts if the
-    attribute that holds it is named like a norm.
+    `name` is its name in the model, if known. A module without parameters counts if its class, or the attribute that
+    holds it, is named like a norm.
     """
     return _recognize(module, name, {})
 
 
 def check_module(model: object, name: str = "model") -> None:
-    """Raise TypeError unless `model` is a module; `name` is what the caller knows it by."""
+    """Raise TypeError unless `model` is a module. `name` is the caller's name for it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
 
@@ -57,8 +58,8 @@ def check_module(model: object, name: str = "model") -> None:
 def iter_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, NormInfo]]:
     """Yield `(name, module, info)` for everything norm-like in `model`, in the order of `named_modules`.
 
-    Norms that hf_adanorm swapped in are included. Norms inside a conditioned norm carry its name in
-    `info.inside`. A module shared by several parents comes once, under its first name.
+    Swapped norms are included. Norms inside a conditioned norm carry its name in `info.inside`. A module with several
+    parents comes once, under its first name.
     """
     cache: dict[Any, NormInfo | None] = {}
     conditioned = ""  # name of the conditioned norm being walked through
@@ -81,7 +82,7 @@ _NORM_LIKE = re.compile(r"(?i:norm(?!al(?!i[sz]))|cmvn|standardi[sz])|(?:^|[a-z0
 _NORM_ENDING = re.compile(
     r"norm(alization)?_?(\dd|1p|gated|zero|single|continuous|final|layer|act|_)*$", re.IGNORECASE
 )
-"""A class name that claims to be a norm, not merely to contain one."""
+"""A class name that says that the module is a norm, not that it contains one."""
 _OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
@@ -91,7 +92,7 @@ def _recognize(module: nn.Module, name: str, cache: dict[Any, NormInfo | None]) 
     cls = source_class(module)
     info: NormInfo | None
     if isinstance(module, _OTHER_NORMS):
-        return NormInfo(kind="other", reason=reason_for_other(module))
+        return other(reason_for_other(module))
     if cls.__module__.startswith("torch.") and not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return None  # torch's own modules have no further norms
     if (info := _of_torch_norm(module)) is not None:
@@ -113,7 +114,7 @@ def _recognize(module: nn.Module, name: str, cache: dict[Any, NormInfo | None]) 
     info = probe(module)
     claims = bool(_NORM_ENDING.search(cls.__name__)) or hasattr(module, "normalized_shape")
     if info.kind == "other" and not claims and not info.reason.startswith(("close to", "LayerNorm", "RMSNorm")):
-        cache[key] = None  # not a norm, and nothing said it was
+        cache[key] = None
         return None
     cache[key] = info = replace(info, parametrized=parametrized)
     return info
@@ -129,7 +130,7 @@ def _of_swapped(module: Any) -> NormInfo:
 
 
 def _of_torch_norm(module: nn.Module) -> NormInfo | None:
-    """`nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep forward: read off, nothing is run.
+    """Describe an `nn.LayerNorm`, an `nn.RMSNorm` or a subclass that keeps forward, without running it; else None.
 
     Sizes come from `normalized_shape`: under ZeRO-3 or FSDP the parameters' own shapes are empty or flat.
     """
@@ -139,12 +140,14 @@ def _of_torch_norm(module: nn.Module) -> NormInfo | None:
     if not (is_layernorm or is_rmsnorm) or own_forward(module) is not None:
         return None
     parametrized = parametrize.is_parametrized(module)
-    if not parametrized and any(
-        isinstance(module.__dict__.get(key), Tensor) or _has_hook_reparametrization(module, key)
-        for key in ("weight", "bias")
+    computed = {
+        f"{key}_{ending}" for key in ("weight", "bias") for ending in ("v", "orig")
+    } & module._parameters.keys()
+    if not parametrized and (
+        computed or any(isinstance(module.__dict__.get(key), Tensor) for key in ("weight", "bias"))
     ):
         reason = "its weight is computed from other parameters (weight_norm, spectral_norm or the like)"
-        return NormInfo(kind="other", reason=reason)
+        return other(reason)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     eps: float | None = module.eps  # type: ignore[assignment]
     if eps is None:  # nn.RMSNorm's default
@@ -153,36 +156,30 @@ def _of_torch_norm(module: nn.Module) -> NormInfo | None:
         kind="layernorm" if is_layernorm else "rmsnorm",
         normalized_shape=tuple(module.normalized_shape),  # type: ignore[arg-type]
         eps=float(eps),
-        has_gain=weight is not None,
-        has_bias=bias is not None,
         gain_name=None if weight is None else "weight",
         bias_name=None if bias is None else "bias",
         parametrized=parametrized,
     )
 
 
-def _has_hook_reparametrization(module: nn.Module, key: str) -> bool:
-    return f"{key}_v" in module._parameters or f"{key}_orig" in module._parameters
-
-
 def _of_container(module: nn.Module, children: list[nn.Module], cache: dict[Any, NormInfo | None]) -> NormInfo | None:
-    """Modules with children that hold parameters are never run.
+    """Describe a module with children that hold parameters; it is never run.
 
-    If they hold a norm, that one is listed instead of them, unless they are conditioned norms, listed
-    with what they take."""
+    A norm inside is listed instead of it, except that a conditioned norm is listed, too.
+    """
     if _is_conditioned(module, cache):
         extra = ", ".join(extra_inputs(module))
-        return NormInfo(kind="other", reason=f"a conditioned norm: gain and bias are computed from {extra}")
+        return other(f"a conditioned norm: gain and bias are computed from {extra}")
     if not _NORM_ENDING.search(type(module).__name__) or sum(1 for _ in module.modules()) > 12:
         return None
     for child in module.modules():
         if child is not module and _recognize(child, "", cache) is not None:
             return None
-    return NormInfo(kind="other", reason=reason_for_other(module))
+    return other(reason_for_other(module))
 
 
 def _is_conditioned(module: nn.Module, cache: dict[Any, NormInfo | None]) -> bool:
-    """A class named like a norm that holds a norm and a linear layer and takes further inputs."""
+    """Return whether the class is named like a norm, holds a norm and a linear layer, and takes further inputs."""
     if not _NORM_LIKE.search(type(module).__name__) or not module._modules or not extra_inputs(module):
         return False
     children = [child for child in module._modules.values() if child is not None]
@@ -201,7 +198,8 @@ def _has_affine_shape(module: nn.Module) -> bool:
 def _cache_key(module: nn.Module) -> Any:
     """Return a key of everything that can make two modules of a class compute different things.
 
-    Ids hold as long as the model is being walked, which is as long as the cache lives."""
+    Ids stay valid while the model is walked, which is as long as the cache lives.
+    """
     simple = (int, float, str, bool, type(None), torch.dtype)
     attributes = tuple(
         (key, value if isinstance(value, simple) else tuple(value) if is_sizes(value) else id(value))

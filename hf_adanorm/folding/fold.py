@@ -172,7 +172,7 @@ def _is_weightless(model: nn.Module) -> bool:
     norms = [(module, info) for _, module, info in iter_norms(model) if info.normalized_shape in ((width,), ())]
     return bool(norms) and all(
         info.kind == "rmsnorm"
-        and not (info.has_bias or info.gain_offset)
+        and not (info.bias_name or info.gain_offset)
         and (info.gain_name is None or bool((getattr(module, info.gain_name) == 1).all()))
         for module, info in norms
     )
@@ -235,9 +235,8 @@ def fold_norms(
     changed = plan.changed()
     added_biases = write(plan, change)
     difference, side = _check(plan, options, replacements)
-    norms = tuple(plan.result())
-    _note_kept(model, norms)
-    return FoldReport(norms, difference, side, tuple(added_biases), tuple(changed), untied)
+    _note_kept(model, plan.result())
+    return FoldReport(plan.result(), difference, side, tuple(added_biases), changed, untied)
 
 
 def _note_kept(model: nn.Module, norms: Iterable[FoldedNorm]) -> None:

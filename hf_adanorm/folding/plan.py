@@ -103,22 +103,22 @@ class FoldPlan:
         """Whether the outputs are to stay what they are."""
         return not self.fitted and all((norm.deviation or 0.0) < EXACT for norm in self.norms)
 
-    def changed(self) -> list[str]:
-        """Norms whose fold changes more than values: a linear layer gets a bias that it lacked, or an eps changes."""
-        return [
-            name
-            for name, step in self.steps.items()
-            if step.branches or (bool(step.bias.any()) and any(_lacks_bias(self.modules[n]) for n in step.readers))
-        ]
+    def changed(self) -> tuple[str, ...]:
+        """Return the norms whose fold adds a bias to a layer that lacked one, or adjusts an eps."""
 
-    def result(self) -> list[FoldedNorm]:
+        def adds_bias(step: Step) -> bool:
+            return bool(step.bias.any()) and any(getattr(self.modules[n], "bias", None) is None for n in step.readers)
+
+        return tuple(name for name, step in self.steps.items() if step.branches or adds_bias(step))
+
+    def result(self) -> tuple[FoldedNorm, ...]:
         """Return the norms as decided, with what a fit lost in place of the deviation of the gain."""
-        return [self._result_of_fit(norm) if norm.name in self.fitted else norm for norm in self.norms]
-
-    def _result_of_fit(self, norm: FoldedNorm) -> FoldedNorm:
-        step = self.steps[norm.name]
-        reason = "fitted to the inputs" + (f", without a bias ({step.without_bias})" if step.without_bias else "")
-        return replace(norm, action="approximated", deviation=None, lost=step.lost, reason=reason)
+        norms = {norm.name: norm for norm in self.norms}
+        for name in self.fitted:
+            step = self.steps[name]
+            reason = "fitted to the inputs" + (f", without a bias ({step.without_bias})" if step.without_bias else "")
+            norms[name] = replace(norms[name], action="approximated", deviation=None, lost=step.lost, reason=reason)
+        return tuple(norms.values())
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class FoldPlan:
     def _refusals(
         self, name: str, linear: list[LinearUse], adds: list[AddUse], has_bias: bool, scale: float
     ) -> Iterator[str | None]:
-        """Yield the reasons why a norm cannot be folded, and None for each that does not apply. The first counts."""
+        """Yield each reason why a norm cannot be folded, or None where it does not apply. The first reason counts."""
         yield self._refuse_norm(name)
         yield from (_refuse_use(use) for use in self.watched.uses[name] if isinstance(use, (OtherUse, OutputUse)))
         if adds and not self._approximate:
@@ -167,7 +167,7 @@ class FoldPlan:
 
     def _refuse_norm(self, name: str) -> str | None:
         info, module = self.infos[name], self.modules[name]
-        if info.parametrized or parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(module):
             return "its gain or bias is parametrized"
         if (wrapper := self._adapter_around(name)) is not None:
             return f"trained by an adapter (in {wrapper}), whose gain the base must not get: merge or unload it first"
@@ -182,8 +182,9 @@ class FoldPlan:
         return None if self.watched.uses[name] else "nothing reads it"
 
     def _adapter_around(self, name: str) -> str | None:
-        """Return the module that holds the original `name` beside an adapter's copy of it or addition to it, if any.
-        All wrappers of PEFT do, and the adapter can be switched off."""
+        """Return the wrapper of PEFT that holds `name` beside an adapter's copy of it or addition to it, or None.
+
+        The adapter can be switched off."""
         while name:
             name = name.rpartition(".")[0]
             if {"base_layer", "original_module"} & self.modules[name]._modules.keys():
@@ -296,9 +297,9 @@ def _affine(module: nn.Module, info: NormInfo) -> tuple[Tensor, Tensor]:
     device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     gain = torch.ones(width, dtype=torch.float64, device=device)
     bias = torch.zeros(width, dtype=torch.float64, device=device)
-    if info.has_gain and info.gain_name:
+    if info.gain_name:
         gain = getattr(module, info.gain_name).detach().double().flatten() + info.gain_offset
-    if info.has_bias and info.bias_name:
+    if info.bias_name:
         bias = getattr(module, info.bias_name).detach().double().flatten()
     return gain, bias
 
@@ -312,10 +313,6 @@ def _refuse_use(use: OtherUse | OutputUse) -> str | None:
     if use.operation.startswith(("another norm", "a linear layer")):
         return f"read by {use.operation} ({use.module})"
     return f"read by the operation {use.operation}{where}"
-
-
-def _lacks_bias(module: Any) -> bool:
-    return getattr(module, "bias", None) is None
 
 
 def _is_numbered(path: str) -> bool:

@@ -133,9 +133,9 @@ def norm_settings(model: torch.nn.Module) -> dict[str, str]:
 def formula(info: NormInfo) -> str:
     if info.kind == "other":
         return f"skipped: {info.reason}"
-    gain = "" if not info.has_gain else "w * " if not info.gain_offset else "(1 + w) * "
+    gain = "" if not info.gain_name else "w * " if not info.gain_offset else "(1 + w) * "
     value = "(x - mean) / sqrt(var + eps)" if info.kind == "layernorm" else "x / sqrt(mean(x^2) + eps)"
-    return gain + value + (" + b" if info.has_bias else "") + (", channels first" if info.channels_first else "")
+    return gain + value + (" + b" if info.bias_name else "") + (", channels first" if info.channels_first else "")
 
 
 def stage(name: str, row: dict[str, Any], action: Callable[[], Any]) -> Any:

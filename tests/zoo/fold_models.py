@@ -1,22 +1,15 @@
-"""Tiny models of many architectures with random gains and biases, and the tables of what folds in each.
-
-python tests/zoo/fold_models.py            prints the tables (Markdown)
-"""
+"""Tiny models of many architectures with random gains and biases."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections import Counter
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_adanorm import Fold, fold_affine, patch_model
 from hf_adanorm.detection import iter_norms
-from hf_adanorm.running import dummy_inputs
 
 POST_NORM = {"bert-cls": 4, "roberta-cls": 5, "bart": 10, "marian": 8}  # name -> approximated norms
 VOCAB = {"vocab_size": 100}
@@ -32,8 +25,6 @@ VISION = {**SIZES, **IMAGE}
 STAGES = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
 WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 TOWERS = {"text_config": {**ENCODER, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": VISION}
-SPEECH = {**SIZES, "conv_dim": (16, 16, 16), "conv_stride": (5, 4, 4), "conv_kernel": (10, 8, 4), "vocab_size": 32}
-SPEECH |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
 SEQ2SEQ = {
     **{f"{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")},
     "d_model": 32,
@@ -46,7 +37,6 @@ SEQ2SEQ = {
 
 # name -> (class of transformers, the fields of its config)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2-seqcls": ("GPT2ForSequenceClassification", GPT),
     "gpt2-lm untied": ("GPT2LMHeadModel", {**GPT, "tie_word_embeddings": False}),
     "gpt2-lm": ("GPT2LMHeadModel", GPT),
     "opt": (
@@ -54,55 +44,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**LAYERS, **VOCAB, **SPECIAL, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
     ),
     "gpt_neox": ("GPTNeoXForCausalLM", {**DECODER, "max_position_embeddings": 64}),
-    "gpt_neo": (
-        "GPTNeoForCausalLM",
-        {
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 2,
-            **VOCAB,
-            **SPECIAL,
-            "attention_types": [[["global", "local"], 1]],
-            "max_position_embeddings": 64,
-        },
-    ),
     "gptj": ("GPTJForCausalLM", {**GPT, "rotary_dim": 8, "tie_word_embeddings": False}),
-    "bloom": ("BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 2, **VOCAB, **SPECIAL}),
-    "falcon": ("FalconForCausalLM", {**LAYERS, **VOCAB, **SPECIAL}),
-    "phi": ("PhiForCausalLM", DECODER),
-    "mpt": ("MptForCausalLM", {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, **VOCAB}),
-    "codegen": ("CodeGenForCausalLM", {**GPT, "n_head": 4, "rotary_dim": 4}),
-    "biogpt": ("BioGptForCausalLM", {**DECODER, "max_position_embeddings": 64}),
     "stablelm": ("StableLmForCausalLM", GROUPED),
-    "starcoder2": ("Starcoder2ForCausalLM", GROUPED),
     "bert-cls": ("BertForSequenceClassification", ENCODER),
     "bert-mlm": ("BertForMaskedLM", ENCODER),
     "roberta-cls": (
         "RobertaForSequenceClassification",
         {**ENCODER, "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     ),
-    "distilbert": (
-        "DistilBertForSequenceClassification",
-        {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, **VOCAB},
-    ),
-    "albert": ("AlbertForSequenceClassification", {**ENCODER, "embedding_size": 16}),
-    "electra": ("ElectraForSequenceClassification", {**ENCODER, "embedding_size": 16}),
-    "deberta": ("DebertaV2ForSequenceClassification", {**ENCODER, "pooler_hidden_size": 32}),
     "esm": ("EsmForMaskedLM", {**ENCODER, "max_position_embeddings": 64, "pad_token_id": 1, "mask_token_id": 3}),
-    "modernbert": ("ModernBertForSequenceClassification", {**DECODER, "cls_token_id": 1, "sep_token_id": 2}),
     "vit": ("ViTForImageClassification", VISION),
-    "deit": ("DeiTForImageClassification", VISION),
-    "beit": ("BeitForImageClassification", VISION),
     "dinov2": ("Dinov2ForImageClassification", {**LAYERS, **IMAGE}),
     "swin": ("SwinForImageClassification", WINDOWS),
-    "swinv2": ("Swinv2ForImageClassification", WINDOWS),
     "convnext": ("ConvNextForImageClassification", {**STAGES, "image_size": 32}),
     "segformer": (
         "SegformerForSemanticSegmentation",
         {**STAGES, "image_size": 64, "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 32},
     ),
     "clip": ("CLIPModel", TOWERS),
-    "siglip": ("SiglipModel", TOWERS),
     "whisper": (
         "WhisperForConditionalGeneration",
         {
@@ -115,34 +74,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "begin_suppress_tokens": None,
         },
     ),
-    "wav2vec2": ("Wav2Vec2ForCTC", {**SPEECH, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
-    "hubert": ("HubertForCTC", SPEECH),
     "mbart": ("MBartForConditionalGeneration", SEQ2SEQ),
     "pegasus": ("PegasusForConditionalGeneration", {**SEQ2SEQ, "bos_token_id": None, "eos_token_id": 1}),
     "m2m100": ("M2M100ForConditionalGeneration", SEQ2SEQ),
     "bart": ("BartForConditionalGeneration", SEQ2SEQ),
-    "bart-cls": ("BartForSequenceClassification", SEQ2SEQ),
     "marian": ("MarianMTModel", {**SEQ2SEQ, "decoder_start_token_id": 0}),
-    "blenderbot": ("BlenderbotForConditionalGeneration", SEQ2SEQ),
     "t5": (
         "T5ForConditionalGeneration",
         {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, **VOCAB, "decoder_start_token_id": 0},
     ),
     "llama": ("LlamaForCausalLM", GROUPED),
     "gemma": ("GemmaForCausalLM", {**GROUPED, "head_dim": 16}),
-    "mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
     "olmo": ("OlmoForCausalLM", GROUPED),
-    "vit-mae": (
-        "ViTMAEForPreTraining",
-        {
-            **VISION,
-            "decoder_hidden_size": 32,
-            "decoder_num_hidden_layers": 1,
-            "decoder_num_attention_heads": 2,
-            "decoder_intermediate_size": 64,
-        },
-    ),
-    "layoutlm": ("LayoutLMForSequenceClassification", ENCODER),
     "w2v-bert": (
         "Wav2Vec2BertModel",
         {
@@ -156,10 +99,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "videomae": ("VideoMAEForVideoClassification", {**VISION, "num_frames": 4, "tubelet_size": 2}),
     "vilt": ("ViltModel", {**VISION, "vocab_size": 50}),
-    "audio-spectrogram": (
-        "ASTForAudioClassification",
-        {**SIZES, "max_length": 64, "num_mel_bins": 32, "patch_size": 16},
-    ),
 }
 
 
@@ -201,56 +140,3 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return output["logits"] if "logits" in output else output["logits_per_image"]
-
-
-def folding_table() -> None:
-    print('| architecture | norms | folded | kept (why) | approximated with "approximate" | largest difference |')
-    print("|---|---|---|---|---|---|")
-    for name in MODELS:
-        model = build(name)
-        names = [norm for norm, _, info in iter_norms(model) if info.kind != "other"]
-        report = fold_affine(model)
-        again = fold_affine(build(name), unfoldable="approximate")
-        reasons = Counter(
-            "tied head" if "tied" in norm.reason else norm.reason.split(" in ")[0].split(" (")[0]
-            for norm in report.norms
-            if norm.action == "kept"
-        )
-        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-        print(
-            f"| {name} | {len(names)} | {len(report.names('folded'))} | {why} "
-            f"| {len(again.names('approximated'))} | {report.difference:.0e} |"
-        )
-
-
-def post_norm_table() -> None:
-    """How far the logits of post-norm models move by layernorm-simple, over three draws of gains and biases."""
-    ways = {
-        "dropped": {},
-        "approximate": {"affine": Fold(unfoldable="approximate")},
-        "approximate, each gain one number": {"affine": Fold(unfoldable="approximate")},
-    }
-    print(f"| architecture | {' | '.join(ways)} |")
-    print("|---|" + "---|" * len(ways))
-    for name in POST_NORM:
-        cells = []
-        for way, options in ways.items():
-            moved = []
-            for seed in range(3):
-                model = build(name, constant=way.endswith("one number"), seed=seed)
-                inputs = dummy_inputs(model)
-                before = logits(model, inputs)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the outputs do change: that is the table
-                    patch_model(model, "layernorm-simple", **options)
-                moved.append(float((logits(model, inputs) - before).norm() / before.norm()))
-            cells.append(f"{min(moved):.2g} to {max(moved):.2g}")
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    folding_table()
-    print()
-    post_norm_table()

@@ -86,7 +86,7 @@ def test_each_family_gets_its_formula(
     assert info is not None
     assert (info.kind, info.eps, info.channels_first) == (kind, eps, channels_first)
     assert info.normalized_shape == (WIDTH,)
-    assert (info.has_gain, info.has_bias, info.gain_offset) == (gain, bias, offset)
+    assert (info.gain_name is not None, info.bias_name is not None, info.gain_offset) == (gain, bias, offset)
     assert info.gain_name == ("weight" if gain else None)
 
 
@@ -170,8 +170,6 @@ def test_a_users_layernorm_is_recognized_without_a_telling_name() -> None:
         kind="layernorm",
         normalized_shape=(WIDTH,),
         eps=2.5e-4,
-        has_gain=True,
-        has_bias=True,
         gain_name="a_2",
         bias_name="b_2",
     )

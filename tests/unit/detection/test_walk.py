@@ -24,7 +24,7 @@ def test_torch_layernorm_is_read_off(affine: bool, bias: bool) -> None:
     assert info is not None
     assert info.kind == "layernorm"
     assert (info.normalized_shape, info.eps) == ((3, 5), 1e-3)
-    assert (info.has_gain, info.has_bias) == (affine, affine and bias)
+    assert (info.gain_name is not None, info.bias_name is not None) == (affine, affine and bias)
 
 
 def test_torch_rmsnorm_default_eps_is_that_of_its_dtype() -> None:
@@ -120,7 +120,7 @@ def test_swapped_norms_are_listed_in_place() -> None:
     patch_model(model, "adanorm", eps=3e-4)
     after = list(iter_norms(model))
     assert [name for name, _, _ in after] == before
-    assert all(info.eps == 3e-4 and not info.has_gain for _, _, info in after)
+    assert all(info.eps == 3e-4 and not info.gain_name for _, _, info in after)
 
 
 def test_a_deep_model_is_walked_in_no_time() -> None:
