@@ -75,7 +75,7 @@ def _warn_of_losses(report: FoldReport, change: Change, options: Fold) -> None:
         worst = max(approximated, key=lambda norm: norm.deviation or 0.0)
         change.warn(
             f"{counted(len(approximated), 'norm')} folded without the deviation of their gain from its mean, up to "
-            f"{worst.deviation:.2f} of it (at {worst.name}): the outputs moved by {report.difference:.1%} of their "
+            f"{worst.deviation:.2f} of it (at {worst.name}). The outputs moved by {report.difference:.1%} of their "
             "largest value. fold_affine(model) reports each norm"
         )
     lost = sorted(norm.lost for norm in report.norms if norm.lost is not None)
@@ -124,8 +124,8 @@ def _warn_of_start(plan: Plan, change: Change) -> None:
         wanted = ", ".join(f"{key}={value}" for key, value in other.items())
         starts = ", ".join(f"{key}={plain[key]}" for key in other)
         change.warn(
-            f"the norms start with {starts} instead of {wanted}, so that the fold keeps the model's outputs: call "
-            f'set_norm(model, {wanted}) later on, or fit to {wanted} with affine=Fold(unfoldable="calibrate", '
+            f"the norms start with {starts} instead of {wanted}, so that the fold keeps the model's outputs. Call "
+            f'set_norm(model, {wanted}) later, or fit to {wanted} with affine=Fold(unfoldable="calibrate", '
             "inputs=batch)"
         )
 
@@ -144,7 +144,7 @@ def warn_of_dropped(plan: Plan, change: Change) -> None:
         trained += any(not t.is_meta and bool((t.detach() != neutral).any()) for t, neutral in held)
     if trained:
         change.warn(
-            f"the trained gains and biases of {counted(trained, 'norm')} are dropped: the model's outputs change "
-            'until it is trained again. affine="fold" keeps what it learned; for a post-norm model (BERT, BART) use '
+            f"the trained gains and biases of {counted(trained, 'norm')} are dropped. The model's outputs change "
+            'until it is trained again. affine="fold" keeps what it learned. For a post-norm model (BERT, BART), use '
             'affine=Fold(unfoldable="calibrate", inputs=batch) and k=calibrate_k(model, batches).k'
         )

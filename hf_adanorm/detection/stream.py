@@ -4,17 +4,18 @@ A norm is on the residual stream if it reads the stream (pre-norm), or if its ou
 (post-norm and sandwich norms). Names and widths do not decide this: OLMo 2 has query norms of full width, Swin changes
 widths.
 
-1. The tree of modules settles most norms: those outside of every stack of layers, and direct children of a layer that
-   has no linear layer next to the norm. Where it settles all of them, nothing is run.
-2. Otherwise one forward pass over a few tokens decides. It notes the storages that each undecided norm, its module and
-   its layer read and write, and which tensors are added up. The first layer of each form decides for all of them, and
-   the pass ends once every norm is decided. It works on the meta device, too.
-3. Norms that no pass reaches are decided by their width alone.
-4. A stack whose norms would all be skipped has no residual stream (a plain CNN or MLP). All of them are then kept.
+1. The tree of modules decides most norms: those outside of every stack of layers, and direct children of a layer that
+   has no linear layer next to the norm. If it decides all norms, nothing runs.
+2. Otherwise one forward pass over a few tokens decides. It records the storages that each undecided norm, its module
+   and its layer read and write, and which tensors are added. The first layer of each form decides for all of them, and
+   the pass ends once every norm is decided. It also works on the meta device.
+3. The width alone decides norms that no pass reaches.
+4. A stack whose norms would all be skipped has no residual stream (a plain CNN or MLP). It keeps all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 import re
@@ -49,32 +50,31 @@ def is_stack(module: nn.Module) -> bool:
 
 
 def off_stream(model: nn.Module, norms: Sequence[tuple[str, nn.Module, NormInfo]]) -> dict[str, str]:
-    """Return, for every norm inside a branch of a layer, its name and the reason; the others are on the stream.
+    """Return the name of every norm inside a branch of a layer, with the reason; the others are on the stream.
 
     `norms` are those of `iter_norms(model)` that can be swapped. Runs the model over a few tokens if its structure
-    leaves a norm undecided. The model's state is afterwards what it was.
+    leaves a norm undecided. The model's state stays the same.
     """
-    places = [place for name, module, info in norms if (place := _place(model, name, module, info, norms)) is not None]
+    norm_ids = {id(module) for _, module, _ in norms}
+    found = (_place(model, name, module, info.normalized_shape, norm_ids) for name, module, info in norms)
+    places = [place for place in found if place is not None]
     undecided = [place for place in places if not place.is_clear]
     if not undecided:
         return {}
     seen = _observe(model, undecided)
     widths = _stream_widths(model, places)
-    reasons = {}
+    reasons = dict.fromkeys((place.name for place in places), "")
     for place in undecided:
-        reason = _verdict(seen[place.form], place) if place.form in seen else _by_width(place, widths)
-        if reason:
-            reasons[place.name] = reason
-    with_stream = {place.stack for place in places if place.name not in reasons}
-    heads = {place.stack for place in places if reasons.get(place.name, "").startswith(_PER_HEAD)}
-    stacks = {place.name: place.stack for place in places}  # plain networks normalize what linear layers put out
-    return {name: reason for name, reason in reasons.items() if stacks[name] in with_stream | heads}
+        reasons[place.name] = _verdict(seen[place.form], place) if place.form in seen else _by_width(place, widths)
+    # Plain networks normalize the outputs of linear layers.
+    streams = {place.stack for place in places if not reasons[place.name] or reasons[place.name].startswith(_PER_HEAD)}
+    return {place.name: reasons[place.name] for place in undecided if reasons[place.name] and place.stack in streams}
 
 
 def reads_values(parent: nn.Module, key: str, tensors: Sequence[str]) -> bool:
     """Return whether a method of `parent` reads values of its norm `self.<key>` without calling the norm.
 
-    FalconMamba hands `self.dt_layernorm.weight` to a fused kernel in training mode. A swapped norm there would act in
+    FalconMamba passes `self.dt_layernorm.weight` to a fused kernel in training mode. A swapped norm there would act in
     evaluation mode only. Reads of `weight.dtype` and the like are harmless.
     """
     if type(parent).__module__.startswith("torch."):  # the fast path of TransformerEncoderLayer, which swaps turn off
@@ -104,7 +104,7 @@ class _Place:
     layer: nn.Module
     """The element of the innermost stack that holds the norm."""
     owner: nn.Module
-    """The nearest module around the norm that holds more than norms: the layer, or a part of it."""
+    """The innermost module around the norm that holds more than norms: the layer, or a part of it."""
     owner_name: str
     """Relative to the layer; empty if the owner is the layer."""
     linears: Mapping[str, nn.Module]
@@ -114,19 +114,16 @@ class _Place:
 
     @property
     def is_clear(self) -> bool:
-        """A direct child of a layer that has no linear layer of its own: its branches are modules."""
+        """Whether it is a direct child of a layer without linear layers of its own, whose branches are modules."""
         return self.owner is self.layer and not self.linears
 
 
-def _place(
-    model: nn.Module, name: str, norm: nn.Module, info: NormInfo, norms: Sequence[tuple[str, nn.Module, NormInfo]]
-) -> _Place | None:
-    """The norm's place, or None for a norm outside of every stack."""
+def _place(model: nn.Module, name: str, norm: nn.Module, shape: tuple[int, ...], norm_ids: set[int]) -> _Place | None:
+    """Return the norm's place, or None for a norm outside of every stack."""
     parts = name.split(".")
     path = [model]
     for part in parts:
         path.append(path[-1]._modules[part])  # type: ignore[arg-type]
-    norm_ids = {id(module) for _, module, _ in norms}
     bare = [_is_bare(module, norm_ids) for module in path]
     depth = next((i for i in range(len(path) - 2, 0, -1) if is_stack(path[i - 1]) and not bare[i]), None)
     if depth is None:
@@ -140,18 +137,18 @@ def _place(
     return _Place(
         name=name,
         module=norm,
-        width=info.normalized_shape[-1],
+        width=shape[-1],
         stack=re.sub(r"\d+", "*", ".".join(parts[: depth - 1])),
         layer=layer,
         owner=owner,
         owner_name=".".join(parts[depth:at]),
         linears={names[id(module)]: module for module in linears.values()},
-        form=(re.sub(r"\d+", "*", name), type(layer), type(owner), info.normalized_shape),
+        form=(re.sub(r"\d+", "*", name), type(layer), type(owner), shape),
     )
 
 
 def _is_bare(module: nn.Module, norm_ids: set[int]) -> bool:
-    """A container, or a wrapper that holds nothing but norms."""
+    """Return whether the module is a container, or a wrapper that holds nothing but norms."""
     if isinstance(module, _CONTAINERS) or id(module) in norm_ids:
         return True
     own = any(True for _ in module.parameters(recurse=False))
@@ -160,7 +157,7 @@ def _is_bare(module: nn.Module, norm_ids: set[int]) -> bool:
 
 
 def _linears_beside(owner: nn.Module, norm_ids: set[int]) -> dict[int, nn.Module]:
-    """The linear layers that `owner` holds itself, or in containers."""
+    """Return, by id, the linear layers that `owner` holds itself or in containers."""
     found: dict[int, nn.Module] = {}
     for child in owner.children():
         if isinstance(child, _CONTAINERS) and not is_stack(child):
@@ -173,7 +170,7 @@ def _linears_beside(owner: nn.Module, norm_ids: set[int]) -> dict[int, nn.Module
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Linear layers of torch, quantized ones, adapters around them, and GPT-2's Conv1D."""
+    """Return whether this is a linear layer of torch, a quantized one, an adapter around one, or GPT-2's Conv1D."""
     return (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(module, "nf")
 
 
@@ -221,7 +218,7 @@ class _Sight:
 
 
 def _verdict(sight: _Sight, place: _Place) -> str:
-    """Why a norm that was seen is not on the residual stream; empty if it is."""
+    """Return why a norm that was seen is not on the residual stream; empty if it is."""
     width = sight.layer_shape[-1] if sight.layer_shape else place.width
     if len(sight.layer_shape) > 3 and sight.layer_shape[1] == place.width:  # channels first
         width = place.width
@@ -252,7 +249,7 @@ def _floats(value: Any) -> dict[int, tuple[int, ...]]:
 
 
 class _Watch(TorchFunctionMode):
-    """Hooks and a record of sums for one pass; `sights` are the norms seen so far, by form."""
+    """The hooks of one pass, and its sums. `sights` are the norms seen so far, by form."""
 
     def __init__(self, undecided: Sequence[_Place], sights: dict[Any, _Sight]) -> None:
         super().__init__()
@@ -265,7 +262,7 @@ class _Watch(TorchFunctionMode):
         self.terms: set[int] = set()
         self.made_by: dict[int, str] = {}
         self.boundaries: set[int] = set()  # storages that layers read or return
-        self.inputs: dict[int, tuple[dict[int, tuple[int, ...]], tuple[int, ...]]] = {}
+        self.inputs: dict[int, dict[int, tuple[int, ...]]] = {}  # per module: storages and shapes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -299,9 +296,7 @@ class _Watch(TorchFunctionMode):
 
     def enters(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.alive.append((args, kwargs))
-        found = _floats([*args, *kwargs.values()])
-        first = next(iter(found.values()), ())
-        self.inputs[id(module)] = (found, first)
+        found = self.inputs[id(module)] = _floats([*args, *kwargs.values()])
         if id(module) in self.layers:
             self.boundaries |= set(list(found)[:1])
 
@@ -311,8 +306,6 @@ class _Watch(TorchFunctionMode):
             return
         self.alive.append(x)
         key, shape = _storage(x), tuple(x.shape)
-        owner_read, _ = self.inputs.get(id(place.owner), ({}, ()))
-        _, layer_shape = self.inputs.get(id(place.layer), ({}, ()))
         sums = self.sums.get(key, set())  # a flattened image is a view of a sum with its channels first
         is_sum = shape in sums or any(len(s) == 4 > len(shape) and s[1] == place.width for s in sums)
         self.sights[place.form] = _Sight(
@@ -321,8 +314,8 @@ class _Watch(TorchFunctionMode):
             shape=shape,
             made_by="" if is_sum else self.made_by.get(key, ""),
             is_sum=is_sum,
-            owner_read=dict(owner_read),
-            layer_shape=layer_shape,
+            owner_read=self.inputs.get(id(place.owner), {}),
+            layer_shape=next(iter(self.inputs.get(id(place.layer), {}).values()), ()),
             reads_layer=key in self.boundaries,
         )
 
@@ -347,18 +340,16 @@ class _Watch(TorchFunctionMode):
 
 
 def _observe(model: nn.Module, undecided: Sequence[_Place]) -> dict[Any, _Sight]:
-    """Run the model over a few tokens until every form of norm was seen; what fails ends the look, not the call."""
+    """Run the model over a few tokens until every form of norm was seen. Inputs that fail are skipped."""
     sights: dict[Any, _Sight] = {}
     for inputs in quick_inputs(model):
         watch = _Watch(undecided, sights)
         try:
-            with hooked(watch.hooks()), evaluating(model), watch:
+            with contextlib.suppress(_DecidedError), hooked(watch.hooks()), evaluating(model), watch:
                 model(**inputs)
-        except _DecidedError:
-            break
         except MemoryError:
             raise
-        except Exception:  # of whatever kind the model makes of inputs that do not fit
+        except Exception:  # any kind, from inputs that do not fit
             pass
         if watch.wanted <= sights.keys():
             break

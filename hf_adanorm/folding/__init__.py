@@ -1,4 +1,4 @@
-"""Gains and biases folded into the linear layers that read a norm: watch, plan, fit, write, check."""
+"""Fold gains and biases into the linear layers that read a norm: watch, plan, fit, write, check."""
 
 from typing import TYPE_CHECKING
 

@@ -49,7 +49,7 @@ def fit(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) 
         return plan.modules[name].register_forward_hook(hook)
 
     def read(name: str, reader: str) -> Any:
-        """What `reader` gets is scaled as the residual path needs it: give it its own gain and bias."""
+        """Give `reader` its own gain and bias, as its input has those of the residual path."""
         step = plan.steps[name]
 
         def hook(module: Any, args: Any, kwargs: Any) -> Any:

@@ -2,26 +2,26 @@
 
     W (g * y + b) + c  =  (W diag(g)) y + (W b + c)
 
-so a LayerNorm whose every reader is a linear layer of its own can become LayerNorm-simple (and AdaNorm with k = 0,
-C = 1), and the model's output does not change. Three steps, each of one forward pass:
+so a LayerNorm that only linear layers of its own read can become LayerNorm-simple (or AdaNorm with k = 0, C = 1) and
+the model's output does not change. A fold takes three steps of one forward pass each:
 
-1. Watch who reads what (`watch.py`), and decide what can be folded into what (`plan.py`).
+1. Watch who reads which norm (`watch.py`), and plan what folds into which layer (`plan.py`).
 2. Only for `"calibrate"`: fit gains and biases to the source's activations (`fit.py`).
-3. Write them into the weights (`write.py`) and run the model again. A difference above the tolerance undoes it all.
+3. Write them into the weights (`write.py`) and run the model again. A difference above the tolerance undoes the fold.
 
-After a fold the norms hold gain 1 and bias 0, so folding again changes nothing. Where a linear layer got a bias that
-it lacked, or an eps changed, the module is marked, so that the saved spec can say so.
+After a fold the norms have gain 1 and bias 0, so another fold changes nothing. A module that got a bias or another
+eps is marked, so that the saved spec records it.
 
-Post-norm layers add the norm's output h = g * y + b to a branch that ends in a linear layer (W, c), and feed the sum
-to the next norm, which does not see a common scale. `"approximate"` then keeps the mean s of g:
+Post-norm layers add the norm's output h = g * y + b to a branch that ends in a linear layer (W, c). The next norm
+reads the sum, and a common scale has no effect on its output. `"approximate"` then keeps the mean s of g:
 
     h + W a + c  ~  s * (y + (W / s) a + (c + b) / s),        next norm's eps / s^2
 
-It is exact when all of g is one number. Otherwise it drops the deviation of g from its mean on that path.
-`"calibrate"` takes s, and the gains and biases that the readers get, from a least-squares fit, norm after norm with
-all before it replaced. So errors do not add up, and outlier channels (which hardly vary from token to token) go into
-the bias. For AdaNorm the fit makes up for what k does to the scale. Norms whose fold is exact, with nothing replaced
-before them that is not, are folded exactly. Where a bias would not arrive (a masked path, say) gains alone are fitted.
+This is exact when g is constant. Otherwise it drops the deviation of g from its mean on that path. `"calibrate"` takes
+s, and the gains and biases of the readers, from a least-squares fit, one norm after the other, with all earlier norms
+replaced. So errors do not add up, and outlier channels (which hardly vary between tokens) go into the bias. For AdaNorm
+the fit compensates for the effect of k on the scale. Up to the first norm without an exact fold, norms are folded
+exactly. Where a bias would not arrive (on a masked path, say), only gains are fitted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .fit import fit
 from .heads import settle_heads, untie_heads
 from .options import Fold
 from .plan import TOLERANCES, FoldedNorm, FoldPlan, is_plain
-from .watch import Watched, is_side_output, sample, watch
+from .watch import is_side_output, sample, watch
 from .write import write
 
 _HEADER = ("norm", "action", "consumers, or why not")
@@ -57,25 +57,25 @@ _HEADER = ("norm", "action", "consumers, or why not")
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What a fold did. Prints as a table."""
+    """The result of a fold; prints as a table."""
 
     norms: tuple[FoldedNorm, ...]
     difference: float = 0.0
     """Largest difference of a task output before and after, relative to that output's largest value."""
     changed: dict[str, float] = field(default_factory=dict)
-    """By-products of the model (hidden states) that are now those of a norm without gain and bias, and by how much."""
+    """By-products of the model (hidden states) that changed, and by how much: their norm has no gain and bias now."""
     added_biases: tuple[str, ...] = ()
     """Linear layers that got a bias."""
     protect: tuple[str, ...] = ()
-    """Norms whose fold changed more than values: a bias that was not there, an eps."""
+    """Norms whose fold added a bias or adjusted an eps."""
     untied: dict[str, int] = field(default_factory=dict)
-    """Heads that got a weight of their own, and how many parameters that adds to the model."""
+    """Heads that got a weight of their own, and the number of parameters that this adds."""
     is_stock: bool = False
-    """Whether the model is a plain stock model, which any engine loads without this package. It is not one where a
-    head was untied and the config cannot say so: transformers alone then notices, by the checkpoint."""
+    """Whether the model is a plain stock model, which any engine loads without this package. An untied head that the
+    config cannot record makes it False: only transformers finds it in the checkpoint."""
 
     def names(self, *actions: str) -> list[str]:
-        """Return the names of the norms of which this became."""
+        """Return the names of the norms with one of these actions."""
         return [norm.name for norm in self.norms if norm.action in actions]
 
     def _rows(self) -> list[tuple[str, str, str]]:
@@ -123,32 +123,31 @@ def fold_affine(
 ) -> FoldReport:
     """Fold gain and bias of every LayerNorm and RMSNorm into the linear layers that read it, in place.
 
-    The norms keep their class with gain 1 and bias 0; task outputs stay the same. Where a linear layer had to be given
-    a bias, or an eps was adjusted, the norm becomes layernorm-simple (the same function), so that the saved model
-    cannot be loaded without this package as if it were the stock one. `patch_model(model, ..., affine="fold")` folds
-    and swaps in one go.
+    The norms keep their class with gain 1 and bias 0; task outputs stay the same. If a layer gets a bias that it
+    lacked, or an eps changes, the norm becomes layernorm-simple (the same function). The saved model then cannot be loaded
+    without this package as if it were the stock one. `patch_model(model, ..., affine="fold")` does both.
 
-    Where no bias and no eps had to change, the result is a stock model whose gains are 1 and biases 0 (`is_stock` of
-    the report): any engine that loads the architecture loads it. The config then lists the folded norms
-    (`folded_norms`), and says `flashnorm_folded` where no norm of the model needs its weight any more.
+    If no layer gets a bias and no eps changes, the result is a stock model with gains 1 and biases 0 (`is_stock` of
+    the report), which any engine for this architecture loads. The config then lists the folded norms (`folded_norms`), and
+    sets `flashnorm_folded` if no norm of the model needs its weight any more.
 
-    The model runs two times, or three with `"calibrate"`, always in evaluation mode.
+    The model runs twice, or three times with `"calibrate"`, always in evaluation mode.
 
     Args:
         model: with its weights in memory; not wrapped by DDP, FSDP or torch.compile.
         tied: see `Fold`, as for all options.
-        unfoldable: what to do with norms that something else reads too.
+        unfoldable: what to do with norms that have other readers.
         inputs: keyword arguments of one forward pass.
         tolerance: largest change of a task output, relative to its largest value.
 
     Returns:
-        What became of each norm, and the difference measured.
+        The action for each norm, and the measured difference.
 
     Raises:
         TypeError, ValueError: a bad argument; inputs that the model does not accept; a norm that cannot be folded with
             `unfoldable="raise"`.
         RuntimeError: the outputs moved by more than the tolerance.
-        In every case, a KeyboardInterrupt included, the model is then unchanged; weights to within rounding.
+        After any error, a KeyboardInterrupt included, the model is as before; weights to within rounding.
     """
     options = Fold(tied=tied, unfoldable=unfoldable, inputs=inputs, tolerance=tolerance)
     refuse_wrapped(model)
@@ -167,7 +166,7 @@ def fold_affine(
 
 
 def _is_weightless(model: nn.Module) -> bool:
-    """Whether every norm as wide as the hidden states is an RMSNorm whose weight is 1."""
+    """Return whether every norm as wide as the hidden states is an RMSNorm whose weight is 1."""
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     norms = [(module, info) for _, module, info in iter_norms(model) if info.normalized_shape in ((width,), ())]
     return bool(norms) and all(
@@ -181,13 +180,13 @@ def _is_weightless(model: nn.Module) -> bool:
 def fold_norms(
     change: Change, names: Collection[str] | None, options: Fold, become: Options | None = None
 ) -> FoldReport:
-    """Fold as `fold_affine` does, as a part of a larger change, and leave the config alone.
+    """Fold like `fold_affine`, as a part of a larger change, without a change of the config.
 
     Args:
         change: the change in progress; its model is folded.
         names: the norms to fold; None for all.
         options: see `Fold`.
-        become: what the norms become afterwards, to which `"calibrate"` fits; by default layernorm-simple.
+        become: the norm that replaces them, to which `"calibrate"` fits; by default layernorm-simple.
     """
     model, become = change.model, become or Options(cls=LayerNormSimple)
     _check_model(model)
@@ -226,7 +225,7 @@ def fold_norms(
             )
 
         def replacement(name: str) -> Callable[[Tensor], Tensor]:
-            """Return what takes the place of a norm, with its eps as adjusted by the time it is called."""
+            """Return what replaces a norm, with the eps that it has at the time of the call."""
             return lambda x: make_norm(plan.modules[name], vars(groups[name]), {groups[name].norm: become.cls})(x)
 
         replacements = {name: replacement(name) for name in plan.steps} if calibrate else {}
@@ -240,7 +239,7 @@ def fold_norms(
 
 
 def _note_kept(model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
-    """Keep beside every norm that was not folded the reason, for `inspect_model`."""
+    """Store the reason on every norm that was not folded, for `inspect_model`."""
     for norm in norms:
         module = model.get_submodule(norm.name)
         module.__dict__.pop(NOT_FOLDED, None)
@@ -261,7 +260,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _moves(module: nn.Module, group: NormGroup, cls: type[nn.Module]) -> bool:
-    """Whether what `module` becomes is, apart from gain and bias, another function."""
+    """Return whether `module` becomes another function, apart from gain and bias."""
     if not is_plain(cls, group.settings) or not is_swapped(module):
         return not is_plain(cls, group.settings)
     same = group.eps in (None, module.eps) and (group.centered is not False) == module.centered
@@ -274,8 +273,11 @@ def _moves(module: nn.Module, group: NormGroup, cls: type[nn.Module]) -> bool:
 def _check(
     plan: FoldPlan, options: Fold, replacements: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> tuple[float, dict[str, float]]:
-    """Run the folded model with the norms that are replaced later on. Return the largest relative difference of a task
-    output, and those of the by-products. Raise RuntimeError above the tolerance."""
+    """Run the folded model with the norms that will replace its own, and compare the outputs.
+
+    Return the largest relative difference of a task output, and those of the by-products. Raise RuntimeError above the
+    tolerance.
+    """
 
     def replaced() -> Iterator[Any]:
         for name, new in replacements.items():
@@ -294,7 +296,8 @@ def _check(
             difference = value
     if difference != difference:
         raise RuntimeError("folding made the outputs NaN; the model is unchanged")
-    limit = options.tolerance if options.tolerance is not None else _default_tolerance(watched)
+    coarsest = max(TOLERANCES.get(dtype, 1e-4) for dtype in watched.dtypes)
+    limit = options.tolerance if options.tolerance is not None else coarsest
     if difference > limit and (plan.is_exact or options.tolerance is not None):
         raise RuntimeError(
             f"folding moved the outputs by {difference:.2e} of their largest value, above the tolerance {limit:.0e}; "
@@ -303,13 +306,8 @@ def _check(
     return difference, {path: value for path, value in side.items() if value > limit}
 
 
-def _default_tolerance(watched: Watched) -> float:
-    """Return the tolerance of the coarsest numbers that the model computed with."""
-    return max(TOLERANCES.get(dtype, 1e-4) for dtype in watched.dtypes)
-
-
 def _difference(old: Tensor, new: Tensor) -> float:
-    """Return the largest difference, relative to the largest value; 0 for what holds no floating-point numbers."""
+    """Return the largest difference, relative to the largest value; 0 for integers and empty tensors."""
     if not old.is_floating_point() or old.numel() == 0:
         return 0.0
     finite = old.isfinite()  # a fully masked row is NaN before and after

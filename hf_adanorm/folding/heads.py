@@ -1,8 +1,8 @@
-"""Output layers whose weight is that of an embedding: given one of their own, so that the norm before them can fold.
+"""Untie output layers from the embedding whose weight they share, so that the norm before them can fold.
 
-`config.tie_word_embeddings` becomes False where the head was all that it ties and where the config class keeps it so.
-Elsewhere (T5, BART, which tie their embeddings to each other) transformers finds two different tensors in the
-checkpoint when it loads it, and leaves them untied.
+`config.tie_word_embeddings` becomes False if the model ties nothing but the head, and if the config class saves it.
+Elsewhere (T5 and BART tie their embeddings to each other) transformers finds two different tensors in the checkpoint
+on loading, and leaves them untied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Heads = dict[str, dict[str, nn.Parameter]]
 
 
 def untie_heads(model: nn.Module) -> Heads:
-    """Give every head its own copy of the parameters that it shares; by name, what it had."""
+    """Give every head its own copy of the parameters that it shares. Return the shared ones by the head's name."""
     found: Heads = {}
     for _, head in _heads(model):
         name = next(name for name, module in model.named_modules() if module is head)
@@ -35,8 +35,8 @@ def untie_heads(model: nn.Module) -> Heads:
 
 
 def settle_heads(model: nn.Module, heads: Heads, untied: Collection[str]) -> dict[str, int]:
-    """Tie the heads again that are not among `untied`, and write down that the others are on their own: by name, how
-    many parameters each adds to the model."""
+    """Tie the heads again that are not among `untied`, and record that the others have their own weight. Return the
+    number of parameters that each adds."""
     modules = dict(model.named_modules())
     for name in set(heads) - set(untied):
         modules[name]._parameters.update(heads[name])
@@ -68,7 +68,7 @@ def settle_heads(model: nn.Module, heads: Heads, untied: Collection[str]) -> dic
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
-    """The output layers of the model and of the models in it, each with the innermost model that it belongs to."""
+    """Return the output layers of the model and of the models in it, each with the innermost model around it."""
     found: dict[int, tuple[PreTrainedModel, nn.Module]] = {}
     for part in model.modules():
         if isinstance(part, PreTrainedModel):

@@ -22,15 +22,15 @@ class Fold:
     """For a norm before a head that shares its weight with an embedding: `"keep"` leaves the norm as it is, `"untie"`
     gives the head a weight of its own to fold into."""
     unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = "keep"
-    """For a norm that something else than linear layers reads: `"keep"` leaves it as it is. `"approximate"` folds the
-    mean gain of a post-norm residual norm and drops the deviations. `"calibrate"` fits gain and bias to the model's
-    activations on `inputs`. `"raise"` raises before anything changes."""
+    """For a norm with readers other than linear layers: `"keep"` leaves it as it is. `"approximate"` folds the mean
+    gain of a post-norm residual norm and drops the deviations. `"calibrate"` fits gain and bias to the model's activations
+    on `inputs`. `"raise"` raises before anything changes."""
     inputs: Mapping[str, Any] | None = None
-    """Keyword arguments of one forward pass; by default made from the model's config. Pass a real batch where these
-    do not run or do not reach every part of the model, and for `"calibrate"`."""
+    """Keyword arguments of one forward pass; by default made from the model's config. Pass a real batch for
+    `"calibrate"`, and if the default ones do not run or do not reach every part of the model."""
     tolerance: float | None = None
-    """Largest change of a task output, relative to its largest value. By default that of the coarsest type computed
-    with: 1e-10 in float64, 1e-4 in float32, 2e-2 in float16, 0.1 in bfloat16, and for exact folds alone."""
+    """Largest change of a task output, relative to its largest value. By default, only exact folds are checked, with
+    the tolerance of the coarsest type in use: 1e-10 in float64, 1e-4 in float32, 2e-2 in float16, 0.1 in bfloat16."""
 
     def __post_init__(self) -> None:
         for name in ("tied", "unfoldable"):

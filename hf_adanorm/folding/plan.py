@@ -1,4 +1,4 @@
-"""Decide which norms can be folded into what, for the whole model and before a weight moves."""
+"""Decide for every norm whether it can be folded and into which layers, before any weight changes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ EXACT = 1e-7  # a gain that deviates from its mean by no more than this is one n
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedNorm:
-    """What became of one norm."""
+    """What a fold did to one norm."""
 
     name: str
     action: Literal["folded", "approximated", "kept", "nothing to fold"]
     consumers: tuple[str, ...] = ()
     """The linear layers that took the gain and the bias."""
     reason: str = ""
-    """Why it was kept, or what was approximated."""
+    """Why it was kept, or how it was approximated."""
     deviation: float | None = None
-    """Standard deviation of the gain over its mean: what an approximated fold drops on the residual path."""
+    """Standard deviation of the gain over its mean; an approximated fold drops it on the residual path."""
     lost: float | None = None
-    """Of a fold that was fitted: share of the variation of the norm's output that it does not reproduce (0..1)."""
+    """Share of the variation of the norm's output (0..1) that a fitted fold does not reproduce."""
 
 
 @dataclass
@@ -43,32 +43,32 @@ class Step:
     """The fold of one norm."""
 
     gain: Tensor
-    """float64, flat; goes into the readers, as does the bias."""
+    """float64, flat; folded into the readers, as the bias is."""
     bias: Tensor
     readers: dict[str, tuple[int, ...]]
     """The channel that each column of a linear layer reads."""
     branches: tuple[str, ...] = ()
-    """Linear layers whose output the norm's is added to. They are divided by `scale`."""
+    """Linear layers whose output is added to that of the norm. Their weights are divided by `scale`."""
     branch_bias: Tensor | None = None
-    """float64, flat; goes into the branches, before the division."""
+    """float64, flat; added to the biases of the branches before the division."""
     scale: float = 1.0
     next_norms: tuple[str, ...] = ()
-    """Norms that read the sum, whose eps takes up the scale."""
+    """Norms that read the sum. Their eps is adjusted to the scale."""
     without_bias: str = ""
-    """Why the readers must not be given a bias, if so; a fit is then one of gains alone."""
+    """Why the readers cannot take a bias, or "". A fit then fits gains only."""
     lost: float = 0.0
 
 
 class FoldPlan:
-    """What a fold will do: `steps` by norm, in the order they run, and what becomes of each norm in `norms`.
+    """What a fold will do: `steps` by norm, in the order of their calls, and the decision on each norm in `norms`.
 
     Args:
-        model: with untied heads, if it is to have them.
+        model: with heads untied, if the fold unties them.
         infos: every norm of the model, by name.
         watched: what a forward pass showed.
         names: the norms to fold.
-        approximate: fold the mean gain of residual norms.
-        calibrate: fit gains and biases, from the first norm on whose fold is not exact.
+        approximate: whether to fold the mean gain of residual norms.
+        calibrate: whether to fit gains and biases, from the first norm whose fold is not exact.
         moving: norms that become something else than N(x).
     """
 
@@ -96,11 +96,11 @@ class FoldPlan:
         inexact = {norm.name for norm in self.norms if norm.name in moving or (norm.deviation or 0.0) >= EXACT}
         order = list(self.steps)
         first = next((at for at, name in enumerate(order) if name in inexact), len(order))
-        self.fitted = order[first:] if calibrate else []  # up to there nothing has changed, and no fit is needed
+        self.fitted = order[first:] if calibrate else []  # before the first one, nothing needs a fit
 
     @property
     def is_exact(self) -> bool:
-        """Whether the outputs are to stay what they are."""
+        """Whether the outputs must not change."""
         return not self.fitted and all((norm.deviation or 0.0) < EXACT for norm in self.norms)
 
     def changed(self) -> tuple[str, ...]:
@@ -274,8 +274,8 @@ class FoldPlan:
         return None
 
     def _unseen(self, info: NormInfo, readers: Iterable[str]) -> str | None:
-        """Return a linear layer of this width that did not run, beside one that reads the norm (experts,
-        cross-attention)."""
+        """Return a linear layer of this width that did not run, next to a reader of the norm (experts,
+        cross-attention), or None."""
         for name, module in self.modules.items():
             reads = is_linear_map(module) and num_inputs(module) == info.normalized_shape[-1]
             if name in self.watched.ran or not reads:
@@ -320,7 +320,7 @@ def _is_numbered(path: str) -> bool:
 
 
 def is_plain(cls: type, settings: Mapping[str, Any]) -> bool:
-    """Whether a norm of this class with these settings is N(x), as the class declares."""
+    """Return whether a norm of this class with these settings is N(x), as the class declares."""
     plain = getattr(cls, "plain_settings", None)
     return plain is not None and {**settings_of(cls), **settings, **plain} == {**settings_of(cls), **settings}
 

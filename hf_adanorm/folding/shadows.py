@@ -1,9 +1,9 @@
-"""What becomes of the channels of a watched tensor in the operations that it goes through.
+"""Follow the channels of a watched tensor through the operations that use it.
 
-Every element of a watched output carries two shadows: the channel it belongs to, and the factor with which that
+Every element of a watched output carries two shadows: the channel that it belongs to, and the factor with which that
 channel's bias would arrive there (1 at first). Operations that only move elements (views, slices, permutes, gathers,
-concatenation) or that are linear along every single channel (padding, masks, means over positions) are applied to the
-shadows as well.
+concatenation), or that are linear within every channel (padding, masks, means over positions), are also applied to the
+shadows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_adanorm.state import storage_of
 
-PADDING, FOREIGN = -1, -2  # channel numbers of zeros that were put in, and of elements from elsewhere
+PADDING, FOREIGN = -1, -2  # channel numbers of inserted zeros, and of elements of other tensors
 Source = tuple[str, str]  # ("norm" | "linear" | "sum", name)
 
 aten = torch.ops.aten
@@ -41,35 +41,35 @@ SHAPE_ONLY = {
 
 @dataclass(frozen=True)
 class Trace:
-    """Where the elements of a tensor come from, seen from one source."""
+    """Which channels of one source the elements of a tensor come from."""
 
     channel: Tensor
     """int64, the tensor's shape: flat index within the source's channels, PADDING or FOREIGN."""
     factor: Tensor
     """float64, the tensor's shape: how often the channel's bias arrives here (1: unchanged)."""
     dropout: bool = False
-    """A dropout layer (idle while watching) stands between."""
+    """A dropout layer, idle in evaluation mode, comes before the tensor."""
     unsure: bool = False
-    """Multiplied by ones, filled or padded nowhere: what masked and padded nothing while watching says nothing."""
+    """A mask, a fill or padding had no effect on these inputs, but may have one on others."""
 
     @classmethod
     def begin(cls, channel: Tensor, like: Tensor) -> Trace:
-        """Of a source's own output: every bias is there once."""
+        """Return the trace of a source's own output, which holds every bias once."""
         one = torch.ones((), dtype=torch.float64, device=like.device)
         return cls(channel.expand(like.shape), one.expand(like.shape))
 
     def whole(self) -> bool:
-        """Whether every bias arrives as it is."""
+        """Return whether every bias arrives unchanged."""
         return bool((_thin(self.factor) == 1).all())
 
     def biases_arrive(self) -> bool:
-        """The same of a tensor into which padding or other tensors may have been put."""
+        """Return whether every bias arrives unchanged, next to elements of other tensors, and without padding."""
         channel = _thin(self.channel)
         unpadded = not bool((channel == PADDING).any())
         return unpadded and bool(((_thin(self.factor) == 1) | (channel < 0)).all())
 
     def columns(self, dim: int) -> tuple[int, ...] | None:
-        """The channel of every index along `dim`, or None where one index mixes several."""
+        """Return the channel of every index along `dim`, or None if an index mixes several."""
         channel = _thin(self.channel, dim)
         channel = channel.movedim(dim, -1).flatten(0, -2) if channel.ndim > 1 else channel[None]
         high, low = _extremes(channel, [0])
@@ -80,7 +80,7 @@ Traces = dict[Source, Trace]
 
 
 def _thin(shadow: Tensor, keep: int | None = None) -> Tensor:
-    """A shadow without the repetitions of an expanded one (but along the dimension `keep`), which are most of it."""
+    """Return a shadow without the repetitions of an expanded one, except along the dimension `keep`."""
     for dim, stride in enumerate(shadow.stride()):
         if stride == 0 and dim != keep:
             shadow = shadow.narrow(dim, 0, min(shadow.shape[dim], 1))
@@ -88,7 +88,7 @@ def _thin(shadow: Tensor, keep: int | None = None) -> Tensor:
 
 
 def _extremes(channel: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """The highest and the lowest channel along `dims`, which are kept; padding aside, unless there is nothing else."""
+    """Return the highest and the lowest channel along `dims`, which are kept, without regard to padding."""
     high = channel.amax(dims, keepdim=True)
     return high, torch.where(channel == PADDING, high, channel).amin(dims, keepdim=True)
 
@@ -102,8 +102,7 @@ class Shadows:
         self._storages: set[int] = set()
 
     def clear(self) -> None:
-        """Before each forward pass; and after the last, as each shadow refers to all of them: they, some as large as
-        what the model returned, would stay until the garbage collector comes."""
+        """Drop all shadows."""
         self._traces.clear()
         self._storages.clear()
 
@@ -117,23 +116,22 @@ class Shadows:
             self._storages.discard(0)
 
     def begin(self, tensor: Tensor, source: Source, channel: Tensor) -> None:
-        """`tensor` is the output of `source`; a norm that returned its input as it was is a source of its own."""
+        """Make `tensor` the output of `source`. A norm that returned its input unchanged is a source of its own."""
         if source[0] == "norm":
             self._traces.pop(id(tensor), None)
         self.add(tensor, {source: Trace.begin(channel, tensor)})
 
     def of(self, tensor: Tensor) -> Traces:
-        """The traces of a tensor, none for most."""
+        """Return the traces of a tensor; most have none."""
         reference, traces = self._traces.get(id(tensor), (None, {}))
         return traces if reference is not None and reference() is tensor else {}
 
     def touches(self, tensor: Tensor) -> bool:
-        """Whether the tensor, or another in its memory, has traces."""
+        """Return whether the tensor, or another in its memory, has traces."""
         return bool(self.of(tensor)) or storage_of(tensor) in self._storages
 
     def aliased(self, tensor: Tensor) -> list[Source]:
-        """The sources that live in the memory of a tensor without traces: it came through a door that we did not see
-        (NumPy, say)."""
+        """Return the sources in the memory of a tensor without traces: it came from outside of torch (NumPy)."""
         shared = storage_of(tensor)
         if shared not in self._storages:
             return []
@@ -143,8 +141,8 @@ class Shadows:
     def follow(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]
     ) -> list[Source] | None:
-        """Give `out` the traces that it has of the `inputs` of `func`: the sources that are lost in it, or None where
-        it cannot be followed at all."""
+        """Give `out` its traces of the `inputs` of `func`. Return the sources that are lost in it, or None if `func`
+        cannot be followed."""
         packet = func.overloadpacket
         traced = [tensor for tensor in inputs if self.of(tensor)]
         first = args[0] if args else None
@@ -178,8 +176,8 @@ class Shadows:
     def _replay(
         self, tensor: Any, out: Any, move: Callable[[Tensor, int], Any], *, fills: bool = False
     ) -> list[Source]:
-        """Apply `move(shadow, value of what is put in)` to both shadows of every trace. `fills`: it is there to put
-        zeros in; where it puts none on these inputs, it may on others."""
+        """Apply `move(shadow, inserted value)` to both shadows of every trace. `fills`: the operation may insert zeros
+        on other inputs if it does not on these."""
         for source, trace in self.of(tensor).items():
             moved = out, move(trace.channel, PADDING), move(trace.factor, 0)
             pieces = [moved] if isinstance(out, Tensor) else zip(*moved, strict=True)
@@ -211,7 +209,7 @@ class Shadows:
         return []
 
     def _scale(self, packet: Any, args: tuple[Any, ...], out: Tensor) -> list[Source] | None:
-        """tensor * other, or tensor / other, where other does not come from the norm: linear along every channel."""
+        """Follow tensor * other or tensor / other, where `other` has no traces: linear within every channel."""
         left, right = args
         swapped = not (isinstance(left, Tensor) and self.of(left))
         if swapped and packet is aten.div:
@@ -232,7 +230,7 @@ class Shadows:
         return lost
 
     def _reduce(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[Source] | None:
-        """A sum or mean over positions keeps the channels apart; one over channels does not."""
+        """Follow a sum or mean over positions. One over channels mixes them and cannot be followed."""
         dims = list(args[1]) if isinstance(args[1], (list, tuple)) else [args[1]]
         keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
         made: Traces = {}

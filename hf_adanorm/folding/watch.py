@@ -5,7 +5,7 @@ which column of the weight reads which channel, and whether the bias arrives unc
 tensor is recorded as a use that cannot be folded, with the name of the operation.
 
 Three kinds of tensors are watched: outputs of norms, outputs of linear layers (the branch that a residual connection
-adds), and sums of the two (which must go into the next norm and nowhere else for a post-norm fold).
+adds), and sums of the two. For a post-norm fold, the next norm must be the only reader of such a sum.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class OtherUse:
 
 @dataclass(frozen=True)
 class OutputUse:
-    """The tensor is (part of) what the model returns, under `path`; `side`: a by-product beside task outputs."""
+    """The model returns the tensor, or a part of it, under `path`; `side`: as a by-product beside task outputs."""
 
     path: str
     side: bool
@@ -109,15 +109,15 @@ class Watched:
     ran: set[str] = field(default_factory=set)
     """The modules that ran."""
     sum_readers: dict[int, list[str]] = field(default_factory=dict)
-    """Per sum: norms that read it; anything else that does appears as "!operation"."""
+    """Per sum: the norms that read it, and "!operation" for any other reader."""
     linear_readers: dict[str, list[str]] = field(default_factory=dict)
     """Per linear layer: the operations that read its output, "residual" for an AddUse."""
     norm_reads: dict[str, list[int]] = field(default_factory=dict)
     """Per norm and call, in the order of the first calls: the sum it read, -1 for anything else."""
     weight_readers: dict[str, str] = field(default_factory=dict)
-    """Linear layers whose parameters are read outside their own forward, and by what."""
+    """Linear layers whose parameters are read outside their own forward, with the reader."""
     dtypes: set[torch.dtype] = field(default_factory=set)
-    """Floating-point types that were computed with."""
+    """The floating-point types of all results."""
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """A sample of each output of the model, by its path."""
     norm_outputs: dict[str, list[Path]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Carry a fold out: write gains, biases and scales into weights, in float64 and rounded once."""
+"""Write the gains, biases and scales of a fold into weights, in float64 and rounded once."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _BLOCK = 1 << 18  # elements of a weight that are folded at a time
 
 
 class _Edit(NamedTuple):
-    """What one norm makes of a linear layer with weight W and bias c."""
+    """The change of a linear layer with weight W and bias c by one norm."""
 
     factor: Tensor
-    """What W is multiplied by, in a shape that fits it."""
+    """W is multiplied by it; it has a shape that fits W."""
     moved: Callable[[Tensor], Tensor]
-    """What to add to c, from (rows of) W."""
+    """Computes from (rows of) W what is added to c."""
     added: Tensor
-    """Further addition to c, of all rows."""
+    """Also added to c, for all rows."""
     scale: float
-    """What W and c are divided by in the end."""
+    """W and c are divided by it at the end."""
 
 
 @torch.no_grad()
 def write(plan: FoldPlan, change: Change) -> list[str]:
-    """Fold every norm of the plan into its readers, its branches and the eps of the norms that follow, and give it
-    gain 1 and bias 0. Return the linear layers that got a bias."""
+    """Fold every norm of the plan into its readers, its branches and the eps of the next norms, and set its gain to 1
+    and its bias to 0. Return the linear layers that got a bias."""
     edits: dict[str, list[_Edit]] = {}
     needs_bias: dict[str, bool] = {}
     for step in plan.steps.values():
@@ -71,7 +71,7 @@ def _divide_eps(norm: nn.Module, scale: float) -> None:
 
 
 def _of_columns(module: nn.Module, columns: tuple[int, ...], gain: Tensor, bias: Tensor) -> _Edit:
-    """W diag(g), c + W b for a linear layer, Conv1D (its weight is transposed) or a (grouped) convolution."""
+    """Return the edit W diag(g), c + W b of a linear layer, Conv1D (weight transposed) or (grouped) convolution."""
     weight = cast(Tensor, module.weight)
     index = torch.tensor(columns, device=weight.device)
     factor = torch.where(index >= 0, gain.to(index.device)[index.clamp_min(0)], 1.0)
@@ -89,14 +89,14 @@ def _of_columns(module: nn.Module, columns: tuple[int, ...], gain: Tensor, bias:
 
 
 def _of_branch(module: nn.Module, bias: Tensor, scale: float) -> _Edit:
-    """W / s, (c + b) / s"""
+    """Return the edit W / s, (c + b) / s."""
     bias = bias.to(cast(Tensor, module.weight).device)
     return _Edit(bias.new_ones(1), lambda w: bias.new_zeros(1), bias, scale)
 
 
 def _write_layer(name: str, module: Any, edits: list[_Edit], needs_bias: bool, change: Change) -> bool:
-    """Give a linear layer what `edits` make of its weight and bias, a large one block by block of its rows. Return
-    whether it got a bias that it lacked."""
+    """Apply `edits` to the weight and bias of a linear layer, in blocks of rows. Return whether it got a bias that it
+    lacked."""
     weight, bias = module.weight.detach(), getattr(module, "bias", None)
     outputs = weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]
     biases = torch.zeros(outputs, dtype=torch.float64, device=weight.device)
