@@ -19,9 +19,9 @@ reads the sum, and a common scale has no effect on its output. `"approximate"` t
 
 This is exact when g is constant. Otherwise it drops the deviation of g from its mean on that path. `"calibrate"` takes
 s, and the gains and biases of the readers, from a least-squares fit, one norm after the other, with all earlier norms
-replaced. So errors do not add up, and outlier channels (which hardly vary between tokens) go into the bias. For AdaNorm
-the fit compensates for the effect of k on the scale. Up to the first norm without an exact fold, norms are folded
-exactly. Where a bias would not arrive (on a masked path, say), only gains are fitted.
+replaced. So errors do not add up, and outlier channels (which hardly vary between tokens) go into the bias. For
+AdaNorm the fit compensates for the effect of k on the scale. Up to the first norm without an exact fold, norms are
+folded exactly. Where a bias would not arrive (on a masked path, say), only gains are fitted.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ def fold_affine(
     """Fold gain and bias of every LayerNorm and RMSNorm into the linear layers that read it, in place.
 
     The norms keep their class with gain 1 and bias 0; task outputs stay the same. If a layer gets a bias that it
-    lacked, or an eps changes, the norm becomes layernorm-simple (the same function). The saved model then cannot be loaded
-    without this package as if it were the stock one. `patch_model(model, ..., affine="fold")` does both.
+    lacked, or an eps changes, the norm becomes layernorm-simple (the same function). The saved model then cannot be
+    loaded without this package as if it were the stock one. `patch_model(model, ..., affine="fold")` folds and then swaps.
 
     If no layer gets a bias and no eps changes, the result is a stock model with gains 1 and biases 0 (`is_stock` of
-    the report), which any engine for this architecture loads. The config then lists the folded norms (`folded_norms`), and
-    sets `flashnorm_folded` if no norm of the model needs its weight any more.
+    the report), which any engine for this architecture loads. The config then lists the folded norms (`folded_norms`),
+    and sets `flashnorm_folded` if no norm of the model needs its weight any more.
 
     The model runs twice, or three times with `"calibrate"`, always in evaluation mode.
 

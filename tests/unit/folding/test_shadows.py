@@ -17,7 +17,7 @@ NORM = ("norm", "n")
 
 
 def followed(func: Any, arguments: Callable[[Tensor], tuple[Any, ...]]) -> tuple[Any, Trace | None]:
-    """What is lost in `func` of a norm's output (2, 3), and the trace of what comes out."""
+    """Return what `func` of a norm's output (2, 3) loses, and the trace of its result."""
     shadows, x = Shadows(), torch.randn(2, 3)
     shadows.begin(x, NORM, torch.arange(3))
     args = arguments(x)

@@ -1,4 +1,4 @@
-"""Gains, biases and scales written into weights, held against the formulas in float64."""
+"""Gains, biases and scales written into weights, compared with the formulas in float64."""
 
 from __future__ import annotations
 
