@@ -125,7 +125,7 @@ def fold_affine(
 
     The norms keep their class with gain 1 and bias 0; task outputs stay the same. If a layer gets a bias that it
     lacked, or an eps changes, the norm becomes layernorm-simple (the same function). The saved model then cannot be
-    loaded without this package as if it were the stock one. `patch_model(model, ..., affine="fold")` folds and then swaps.
+    loaded without this package as if it were the stock one. `patch_model(model, ..., affine="fold")` also swaps.
 
     If no layer gets a bias and no eps changes, the result is a stock model with gains 1 and biases 0 (`is_stock` of
     the report), which any engine for this architecture loads. The config then lists the folded norms (`folded_norms`),
