@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(STAMP)
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[cli,$*]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$*]'
 	@touch $@
 
 demo: $(DEMO)  ## train a small classifier with AdaNorm and with LayerNorm, compare them (1 GB to install)

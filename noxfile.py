@@ -42,7 +42,7 @@ SLOW = (
     "or unpickle or pushes or broken_upload or stopped or killed or ctrl_c or bad_input or every_config"
 )
 RESULTS = Path("outputs/versions.jsonl")
-EXTRAS = ("cli", "demo", "plots", "recipes", "test")
+EXTRAS = ("demo", "plots", "recipes", "test")
 # uv compiles nothing: where no bytecode is written, every process of a test would compile torch and transformers anew.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 

@@ -20,9 +20,14 @@ __all__ = [
     "DyT",
     "Fold",
     "FoldReport",
+    "FoldedNorm",
+    "KReport",
     "LayerNormSimple",
     "NoNorm",
+    "NormGroup",
+    "NormInfo",
     "NormLog",
+    "NormRange",
     "NormRecord",
     "NormRow",
     "NormSchedule",
@@ -47,7 +52,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import modeling_adanorm as modeling_adanorm
-    from .calibration import calibrate_k
+    from .calibration import KReport, NormRange, calibrate_k
+    from .detection import NormInfo
     from .diagnostics import (
         NormLog,
         NormRecord,
@@ -58,28 +64,29 @@ if TYPE_CHECKING:
         watch_norms,
     )
     from .diagnostics import plots as plots
-    from .folding import Fold, FoldReport, fold_affine
+    from .folding import Fold, FoldedNorm, FoldReport, fold_affine
     from .modeling_adanorm import AdaNorm, DetachNorm, DyT, LayerNormSimple, NoNorm, __version__
     from .norms import register_norm
     from .patching import inspect_model, is_patched, patch_model, unpatch_model
     from .report import NormRow, Report
     from .saving import write_model_card
     from .settings import NormSchedule, NormScheduleCallback, set_norm
-    from .spec import AdaNormSpec
+    from .spec import AdaNormSpec, NormGroup
 
 # The names of each module, imported when one is first used: `import hf_adanorm` costs next to nothing, not even torch.
 __getattr__ = lazily(
     __name__,
     {
-        "calibration": "calibrate_k",
+        "calibration": "KReport NormRange calibrate_k",
+        "detection": "NormInfo",
         "diagnostics": "NormLog NormRecord OutputComparison OutputDifference WatchNormsCallback compare_outputs plots "
         "watch_norms",
-        "folding": "Fold FoldReport fold_affine",
+        "folding": "Fold FoldReport FoldedNorm fold_affine",
         "modeling_adanorm": "AdaNorm DetachNorm DyT LayerNormSimple NoNorm __version__ modeling_adanorm",
         "norms": "register_norm",
         "report": "NormRow Report",
         "patching": "inspect_model is_patched patch_model unpatch_model",
-        "spec": "AdaNormSpec",
+        "spec": "AdaNormSpec NormGroup",
         "saving": "write_model_card",
         "settings": "NormSchedule NormScheduleCallback set_norm",
     },

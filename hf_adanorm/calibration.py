@@ -23,15 +23,17 @@ class NormRange:
     """The range of y = N(x) at one norm, over all rows of the batches."""
 
     name: str
+    """Its name in the model."""
     largest: float
-    """max y: phi changes sign beyond 1 / k."""
+    """The largest y. phi changes sign beyond 1 / k."""
     smallest: float
+    """The smallest y."""
     share_falling: float
     """Share of entries with y > 1 / (2 k), where z falls as y grows."""
     share_negative: float
     """Share of entries with y > 1 / k, where phi < 0."""
     k: float
-    """The proposed k: the one asked for, or margin / max |y| if that is smaller."""
+    """The proposed k, `margin / max |y|`, at most the one asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class KReport:
     """The result of `calibrate_k`; prints as a table."""
 
     norms: tuple[NormRange, ...]
+    """What reached each norm, and the k proposed for it."""
     asked: float
+    """The largest k that was allowed."""
 
     @property
     def k(self) -> dict[str, float]:

@@ -164,7 +164,7 @@ def parse_norm(text: str) -> tuple[str | type, dict[str, Any]]:
         FileNotFoundError: the file does not exist.
     """
     parts = re.split(r":(?![\\/])", text)  # not the colon of a drive letter
-    first = 1 + (len(parts) > 1 and "=" not in parts[1])
+    first = 1 + (len(parts) > 1 and "=" not in parts[1] and parts[0] not in norm_names())
     settings = {}
     for part in parts[first:]:
         key, sign, value = part.partition("=")

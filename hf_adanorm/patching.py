@@ -1,15 +1,13 @@
-"""Swap the norms of a model, take the swap back, and say what is there.
+"""Swap the norms of a model, put the replaced ones back, and list them: the public calls.
 
-`patch_model` makes a plan (which norm becomes what, and why another does not), checks all of it, and only then moves
-modules: a call patches everything it planned or leaves the model as it was. Then it writes down what is swapped, for
-stock saving and loading:
+`patch_model` plans which norm becomes what, checks the whole plan, and only then replaces modules:
 
-1. `iter_norms` lists the norms by what they compute; `targets`, `include`, `exclude` and `layers` choose among them.
-2. Every chosen norm gets its `NormGroup`; what loading could not read off the stock module (a hard-coded eps, say) is
-   put into the group, so that the saved spec decides nothing by itself.
-3. The modules are replaced. Each keeps the one it replaced, for `unpatch_model`.
-4. Every config in the model becomes the model's own copy (two models built from one config object share it), and gets
-   the resolved spec of the part of the model that it describes.
+1. `iter_norms` lists the norms by what they compute. `targets`, `include`, `exclude` and `layers` choose among them.
+2. Every chosen norm gets its `NormGroup`. It contains what loading cannot read off the stock module, such as an eps in
+   the code, so that loading decides nothing.
+3. The modules are replaced. Each keeps the one that it replaced, for `unpatch_model`.
+4. Every config in the model becomes the model's own copy, as two models may share one. It gets the resolved spec of
+   the part of the model that it describes.
 """
 
 from __future__ import annotations
@@ -46,9 +44,6 @@ Targets = Literal["auto", "layernorm", "rmsnorm", "all"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-# ------------------------------------------------------------------------------------------- the public functions
-
-
 def patch_model(
     model: ModelT,
     norm: str | type[nn.Module] | partial[nn.Module] = "adanorm",
@@ -64,40 +59,37 @@ def patch_model(
 ) -> ModelT:
     """Swap the norms of `model` in place and return it.
 
-    Save, load and push it with the stock calls afterwards. A second call changes only the norms it matches, and the
-    same call twice changes nothing. Optimizers built before hold parameters that are gone: build them afterwards.
+    The stock calls save, load and push the result. A second call changes only the norms that it matches, and the same
+    call twice changes nothing. Build optimizers afterwards: earlier ones contain removed parameters.
 
     Args:
-        model: any transformers model or plain `nn.Module`, on any device, the meta device included. Not yet wrapped
-            by DDP, FSDP, DeepSpeed or `torch.compile`.
+        model: any transformers model or plain `nn.Module`, on any device, also the meta device. Not yet wrapped by
+            DDP, FSDP, DeepSpeed or `torch.compile`.
         norm: the norm to swap in. A name (`"adanorm"`, `"layernorm-simple"`, `"detachnorm"`, `"dyt"`, `"none"`, or one
             given to `register_norm`), a class, or a `functools.partial` of a class. A class of your own is an
-            `nn.Module` whose constructor takes `(normalized_shape, eps, ...)`, with its settings as keyword-only
-            parameters. `"layernorm"` puts the replaced norms back.
-        eps: None keeps that of each replaced norm.
-        centered: None keeps what the replaced norm does (an RMSNorm does not subtract the mean). True is the paper's.
-            A fold starts from the function of the source, and so takes neither another eps nor another
-            centering.
-        include: only these norms. A pattern or a list of them: the ending of names (of `model.named_modules()`). `*`
-            stands for anything between two dots, and at the end for everything below: `"encoder.layer.1.*"`. `re:`
-            starts a regular expression for the whole name.
+            `nn.Module` whose constructor takes `(normalized_shape, eps, ...)`. Its keyword-only parameters are its
+            settings. `"layernorm"` puts the replaced norms back.
+        include: only these norms: a pattern or a list of them. A pattern is the ending of names in
+            `model.named_modules()`. `*` matches anything between two dots, and at the end everything below:
+            `"encoder.layer.1.*"`. `re:` starts a regular expression for the whole name.
         exclude: all except these, written in the same way.
         layers: only norms inside these layers, counted from 0 within every stack of layers, negative from the end.
         targets: `"auto"` swaps LayerNorms and RMSNorms on the residual stream. It skips query, key, latent and other
             norms inside a branch of a layer, unless `include` names them. `"layernorm"`, `"rmsnorm"` and `"all"` swap
             every norm of that kind. `"auto"` may run the model over a few tokens to see what a norm reads.
-        affine: what becomes of trained gains and biases. `"drop"` drops them; `"fold"` or `Fold(...)` folds them into
-            the linear layers that read the norm, see `fold_affine`. A folded AdaNorm starts at k = 0 and C = 1, unless
-            `Fold(unfoldable="calibrate", ...)` fits gains and biases to the k and C that it gets.
-        **settings: settings of the norm, such as C and k of AdaNorm. A mapping gives a value for each norm by its
-            name (`calibrate_k(model, batches).k`); norms that it does not list take the default. A deep post-norm
-            model that is trained from scratch loses its gradient with k = 0.1, whatever C; start with
-            0.1 / sqrt(layers).
+        eps: by default that of each replaced norm.
+        centered: by default as the replaced norm: an RMSNorm does not subtract the mean. The paper's norms do. A fold
+            keeps the function of the source, so it accepts neither another eps nor another centering.
+        affine: what becomes of trained gains and biases. `"drop"` drops them. `"fold"` or `Fold(...)` folds them into
+            the linear layers that read the norm; see `fold_affine`. A folded AdaNorm starts at k = 0 and C = 1, unless
+            `Fold(unfoldable="calibrate", ...)` fits gains and biases to the given k and C.
+        **settings: settings of the norm, such as C and k of AdaNorm. A mapping from names of norms gives each its own
+            value (`calibrate_k(model, batches).k`); other norms take the default. A deep post-norm model that is
+            trained from scratch loses its gradient with k = 0.1, whatever C is: start with 0.1 / sqrt(layers).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, a pattern that matches no norm, nothing
-            to swap, a model that is already wrapped. The model is as it was then, as after whatever else is raised
-            (a KeyboardInterrupt, a warning of this call that a filter turns into an error).
+            to swap, a model that is already wrapped. After any error, the model is as it was.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -144,8 +136,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     """Put the replaced norms back, in place, and return the model.
 
     Gains and biases that a norm has learned go back into the norm that it replaced. Otherwise those of the replaced
-    norm come back bit for bit; where they are lost (after a reload), they become 1 and 0, with one warning.
-    `config.adanorm` and our `auto_map` entries are removed.
+    norm come back bit for bit. After a reload they are lost and become 1 and 0, with one warning. `config.adanorm` and
+    our `auto_map` entries are removed.
 
     Raises:
         ValueError: the model is not patched, or already wrapped (DDP, FSDP, DeepSpeed, `torch.compile`).
@@ -178,11 +170,11 @@ def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
     with all_or_nothing(model, [old.module for old in kept if old is not None], stacklevel=5) as change:
         replace_modules(model, restored(model, swapped))
         restore_fused_path(model)
-        write_specs(model)  # biases that a fold added stay, and loading has to know of them
+        write_specs(model)  # loading needs to know the biases that a fold added
         if num_biases := len(left_by_folds(dict(plain_modules(model)))[0]):
             change.warn(
-                f"{num_biases} linear layers keep the bias that a fold gave them: load what is saved from now on with "
-                "hf_adanorm imported, as without it transformers leaves those biases out with no more than a warning"
+                f"{num_biases} linear layers keep the bias that a fold added: import hf_adanorm before you load the "
+                "saved model, or transformers drops these biases with only a warning"
             )
         if fresh:
             change.warn(
@@ -193,7 +185,7 @@ def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any norm of `model` is swapped.
+    """Return whether any norm of `model` is swapped.
 
     >>> is_patched(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
     False
@@ -212,8 +204,8 @@ def inspect_model(
 ) -> Report:
     """List every norm of `model`: what it computes, whether `patch_model` would swap it, and why not.
 
-    Prints as a table and shows as HTML in a notebook. `*` in a name stands for every number, and `include` takes a
-    list of such names; `report.every_name()` spells all of them out. Changes nothing.
+    The report prints as a table, and a notebook shows it as HTML. `*` in a name stands for every number; you can pass
+    such names to `include`. `report.every_name()` lists the full names. The model is not changed.
 
     Raises:
         TypeError, ValueError: as `patch_model`, for the options.

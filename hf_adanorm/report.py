@@ -1,4 +1,4 @@
-"""The table that `inspect_model` returns: text, HTML in a notebook, data for scripts."""
+"""The report of `inspect_model`: a table as text, as HTML in a notebook, and as data for scripts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .replaced import learned_affine, source_of
 NOT_FOLDED = "_adanorm_not_folded"
 """Attribute of a norm that a fold kept: the reason."""
 DEEP = 12
-"""Layers from which on k is commented: k = 0.1 loses the gradient of 12 post-norm layers, not that of 4."""
+"""Layers from which on the report advises on k: k = 0.1 loses the gradient of 12 post-norm layers, not of 4."""
 HEADER = ("count", "class", "computes", "status", "names")
 _FORMULAS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "other": "-"}
 
@@ -26,13 +26,16 @@ class NormRow:
     """One norm of a model."""
 
     name: str
+    """Its name in `model.named_modules()`."""
     module: nn.Module
+    """The norm itself."""
     info: NormInfo
+    """What it computes."""
     kind: str
-    """`"layernorm"`, `"rmsnorm"` or `"other"`; for a swapped norm, of the norm that was there before."""
+    """`"layernorm"`, `"rmsnorm"` or `"other"`; for a swapped norm, the kind of the replaced norm."""
     cause: Literal["", "chosen", "option", "branch", "obstacle"] = ""
-    """What decided: `patch_model` with the same options swaps it; `include`, `exclude` or `layers` leave it out; it is
-    inside a branch of its layer, and `targets="auto"` leaves it out; or it cannot be swapped by these `targets`."""
+    """What decided. `"chosen"`: `patch_model` with the same options swaps it. `"option"`: `include`, `exclude` or
+    `layers` skip it. `"branch"`: it is off the residual stream. `"obstacle"`: these `targets` cannot swap it."""
     reason: str = ""
     """Why it is not chosen."""
 
@@ -43,6 +46,7 @@ class NormRow:
 
     @property
     def is_swapped(self) -> bool:
+        """Whether it is a swapped norm now."""
         return is_swapped(self.module)
 
     @property
@@ -53,12 +57,14 @@ class NormRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Every norm of a model and what becomes of it."""
+    """Every norm of a model and what becomes of it. Prints as a table."""
 
     model_class: str
+    """The name of the model's class."""
     rows: tuple[NormRow, ...]
+    """The norms, in the order of the model."""
     asked: bool = True
-    """Whether options chose among the norms. Without any, the stock norms of a patched model count as not chosen."""
+    """Whether options chose among the norms. Otherwise the stock norms of a patched model count as not chosen."""
     num_layers: int = 0
     """Layers of the longest stack that holds a norm."""
 
@@ -74,12 +80,12 @@ class Report:
 
     @property
     def num_skipped(self) -> int:
-        """Stock norms that it would leave alone."""
+        """Stock norms that `patch_model` would skip."""
         return len(self.rows) - self.num_swapped - self.num_swappable
 
     @property
     def num_affine_parameters(self) -> int:
-        """Gain and bias parameters that swapping them would remove."""
+        """Gain and bias parameters that these swaps would remove."""
         return sum(row.num_affine_parameters for row in self.rows if row.chosen)
 
     @property
@@ -90,7 +96,7 @@ class Report:
         return sum(p.numel() for source in sources if source is not None for p in source.parameters())
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types."""
+        """Return the report as JSON types."""
         return {
             "model_class": self.model_class,
             "swapped": self.num_swapped,
@@ -114,7 +120,7 @@ class Report:
         }
 
     def status(self, row: NormRow) -> str:
-        """Return what becomes of one norm, in a few words."""
+        """Describe what becomes of one norm, in a few words."""
         if row.is_swapped:
             return f"swapped: {row.module}"
         if reason := row.module.__dict__.get(NOT_FOLDED):
@@ -126,10 +132,10 @@ class Report:
         return f"not chosen: {row.reason}" if row.reason else "not chosen"
 
     def table(self) -> list[tuple[str, str, str, str, str]]:
-        """Return lines of (count, class, computes, status, names); norms that differ only in numbers share one.
+        """Return lines of (count, class, computes, status, names). Norms that differ only in numbers share a line.
 
-        `*` stands for every number. Where only some have the line's status, they follow in brackets. `include` takes a
-        list of such names."""
+        `*` stands for every number. If only some of them have the status of the line, their numbers follow in
+        brackets. `include` takes such names."""
         lines: dict[tuple[str, ...], list[str]] = {}
         everywhere = Counter(_pattern(row.name) for row in self.rows)
         for row in self.rows:
@@ -176,7 +182,7 @@ class Report:
     __repr__ = __str__
 
     def every_name(self) -> str:
-        """Return a text with one line per norm, with its whole name."""
+        """Return a text with one line per norm, under its full name."""
         return text_table(("name", "status"), [(row.name, self.status(row)) for row in self.rows])
 
     def _repr_html_(self) -> str:
@@ -185,7 +191,7 @@ class Report:
 
 
 def _numbers(names: list[str]) -> str:
-    """Return the numbers in the names, neighbors as a range."""
+    """Return the numbers in the names, with ranges for consecutive ones."""
     found = [[part for part in name.split(".") if part.isdigit()] for name in names]
     ranges: list[list[int]] = []
     for number in (int(parts[0]) for parts in found):

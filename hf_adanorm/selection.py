@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -40,7 +40,7 @@ def choose_norms(
     layers: tuple[int, ...] | None = None,
     targets: str = "auto",
 ) -> list[NormRow]:
-    """Return every norm of the model. Those that are not chosen carry the reason.
+    """Return every norm of the model, with the reason for those that are not chosen.
 
     Raises:
         ValueError: a pattern or a layer that matches no norm.
@@ -82,13 +82,13 @@ def choose_norms(
 
 
 def _obstacle(model: nn.Module, row: NormRow, targets: str) -> str:
-    """Why no `include` can choose this norm; empty if one can."""
+    """Return the reason why no `include` can choose this norm, or an empty string."""
     if row.kind == "other":
         return row.info.reason
     if row.kind not in _KINDS[targets]:
         return f"{'an RMSNorm' if row.kind == 'rmsnorm' else 'a LayerNorm'}, which targets={row.kind!r} swaps"
     if not row.name:
-        return "it is the norm itself, and a swap happens inside a model: make the new norm directly"
+        return "it is the norm itself, and a swap replaces modules inside a model: make the new norm directly"
     parent_name, _, key = row.name.rpartition(".")
     tensors = [*row.module._parameters, *row.module._buffers]
     if not row.is_swapped and reads_values(model.get_submodule(parent_name), key, tensors):
@@ -98,7 +98,7 @@ def _obstacle(model: nn.Module, row: NormRow, targets: str) -> str:
 
 
 def _kind(module: nn.Module, info: NormInfo) -> str:
-    """Return the kind of the norm; for a swapped one, that of the norm which it replaced."""
+    """Return the kind of the norm; for a swapped one, the kind of the replaced norm."""
     source = source_of(module) if is_swapped(module) else None
     if source is not None and (found := recognize(source)) is not None and found.kind != "other":
         return found.kind
@@ -106,12 +106,11 @@ def _kind(module: nn.Module, info: NormInfo) -> str:
 
 
 def _out_of_reach(options: Sequence[Patterns], rows: Sequence[NormRow]) -> str:
-    """Return the reason why a norm that a pattern does match cannot be chosen, or an empty string."""
-    for patterns in options:
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-            for row in rows:
-                if row.cause == "obstacle" and _matches(pattern, row.name):
-                    return f" ({row.name}: {row.reason})"
+    """Return the reason why a norm that a pattern matches cannot be chosen, or an empty string."""
+    for pattern in (pattern for patterns in options for pattern in _each(patterns)):
+        for row in rows:
+            if row.cause == "obstacle" and _matches(pattern, row.name):
+                return f" ({row.name}: {row.reason})"
     return ""
 
 
@@ -128,8 +127,12 @@ def check_patterns(option: str, patterns: Patterns) -> None:
         raise ValueError(f"{option}={short_repr(patterns)} is empty; omit it to select every norm")
 
 
+def _each(patterns: Patterns) -> Iterator[str]:
+    yield from [patterns] if isinstance(patterns, str) else patterns or ()
+
+
 def _regex(pattern: str) -> re.Pattern[str]:
-    """Return the regular expression for a whole name; `re.error` if a `re:` pattern is none."""
+    """Return the regular expression for a whole name. Raises `re.error` for a wrong `re:` pattern."""
     if pattern.startswith("re:"):
         return re.compile(pattern.removeprefix("re:"))
     head, last = (pattern[:-1], ".+") if pattern == "*" or pattern.endswith(".*") else (pattern, "")
@@ -144,9 +147,9 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[str]:
-    """Return the names that the patterns match; ValueError for a pattern that matches none, with the closest names."""
+    """Return the names that the patterns match. Raises ValueError for a pattern that matches none."""
     found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+    for pattern in _each(patterns):
         try:
             regex = _regex(pattern)
         except (re.error, OverflowError) as error:
@@ -174,13 +177,11 @@ def _closest(pattern: str, names: Sequence[str]) -> str:
 
 
 def check_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
-    """Return `layers` as a tuple of integers; TypeError or ValueError for anything else."""
+    """Return `layers` as a tuple of integers. Raises TypeError or ValueError for anything else."""
     if layers is None:
         return None
-    given: tuple[Any, ...] = (
-        tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes)) else (layers,)
-    )
-    # NumPy's integers are integers, too.
+    given: tuple[Any, ...] = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    # NumPy's integers are accepted.
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in given):
         raise TypeError(f"layers must be integers, got {short_repr(layers)}")
     if not given:
@@ -191,7 +192,7 @@ def check_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
 def layer_positions(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Return, for every name inside a stack of layers, its layer's index and the number of layers in that stack.
 
-    A stack is the outermost `nn.ModuleList` (or `nn.Sequential` of blocks of one class) on the way to the module. It
+    A stack is the outermost `nn.ModuleList`, or `nn.Sequential` of blocks of one class, that contains the module. It
     may be the model itself.
     """
     positions = {}
@@ -206,7 +207,7 @@ def layer_positions(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[i
 
 
 def match_layers(model: nn.Module, layers: tuple[int, ...], names: Sequence[str]) -> set[str]:
-    """Return the names within the given layers; ValueError for an index that no stack has."""
+    """Return the names within the given layers. Raises ValueError for an index that no stack has."""
     positions = layer_positions(model, names)
     if not positions:
         raise ValueError(f"layers={list(layers)}: none of the norms is inside a stack of layers")

@@ -19,13 +19,19 @@ class NormGroup:
     """Names in the base model, such as "encoder.layer.*.output.LayerNorm", as in the keys of the checkpoint. `*`
     stands for one number, a leading `^` marks a module outside of the base model."""
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Arguments of the norm's constructor, such as {"C": 1.0, "k": 0.1}."""
+    """Arguments of the norm's constructor, such as `{"C": 1.0, "k": 0.1}`."""
     centered: bool | None = None
+    """Whether the mean is subtracted."""
     eps: float | None = None
+    """Added to the variance."""
     channels_first: bool | None = None
+    """Whether axis 1 is normalized instead of the trailing axes."""
     normalized_shape: tuple[int, ...] | None = None
+    """Sizes of the normalized axes."""
     reference: str | None = None
+    """`"paper"` or `"lancopku"`, see `AdaNorm`."""
     output_dtype: str | None = None
+    """How the dtype of the outputs depends on that of the weight."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the group as JSON types."""
@@ -44,12 +50,14 @@ class AdaNormSpec:
     """
 
     groups: tuple[NormGroup, ...] = ()
+    """The swapped modules, grouped by their norm and its settings."""
     biases: tuple[str, ...] = ()
     """Linear layers that were given a bias by a fold, named as in `NormGroup.modules`."""
     eps: Mapping[str, float] = field(default_factory=dict)
     """The eps of norms that were not swapped but whose eps a fold adjusted."""
     classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The author's norms, by name: {"class": "Derf", "file": "my_norms.py", "files": {"my_norms.py": SHA-256}}."""
+    """The author's norms by name, each as `{"class": "Derf", "file": "my_norms.py", "files": {"my_norms.py": "..."}}`
+    with the SHA-256 of each file."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON types: format, version, groups, and biases, eps and classes where there are any."""

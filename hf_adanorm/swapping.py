@@ -1,19 +1,17 @@
-"""One change of a model's norms: planned, checked, applied as a whole, and taken back as a whole.
+"""Change the norms of a model in one transaction: plan, check, apply, undo.
 
-1. `make_plan` chooses the norms, says what each becomes, and raises for whatever does not fit. It changes nothing.
-2. `all_or_nothing(model)` opens the change that a patch, a fold and their way back are parts of.
-   It notes how every module is put together; the few tensors whose values a fold overwrites are kept by `keep`.
+1. `make_plan` chooses the norms, decides what each becomes, and raises for whatever does not fit. It changes nothing.
+2. `all_or_nothing(model)` opens the change that contains a patch, a fold, or their undoing. It notes how every module
+   is put together. `keep` copies the few tensors that a fold overwrites.
 3. `apply_plan` replaces the modules and writes the specs.
-4. Warnings are said last, with everything in place. Whatever is raised before the end, a KeyboardInterrupt, a
-   MemoryError and a warning that a filter turns into an error included, takes all of it back: a call that raises
-   leaves the model as it was.
+4. Warnings come last. Whatever is raised until then undoes everything, such as a KeyboardInterrupt, a MemoryError, or
+   a warning that a filter turns into an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,12 +49,7 @@ from .state import State
 
 
 class Change(State):
-    """A change of a model under way: the state before it, and the warnings to be said at its end.
-
-    Args:
-        model: with all its modules.
-        others: modules outside of it that may change, too.
-    """
+    """A change of `model`, and of `others` outside of it: the state before, and the warnings for the end."""
 
     def __init__(self, model: nn.Module, others: Sequence[nn.Module] = ()) -> None:
         super().__init__(model, *others)
@@ -64,19 +57,18 @@ class Change(State):
         self._warnings: list[str] = []
 
     def warn(self, message: str) -> None:
-        """Say `message` at the end of the call."""
+        """Warn at the end of the call."""
         self._warnings.append(message)
 
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module, others: Sequence[nn.Module] = (), stacklevel: int = 4) -> Iterator[Change]:
-    """The block's changes of `model` (and of `others`, see `Change`) stand when it ends, and its warnings are said; if
-    it raises anything, they are taken back."""
+    """Keep the changes that the block makes if it ends normally, and give its warnings. Undo them if it raises."""
     change = Change(model, others)
     try:
         yield change
         for message in change._warnings:
-            warnings.warn(message, stacklevel=stacklevel)  # 4: the caller of the function that holds the block
+            warnings.warn(message, stacklevel=stacklevel)  # 4: the caller of the function that contains the block
     except BaseException:
         change.restore()
         raise
@@ -86,17 +78,15 @@ def all_or_nothing(model: nn.Module, others: Sequence[nn.Module] = (), stackleve
 
 
 def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{option} must be one of {list(choices)}, got {short_repr(value)}")
-    if value not in choices:
-        close = difflib.get_close_matches(value, choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{option} must be one of {list(choices)}, got {short_repr(value)}{hint}")
+    """Raise TypeError or ValueError unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        hint, error = ("", TypeError) if not isinstance(value, str) else (did_you_mean(value, choices), ValueError)
+        raise error(f"{option} must be one of {list(choices)}, got {short_repr(value)}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The checked options of one call that choose norms and say what they become."""
+    """The checked options of one call: which norms, and what they become."""
 
     cls: type[nn.Module] = NORM_CLASSES["adanorm"]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -122,7 +112,7 @@ class Options:
         return name_of(self.cls)
 
     def group(self, name: str, source: nn.Module, info: NormInfo) -> NormGroup:
-        """Return what `source`, called `name`, becomes. Only what cannot be read off `source` is spelled out."""
+        """Return what the norm `name` becomes. The group contains only what cannot be read off `source`."""
         readable = source_settings(source)
         facts = {"eps": info.eps, "normalized_shape": info.normalized_shape, "channels_first": info.channels_first}
         overrides: dict[str, Any] = {key: value for key, value in facts.items() if readable.get(key) != value}
@@ -130,7 +120,7 @@ class Options:
             overrides["eps"] = float(self.eps)
         centered = self.centered if self.centered is not None else info.kind == "layernorm"
         settings = {
-            # One value for each norm; those that are not listed take the default.
+            # A mapping has a value for each norm; those that it does not list take the default.
             key: value.get(name) if isinstance(value, Mapping) else value
             for key, value in self.settings.items()
             if not isinstance(value, Mapping) or name in value
@@ -170,7 +160,7 @@ def output_rule(source: nn.Module, info: NormInfo) -> str | None:
 
     try:
         narrow, wide = returned(torch.float32, torch.float16), returned(torch.float16, torch.float32)
-    except Exception:  # of whatever kind a norm raises that needs more than its input
+    except Exception:  # the norm needs more than its input
         return None
     if wide != torch.float32:
         return None
@@ -179,7 +169,7 @@ def output_rule(source: nn.Module, info: NormInfo) -> str | None:
 
 @dataclass
 class Plan:
-    """What a call will do: `swaps` in the order of the model, and every norm of the model in `rows`."""
+    """What a call will do: `swaps` in the order of the model, and all norms of the model as `rows`."""
 
     model: nn.Module
     options: Options
@@ -217,7 +207,7 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
 
 
 def choose(model: nn.Module, options: Options) -> list[NormRow]:
-    """Return every norm of the model. Those that the options do not choose carry the reason."""
+    """Return every norm of the model, with the reason for those that the options do not choose."""
     return choose_norms(
         model, include=options.include, exclude=options.exclude, layers=options.layers, targets=options.targets
     )
@@ -234,7 +224,7 @@ _WRAPPERS = {
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise TypeError for what is no module, ValueError for a model that DDP, FSDP or the like already holds."""
+    """Raise TypeError unless `model` is a module, ValueError if DDP, FSDP or the like already wraps it."""
     check_module(model)
     for module in model.modules():
         wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), "")
@@ -251,7 +241,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def is_as(module: nn.Module, group: NormGroup) -> bool:
-    """Tell whether `module` is already swapped with the settings of `group`."""
+    """Check whether `module` is already swapped with the settings of `group`."""
     if not is_swapped(module) or module.norm_name != group.norm or module.centered != (group.centered is not False):
         return False
     layout = {key: value for key in LAYOUT if key != "centered" and (value := getattr(group, key)) is not None}
@@ -287,7 +277,7 @@ def apply_plan(plan: Plan) -> None:
 
 
 def restore_fused_path(model: nn.Module) -> None:
-    """Let torch's TransformerEncoder use its fused inference path again where no norm is swapped any more."""
+    """Let torch's TransformerEncoder use its fused inference path again where no norm is swapped."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not any(map(is_swapped, module.modules())):
             act: Any = module.activation
@@ -308,8 +298,8 @@ def _carry_hooks(source: nn.Module, new: nn.Module) -> None:
 
 
 def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
-    """accelerate's `device_map` replaces `forward` and moves inputs and offloaded weights in a hook. The new norm has
-    no weight to bring in: it needs the devices only. The old one keeps its hook, which knows where its values are."""
+    """Give `new` the devices of accelerate's `device_map`, whose hook moves inputs and offloaded weights. The new norm
+    has no weight to load. The old one keeps its hook, which knows where its values are."""
     hook = getattr(source, "_hf_hook", None)
     if hook is None:
         return
@@ -325,8 +315,8 @@ def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
 
 @torch.no_grad()
 def _inherit(new: SwappedNorm, source: nn.Module, info: NormInfo, cls: type[nn.Module], group: NormGroup) -> None:
-    """Give `new` what it takes over from the norm that it replaces: what a norm of the same class has learned, or what
-    the class's `from_norm` makes of gain and bias. A frozen norm stays frozen."""
+    """Give `new` the parameters of a replaced norm of the same class, or what `from_norm` makes of gain and bias. A
+    frozen norm stays frozen."""
     if is_swapped(source) and type(source.inner) is type(new.inner):
         for name, parameter in source.inner.named_parameters():
             owner, _, key = name.rpartition(".")
@@ -344,30 +334,34 @@ def _inherit(new: SwappedNorm, source: nn.Module, info: NormInfo, cls: type[nn.M
 
 
 def _stand_in(source: nn.Module, info: NormInfo) -> nn.Module:
-    """Return torch's own norm with the gain, bias and eps of `source`, however that one keeps them."""
-    shape, eps = info.normalized_shape, source.eps if is_swapped(source) else info.eps
-    norm: nn.Module
-    if info.kind == "rmsnorm":
-        norm = nn.RMSNorm(shape, eps=eps)
+    """Return torch's own norm with the gain, bias and eps of `source`, in whatever form that stores them."""
+    eps = source.eps if is_swapped(source) else info.eps
+    norm: nn.Module = (nn.RMSNorm if info.kind == "rmsnorm" else nn.LayerNorm)(info.normalized_shape, eps=eps)
+    if is_swapped(source):
+        held = learned_affine(source)
     else:
-        norm = nn.LayerNorm(shape, eps=eps)
-    held = learned_affine(source) if is_swapped(source) else {}
-    if not is_swapped(source):
-        for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
-            if name is not None:
-                held[key] = getattr(source, name).detach().add(offset)
+        held = {key: getattr(source, name).detach().add(offset) for key, name, offset in _affine_of(info)}
     for key, name in (("gain", "weight"), ("bias", "bias")):
         if key in held and getattr(norm, name, None) is not None:
             setattr(norm, name, nn.Parameter(held[key].detach().clone()))
     return norm
 
 
+def _affine_of(info: NormInfo | None) -> list[tuple[str, str, float]]:
+    """Return ("gain" or "bias", its parameter, the offset from the parameter to the value) for those that exist."""
+    if info is None:
+        return []
+    both = (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0))
+    return [(key, name, offset) for key, name, offset in both if name is not None]
+
+
 def _trainable_around(model: nn.Module, names: Sequence[str]) -> dict[str, bool]:
     """Return for each norm whether the parameters next to it, in the nearest module that has others, are trainable."""
     inside = [f"{name}." for name in names]
-    others = [(n, p) for n, p in model.named_parameters() if not any(n.startswith(prefix) for prefix in inside)]
     counts: dict[str, tuple[int, int]] = {}
-    for name, parameter in others:
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
         parts = name.split(".")[:-1]
         for end in range(len(parts) + 1):
             total, free = counts.get(place := ".".join(parts[:end]), (0, 0))
@@ -381,14 +375,14 @@ def _trainable_around(model: nn.Module, names: Sequence[str]) -> dict[str, bool]
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- and back
+# ------------------------------------------------------------------------------------------------------ unpatching
 
 
 def restored(model: nn.Module, swapped: Sequence[tuple[str, SwappedNorm]]) -> dict[int, nn.Module]:
     """Return the module that each swapped norm replaced, on its device and in its dtype, by the id of the norm.
 
-    Gains and biases that a norm has learned go back into it. A gain is frozen or made trainable where the parameters
-    around it were since.
+    Gains and biases that a norm has learned go back into it. It is frozen, or made trainable, if the parameters around
+    it were in the meantime.
     """
     trainable = _trainable_around(model, [name for name, _ in swapped])
     found = {}
@@ -404,12 +398,11 @@ def _restored(module: SwappedNorm) -> nn.Module:
     kept = replaced_by(module)
     if kept is None:  # a norm that the user put there by hand
         source: nn.Module = nn.LayerNorm(module.normalized_shape, eps=module.eps)
-    elif ADJUSTED_EPS in module.__dict__:  # by a fold, after the swap
-        source = kept.module
-        source.__dict__.update(dict.fromkeys({"eps", "variance_epsilon"} & source.__dict__.keys(), module.eps))
-        source.__dict__[ADJUSTED_EPS] = True
     else:
         source = kept.module
+        if ADJUSTED_EPS in module.__dict__:  # by a fold, after the swap
+            source.__dict__.update(dict.fromkeys({"eps", "variance_epsilon"} & source.__dict__.keys(), module.eps))
+            source.__dict__[ADJUSTED_EPS] = True
     weight = module.weight
     if kept is None or not kept.has_values:
         if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
@@ -424,21 +417,16 @@ def _restored(module: SwappedNorm) -> nn.Module:
 
 @torch.no_grad()
 def _reset_affine(norm: nn.Module) -> None:
-    """Gain 1 and bias 0, in whatever form the norm keeps them (a gain stored as an offset from 1 becomes 0)."""
-    info = recognize(norm)
-    offset = 0.0 if info is None else info.gain_offset
-    bias_name = None if info is None else info.bias_name
+    """Set gain 1 and bias 0, in whatever form the norm stores them: a gain stored as an offset from 1 becomes 0."""
+    known = {name: float(key == "gain") - offset for key, name, offset in _affine_of(recognize(norm))}
     for name, parameter in norm.named_parameters():
-        parameter.fill_(0.0 if name == bias_name else 1.0 - offset)
+        parameter.fill_(known.get(name, 1.0))
 
 
 @torch.no_grad()
 def _put_back(affine: dict[str, Tensor], source: nn.Module) -> None:
-    """The gain and bias that a norm holds, back into the one that they came from."""
-    info = recognize(source)
-    if info is None:
-        return
-    for key, name, offset in (("gain", info.gain_name, info.gain_offset), ("bias", info.bias_name, 0.0)):
-        if key in affine and name is not None:
+    """Write the gain and bias that a swapped norm has learned into the norm that it replaced."""
+    for key, name, offset in _affine_of(recognize(source)):
+        if key in affine:
             target = getattr(source, name)
             target.copy_(affine[key].float().sub(offset).view_as(target))

@@ -42,8 +42,9 @@ class NormInfo:
     gain_name: str | None = None
     """Name of the parameter or buffer that is the gain, usually `"weight"`; None without a gain."""
     bias_name: str | None = None
+    """Name of the parameter or buffer that is the bias."""
     parametrized: bool = False
-    """Under `torch.nn.utils.parametrize`: replacing it would drop the parametrization."""
+    """Whether it is under `torch.nn.utils.parametrize`. Replacing it would drop the parametrization."""
     inside: str = ""
     """Name and class of the conditioned norm this one is part of, e.g. `"block.0.norm1 (AdaLayerNorm)"`."""
     reason: str = ""

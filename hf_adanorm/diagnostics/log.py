@@ -23,7 +23,7 @@ HISTOGRAM_BINS = 96
 FORWARD_FIELDS = ("input_mean", "input_std", "share_negative", "share_falling")
 OUTPUT_FIELDS = ("grad_output_mean", "grad_output_var", "grad_detached_mean", "grad_detached_var")
 INPUT_FIELDS = ("grad_input_mean", "grad_input_var")
-FIELDS = (*FORWARD_FIELDS, *OUTPUT_FIELDS, *INPUT_FIELDS, "grad_norm_before", "grad_norm_after")
+FIELDS = (*FORWARD_FIELDS, *OUTPUT_FIELDS, *INPUT_FIELDS)
 """The statistics of a `NormRecord`, in order."""
 _HEADER = ("name", "norm", *FIELDS)
 
@@ -35,6 +35,7 @@ class NormRecord:
     step: int
     """Optimizer steps done when this one ended, counted from 1."""
     name: str
+    """Its name in the model."""
     norm: str
     """`"layernorm"` or `"rmsnorm"`, or the name of the swapped norm such as `"adanorm"`."""
     num_rows: int
@@ -52,21 +53,21 @@ class NormRecord:
     grad_output_var: float
     """Variance of dl/d(output) within a row, averaged over rows."""
     grad_detached_mean: float
-    """`|mean(dl/dy)|` / sigma: what grad_input_mean would be with mean and variance detached (Theorem 1, row 1)."""
+    """`|mean(dl/dy)| / sigma`, which grad_input_mean would be with mean and variance detached (Theorem 1, row 1)."""
     grad_detached_var: float
-    """var(dl/dy) / sigma^2: what grad_input_var would be with mean and variance detached."""
+    """`var(dl/dy) / sigma^2`, which grad_input_var would be with mean and variance detached."""
     grad_input_mean: float
-    """`|mean of dl/dx|` over a row, averaged over rows, of the norm's own gradient: 0 where it re-centers."""
+    """`|mean of dl/dx|` over a row, averaged over rows, of the norm's own gradient. It is 0 where it re-centers."""
     grad_input_var: float
     """Variance of dl/dx within a row, averaged over rows; at most grad_detached_var where the norm re-scales it."""
-    grad_norm_before: float
-    """Norm of the parameters' gradients in the layer that ran last before this norm, as the optimizer got them."""
-    grad_norm_after: float
-    """The same for the layer that ran next."""
 
 
 class NormLog:
-    """What `watch_norms` recorded."""
+    """What `watch_norms` recorded.
+
+    Args:
+        model_class, every, k: the name of the model's class, and the arguments of `watch_norms`.
+    """
 
     def __init__(self, model_class: str, every: int, k: float):
         self.model_class = model_class
@@ -75,7 +76,7 @@ class NormLog:
         self.records: list[NormRecord] = []
         """One for each norm and recorded step, in the order in which the norms ran."""
         self.histograms: dict[str, Tensor] = {}
-        """With `histogram=True`: for each norm, counts of y in 96 bins from -12 to 12, float64. The outer bins count
+        """For each norm, counts of y in 96 bins from -12 to 12 (float64), with `histogram=True`. The outer bins count
         what is beyond."""
         self.skipped: tuple[str, ...] = ()
         """Names of norms that are not watched, because they compute neither LayerNorm nor RMSNorm."""
@@ -155,7 +156,7 @@ class NormLog:
         return merged
 
     def _table(self) -> list[tuple[str, ...]]:
-        values = {field: _mean_over_steps(self.values(field)) for field in FIELDS}
+        values = {field: self.values(field).nanmean(0).tolist() for field in FIELDS}
         kinds = {record.name: record.norm for record in self.records}
         return [
             (name, kinds[name], *(f"{values[field][i]:.3g}" for field in FIELDS)) for i, name in enumerate(self.names)
@@ -172,10 +173,6 @@ class NormLog:
 
     def _repr_html_(self) -> str:
         return html_table(_HEADER, self._table(), self._summary())
-
-
-def _mean_over_steps(values: Tensor) -> list[float]:
-    return values.nanmean(0).tolist() if values.numel() else []
 
 
 def _merge(records: list[NormRecord]) -> NormRecord:

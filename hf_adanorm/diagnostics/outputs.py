@@ -31,7 +31,9 @@ class OutputDifference:
     name: str
     """Empty for the whole model."""
     class_a: str
+    """The class of the module in the first model."""
     class_b: str
+    """The class of the module in the second model."""
     call: int
     """0 for a module's first call; a shared module has several."""
     max_abs: float
@@ -51,7 +53,9 @@ class OutputComparison:
     only_in_a: tuple[str, ...]
     """Modules that ran in the first model only."""
     only_in_b: tuple[str, ...]
+    """Modules that ran in the second model only."""
     tolerance: float
+    """Relative difference up to which outputs count as equal."""
 
     @property
     def first(self) -> OutputDifference | None:

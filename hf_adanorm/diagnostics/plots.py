@@ -37,8 +37,6 @@ LABELS = {
     "grad_detached_var": "variance at input if detached, per row (loss²)",
     "grad_input_mean": "|mean| of gradient at input, per row (loss)",
     "grad_input_var": "variance of gradient at input, per row (loss²)",
-    "grad_norm_before": "gradient norm of the layer before (loss)",
-    "grad_norm_after": "gradient norm of the layer after (loss)",
 }
 DEPTH = "norm, in the order of the forward pass"
 

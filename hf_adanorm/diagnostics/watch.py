@@ -1,28 +1,28 @@
 """Record what every norm of a model does to activations and gradients while the model trains: `watch_norms`.
 
-1. On a recorded step each norm gets two hooks. The one before it puts an alias in place of its input, so that the
-   gradient of the norm alone is seen where a residual connection reads the same tensor. The one after it computes the
-   statistics of the input and waits for the gradient of the output. Nothing counts until that gradient arrives: a
-   forward pass that gradient checkpointing repeats, or one without gradients, leaves no trace.
-2. Statistics stay on the device as small vectors until the step ends, which is one transfer. On all other steps no
-   hook is left on any module.
-3. A step ends when an optimizer that holds parameters of the model steps, so accumulated micro-batches are one step.
-4. Compiled graphs do not run hooks that come later: recorded steps run eagerly under `torch.compile`.
+1. On a recorded step each norm gets two hooks. The first replaces its input by an alias, so that the gradient of the
+   norm alone is seen where a residual connection reads the same tensor. The second computes the statistics of the
+   input and waits for the gradient of the output. Nothing counts until that gradient arrives, so passes without
+   gradients and those that gradient checkpointing repeats leave no trace.
+2. Statistics stay on the device until the step ends, which is one transfer. On other steps no module has a hook.
+3. A step ends when an optimizer with parameters of the model steps, so accumulated micro-batches are one step.
+4. Compiled graphs do not run hooks that come later, so recorded steps run eagerly under `torch.compile`.
 
-Gradients are those of the loss as it was given to `backward`: fp16 loss scaling and the division by micro-batches are
-in them. `log.py` documents the statistics.
+Gradients are those of the loss that `backward` gets: they contain fp16 loss scaling and the division by micro-batches.
+`log.py` documents the statistics.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import itertools
 import math
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,21 +46,20 @@ def watch_norms(
 ) -> Iterator[NormLog]:
     """Record what every norm of `model`, stock or swapped, does at every `every`-th training step, the first included.
 
-    A step ends when a `torch.optim` optimizer with parameters of the model steps; without one, everything in the block
-    is a single step unless `log.end_step()` is called. Nothing is left on the model, also after an exception. Works
-    under DDP (each process records its own rows, `log.gather()` joins them), gradient checkpointing and accumulation.
-    Under `torch.compile` the recorded steps run eagerly, which one warning says. An AdaNorm keeps its normalized input
-    for the backward pass of a recorded step: some memory more than usual under gradient checkpointing.
+    A step ends when a `torch.optim` optimizer with parameters of the model steps. Without one, the block is a single
+    step unless you call `log.end_step()`. Afterwards the model has no hooks, also after an exception. Gradient
+    checkpointing and accumulation work. Under DDP each process records its own rows, and `log.gather()` joins them.
+    Under `torch.compile` the recorded steps run eagerly, with one warning.
 
     Args:
-        model: any module with norms, wrapped (DDP, `torch.compile`) or not.
-        every: recorded are the steps 1, 1 + every, 1 + 2 * every, ...
-        k: AdaNorm's k for the shares of norms that have none of their own; > 0.
-        histogram: count the values of y = N(x) as well (`log.histograms`), for `plots.plot_phi`.
-        start_step: steps done before, for a resumed run; they are counted on from there.
+        model: any module with norms.
+        every: the steps 1, 1 + every, 1 + 2 * every, ... are recorded.
+        k: AdaNorm's k for the shares of norms that have no k of their own; > 0.
+        histogram: also count the values of y = N(x) (`log.histograms`), for `plots.plot_phi`.
+        start_step: number of steps done before, for a resumed run.
 
     Yields:
-        The `NormLog`, filled as the steps end.
+        The `NormLog`, which grows as steps end.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, a model without norms.
@@ -78,7 +77,7 @@ def watch_norms(
         ...         optimizer.zero_grad()
         >>> log.steps, log.names, tuple(log.values("grad_input_var").shape)
         ([1, 3], ['1'], (2, 1))
-        >>> bool((log.values("grad_input_mean") < 1e-6).all())   # the derivative of the mean re-centers
+        >>> bool((log.values("grad_input_mean") < 1e-6).all())  # the derivative of the mean re-centers
         True
     """
     watcher = _Watcher(model, every, k, histogram, start_step)
@@ -92,26 +91,29 @@ def watch_norms(
 
 
 class WatchNormsCallback(TrainerCallback):
-    """`watch_norms` for the Trainer: records into `callback.log` and writes to the trackers (`report_to`).
+    """Run `watch_norms` in a Trainer: record into `callback.log`, and write to the trackers of `report_to`.
 
         trainer.add_callback(WatchNormsCallback(trainer, every=10))
 
     Args:
-        trainer: whose trackers get the statistics of each recorded step. They are not printed and not put into
-            `state.log_history`: there are ten and more for every norm. None: `callback.log` only.
-        every, k, histogram: as `watch_norms`.
+        trainer: the Trainer whose trackers get the statistics of each recorded step. They are neither printed nor put
+            into `state.log_history`. None: `callback.log` only.
+        every, k, histogram: as in `watch_norms`.
     """
+
+    log: NormLog | None
+    """The log of the last training; None before the first."""
 
     def __init__(
         self, trainer: Trainer | None = None, every: int = 10, *, k: float = 0.1, histogram: bool = False
     ) -> None:
         _check(every, k, 0)
         self.trainer, self.every, self.k, self.histogram = trainer, every, k, histogram
-        self.log: NormLog | None = None
+        self.log = None
         self._watcher: _Watcher | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.on_train_end(args, state, control)  # of a training that was broken off
+        self.on_train_end(args, state, control)  # of an interrupted training
         self._watcher = _Watcher(model, self.every, self.k, self.histogram, state.global_step)
         if getattr(args, "torch_compile", False):
             self._watcher.warn_of_compile()
@@ -139,7 +141,7 @@ class WatchNormsCallback(TrainerCallback):
             self._watcher = None
 
 
-# ------------------------------------------------------------------------------------------------------ the watcher
+# ------------------------------------------------------------------------------------------------------- the watcher
 
 
 def _check(every: int, k: float, start_step: int) -> None:
@@ -164,26 +166,19 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _clean(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
-
-
-def _is_recomputing() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 @dataclass(eq=False)
 class _Watched:
-    """A norm and what this step has brought so far: pairs of a number of rows and a vector of means over them."""
+    """A norm and the statistics of this step."""
 
     name: str
     module: Any
     info: NormInfo
     norm: str
-    sums: dict[str, list[tuple[int, Tensor]]] = dataclasses.field(default_factory=dict)
-    order: int = -1
-    before: nn.Module | None = None
-    after: nn.Module | None = None
+    sums: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    """For each part: a number of rows, and a vector of means over these rows, for every backward pass."""
+
+    def add(self, part: str, num_rows: int, *values: Tensor) -> None:
+        self.sums.setdefault(part, []).append((num_rows, torch.stack(values) if len(values) > 1 else values[0]))
 
 
 class _Watcher:
@@ -191,10 +186,9 @@ class _Watcher:
         check_module(model)
         _check(every, k, start_step)
         self.model = _unwrapped(model)
-        self.k, self.histogram = float(k), histogram
-        self.every, self.start_step, self.step = every, start_step, start_step
+        self.every, self.k, self.histogram, self.step = every, float(k), histogram, start_step
         self.log = NormLog(type(self.model).__name__, every, self.k)
-        self.norms: list[_Watched] = []
+        self.order: dict[str, int] = {}
         self.find_norms()
         if not self.norms:
             raise ValueError(
@@ -204,11 +198,7 @@ class _Watcher:
         self.parameters = {id(p) for p in model.parameters()}
         self.optimizer: weakref.ref[Any] | None = None
         self.handles: list[Any] = []
-        self.layer_handles: list[Any] = []
         self.stance: Any = None
-        self.num_ran = 0
-        self.last_layer: nn.Module | None = None
-        self.waiting: list[_Watched] = []
         if any(
             type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
             for m in model.modules()
@@ -217,38 +207,33 @@ class _Watcher:
 
     def warn_of_compile(self) -> None:
         warnings.warn(
-            f"the model is compiled: watch_norms runs every {self.every}th step without torch.compile, as compiled "
-            "graphs do not show what happens inside",
+            f"the model is compiled: watch_norms runs every {self.every}th step without torch.compile, because "
+            "compiled graphs hide what happens inside",
             stacklevel=5,
         )
 
     def find_norms(self) -> None:
+        self.norms: list[_Watched] = []
         skipped = []
-        known = {watched.name: watched for watched in self.norms}
-        self.norms = []
-        for name, module, info in iter_norms(self.model):
-            name = _clean(name)
+        for path, module, info in iter_norms(self.model):
+            name = ".".join(part for part in path.split(".") if part not in _WRAPPER_PARTS)
             if info.kind == "other":
                 skipped.append(name)
                 continue
-            swapped = is_swapped(module)
-            found = _Watched(name, module, info, str(module.norm_name) if swapped else info.kind)
-            if name in known:
-                old = known[name]
-                found.order, found.before, found.after = old.order, old.before, old.after
-            self.norms.append(found)
+            kind = str(module.norm_name) if is_swapped(module) else info.kind
+            self.norms.append(_Watched(name, module, info, kind))
         self.log.skipped = tuple(skipped)
 
-    # -- steps -----------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------------------
 
     @property
-    def is_recorded(self) -> bool:
-        """Whether the step that comes next is."""
+    def records_next(self) -> bool:
+        """Whether the next step is recorded."""
         return self.step % self.every == 0
 
     def start(self) -> None:
         self.log._end_step = self.end_step
-        if self.is_recorded:
+        if self.records_next:
             self.install()
 
     def stop(self) -> None:
@@ -260,7 +245,7 @@ class _Watcher:
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         bound = self.optimizer() if self.optimizer is not None else None
-        if bound is None:  # one optimizer counts the steps, also where several share the parameters
+        if bound is None:  # only one optimizer counts the steps, also where several share the parameters
             if not any(id(p) in self.parameters for group in optimizer.param_groups for p in group["params"]):
                 return
             self.optimizer = weakref.ref(optimizer)
@@ -272,11 +257,10 @@ class _Watcher:
         self.step += 1
         if self.handles:
             self.collect()
-            if self.is_recorded and not self.is_stale():
-                self.unfollow_layers()
+            if self.records_next and not self.is_stale():
                 return
             self.remove()
-        if self.is_recorded:
+        if self.records_next:
             self.install()
 
     def install(self) -> None:
@@ -286,13 +270,11 @@ class _Watcher:
             before, after = self.make_hooks(watched)
             self.handles.append(watched.module.register_forward_pre_hook(before, with_kwargs=True))
             self.handles.append(watched.module.register_forward_hook(after))
-        if all(watched.order < 0 for watched in self.norms):
-            self.follow_layers()
         if "torch._dynamo" in sys.modules:  # without it nothing can have been compiled
             self.stance = torch.compiler.set_stance("force_eager")
 
     def is_stale(self) -> bool:
-        """Check whether norms were replaced since, by a patch."""
+        """Check whether a patch has replaced norms."""
         modules = set(self.model.modules())
         return any(watched.module not in modules for watched in self.norms)
 
@@ -300,223 +282,126 @@ class _Watcher:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.unfollow_layers()
         if self.stance is not None:
             self.stance.__exit__(None, None, None)
             self.stance = None
 
-    # -- the layers around a norm ----------------------------------------------------------------------------
-
-    def follow_layers(self) -> None:
-        """On the first recorded step, note in which order norms and layers run."""
-
-        def restart(*_: Any) -> None:
-            if not _is_recomputing():
-                self.last_layer, self.waiting = None, []
-
-        def ran(module: nn.Module, *_: Any) -> None:
-            if _is_recomputing():
-                return
-            self.last_layer = module
-            for watched in self.waiting:
-                watched.after = watched.after or module
-            self.waiting = []
-
-        norms = {id(watched.module) for watched in self.norms}
-        self.layer_handles.append(self.model.register_forward_pre_hook(restart))
-        for module in self.model.modules():
-            has_parameters = any(p is not None and p.requires_grad for p in module._parameters.values())
-            if has_parameters and id(module) not in norms:
-                self.layer_handles.append(module.register_forward_pre_hook(ran))
-
-    def unfollow_layers(self) -> None:
-        for handle in self.layer_handles:
-            handle.remove()
-        self.layer_handles.clear()
-        self.last_layer, self.waiting = None, []
-
-    def note_order(self, watched: _Watched) -> None:
-        if watched.order < 0:
-            watched.order, self.num_ran = self.num_ran, self.num_ran + 1
-            if not _is_recomputing():  # reentrant checkpointing: the neighbors were noted in the first pass
-                watched.before = self.last_layer
-                self.waiting.append(watched)
-
-    # -- one norm --------------------------------------------------------------------------------------------
+    # -- one norm ----------------------------------------------------------------------------------------------
 
     def make_hooks(self, watched: _Watched) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        state: dict[str, Any] = {}
+        inputs: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            state.clear()
-            if module is not watched.module:  # patched since, and the hooks came along: looked at anew after this step
+            inputs.clear()
+            if module is not watched.module:  # a patch has moved the hooks to a new norm
                 return None
-            self.note_order(watched)
+            self.order.setdefault(watched.name, len(self.order))
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not (torch.is_grad_enabled() and isinstance(x, Tensor)):
                 return None
-            state["x"] = x.detach()
+            inputs.append(x.detach())
             if not x.requires_grad:
                 return None
             alias = x.view_as(x)
-            alias.register_hook(lambda grad: self.input_gradient(watched, grad))  # type: ignore[no-untyped-call]
-            if args:
-                return (alias, *args[1:]), kwargs
-            return args, {**kwargs, next(iter(kwargs)): alias}
+            alias.register_hook(functools.partial(self.input_gradient, watched))  # type: ignore[no-untyped-call]
+            return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): alias})
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = state.pop("x", None)
-            if x is None or not isinstance(output, Tensor) or not output.requires_grad:
-                return
-            forward, sigma, factor, counts = self.input_statistics(watched, x)
-
-            def hook(grad: Tensor) -> None:
-                self.output_gradient(watched, grad, forward, sigma, factor, counts)
-
-            output.register_hook(hook)  # type: ignore[no-untyped-call]
+            if inputs and isinstance(output, Tensor) and output.requires_grad:
+                found = self.input_statistics(watched, inputs.pop())
+                output.register_hook(functools.partial(self.output_gradient, watched, *found))  # type: ignore[no-untyped-call]
 
         return before, after
 
     @torch.no_grad()
-    def input_statistics(self, watched: _Watched, x: Tensor) -> tuple[Tensor, Tensor | None, Any, Tensor | None]:
-        """(statistics of the input, sigma per row, what dl/d(output) is multiplied by to give dl/dy, histogram)."""
-        info = watched.info
-        x = self.rows(info, x)
-        if is_swapped(watched.module) and not computes_n(type(watched.module.inner)):
-            mean, std = _mean_and_var(x)[0], _mean_and_var(x)[1].sqrt()
+    def input_statistics(self, watched: _Watched, x: Tensor) -> tuple[list[Tensor], Tensor, Any, Tensor | None]:
+        """Return the FORWARD_FIELDS, sigma per row, the factor from dl/d(output) to dl/dy, and the histogram."""
+        info, module = watched.info, watched.module
+        x = _rows(info, x)
+        mean, var = _mean_and_var(x)
+        if is_swapped(module) and not computes_n(type(module.inner)):  # there is no y
             nan = mean.new_full((), math.nan)
-            return torch.stack([mean.mean(), std.mean(), nan, nan]), None, None, None
+            return [mean.mean(), var.sqrt().mean(), nan, nan], nan, None, None
         if info.kind == "layernorm":
-            y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, info.eps)
-            mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
+            y, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, info.eps)
+            rstd = rstd.squeeze(-1)
             std = (rstd.pow(-2) - info.eps).clamp_min(0).sqrt()
         else:
-            mean, var = _mean_and_var(x)
             std = var.sqrt()
             rstd = (var + mean.square() + info.eps).rsqrt()
             y = x * rstd[..., None]
-        k = getattr(watched.module, "k", self.k)
-        shares = [mean.new_zeros(())] * 2
-        if k:
-            limit = 1 / k
-            shares = [torch.count_nonzero(beyond) / y.numel() for beyond in (y >= limit, y > 0.5 * limit)]
+        k = getattr(module, "k", self.k)
+        shares = [torch.count_nonzero(beyond) / y.numel() for beyond in (y * k >= 1, y * k > 0.5)]
         counts = torch.histc(y.clamp(*HISTOGRAM_RANGE), HISTOGRAM_BINS, *HISTOGRAM_RANGE) if self.histogram else None
-        forward = torch.stack([mean.mean(), std.mean(), *shares])
         factor: Any = None
-        if is_swapped(watched.module):
-            factor = watched.module.backward_factor(y)
+        if is_swapped(module):
+            factor = module.backward_factor(y)
         elif info.gain_name is not None:
-            gain = getattr(watched.module, info.gain_name).detach()
-            # Where the gain is sharded or gathered only for the moment, dl/dy is not known.
+            gain = getattr(module, info.gain_name).detach()
+            # A gain that is sharded, or gathered only for the moment, leaves dl/dy unknown.
             whole = type(gain) in (Tensor, nn.Parameter) and gain.numel() == y.shape[-1]
             factor = gain.flatten().float() + info.gain_offset if whole else math.nan
-        return forward, 1 / rstd, factor, counts
+        return [mean.mean(), std.mean(), *shares], 1 / rstd, factor, counts
 
     @torch.no_grad()
     def output_gradient(
-        self,
-        watched: _Watched,
-        grad: Tensor,
-        forward: Tensor,
-        sigma: Tensor | None,
-        factor: Any,
-        counts: Tensor | None,
+        self, watched: _Watched, forward: list[Tensor], sigma: Tensor, factor: Any, counts: Tensor | None, grad: Tensor
     ) -> None:
-        grad = self.rows(watched.info, grad)
+        grad = _rows(watched.info, grad)
         mean, var = _mean_and_var(grad)
-        if sigma is None:
-            detached = [mean.new_full((), math.nan)] * 2
-        else:
-            mean_y, var_y = (mean, var) if factor is None else _mean_and_var(grad * factor)
-            detached = [(mean_y.abs() / sigma).mean(), (var_y / sigma.square()).mean()]
-        num_rows = mean.numel()
-        self.add(watched, "forward", num_rows, forward)
-        self.add(watched, "output", num_rows, torch.stack([mean.abs().mean(), var.mean(), *detached]))
+        mean_y, var_y = (mean, var) if factor is None else _mean_and_var(grad * factor)
+        detached = [(mean_y.abs() / sigma).mean(), (var_y / sigma.square()).mean()]
+        watched.add("output", mean.numel(), *forward, mean.abs().mean(), var.mean(), *detached)
         if counts is not None:
-            self.add(watched, "counts", num_rows, counts)
+            watched.add("counts", 1, counts)
 
     @torch.no_grad()
     def input_gradient(self, watched: _Watched, grad: Tensor) -> None:
-        mean, var = _mean_and_var(self.rows(watched.info, grad))
-        self.add(watched, "input", mean.numel(), torch.stack([mean.abs().mean(), var.mean()]))
+        mean, var = _mean_and_var(_rows(watched.info, grad))
+        watched.add("input", mean.numel(), mean.abs().mean(), var.mean())
 
-    @staticmethod
-    def add(watched: _Watched, part: str, num_rows: int, vector: Tensor) -> None:
-        watched.sums.setdefault(part, []).append((num_rows, vector))
-
-    @staticmethod
-    def rows(info: NormInfo, tensor: Tensor) -> Tensor:
-        """(rows, H) in at least float32."""
-        if (to_local := getattr(tensor, "to_local", None)) is not None:
-            tensor = to_local()  # a DTensor: tensor parallelism divides the rows
-        if info.channels_first:
-            tensor = tensor.movedim(1, -1)
-        tensor = tensor.detach().flatten(-len(info.normalized_shape)).flatten(0, -2)
-        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-    # -- the end of a step -----------------------------------------------------------------------------------
+    # -- the end of a step -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Turn what the step brought into records: one transfer from the device."""
-        ran = [watched for watched in sorted(self.norms, key=lambda w: w.order) if watched.sums]
-        vectors = [vector for watched in ran for part in watched.sums.values() for _, vector in part]
-        around = [gradient_norm(layer) for watched in ran for layer in (watched.before, watched.after)]
+        """Turn the sums of the step into records, with one transfer from the device."""
+        ran = sorted((watched for watched in self.norms if watched.sums), key=lambda watched: self.order[watched.name])
         if not ran:
             return
-        values = iter(_to_lists([*vectors, *around]))
-        means: dict[str, dict[str, list[float]]] = {}
+        vectors = [vector for watched in ran for part in watched.sums.values() for _, vector in part]
+        numbers = iter(torch.cat([vector.to(vectors[0].device) for vector in vectors]).tolist())
         for watched in ran:
+            found: dict[str, list[float]] = {}
             for part, entries in watched.sums.items():
-                lists = [next(values) for _ in entries]
-                weights = [1 if part == "counts" else rows for rows, _ in entries]
-                total = 1 if part == "counts" else sum(weights)
-                columns = zip(*lists, strict=True)
-                means.setdefault(watched.name, {})[part] = [
-                    sum(w * v for w, v in zip(weights, column, strict=True)) / total for column in columns
+                weighted = [[rows * n for n in itertools.islice(numbers, len(vector))] for rows, vector in entries]
+                found[part] = [
+                    sum(column) / sum(rows for rows, _ in entries) for column in zip(*weighted, strict=True)
                 ]
-        for watched in ran:
-            found = means[watched.name]
-            statistics = dict(zip(FORWARD_FIELDS, found["forward"], strict=True))
-            statistics |= zip(OUTPUT_FIELDS, found["output"], strict=True)
-            statistics |= zip(INPUT_FIELDS, found.get("input", (math.nan, math.nan)), strict=True)
-            statistics |= {"grad_norm_before": next(values)[0], "grad_norm_after": next(values)[0]}
             num_rows = sum(rows for rows, _ in watched.sums["output"])
+            means = (*found["output"], *found.get("input", (math.nan, math.nan)))
+            statistics = dict(zip((*FORWARD_FIELDS, *OUTPUT_FIELDS, *INPUT_FIELDS), means, strict=True))
             self.log.records.append(
                 NormRecord(step=self.step, name=watched.name, norm=watched.norm, num_rows=num_rows, **statistics)
             )
             if "counts" in found:
-                counts = torch.tensor(found["counts"], dtype=torch.float64)
+                mean = torch.tensor(found["counts"], dtype=torch.float64)
+                counts = mean.mul(len(watched.sums["counts"])).round()
                 self.log.histograms[watched.name] = self.log.histograms.get(watched.name, 0) + counts
             watched.sums = {}
 
 
+def _rows(info: NormInfo, tensor: Tensor) -> Tensor:
+    """Return the tensor as (rows, H), in at least float32."""
+    if (to_local := getattr(tensor, "to_local", None)) is not None:
+        tensor = to_local()  # a DTensor: tensor parallelism divides the rows
+    if info.channels_first:
+        tensor = tensor.movedim(1, -1)
+    tensor = tensor.detach().flatten(-len(info.normalized_shape)).flatten(0, -2)
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def _mean_and_var(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each row of (rows, H). `torch.var_mean` is ten times slower on a CPU."""
+    """Return mean and biased variance of each row of (rows, H). `torch.var_mean` is ten times slower on a CPU."""
     mean = rows.mean(-1)
     square = torch.linalg.vector_norm(rows, dim=-1).square() / rows.shape[-1]
     return mean, (square - mean.square()).clamp_min(0)
-
-
-def gradient_norm(layer: nn.Module | None) -> Tensor:
-    """The norm of the gradients of a layer's own parameters, a vector of one; NaN without or with sharded ones."""
-    grads = [] if layer is None else [p.grad for p in layer._parameters.values() if p is not None]
-    found = [grad for grad in grads if type(grad) is Tensor and not grad.is_sparse]
-    if not found:
-        return torch.full((1,), math.nan)
-    norms: Tensor = torch.stack([torch.linalg.vector_norm(grad.float()) for grad in found])
-    return norms.square().sum().sqrt()[None]
-
-
-def _to_lists(vectors: list[Tensor]) -> list[list[float]]:
-    """The vectors' values, with one transfer for each device they are on."""
-    by_device: dict[torch.device, list[int]] = {}
-    for i, vector in enumerate(vectors):
-        by_device.setdefault(vector.device, []).append(i)
-    out: list[list[float]] = [[] for _ in vectors]
-    for indices in by_device.values():
-        parts = [vectors[i].flatten() for i in indices]
-        on_cpu = torch.split(torch.cat(parts).cpu(), [len(part) for part in parts])
-        for i, part in zip(indices, on_cpu, strict=True):
-            out[i] = part.tolist()
-    return out

@@ -60,6 +60,7 @@ class FoldReport:
     """The result of a fold; prints as a table."""
 
     norms: tuple[FoldedNorm, ...]
+    """What became of each norm, in the order of the model."""
     difference: float = 0.0
     """Largest difference of a task output before and after, relative to that output's largest value."""
     changed: dict[str, float] = field(default_factory=dict)
@@ -146,8 +147,8 @@ def fold_affine(
     Raises:
         TypeError, ValueError: a bad argument; inputs that the model does not accept; a norm that cannot be folded with
             `unfoldable="raise"`.
-        RuntimeError: the outputs moved by more than the tolerance.
-        After any error, a KeyboardInterrupt included, the model is as before; weights to within rounding.
+        RuntimeError: the outputs moved by more than the tolerance. After any error, the model is unchanged, its
+            weights to within rounding.
     """
     options = Fold(tied=tied, unfoldable=unfoldable, inputs=inputs, tolerance=tolerance)
     refuse_wrapped(model)

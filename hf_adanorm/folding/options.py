@@ -19,12 +19,12 @@ class Fold:
     """
 
     tied: Literal["keep", "untie"] = "keep"
-    """For a norm before a head that shares its weight with an embedding: `"keep"` leaves the norm as it is, `"untie"`
-    gives the head a weight of its own to fold into."""
+    """What to do with the norm before a head that shares its weight with an embedding. `"keep"` keeps the norm as it
+    is. `"untie"` gives the head a weight of its own to fold into."""
     unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = "keep"
-    """For a norm with readers other than linear layers: `"keep"` leaves it as it is. `"approximate"` folds the mean
-    gain of a post-norm residual norm and drops the deviations. `"calibrate"` fits gain and bias to the model's
-    activations on `inputs`. `"raise"` raises before anything changes."""
+    """What to do with a norm that something else than linear layers reads. `"keep"` keeps it. `"approximate"` folds
+    the mean gain of a post-norm residual norm and drops the deviations. `"calibrate"` fits gain and bias to the
+    model's activations on `inputs`. `"raise"` raises before anything changes."""
     inputs: Mapping[str, Any] | None = None
     """Keyword arguments of one forward pass; by default made from the model's config. Pass a real batch for
     `"calibrate"`, and if the default ones do not run or do not reach every part of the model."""

@@ -27,7 +27,9 @@ class FoldedNorm:
     """What a fold did to one norm."""
 
     name: str
+    """Its name in the model."""
     action: Literal["folded", "approximated", "kept", "nothing to fold"]
+    """What became of it."""
     consumers: tuple[str, ...] = ()
     """The linear layers that took the gain and the bias."""
     reason: str = ""

@@ -1,13 +1,14 @@
 """The model card (README.md) of a saved model, written from the template `card.md.jinja`.
 
 Saving or pushing a patched model writes a card where there is none (see `hooks.py`). `write_model_card` adds what only
-the user knows, such as data and results. In an existing card we change two things only: the section between our two
-markers, and entries of the front matter that are empty. The rest belongs to its author.
+the user knows, such as data and results. In an existing card we change only the section between our two markers and
+empty entries of the front matter.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
 
 from hf_adanorm.modeling_adanorm import __version__
+from hf_adanorm.norms import norm_names
 from hf_adanorm.spec import AdaNormSpec
 
 from .files import leads_outside, write_file
@@ -32,16 +34,8 @@ PROJECT = ""
 BEGIN = "<!-- hf_adanorm: begin. write_model_card replaces the text between these two markers. -->"
 END = "<!-- hf_adanorm: end -->"
 CARD_NAME = "README.md"
-_MAX_NAMES = 8  # modules of one norm that the table names; a list below the table has all of them
 _PLACEHOLDER = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
-_FORMULAS = {
-    "adanorm": "AdaNorm computes C (1 - k y) y, with C (1 - k y) constant in the backward pass.",
-    "layernorm-simple": "LayerNorm-simple computes y, without gain and bias.",
-    "detachnorm": "DetachNorm computes y, with mean, std or both constant in the backward pass.",
-    "none": 'The norm "none" returns its input.',
-    "dyt": "DyT computes gain * tanh(alpha * x) + bias, with learned gain, bias and alpha.",
-}
 # The Hub's name of a task -> the Auto class that serves it, and the middle of the name of its table in modeling_auto.
 _TASKS = {
     "text-generation": ("AutoModelForCausalLM", "CAUSAL_LM"),
@@ -75,16 +69,16 @@ def write_model_card(
 ) -> Path:
     """Write the model card of the model saved in `folder`, or update our section of its card.
 
-    Text outside our two markers stays as it is. So do the entries of the front matter, except for results of the same
-    metric on the same data, and results of a model with other norms.
+    The text outside our two markers and the entries of the front matter stay, except for results of the same metric on
+    the same data, and results of a model with other norms.
 
     Args:
         folder: a folder that `save_pretrained` wrote.
         model_id: the model's name on the Hub, for the title and the code.
         base_model: the id of the model that was patched or fine-tuned.
         datasets: Hub ids of the training data.
-        results: metric -> value, such as {"accuracy": 0.7721}, measured on `dataset_split` of `dataset_name`, or of
-            the first of `datasets`; rounded to four digits.
+        results: metric -> value, such as {"accuracy": 0.7721}, rounded to four digits. Measured on `dataset_split` of
+            `dataset_name`, or of the first of `datasets`.
         dataset_name: a readable name of the data, for results on local files.
         dataset_split: the split of the results, such as "test".
         task: the Hub's name of the task, such as "text-classification"; by default that of the model's class.
@@ -105,45 +99,27 @@ def write_model_card(
         ...                  datasets=["stanfordnlp/sst2"], dataset_split="validation")  # doctest: +SKIP
         PosixPath('out/README.md')
     """
-    target = Path(folder) / CARD_NAME
-    text = render_card(
-        read_config(Path(folder)),
-        existing=read_card(target),
-        model_id=model_id,
-        base_model=base_model,
-        datasets=list(datasets or ()),
-        results=results,
-        dataset_name=dataset_name,
-        dataset_split=dataset_split,
-        task=task,
-        command=command,
-        license_name=license,
-        tags=list(tags or ()),
-        chat=_has_chat_template(Path(folder)),
-    )
-    write_file(target, text)
+    details = {key: value for key, value in locals().items() if key != "folder"}
+    folder = Path(folder)
+    target = folder / CARD_NAME
+    existing, chat = read_card(target), _has_chat_template(folder)
+    write_file(target, render_card(read_config(folder), existing=existing, chat=chat, **details))
     return target
 
 
-def render_card(
-    config: Mapping[str, Any],
-    *,
-    existing: str | None = None,
-    model_id: str | None = None,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    results: Mapping[str, float] | None = None,
-    dataset_name: str | None = None,
-    dataset_split: str | None = None,
-    task: str | None = None,
-    command: str | None = None,
-    license_name: str | None = None,
-    tags: Sequence[str] = (),
-    chat: bool = False,
-) -> str:
-    """Return the card of a model with the given config.json; `existing` is the card to update, if there is one."""
+def render_card(config: Mapping[str, Any], *, existing: str | None = None, chat: bool = False, **details: Any) -> str:
+    """Return the card of a model with the given config.json.
+
+    Args:
+        existing: the card to update, if there is one.
+        chat: whether the tokenizer has a chat template.
+        **details: arguments of `write_model_card`.
+    """
+    told = inspect.signature(write_model_card).bind(None, **details)
+    told.apply_defaults()
+    given = told.arguments
     specs = _specs(config)
-    rows = [_row(group.to_dict(), where) for where, spec in specs.items() for group in spec.groups]
+    rows = _rows(specs)
     norms = list(dict.fromkeys(row["norm"] for row in rows))
     folded = bool(config.get("folded_norms"))
     architecture = _architecture(config)
@@ -151,31 +127,34 @@ def render_card(
     data = card.data
     if existing is not None and describes(existing, config) is False:
         _forget_model(data)
-    task = task or data.pipeline_tag or _task(config, architecture)
-    base_model = base_model or data.base_model
-    data_names = [dataset_name] if dataset_name else list(datasets)
+    task = given["task"] or data.pipeline_tag or _task(config, architecture)
+    base_model = given["base_model"] or data.base_model
+    datasets = list(given["datasets"] or ())
+    data_names = [given["dataset_name"]] if given["dataset_name"] else datasets
     made_up = ["-".join([part, *norms]).rpartition("/")[2] for part in (base_model, architecture) if part]
-    title = model_id.rpartition("/")[2] if model_id else made_up[0]
-    rounded = {metric: float(f"{value:.4g}") for metric, value in (results or {}).items()}
+    title = given["model_id"].rpartition("/")[2] if given["model_id"] else made_up[0]
+    split = given["dataset_split"]
+    results = {metric: float(f"{value:.4g}") for metric, value in (given["results"] or {}).items()}
     section = _TEMPLATE.render(
         architecture=architecture,
         auto=_TASKS[task][0] if task in _TASKS else "AutoModel",
         base_model=base_model if _is_id(base_model) else None,
+        biases=any(spec.biases for spec in specs.values()),
         chat=chat,
-        command=without_folders(command),
+        command=without_folders(given["command"]),
         data=_cell(", ".join(data_names)),
         digest=_digest(specs),
+        eps=any(spec.eps for spec in specs.values()),
         folded=folded,
-        formulas=[_FORMULAS[norm] for norm in norms if norm in _FORMULAS],
-        lost=_lost(specs),
-        name=model_id or "path/or/id-of-this-model",
+        name=given["model_id"] or "path/or/id-of-this-model",
+        norms=norms,
         project=PROJECT,
-        results=[(_cell(metric), f"{value:.4g}") for metric, value in rounded.items()],
+        results=[(_cell(metric), f"{value:.4g}") for metric, value in results.items()],
         rows=rows,
         task=task,
         trusted=_is_trusted(config),
         version=__version__,
-        where=_cell(" ".join([*data_names[:1], *([f"({dataset_split})"] if dataset_split else [])]) or "-"),
+        where=_cell(" ".join([*data_names[:1], *([f"({split})"] if split else [])]) or "-"),
     )
     section = section.replace(BEGIN, "").replace(END, "").strip()  # our markers stay ours, whatever a config contains
     if existing is None:
@@ -186,15 +165,15 @@ def render_card(
 
     data.library_name = data.library_name or "transformers"
     data.base_model = base_model
-    data.license = data.license or license_name or _license_of(base_model)
+    data.license = data.license or given["license"] or _license_of(base_model)
     data.pipeline_tag = data.pipeline_tag or task
-    own = ["hf_adanorm", *norms] if specs else ["hf_adanorm"] if folded else []
-    own += ["weightless-rmsnorm"] if config.get("flashnorm_folded") else []
-    data.tags = list(dict.fromkeys([*(data.tags or []), *own, *tags])) or None
+    own = ["hf_adanorm", *norms] if specs else ["hf_adanorm"] * folded
+    own += ["weightless-rmsnorm"] * bool(config.get("flashnorm_folded"))
+    data.tags = _united(data.tags, own, given["tags"]) or None
     if datasets:
-        data.datasets = list(dict.fromkeys([*_as_list(data.datasets), *datasets]))
-    if rounded:
-        data.metrics = list(dict.fromkeys([*_as_list(data.metrics), *rounded]))
+        data.datasets = _united(data.datasets, datasets)
+    if results:
+        data.metrics = _united(data.metrics, results)
         data.model_name = data.model_name or title
         where = data_names[0] if data_names else "unknown"
         fresh = [
@@ -202,25 +181,25 @@ def render_card(
                 task_type=task or "other",
                 dataset_type=datasets[0] if datasets else re.sub(r"[^\w.-]+", "-", where),
                 dataset_name=where,
-                dataset_split=dataset_split,
+                dataset_split=split,
                 metric_type=metric,
                 metric_value=value,
             )
-            for metric, value in rounded.items()
+            for metric, value in results.items()
         ]
         old = [row for row in data.eval_results or [] if not any(row.is_equal_except_value(new) for new in fresh)]
         data.eval_results = [*old, *fresh]
     return str(card)
 
 
-def renewed_card(existing: str | None, config: Mapping[str, Any], **more: Any) -> str | None:
-    """Return the card to push over an `existing` one. Our section describes the model with the given config, or is
-    removed if that model has no swapped norms; `more` as in `render_card`."""
+def renewed_card(existing: str | None, config: Mapping[str, Any], model_id: str | None = None) -> str | None:
+    """Return the card to push over an `existing` one: our section describes the model with the given config, or is
+    removed if that model has no swapped norms."""
     if existing is not None and describes(existing, config) is not False:
         return existing
     if not _specs(config):
         return None if existing is None else without_section(existing)
-    return render_card(config, existing=existing, **more)
+    return render_card(config, existing=existing, model_id=model_id)
 
 
 def describes(text: str, config: Mapping[str, Any]) -> bool | None:
@@ -246,7 +225,7 @@ def is_placeholder(text: str) -> bool:
 
 def card_tags(text: str) -> list[str]:
     """Return the tags in a card's front matter."""
-    return _as_list(_parse(text).data.tags)
+    return _united(_parse(text).data.tags)
 
 
 def with_tags(text: str, tags: Sequence[str]) -> str:
@@ -254,7 +233,7 @@ def with_tags(text: str, tags: Sequence[str]) -> str:
     if not tags:
         return text
     card = _parse(text)
-    card.data.tags = list(dict.fromkeys([*_as_list(card.data.tags), *tags]))
+    card.data.tags = _united(card.data.tags, tags)
     return str(card)
 
 
@@ -322,26 +301,17 @@ def _digest(specs: Mapping[str, AdaNormSpec]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _row(group: dict[str, Any], where: str) -> dict[str, str]:
-    """Return the table row of one group of a spec."""
-    modules = [f"`{name}`" for name in group.pop("modules")]
-    norm = group.pop("norm")
-    settings = {**group.pop("settings", {}), **group}
-    more = f" and {len(modules) - _MAX_NAMES} more" if len(modules) > _MAX_NAMES else ""
-    nested = f" in `{where if where.isidentifier() else 'a nested config'}`" if where else ""
-    return {
-        "norm": norm,
-        "settings": _cell(", ".join(f"{key} = {value}" for key, value in settings.items())) or "-",
-        "modules": f"{', '.join(modules[:_MAX_NAMES])}{more}{nested}",
-        "all_modules": ", ".join(modules) if more else "",
-    }
-
-
-def _lost(specs: Mapping[str, AdaNormSpec]) -> str:
-    """Describe what a stock load of a folded model without swapped norms drops, or return ""."""
-    lost = ["the biases that the fold added are missing"] * any(spec.biases for spec in specs.values())
-    lost += ["norms whose eps the fold adjusted use that of the config"] * any(spec.eps for spec in specs.values())
-    return ", and ".join(lost)
+def _rows(specs: Mapping[str, AdaNormSpec]) -> list[dict[str, Any]]:
+    """Return the rows of the table of norms, one for each group of a spec."""
+    rows = []
+    for where, spec in specs.items():
+        for group in spec.groups:
+            fields = group.to_dict()
+            norm, names = fields.pop("norm"), fields.pop("modules")
+            settings = ", ".join(f"{key} = {value}" for key, value in {**fields.pop("settings", {}), **fields}.items())
+            modules = [f"`{name}`" for name in names]
+            rows.append({"norm": norm, "settings": _cell(settings) or "-", "modules": modules, "where": where})
+    return rows
 
 
 def _is_trusted(config: Mapping[str, Any]) -> bool:
@@ -384,7 +354,7 @@ def _license_of(base_model: str | None) -> str | None:
 
 def _forget_model(data: ModelCardData) -> None:
     """Remove what the front matter says about the patched model that it was written for."""
-    data.tags = [tag for tag in _as_list(data.tags) if tag not in {"hf_adanorm", *_FORMULAS}] or None
+    data.tags = [tag for tag in _united(data.tags) if tag not in {"hf_adanorm", *norm_names()}] or None
     if data.eval_results:
         data.eval_results = data.model_name = None
 
@@ -415,8 +385,10 @@ def _is_id(name: Any) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name))
 
 
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(entry) for entry in value or ()]
+def _united(*values: Any) -> list[str]:
+    """Return the entries of lists, single texts and None, each once."""
+    lists = ([value] if isinstance(value, str) else value or () for value in values)
+    return list(dict.fromkeys(str(entry) for entries in lists for entry in entries))
 
 
 def _cell(text: str) -> str:

@@ -88,7 +88,7 @@ def test_metadata_is_complete(metadata):
 def test_the_core_needs_torch_and_transformers_only(metadata):
     core = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert sorted(re.match(r"[\w-]+", need)[0] for need in core) == ["torch", "transformers"]
-    assert {"cli", "plots", "recipes", "test", "all"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"demo", "plots", "recipes", "test", "all"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_versions_agree():

@@ -375,7 +375,7 @@ def test_norms_lists_the_settings_of_each(derf: Path, run: Run) -> None:
     assert found["adanorm"] == {"C": 1.0, "k": 0.1}
     assert found["layernorm-simple"] == {}
     _, out, _ = run("norms", f"{derf}:Derf")
-    assert "--alpha 0.5" in out
+    assert "--alpha  (default: 0.5)" in out
 
 
 def test_inspect_says_whether_the_loader_was_changed(stock: Path, run: Run, tmp_path: Path) -> None:
@@ -394,8 +394,8 @@ def test_run_starts_a_program_of_another_package_in_this_process(run: Run, capsy
     assert code == 0
     assert metadata.version("huggingface_hub") in out
     code, _, err = run("run", "transfomers", "serve")
-    assert (code, err) == (2, "error: transfomers is not a command of an installed Python package; did you mean "
-                              "transformers?\n")  # fmt: skip
+    assert (code, err) == (2, "error: 'transfomers' is not a command of an installed Python package; did you mean "
+                              "'transformers'?\n")  # fmt: skip
 
 
 def test_run_warns_about_programs_that_start_new_processes(run: Run) -> None:
@@ -414,21 +414,27 @@ def test_run_warns_about_programs_that_start_new_processes(run: Run) -> None:
         (["inspect", "outputs/no/where"], "outputs/no/where: no such folder"),
         (["unpatch", "no_where", "{tmp}/out"], "no_where is not a local folder, and the Hub has no such model"),
         (["inspect", "{tmp}"], "has no config.json"),
-        (["inspect", "{stock}", "--targets", "both"], "targets must be one of"),
+        (["inspect", "{stock}", "--targets", "both"], "argument --targets: invalid choice: 'both'"),
         (["inspect", "{stock}", "--include", "nope"], "matches the ending of no norm's name"),
-        (["inspect", "{stock}", "--layers", "x"], "Invalid value for '--layers'"),
-        (["inspect"], "Missing argument 'NAME_OR_PATH'"),
-        (["inspect", "{stock}", "--nope"], "No such option"),
+        (["inspect", "{stock}", "--layers", "x"], "argument --layers: invalid int value: 'x'"),
+        (["inspect"], "arguments are required: NAME_OR_PATH"),
+        (["inspect", "{stock}", "--nope"], "--nope is not an option of hf-adanorm inspect"),
         (["patch", "{stock}", "{tmp}/out", "--norm", "foo"], "norm must be one of"),
         (["patch", "{stock}", "{tmp}/out", "--C", "-1"], "C must be a finite number > 0"),
         (["patch", "{stock}", "{stock}"], "exists and is not an empty folder"),
-        (["patch", "{stock}", "{tmp}/out", "--affine", "fold", "--unfoldable", "calibrate"], "needs data"),
+        (
+            ["patch", "{stock}", "{tmp}/out", "--affine", "fold", "--unfoldable", "calibrate"],
+            "invalid choice: 'calibrate'",
+        ),
         (["unpatch", "{stock}", "{tmp}/out"], "has no swapped norms"),
-        (["patch", "{stock}", "{tmp}/out", "--alpha", "0.7"], "--alpha is neither an option nor a setting of adanorm"),
-        (["patch", "{stock}", "{tmp}/out", "--includ", "x"], "did you mean --include?"),
+        (
+            ["patch", "{stock}", "{tmp}/out", "--alpha", "0.7"],
+            "--alpha is not an option of hf-adanorm patch or a setting",
+        ),
+        (["patch", "{stock}", "{tmp}/out", "--includ", "x"], "did you mean '--include'?"),
         (["card", "{tmp}"], "config.json does not exist"),
         (["card", "{stock}", "--result", "accuracy"], "METRIC=VALUE"),
-        (["nope"], "No such command 'nope'"),
+        (["nope"], "invalid choice: 'nope'"),
     ],
 )
 def test_errors_are_one_line_and_code_2(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
+import re
+import textwrap
 import warnings
 
 import pytest
@@ -25,10 +29,18 @@ def test_main_names_have_an_example(name):
     assert any(test.examples for test in finder.find(getattr(hf_adanorm, name), name)), f"{name} shows no example"
 
 
-@pytest.mark.parametrize("name", hf_adanorm.__all__)
-def test_public_names_have_a_docstring(name):
-    if not name.startswith("__"):
-        assert (getattr(hf_adanorm, name).__doc__ or "").strip()
+@pytest.mark.parametrize("name", [name for name in hf_adanorm.__all__ if name != "__version__"])
+def test_public_names_and_the_attributes_of_public_classes_have_a_docstring(name):
+    found = getattr(hf_adanorm, name)
+    assert (found.__doc__ or "").strip()
+    tree = ast.parse(textwrap.dedent(inspect.getsource(found))).body[0]
+    after = zip(tree.body, [*tree.body[1:], None], strict=True)
+    texts = {node.target.id: getattr(text, "value", None) for node, text in after if isinstance(node, ast.AnnAssign)}
+    texts = {key: text for key, text in texts.items() if key[0] != "_"}
+    assert [key for key, text in texts.items() if not isinstance(text, ast.Constant)] == []
+    # Sphinx would take what is before a colon for the type of the attribute.
+    first_lines = {key: re.sub("`[^`]*`", "", text.value.partition("\n")[0]) for key, text in texts.items()}
+    assert [key for key, line in first_lines.items() if ":" in line] == []
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -92,9 +92,9 @@ def test_steps_choose_what_is_shown(log):
 
 
 def test_heatmap_has_a_cell_for_every_norm_and_step(log):
-    figure = plots.plot_heatmap(log, "grad_norm_after")
+    figure = plots.plot_heatmap(log, "grad_output_var")
     assert figure.axes[0].collections[0].get_array().shape == (4, 3)
-    assert figure.axes[1].get_ylabel() == plots.LABELS["grad_norm_after"]
+    assert figure.axes[1].get_ylabel() == plots.LABELS["grad_output_var"]
 
 
 def test_losses_are_smoothed_without_moving_them():
