@@ -34,8 +34,9 @@ class NormRow:
     kind: str
     """`"layernorm"`, `"rmsnorm"` or `"other"`; for a swapped norm, the kind of the replaced norm."""
     cause: Literal["", "chosen", "option", "branch", "obstacle"] = ""
-    """What decided. `"chosen"`: `patch_model` with the same options swaps it. `"option"`: `include`, `exclude` or
-    `layers` skip it. `"branch"`: it is off the residual stream. `"obstacle"`: these `targets` cannot swap it."""
+    """What decided. `"chosen"` means that `patch_model` with the same options swaps it, `"option"` that `include`,
+    `exclude` or `layers` skip it, `"branch"` that it is off the residual stream, and `"obstacle"` that these `targets`
+    cannot swap it."""
     reason: str = ""
     """Why it is not chosen."""
 

@@ -64,7 +64,7 @@ class FoldReport:
     difference: float = 0.0
     """Largest difference of a task output before and after, relative to that output's largest value."""
     changed: dict[str, float] = field(default_factory=dict)
-    """By-products of the model (hidden states) that changed, and by how much: their norm has no gain and bias now."""
+    """By-products of the model (hidden states) that changed, and by how much. Their norm has no gain and bias now."""
     added_biases: tuple[str, ...] = ()
     """Linear layers that got a bias."""
     protect: tuple[str, ...] = ()

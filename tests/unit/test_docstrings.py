@@ -33,6 +33,8 @@ def test_main_names_have_an_example(name):
 def test_public_names_and_the_attributes_of_public_classes_have_a_docstring(name):
     found = getattr(hf_adanorm, name)
     assert (found.__doc__ or "").strip()
+    if not isinstance(found, type):
+        return
     tree = ast.parse(textwrap.dedent(inspect.getsource(found))).body[0]
     after = zip(tree.body, [*tree.body[1:], None], strict=True)
     texts = {node.target.id: getattr(text, "value", None) for node, text in after if isinstance(node, ast.AnnAssign)}
