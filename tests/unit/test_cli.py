@@ -307,12 +307,6 @@ def test_version_and_help_need_neither_torch_nor_transformers() -> None:
     assert not re.search(r"\w\.\.\.$", shown.stdout, re.MULTILINE)
 
 
-def test_a_patched_folder_shows_as_swapped(stock: Path, run: Run, tmp_path: Path) -> None:
-    run("patch", stock, tmp_path / "out")
-    _, out, _ = run("inspect", tmp_path / "out", "--json")
-    assert json.loads(out)["swapped"] == 5
-
-
 def test_out_may_be_a_link_to_an_empty_folder(stock: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
@@ -365,7 +359,7 @@ def test_a_norm_of_the_users_own_with_its_settings(stock: Path, derf: Path, run:
     spec = json.loads((tmp_path / "out" / "config.json").read_text())["adanorm"]
     assert [group["settings"] for group in spec["groups"]] == [{"alpha": 0.7}]
     code, out, _ = run("inspect", tmp_path / "out", "--json")
-    assert (code, json.loads(out)["code"]["loader"]) == (0, "ours")
+    assert (code, json.loads(out)["code"]["loader"], json.loads(out)["swapped"]) == (0, "ours", 5)
 
 
 def test_norms_lists_the_settings_of_each(derf: Path, run: Run) -> None:

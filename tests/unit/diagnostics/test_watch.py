@@ -123,24 +123,6 @@ def test_statistics_are_those_of_the_definitions(name):
     assert expected["share_falling"] > expected["share_negative"] or name != "adanorm"
 
 
-@pytest.mark.parametrize("name", NORMS)
-def test_theorem_1_holds_in_the_record(name):
-    """The four rows of Theorem 1: who re-centers, who re-scales."""
-    torch.manual_seed(2)
-    x = torch.randn(ROWS, WIDTH) * 3
-    (record,) = record_alone(NORMS[name](), x, torch.randn(ROWS, WIDTH) + 1.0 + x / 3).records
-    recenters = name not in ("detachnorm", "mean-detached")
-    rescales = name not in ("detachnorm", "variance-detached")
-    if recenters:
-        assert record.grad_input_mean < 1e-5 * record.grad_detached_mean
-    else:
-        assert record.grad_input_mean == pytest.approx(record.grad_detached_mean, rel=1e-4)
-    if rescales:
-        assert record.grad_input_var < 0.95 * record.grad_detached_var
-    else:
-        assert record.grad_input_var == pytest.approx(record.grad_detached_var, rel=1e-4)
-
-
 def test_without_a_norm_the_gradient_passes_unchanged():
     x, grad = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
     (record,) = record_alone(NoNorm(WIDTH), x, grad).records
