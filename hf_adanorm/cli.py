@@ -200,8 +200,6 @@ def _result(text: str) -> tuple[str, float]:
 
 
 _SETTING = "setting: "  # begins the names of parsed settings, so that they differ from those of options
-_NAME = {"metavar": "NAME_OR_PATH", "help": "a model's id on the Hub, or its folder"}
-_OUT = {"metavar": "OUT", "type": Path, "help": "the folder to write: a new or an empty one"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "norm": {
         "default": "adanorm",
@@ -272,9 +270,9 @@ def parse(argv: list[str]) -> Namespace:
             command.add_argument("tool", metavar="TOOL", help="a command of an installed package")
             command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
         else:
-            command.add_argument("name", **_NAME)
+            command.add_argument("name", metavar="NAME_OR_PATH", help="a model's id on the Hub, or its folder")
         if function in (patch, fold, unpatch):
-            command.add_argument("out", **_OUT)
+            command.add_argument("out", metavar="OUT", type=Path, help="the folder to write: a new or an empty one")
         for option in options:
             command.add_argument(f"--{option}", **_OPTIONS[option])
         made[function.__name__] = command
@@ -342,8 +340,13 @@ def main(argv: list[str] | None = None) -> None:
 def _source(args: Namespace) -> Any:
     from .conversion import Source
 
-    fields = ("name", "revision", "gguf_file", "architecture")
-    return Source(**{name: getattr(args, name, None) for name in fields})
+    given = vars(args)
+    return Source(
+        name=args.name,
+        revision=args.revision,
+        gguf_file=given.get("gguf_file"),
+        architecture=given.get("architecture"),
+    )
 
 
 def _selection(args: Namespace) -> dict[str, Any]:
