@@ -43,7 +43,6 @@ from tasks.translation import (
     decoder_inputs,
     prepare_translation,
     references,
-    source_texts,
     translate_arguments,
 )
 
@@ -101,7 +100,8 @@ def test_scores(
     options, data = run.options, task.raw["test"]
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "source.txt", Path(folder) / "translations.txt"
-        source.write_text("\n".join(source_texts(data)) + "\n", encoding="utf-8")
+        sentences = [text.replace("\n", " ") for text in data[SOURCE]]
+        source.write_text("\n".join(sentences) + "\n", encoding="utf-8")
         said = translate_arguments(options)
         run.fresh_process("translate.py", model=model.resolve(), input=source, output=output, **said)
         translations = task.restore(output.read_text(encoding="utf-8").removesuffix("\n").split("\n"))

@@ -12,4 +12,4 @@ def require(*modules: str) -> None:
         sys.exit(2)
 
 
-require("accelerate", "datasets", "numpy", "PIL", "tqdm", "yaml")
+require("accelerate", "datasets", "numpy", "PIL", "yaml")

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -83,12 +83,10 @@ _locks: dict[Path, int] = {}  # held until the process ends
 
 
 def lock_folder(folder: Path) -> None:
-    """Make `folder` this process's alone, to write to, until it ends in whatever way.
+    """Reserve `folder` for this process until it ends in any way. Raises OptionError if another process has it.
 
-    A record lock, which the kernel takes back with its process and which network file systems know between machines;
-    processes that this one forks do not hold it. Where there are no locks, nothing is locked.
-
-    Raises OptionError when another process has it.
+    The kernel releases a record lock with its process, and network file systems know it between machines. Forked
+    processes do not hold it. Without locks, as on Windows, nothing is reserved.
     """
     path = folder.resolve() / ".lock"
     if fcntl is None or path in _locks:
@@ -102,8 +100,7 @@ def lock_folder(folder: Path) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return  # a file system without locks
         raise OptionError(
-            f"--output_dir {folder}: another run, {holder or 'which has just begun'}, writes there; give another "
-            "--output_dir, or start again when it has ended"
+            f"--output_dir {folder}: another run, {holder or 'which has just begun'}, writes there: wait until it ends"
         ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
@@ -143,10 +140,10 @@ class Checkpoints:
     """The checkpoints of one run in `output_dir`. All methods are called on every process.
 
     Args:
-        output_dir: the run's folder; made when it is not there.
-        accelerator: what the model and the optimizer were, or will be, prepared with.
-        config: the run's options. Those that are not in `free` must be the same when a run is resumed.
-        content: a hash of the run's data by option. It must be the same when a run is resumed.
+        output_dir: the run's folder. It is created if necessary.
+        accelerator: prepares the model and the optimizer.
+        config: the run's options. Those not in `free` must be the same when a run is resumed.
+        content: a hash of the run's data by option. It must be the same, too.
         keep: how many of the newest checkpoints to keep.
         overwrite: start afresh; the files of an earlier run are deleted when this one begins to train.
     """
@@ -157,7 +154,7 @@ class Checkpoints:
         accelerator: Accelerator,
         config: Mapping[str, Any],
         *,
-        content: Mapping[str, str] | None = None,
+        content: Mapping[str, str] = MappingProxyType({}),
         free: frozenset[str] = frozenset(),
         keep: int = 1,
         overwrite: bool = False,
@@ -165,7 +162,7 @@ class Checkpoints:
         self.folder = Path(output_dir)
         self.accelerator = accelerator
         self.config = json.loads(json.dumps({**config, "num_processes": accelerator.num_processes}))
-        self.content = dict(content or {})
+        self.content = dict(content)
         self.free = free | {"content"}
         self.keep = keep
         self.overwrite = overwrite
@@ -190,12 +187,12 @@ class Checkpoints:
         Raises ResumeError naming every option that differs from the run that wrote it, or for a finished run without
         a checkpoint, which would be trained anew over its results.
         """
-        latest = self.latest()
+        latest, finished = self.latest(), (self.folder / "results.json").exists()
+        afresh = "another --output_dir, or --overwrite_output_dir true to start afresh"
         if latest is None:
-            if (self.folder / "results.json").exists() and not self.overwrite:
+            if finished and not self.overwrite:
                 raise ResumeError(
-                    f"{self.folder} holds the results.json of a finished run, and no checkpoint of it. Give another "
-                    "--output_dir, or --overwrite_output_dir true to train it anew"
+                    f"{self.folder} holds the results.json of a finished run, but no checkpoint: {afresh}"
                 )
             return None
         try:
@@ -210,33 +207,25 @@ class Checkpoints:
             for name in sorted(saved.keys() | self.config.keys())
             if name not in self.free and saved.get(name) != self.config.get(name)
         ]
-        changed = changed_content(saved.get("content"), self.content)
-        if changed:
-            raise ResumeError(
-                f"{latest} was written by a run on other data: {changed}. Give that data to resume, another "
-                "--output_dir, or --overwrite_output_dir true to start afresh"
-            )
+        if changed := changed_content(saved.get("content"), self.content):
+            raise ResumeError(f"{latest} was written by a run on other data: {changed}. Give that data, {afresh}")
         if differing:
-            extend = ""
-            if (self.folder / "results.json").exists():
-                extend = (
-                    f". To train its model further, give --model_name_or_path {self.folder / 'best'} instead of "
-                    "model_config, and another --output_dir"
-                )
+            best = self.folder / "best"
+            extend = f". To train its model further, give --model_name_or_path {best} instead of model_config"
             raise ResumeError(
-                f"{latest} was written with other options ({'; '.join(differing)}). Give the same options to resume, "
-                f"another --output_dir, or --overwrite_output_dir true to start afresh{extend}"
+                f"{latest} was written with other options ({'; '.join(differing)}). Give the same options, "
+                f"{afresh}{extend if finished else ''}"
             )
         return latest
 
     def resume(self) -> Progress:
-        """Load the newest checkpoint into what was prepared; a fresh Progress when there is none.
+        """Load the newest checkpoint into what was prepared. Return its progress, or a fresh one.
 
-        Here a run begins: what it makes obsolete is deleted, and not before, lest bad input cost an earlier run.
+        The run begins here. So obsolete files are deleted now, and not before its input has been checked.
         """
         if self.accelerator.is_main_process:
             for path in self.folder.iterdir():
-                ours = path.name in {"best", "results.json"} or _number(path.name, "(checkpoint|best)")
+                ours = re.fullmatch(r"best|results\.json|(checkpoint|best)-\d+", path.name)
                 if path.name == "diverged.json" or (self.overwrite and ours):
                     _remove(path)
         self.overwrite = False
@@ -249,7 +238,7 @@ class Checkpoints:
         return Progress(**json.loads((latest / "progress.json").read_text(encoding="utf-8")))
 
     def save(self, progress: Progress) -> Path:
-        """Write `checkpoint-{step}`, then delete the checkpoints and best models it makes superfluous."""
+        """Write `checkpoint-{step}`, then delete superfluous checkpoints and best models."""
         target = self.folder / f"checkpoint-{progress.step}"
         with self.staged(target) as temporary:
             self.accelerator.save_state(str(temporary), safe_serialization=True)
@@ -264,11 +253,6 @@ class Checkpoints:
                     _remove(old)
         self.accelerator.wait_for_everyone()
         return target
-
-    def save_best(self, step: int, save: Callable[[Path], None]) -> None:
-        """Write `best-{step}` by `save(folder)`, which is called on every process."""
-        with self.staged(self.folder / f"best-{step}") as temporary:
-            save(temporary)
 
     def promote_best(self, step: int) -> Path:
         """Give the best model its final name, `best`."""
@@ -300,7 +284,7 @@ class Checkpoints:
                 publish_folder(temporary, target)
         except BaseException as error:
             if self.accelerator.is_main_process:
-                _remove(temporary)  # a full disk must not stay full because of half a checkpoint
+                _remove(temporary)  # half a checkpoint must not keep a full disk full
             if not _is_write_error(error):
                 raise
             latest = self.latest()
@@ -312,7 +296,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _numbered(self, prefix: str) -> list[Path]:
-        found = [path for path in self.folder.iterdir() if path.is_dir() and _number(path.name, prefix)]
+        found = [path for path in self.folder.iterdir() if re.fullmatch(rf"{prefix}-\d+", path.name)]
         return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
@@ -324,18 +308,12 @@ def changed_content(then: Mapping[str, str] | None, now: Mapping[str, str]) -> s
 
 def _is_write_error(error: BaseException) -> bool:
     # torch writes its files in C++, whose errors come as RuntimeError.
-    from_torch = isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "iostream error")
-    )
-    return from_torch or isinstance(error, (OSError, SafetensorError))
-
-
-def _number(name: str, prefix: str) -> re.Match[str] | None:
-    return re.fullmatch(rf"{prefix}-\d+", name)
+    from_torch = re.search("inline_container|PytorchStreamWriter|iostream error", str(error))
+    return isinstance(error, (OSError, SafetensorError)) or bool(from_torch and isinstance(error, RuntimeError))
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or a folder; a folder first loses its name, so that it is never seen half deleted."""
+    """Delete a file or a folder. A folder is renamed first, so that nothing finds it half deleted."""
     if path.is_dir() and not path.is_symlink():
         if not path.name.startswith(TEMPORARY):
             doomed = path.with_name(f"{TEMPORARY}deleted-{path.name}")
@@ -347,7 +325,7 @@ def _remove(path: Path) -> None:
 
 
 def _check_random_state(path: Path) -> None:
-    """Raise when the random state was not restored: accelerate goes on in silence if it cannot read the file."""
+    """Raise RuntimeError unless the random state was restored: accelerate ignores a file that it cannot read."""
     saved = load(path)["torch_manual_seed"]
     if not torch.equal(saved, torch.get_rng_state()):
         raise RuntimeError(f"the random state in {path} could not be restored, so the run cannot be resumed exactly")

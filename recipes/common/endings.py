@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
@@ -26,10 +25,8 @@ exit codes:
 Launchers (torchrun, accelerate launch) end with 1 instead of 2 to 75; the printed line says what happened.
 """
 
-# For --help of the scripts that apply a saved model.
-USE_EXIT_CODES = "exit codes: 0 finished; 2 bad input, which one line names"
+USE_EXIT_CODES = "exit codes: 0 finished; 2 bad input, which one line names"  # of scripts that apply a saved model
 
-# Errors of the operating system that mean a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -77,8 +74,6 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("HF_ADANORM_DEBUG"):
-            raise
         end(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit("stopped by Ctrl-C before training started")
@@ -90,17 +85,8 @@ def clear_use(arguments: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        if os.environ.get("HF_ADANORM_DEBUG"):
-            raise
-        message = " ".join(str(error).split())
-        if not isinstance(error, (DataError, OptionError, OSError)):
-            message = f"--model {arguments.model}: {message}"
-        if isinstance(error, OSError) and not error.filename and not Path(arguments.model).is_dir():
-            message = (
-                f"--model {arguments.model}: not a local folder, and the Hub has no such model or cannot be reached: "
-                f"{message}"
-            )
-        end(message, EXIT_BAD_INPUT)
+        names_its_cause = isinstance(error, (DataError, OptionError)) or getattr(error, "filename", None)
+        end(("" if names_its_cause else f"--model {arguments.model}: ") + " ".join(str(error).split()), EXIT_BAD_INPUT)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def run_fresh_process(script: Path, arguments: Sequence[str], stop: Callable[[],
     if paths := environment.get("PYTHONPATH"):  # relative ones, "" included, mean the folder that we are in
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep))
     command = [sys.executable, str(script), *arguments]
-    # In a folder of our own: in a shared one anybody may lay out modules.
+    # In a private folder: in a shared one, others could place modules that Python would import.
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
         child = subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stderr=said)
         try:

@@ -30,25 +30,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device, set_seed
-from tqdm import tqdm
 
 from common.batches import eval_batches, train_batches
 from common.checkpoints import Checkpoints, Interruption, write_json
 from common.endings import EXIT_RESUME, DivergedError, clear_endings, clear_errors
 from common.evaluation import gather_by_index, is_better, main_first, peak_memory_mb, run_fresh_process
 from common.options import options_that_change
-from common.progress import ProgressBar, Stopwatch
+from common.progress import Stopwatch, time_left
 from common.publishing import prepare_push, publish
 from common.results import format_results, versions
 from common.setup import (
     allow_unused_parameters,
     apply_patch,
-    check_schedules,
     describe_norm,
     learning_rate_at,
     make_accelerator,
@@ -56,13 +54,9 @@ from common.setup import (
     norm_schedules,
     norms_to_trackers,
     processes_line,
-    set_learning_rate,
 )
 from common.steps import check_trained, optimizer_step
-from common.task import Task
 from hf_adanorm.norms import STOCK, remember, resolve_norm
-
-T = TypeVar("T", bound=Task)
 
 
 class Step:
@@ -72,7 +66,7 @@ class Step:
         self.run, self.size, self.micro_batches = run, size, micro_batches
         self.loss = torch.zeros((), device=run.accelerator.device)
         self.inputs: dict[str, Any] | None = None
-        self.evaluates = False  # known after the last micro-batch
+        self.evaluates = False  # set after the last micro-batch
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.micro_batches:
@@ -94,7 +88,7 @@ class Run:
         self.options, self.output_dir = options, Path(options.output_dir)
         self.script = Path(script)
         with clear_errors():
-            self.accelerator = make_accelerator(options, options)
+            self.accelerator = make_accelerator(options)
             self.is_main = self.accelerator.is_main_process
             self.print(processes_line(self.accelerator, self.script.name))
             norm = describe_norm(options)
@@ -133,17 +127,15 @@ class Run:
     def print(self, text: str) -> None:
         """Print on the main process."""
         if self.is_main:
-            tqdm.write(text)  # above a bar
-            sys.stdout.flush()
+            print(text, flush=True)
 
     @property
     def division(self) -> dict[str, int]:
         """Return how steps are divided, as arguments of a plan."""
-        options = self.options
-        processes, accumulation = self.accelerator.num_processes, options.gradient_accumulation_steps
-        return {"seed": options.seed, "num_processes": processes, "accumulation": accumulation}
+        division = {"seed": self.options.seed, "accumulation": self.options.gradient_accumulation_steps}
+        return {**division, "num_processes": self.accelerator.num_processes}
 
-    def prepare(self, prepare: Callable[[Run], T]) -> T:
+    def prepare(self, prepare: Callable[[Run], Any]) -> Any:
         """Return the task that `prepare` makes; set up its patched model and optimizer. Bad input ends the run."""
         options, accelerator = self.options, self.accelerator
         with clear_errors():
@@ -154,8 +146,7 @@ class Run:
             model = main_first(accelerator, task.build_model)
             num_norms = apply_patch(model, options, lambda: task.calibration_batch(model))
             self.total_steps = options.max_steps or options.num_epochs * task.plan.num_steps
-            self.schedules = norm_schedules(options)
-            check_schedules(self.schedules, model, self.total_steps)
+            self.schedules = norm_schedules(options, model, self.total_steps)
         set_seed(options.seed, device_specific=True)  # other dropout masks on every process
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = make_optimizer(model, options)
@@ -182,7 +173,7 @@ class Run:
     def training(self) -> Iterator[None]:
         """Resume from the newest checkpoint; inside the block, end with one line and the code that fits."""
         accelerator, options = self.accelerator, self.options
-        with clear_endings(), self._divergence_recorded(), Interruption(accelerator) as self.interruption:
+        with clear_endings(), Interruption(accelerator) as self.interruption:
             self.progress = self.checkpoints.resume()
             if self.progress.step:
                 self.print(f"resuming from step {self.progress.step}")
@@ -193,50 +184,45 @@ class Run:
             if self.is_main:
                 self.running_loss += self.progress.running_loss
             self.model.train()
-            with norms_to_trackers(accelerator, self.model, options, self.progress.step) as self.send_norms:
-                yield
-
-    @contextmanager
-    def _divergence_recorded(self) -> Iterator[None]:
-        try:
-            yield
-        except DivergedError as error:
-            if self.is_main:
-                record = {**self.record, "step": error.step, "diverged": str(error)}
-                write_json(self.output_dir / "diverged.json", record)
-            self.accelerator.wait_for_everyone()  # every process raised it
-            raise
+            try:
+                with norms_to_trackers(accelerator, self.model, options, self.progress.step) as self.send_norms:
+                    yield
+            except DivergedError as error:
+                if self.is_main:
+                    record = {**self.record, "step": error.step, "diverged": str(error)}
+                    write_json(self.output_dir / "diverged.json", record)
+                accelerator.wait_for_everyone()  # every process raised it
+                raise
 
     def __iter__(self) -> Iterator[Step]:
         """Yield the steps from the newest checkpoint to the last one, or until early stopping."""
         options, progress = self.options, self.progress
-        shown, first = options.progress_bar, progress.step
-        bar = ProgressBar(self.total_steps, main=self.is_main, shown=shown, first_step=first, unit=self.task.unit)
-        with bar as self.bar:
-            if progress.step and self._evaluation_due() and self._last_evaluation() != progress.step:
-                self.step = Step(self, 0, [])  # it was stopped in the middle of this evaluation
-                self._begin_evaluation()
+        evaluated = progress.history and progress.history[-1]["step"] == progress.step
+        if progress.step and self._evaluation_due() and not evaluated:
+            self.step = Step(self, 0, [])  # it was stopped in the middle of this evaluation
+            self._begin_evaluation()
+            yield self.step
+            self._save_or_stop()
+        while not self.done:
+            steps = train_batches(
+                self.task.train_data,
+                self.task.plan,
+                progress.epoch,
+                count=self.task.count,
+                collate=self.task.train_collate(progress.epoch),
+                rank=self.accelerator.process_index,
+                skip=progress.epoch_step,
+                workers=options.dataloader_workers,
+            )
+            for size, micro_batches in steps:
+                self.learning_rate = learning_rate_at(progress.step, self.total_steps, options)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate
+                self.step = Step(self, size, micro_batches)
                 yield self.step
                 self._save_or_stop()
-            while not self.done:
-                steps = train_batches(
-                    self.task.train_data,
-                    self.task.plan,
-                    progress.epoch,
-                    count=self.task.count,
-                    collate=self.task.train_collate(progress.epoch),
-                    rank=self.accelerator.process_index,
-                    skip=progress.epoch_step,
-                    workers=options.dataloader_workers,
-                )
-                for size, micro_batches in steps:
-                    self.learning_rate = learning_rate_at(progress.step, self.total_steps, options)
-                    set_learning_rate(self.optimizer, self.learning_rate)
-                    self.step = Step(self, size, micro_batches)
-                    yield self.step
-                    self._save_or_stop()
-                    if self.done:
-                        break
+                if self.done:
+                    break
 
     def backward(self, loss: torch.Tensor, inputs: dict[str, Any] | None = None) -> None:
         """Add a micro-batch's gradients.
@@ -245,7 +231,7 @@ class Run:
             loss: the micro-batch's share of the step's loss.
             inputs: what the model was given, to find the first module whose output is not finite.
         """
-        # accelerate divides by the number of micro-batches, DDP by the number of processes: the step's size is of all.
+        # accelerate divides by the number of micro-batches and DDP by that of processes. The step's size counts both.
         undo_mean = self.accelerator.num_processes * self.options.gradient_accumulation_steps
         self.accelerator.backward(loss * undo_mean)
         self.step.loss += loss.detach()
@@ -270,14 +256,18 @@ class Run:
         if progress.epoch_step == self.task.plan.num_steps:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
         due = progress.step % options.logging_steps == 0 or progress.step == self.total_steps
-        if due and progress.running_steps:  # not where all steps since were left out
+        if due and progress.running_steps:  # 0 if all steps since were skipped
             train_loss = accelerator.reduce(self.running_loss, "sum").item() / progress.running_steps
             self.running_loss.zero_()
             progress.running_steps = 0
             progress.train_history.append({"step": progress.step, "loss": train_loss})
             accelerator.log({"train/loss": train_loss, "learning_rate": self.learning_rate}, step=progress.step)
-            self.bar.log(progress.step, self.stopwatch.samples_per_second, train_loss, self.learning_rate)
-        self.bar.update(progress.step, self.stopwatch.samples_per_second)
+            seconds, speed = self.stopwatch.seconds_per_step, self.stopwatch.samples_per_second
+            remaining = self.total_steps - progress.step
+            pace = f", {speed:,.0f} {self.task.unit}" if speed else ""
+            pace += f", {time_left(seconds * remaining)}" if seconds and remaining else ""
+            at = f"step {progress.step}/{self.total_steps}"
+            self.print(f"{at}: loss {train_loss:.4f}, learning rate {self.learning_rate:.3g}{pace}")
         if self._evaluation_due():
             self._begin_evaluation()
 
@@ -289,9 +279,6 @@ class Run:
     def _evaluation_due(self) -> bool:
         progress, every = self.progress, self.options.eval_steps
         return progress.step == self.total_steps or (progress.step % every == 0 if every else progress.epoch_step == 0)
-
-    def _last_evaluation(self) -> int | None:
-        return self.progress.history[-1]["step"] if self.progress.history else None
 
     def _begin_evaluation(self) -> None:
         self.step.evaluates = True
@@ -309,8 +296,8 @@ class Run:
 
     def _save_or_stop(self) -> None:
         every, evaluated = self.options.checkpointing_steps, self.step.evaluates
-        if self.interruption.requested() and not self.done:
-            self._stop()
+        if not self.done:
+            self.stop_if_asked()
         saves = self.done or (self.progress.step % every == 0 if every else evaluated)
         if saves:
             self.stopwatch.pause()
@@ -319,7 +306,7 @@ class Run:
             self.stopwatch.resume()
 
     def _save(self) -> None:
-        """Save, unless the run resumed from this very step: writing its checkpoint again would risk it."""
+        """Save, unless this step is saved: rewriting its checkpoint would put it at risk."""
         if self.saved_step != self.progress.step:
             self.progress.running_loss = self.accelerator.reduce(self.running_loss, "sum").item()
             self.checkpoints.save(self.progress)
@@ -368,24 +355,25 @@ class Run:
         return gather_by_index(accelerator, indices, outputs, len(lengths))
 
     def stop_if_asked(self) -> None:
-        """Stop during an evaluation if the run was asked to. Called on every process."""
+        """Save and stop if a process was asked to. Called on every process."""
         if self.interruption.requested():
             self._stop()
 
     def note(self, scores: dict[str, float]) -> None:
-        """Record an evaluation; save the model when it is the best so far, the earlier one of equals."""
+        """Record an evaluation. Save the model if its score is better than all earlier ones."""
         progress = self.progress
         progress.history.append({"step": progress.step, "epoch": progress.epoch, **scores})
         self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
         self.print(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         name, higher = self.task.selection(self.options)
         if is_better(scores, progress.best_metrics, name, higher=higher):
-            self.checkpoints.save_best(progress.step, self.save_model)
+            with self.checkpoints.staged(self.output_dir / f"best-{progress.step}") as temporary:
+                self.save_model(temporary)
             progress.best_step, progress.best_metrics = progress.step, scores
 
     def save_model(self, folder: Path) -> None:
         """Write model and processor as stock `from_pretrained` reads them. Called on every process."""
-        # Of a compiled model accelerate would give the names of its wrapper, which from_pretrained does not know.
+        # For a compiled model, accelerate would return the names of the wrapper, which from_pretrained does not know.
         state_dict = self.accelerator.get_state_dict(getattr(self.model, "_orig_mod", self.model))  # a collective call
         self.bare.save_pretrained(folder, state_dict=state_dict, is_main_process=self.is_main)
         if self.is_main:
@@ -438,7 +426,7 @@ class Run:
             "train_history": progress.train_history,
             **results,
         }
-        # The card comes first: a run that is killed here has no results yet and resumes; a failed push leaves both.
+        # The card comes first: a run that is killed here has no results yet and resumes. A failed push leaves both.
         best = self.output_dir / "best"
         publish(best, self.record, replace(self.options, push_to_hub=False))
         write_json(self.output_dir / "results.json", self.record)

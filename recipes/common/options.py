@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -26,7 +25,7 @@ import yaml
 
 from common import require
 from common.endings import EXIT_CODES, USE_EXIT_CODES, OptionError, is_first_on_machine
-from hf_adanorm.norms import BUILT_IN, STOCK, check_settings, parse_value, resolve_norm, settings_of
+from hf_adanorm.norms import BUILT_IN, STOCK, check_settings, did_you_mean, parse_value, resolve_norm, settings_of
 
 T = TypeVar("T")
 
@@ -66,7 +65,7 @@ def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
-        help="execute the files in the model's folder, which a norm or a model of one's own needs",
+        help="execute the Python files in the model's folder",
     )
     parser.add_argument("--quiet", action="store_true", help="print no result")
     return parser
@@ -102,7 +101,7 @@ class PatchOptions:
         "unpatched control. --SETTING VALUE sets a setting of the norm, for instance --k 0.05",
     )
     norm_settings: dict[str, Any] = option(
-        {}, "settings of the norm, as in {k: 0.05}; under a norm's name, as in {adanorm: {C: 2}}, for this norm only"
+        {}, "settings of the norm, as {k: 0.05}, or of one norm, as {adanorm: {C: 2}}"
     )
     norm_schedule: list[str] = option(
         [],
@@ -111,7 +110,7 @@ class PatchOptions:
     )
     eps: float | None = option(None, "added to the variance; by default what the replaced norm uses")
     include: list[str] | str | None = option(
-        None, "swap only norms whose name ends so; * is anything between dots, re: starts a regular expression"
+        None, "swap only norms whose name ends so; re: starts a regular expression"
     )
     exclude: list[str] | str | None = option(None, "leave these norms as they are; written like include")
     layers: list[int] | None = option(None, "swap only norms in these layers, counted from 0, negative from the end")
@@ -122,15 +121,9 @@ class PatchOptions:
     unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = option(
         "keep", "with affine fold: what to do with a norm that something else reads too"
     )
-    tied: Literal["keep", "untie"] = option(
-        "keep", "with affine fold: what to do with a norm whose head shares its weight with an embedding"
-    )
-    tolerance: float | None = option(
-        None, "with affine fold: largest change of an output, relative to its largest value", within="[0, inf)"
-    )
-    calibrate_k: bool = option(
-        False, "AdaNorm: choose a k for each norm, at most --k, that its outliers on a batch of training data allow"
-    )
+    tied: Literal["keep", "untie"] = option("keep", "with affine fold: what to do with a norm whose head is tied")
+    tolerance: float | None = option(None, "with affine fold: largest relative change of an output", within="[0, inf)")
+    calibrate_k: bool = option(False, "AdaNorm: choose for each norm the largest k, up to --k, that a batch allows")
 
 
 @dataclass(kw_only=True)
@@ -138,12 +131,8 @@ class OptimizationOptions:
     """Optimizer, schedule and length of the training."""
 
     learning_rate: float = option(5e-4, "peak learning rate", within="(0, inf)")
-    lr_schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = option(
-        "linear", "how the learning rate moves after the warm-up"
-    )
-    warmup_steps: int = option(
-        0, "optimizer steps over which the learning rate rises; wins over warmup_ratio", within="[0, inf)"
-    )
+    lr_schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = option("linear", "shape after the warm-up")
+    warmup_steps: int = option(0, "warm-up in optimizer steps; wins over warmup_ratio", within="[0, inf)")
     warmup_ratio: float = option(0.0, "warm-up as a share of all steps", within="[0, 1]")
     warmup_init_lr: float = option(0.0, "learning rate at the first warm-up step", within="[0, inf)")
     min_lr: float = option(0.0, "learning rate at the end of a linear or cosine schedule", within="[0, inf)")
@@ -155,24 +144,15 @@ class OptimizationOptions:
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 clips nothing", within="[0, inf)")
     gradient_accumulation_steps: int = option(1, "micro-batches in one optimizer step", within="(0, inf)")
     num_epochs: int = option(3, "passes over the training data", within="(0, inf)")
-    max_steps: int | None = option(
-        None, "stop after this many optimizer steps; wins over num_epochs", within="(0, inf)"
-    )
+    max_steps: int | None = option(None, "number of optimizer steps; wins over num_epochs", within="(0, inf)")
     on_nonfinite: Literal["stop", "skip"] = option(
-        "stop",
-        "what to do when the loss or its gradient is NaN or infinite: stop, or leave that step out",
-        changes="onward",
+        "stop", "what to do with a step whose loss or gradient is NaN or infinite", changes="onward"
     )
     on_spike: Literal["report", "stop", "skip"] = option(
-        "report",
-        "what to do when the loss or its gradient is a spike: say so and go on, stop, or leave that step out",
-        changes="onward",
+        "report", "what to do with a step whose loss or gradient is a spike", changes="onward"
     )
     spike_sigmas: float = option(
-        6.0,
-        "a spike is so many standard deviations above the mean of the last 128 steps",
-        changes="onward",
-        within="(0, inf)",
+        6.0, "a spike is so many standard deviations above the last 128 steps", changes="onward", within="(0, inf)"
     )
 
 
@@ -180,59 +160,31 @@ class OptimizationOptions:
 class RunOptions:
     """Where a run writes, what it can be resumed from, how it is launched and watched."""
 
-    output_dir: str = option(
-        "outputs/run", "folder for checkpoints, the best model and results.json", changes="nothing"
-    )
-    overwrite_output_dir: bool = option(
-        False, "start afresh instead of resuming what output_dir holds", changes="nothing"
-    )
+    output_dir: str = option("outputs/run", "folder for checkpoints, best model and results.json", changes="nothing")
+    overwrite_output_dir: bool = option(False, "start afresh, delete the run in output_dir", changes="nothing")
     seed: int = option(1, "seed of initialization, dropout and the order of the data", within="[0, 4294967295]")
-    eval_steps: int | None = option(
-        None, "evaluate every so many steps; by default after every epoch", within="(0, inf)"
-    )
+    eval_steps: int | None = option(None, "evaluate every N steps; by default after every epoch", within="(0, inf)")
     early_stopping_patience: int | None = option(
-        None, "stop after so many evaluations in a row without a better score", within="(0, inf)"
+        None, "stop after N evaluations in a row without a better score", within="(0, inf)"
     )
     checkpointing_steps: int | None = option(
-        None,
-        "save a checkpoint every so many steps; by default after every evaluation",
-        changes="onward",
-        within="(0, inf)",
+        None, "save every N steps; by default after every evaluation", changes="onward", within="(0, inf)"
     )
-    save_total_limit: int = option(
-        1, "how many of the newest checkpoints to keep", changes="nothing", within="(0, inf)"
-    )
-    logging_steps: int = option(50, "log the training loss every so many steps", changes="nothing", within="(0, inf)")
-    report_to: list[str] = option([], "trackers, by accelerate's names, for instance [tensorboard]", changes="nothing")
+    save_total_limit: int = option(1, "keep the newest N checkpoints", changes="nothing", within="(0, inf)")
+    logging_steps: int = option(50, "log the training loss every N steps", changes="nothing", within="(0, inf)")
+    report_to: list[str] = option([], "trackers, by accelerate's names, for instance tensorboard", changes="nothing")
     watch_norms: int | None = option(
-        None,
-        "write to the trackers, every so many steps, what each norm does to activations and gradients",
-        changes="nothing",
-        within="(0, inf)",
+        None, "every N steps, log what each norm does to the trackers", changes="nothing", within="(0, inf)"
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "precision of the forward pass; by default what accelerate is configured to"
-    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "precision; by default accelerate's setting")
     compile: bool = option(False, "run the model through torch.compile")
-    progress_bar: bool = option(True, "show a progress bar on the main process", changes="nothing")
-    dataloader_workers: int = option(
-        0,
-        "worker processes that collate batches; the result does not depend on it",
-        changes="nothing",
-        within="[0, inf)",
-    )
+    dataloader_workers: int = option(0, "processes that collate batches", changes="nothing", within="[0, inf)")
     push_to_hub: bool = option(False, "push the best model, with its card and results, to the Hub", changes="nothing")
     hub_model_id: str | None = option(None, "the repository to push to, such as me/my-model", changes="nothing")
     hub_private: bool = option(False, "make that repository private if it is new", changes="nothing")
 
 
 # ------------------------------------------------------------------------------------------------------ reading
-
-
-def did_you_mean(value: object, known: Iterable[str], prefix: str = "") -> str:
-    """Return a "did you mean" suffix for an error, or "" if no known name is close."""
-    close = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.7)
-    return f"; did you mean {prefix + close[0] if prefix else repr(close[0])}?" if close else ""
 
 
 @functools.cache
@@ -315,24 +267,23 @@ def resolve_settings(options: Any, flags: Mapping[str, Any]) -> None:
     The control takes no settings. Raises OptionError for an unknown norm, setting or flag.
     """
     norm, *parts = re.split(r"[:,](?=\w+=)", options.norm)
-    if ":" not in norm and norm not in (known := [*BUILT_IN, STOCK]):
-        raise OptionError(
-            f"--norm: expected {', '.join(known)}, FILE.py:CLASS or PACKAGE.MODULE:CLASS, got {norm!r}"
-            f"{did_you_mean(norm, known)}"
-        )
-    given = {name: value for name, value in options.norm_settings.items() if not _is_norm(name) and norm != STOCK}
+    given = {
+        name: value
+        for name, value in options.norm_settings.items()
+        if norm != STOCK and not (name in {*BUILT_IN, STOCK} or ":" in name)
+    }
     given |= options.norm_settings.get(norm) or {}
     for part in parts:
         name, _, value = part.partition("=")
         given[name] = parse_value(value)
     options.norm, options.norm_settings = norm, {**given, **flags}
-    if norm != STOCK and not (":" in norm or options.norm_settings):
+    if norm in {*BUILT_IN, STOCK} and not options.norm_settings:
         return  # without importing torch
     try:
         known = {} if norm == STOCK else settings_of(resolve_norm(norm)[0])
         if unknown := [name for name in flags if name not in known]:
             has = f"has the settings {', '.join(known)}" if known else "has no settings"
-            near = did_you_mean(unknown[0], [*_hints(type(options)), *known], "--")
+            near = did_you_mean(unknown[0], [*_hints(type(options)), *known])
             raise OptionError(f"unknown option --{unknown[0]}: {norm} {has}{near}")
         if norm != STOCK:
             check_settings(resolve_norm(norm)[0], options.norm_settings)
@@ -340,10 +291,6 @@ def resolve_settings(options: Any, flags: Mapping[str, Any]) -> None:
         raise
     except (ValueError, TypeError, OSError) as error:
         raise OptionError(f"--norm {norm}: {error}") from error
-
-
-def _is_norm(name: str) -> bool:
-    return name in BUILT_IN or name == STOCK or ":" in name
 
 
 class _Loader(yaml.SafeLoader):
@@ -356,16 +303,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(
-    path: str | Path, names: Collection[str] | None = None, elsewhere: Mapping[str, str] | None = None
-) -> Any:
+def read_config(path: str | Path, names: Collection[str] | None = None) -> Any:
     """Return the options of a YAML file by name, with relative `*_file` paths resolved against the file's folder.
 
-    Args:
-        names: the known options; by default any name is accepted.
-        elsewhere: the script that each option of other recipes belongs to, for the error.
-
-    Raises OptionError for a file that is missing, is not a YAML mapping, or holds an unknown option.
+    Raises OptionError for a file that is missing, is not a YAML mapping, or contains an option that is not in `names`.
     """
     path = Path(path)
     if not path.is_file():
@@ -376,14 +317,10 @@ def read_config(
         raise OptionError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise OptionError(
-            f"--config {path}: expected a mapping of option names to values, got {type(values).__name__}"
-        )
+        raise OptionError(f"--config {path}: expected a mapping of options to values, got {type(values).__name__}")
     for key in values:
         if names is not None and key not in names:
-            script = (elsewhere or {}).get(key)
-            hint = f": recipes/{script} has it" if script else did_you_mean(key, names)
-            raise OptionError(f"--config {path}: unknown option {key!r}{hint}")
+            raise OptionError(f"--config {path}: unknown option {key!r}{did_you_mean(key, names)}")
     if values.get("mixed_precision") is False:
         values["mixed_precision"] = "no"  # YAML reads an unquoted no as false
     for key, value in values.items():
@@ -393,11 +330,6 @@ def read_config(
     if isinstance(norm, str) and ".py:" in norm and not Path(norm).is_absolute():
         values["norm"] = str((path.parent / norm).resolve())
     return values
-
-
-def _scripts_by_option() -> dict[str, str]:
-    """Return the script of each option, for the recipes whose options have been imported."""
-    return {item.name: recipe.script for recipe in RunOptions.__subclasses__() for item in dataclasses.fields(recipe)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -457,15 +389,13 @@ def parse_options(options_class: type[T], argv: Sequence[str] | None = None, des
     values: dict[str, Any] = {}
     try:
         if config := flags.pop("config", None):
-            values = read_config(config, hints, _scripts_by_option())
+            values = read_config(config, hints)
             values = {name: convert(name, value, hints[name]) for name, value in values.items()}
         for name, value in flags.items():
-            if isinstance(value, list) and len(value) > 1:
-                value = [convert(name, item, hints[name], is_text=True) for item in value]
-                values[name] = [item for part in value for item in (part if isinstance(part, list) else [part])]
-            else:
-                text = value[0] if isinstance(value, list) else value
-                values[name] = convert(name, text, hints[name], is_text=True)
+            texts = value if isinstance(value, list) else [value]
+            found = [convert(name, text, hints[name], is_text=True) for text in texts]
+            joined = [item for part in found for item in (part if isinstance(part, list) else [part])]
+            values[name] = joined if len(found) > 1 else found[0]
         settings = {}
         for name, text in _unknown(rest):
             mapping, dot, key = name.partition(".")
@@ -474,7 +404,7 @@ def parse_options(options_class: type[T], argv: Sequence[str] | None = None, des
             elif mapping in hints and dict in map(typing.get_origin, _kinds(hints[mapping])):
                 values[mapping] = {**values.get(mapping, {}), key: _from_yaml(name, text)}
             else:
-                raise OptionError(f"unknown option --{name}{did_you_mean(mapping, hints, '--')}")
+                raise OptionError(f"unknown option --{name}{did_you_mean(mapping, hints)}")
         options = options_class(**values)
         check_ranges(options)
         resolve_settings(options, settings)

@@ -1,13 +1,10 @@
-"""Measures how fast a run is, and shows it."""
+"""Measures how fast a run is, and estimates the time left."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
-
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from common.checkpoints import Progress
@@ -74,38 +71,3 @@ class Stopwatch:
         """Return the time of a step of mean size, or None while no step was timed."""
         speed = self.samples_per_second
         return self.progress.samples / self.progress.step / speed if speed else None
-
-
-class ProgressBar:
-    """Shows steps done, speed and time left: a bar if the main process writes to a terminal, else lines."""
-
-    def __init__(self, total: int, *, main: bool, shown: bool, first_step: int = 0, unit: str = "samples/s"):
-        self.total, self.main, self.first_step, self.unit = total, main, first_step, unit
-        self.started = time.perf_counter()
-        self.bar = tqdm(total=total, initial=first_step, disable=not (main and shown and sys.stderr.isatty()))
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def update(self, step: int, speed: float | None) -> None:
-        """Show that `step` steps are done, at `speed` units per second."""
-        self.bar.set_postfix_str("" if speed is None else f"{speed:,.0f} {self.unit}", refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def log(self, step: int, speed: float | None, loss: float, lr: float) -> None:
-        """Show the training loss: in the bar or, without one, as a line."""
-        self.bar.set_description(f"loss {loss:.4f}", refresh=False)
-        if self.main and self.bar.disable:
-            pace = "" if speed is None else f", {speed:,.0f} {self.unit}"
-            print(
-                f"step {step}/{self.total}: loss {loss:.4f}, learning rate {lr:.3g}{pace}{self._left(step)}",
-                flush=True,
-            )
-
-    def _left(self, step: int) -> str:
-        done = step - self.first_step
-        seconds = (time.perf_counter() - self.started) / max(done, 1) * (self.total - step)
-        return f", {time_left(seconds)}" if done > 0 and step < self.total else ""

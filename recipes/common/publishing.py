@@ -35,34 +35,26 @@ def prepare_push(options: Any) -> None:
 
 def publish(folder: Path, results: dict[str, Any], options: Any) -> None:
     """Write the card of the model in `folder`, and push the folder if `options` say so."""
-    if options.push_to_hub:
-        api = HfApi()
-        # Somebody may have written the repository's card: keep it, bring our section in it up to date.
-        if api.file_exists(options.hub_model_id, CARD_NAME):
-            text = read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or ""
-            write_file(folder / CARD_NAME, text)
-    _write_card(folder, results, options)
-    if options.push_to_hub:
-        message = f"Best model: {options.norm}, step {results['best_step']}"
-        api.upload_folder(repo_id=options.hub_model_id, folder_path=folder, commit_message=message)
-        print(f"pushed to {options.hub_model_id}", flush=True)
-
-
-def _write_card(folder: Path, results: dict[str, Any], options: Any) -> None:
+    # Somebody may have edited the repository's card: keep it, and update our section in it.
+    if options.push_to_hub and HfApi().file_exists(options.hub_model_id, CARD_NAME):
+        write_file(folder / CARD_NAME, read_card(Path(hf_hub_download(options.hub_model_id, CARD_NAME))) or "")
     split = "test" if results.get("test") else "validation"
-    scores = {name: value for name, value in results[split].items() if isinstance(value, (int, float))}
     local = options.train_file is not None or options.dataset_name is None
     is_id = not local and _IS_ID.fullmatch(options.dataset_name) and not Path(options.dataset_name).exists()
     base = getattr(options, "model_name_or_path", None)
-    base = base if base and _IS_ID.fullmatch(base) and not Path(base).exists() else None
+    known = base and base != options.hub_model_id and _IS_ID.fullmatch(base) and not Path(base).exists()
     write_model_card(
         folder,
         model_id=options.hub_model_id,
-        base_model=base if base != options.hub_model_id else None,
+        base_model=base if known else None,
         datasets=[options.dataset_name] if is_id else None,
         dataset_name=None if is_id else "local files",
         dataset_split=split,
-        results=scores,
+        results={name: value for name, value in results[split].items() if isinstance(value, (int, float))},
         task=results.get("pipeline"),
         command=results["command"],
     )
+    if options.push_to_hub:
+        message = f"Best model: {options.norm}, step {results['best_step']}"
+        HfApi().upload_folder(repo_id=options.hub_model_id, folder_path=folder, commit_message=message)
+        print(f"pushed to {options.hub_model_id}", flush=True)

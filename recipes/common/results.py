@@ -20,14 +20,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def read_results(folder: str | Path) -> dict[str, Any]:
-    """Return the results of a finished run. Raises FileNotFoundError if it did not finish."""
-    path = Path(folder) / "results.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the run in this folder has not finished")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def format_results(results: Sequence[dict[str, Any]]) -> str:
     """Return a plain table of runs of one recipe, one line per run."""
     metric = results[0]["metric"]
@@ -64,13 +56,12 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    folders = sys.argv[1:]
-    if not folders:
+    paths = [Path(folder) / "results.json" for folder in sys.argv[1:]]
+    if not paths:
         sys.exit(__doc__)
-    try:
-        print(format_results([read_results(folder) for folder in folders]))
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    if missing := [path for path in paths if not path.is_file()]:
+        sys.exit(f"error: {missing[0]}: the run in this folder has not finished")
+    print(format_results([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
 
 
 if __name__ == "__main__":

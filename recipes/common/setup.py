@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,56 +25,53 @@ from accelerate.utils import (
 from torch import nn
 
 import hf_adanorm
-from common.options import (
-    OptimizationOptions,
-    OptionError,
-    PatchOptions,
-    RunOptions,
-    did_you_mean,
-)
+from common.options import OptimizationOptions, OptionError, PatchOptions, RunOptions
 from hf_adanorm.modeling_adanorm import is_swapped
-from hf_adanorm.norms import STOCK, digest, files_of, name_of, parse_value, resolve_norm, settings_of
+from hf_adanorm.norms import STOCK, did_you_mean, digest, files_of, name_of, parse_value, resolve_norm, settings_of
 from hf_adanorm.settings import NormSchedule
 
-# A fold by a fit and a k for each norm are taken from so many training examples.
+# The number of training examples for a fold that is fitted, and for a k for each norm.
 CALIBRATION_EXAMPLES = 32
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
-def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Accelerator:
-    """Return the accelerator of a recipe.
+def make_accelerator(options: Any) -> Accelerator:
+    """Return the accelerator of a recipe. Raises OptionError for an unknown tracker, or one that is not installed.
 
     The recipe's own plan divides batches over processes, so no data loader is prepared, and the loop sets the learning
     rate, so no scheduler is. `accelerator.accumulate` counts micro-batches: `gradient_accumulation_steps` per step.
     """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    check_trackers(run.report_to)
+    launched, known = int(os.environ.get("WORLD_SIZE", 1)), [str(kind) for kind in LoggerType]
+    for name in options.report_to:
+        if name not in known:
+            raise OptionError(f"--report_to {name}: expected {', '.join(known)}{did_you_mean(name, known)}")
+        if name not in [*map(str, get_available_trackers()), "all"]:
+            raise OptionError(f"--report_to {name}: it is not installed: pip install {name}")
     accelerator = Accelerator(
         # By default accelerate treats processes that torchrun starts on CPUs as single runs.
         cpu=launched > 1 and not torch.accelerator.is_available(),
-        mixed_precision=run.mixed_precision,
+        mixed_precision=options.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=optimization.gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=options.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         dataloader_config=DataLoaderConfiguration(even_batches=False),
-        dynamo_backend="inductor" if run.compile else None,
-        log_with=list(run.report_to) or None,
-        project_dir=run.output_dir,
+        dynamo_backend="inductor" if options.compile else None,
+        log_with=list(options.report_to) or None,
+        project_dir=options.output_dir,
     )
-    # Each process would run alone, and write to the same folder.
+    # Otherwise each process would train alone and write to the same folder.
     if launched not in (1, accelerator.num_processes):
         raise RuntimeError(
             f"the launcher started {launched} processes, but accelerate found {accelerator.num_processes}: see "
             "recipes/launch for files that fit this machine"
         )
     if accelerator.state.deepspeed_plugin is not None:
-        # DeepSpeed asks for the size of a batch where no data loader is prepared; it only enters its own reports.
+        # DeepSpeed requires a batch size if no data loader is prepared. It only affects its own reports.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-    # It reports tied weights at each checkpoint. They are saved once, on purpose.
+    # It warns about tied weights at each checkpoint. They are saved once on purpose.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    set_seed(run.seed)
-    if not (accelerator.is_main_process and run.progress_bar and sys.stderr.isatty()):
-        # In a log file bars are noise; the loop prints lines.
+    set_seed(options.seed)
+    if not (accelerator.is_main_process and sys.stderr.isatty()):  # in a log file bars are noise
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     return accelerator
@@ -89,18 +86,8 @@ def processes_line(accelerator: Accelerator, script: str) -> str:
     return f"1 process on {device} (two: {launcher} recipes/{script} ...)"
 
 
-def check_trackers(names: Iterable[str]) -> None:
-    """Raise OptionError for a tracker that accelerate does not know, or that is not installed."""
-    known = [str(kind) for kind in LoggerType]
-    for name in names:
-        if name not in known:
-            raise OptionError(f"--report_to {name}: expected {', '.join(known)}{did_you_mean(name, known)}")
-        if name not in [*map(str, get_available_trackers()), "all"]:
-            raise OptionError(f"--report_to {name}: it is not installed: pip install {name}")
-
-
 def calibration_rows(data: Any) -> list[Any]:
-    """Return a few examples from all over a training set, the same on every process and every start."""
+    """Return examples spread over a training set, the same on every process and in every run."""
     step = max(len(data) // CALIBRATION_EXAMPLES, 1)
     return [data[index] for index in range(0, len(data), step)][:CALIBRATION_EXAMPLES]
 
@@ -108,7 +95,7 @@ def calibration_rows(data: Any) -> list[Any]:
 def apply_patch(
     model: nn.Module, options: PatchOptions, inputs: Callable[[], dict[str, torch.Tensor]] | None = None
 ) -> int:
-    """Patch `model` in place as the options say, and return how many norms of the wanted kind it then has.
+    """Patch `model` in place as the options say. Return the number of its norms of the wanted kind.
 
     Args:
         inputs: returns a batch of training data as the model takes it; called for a fold or a calibration only.
@@ -136,42 +123,36 @@ def apply_patch(
         elif how != {"unfoldable": "keep", "tied": "keep", "tolerance": None}:
             raise ValueError(f"{', '.join(how)} go with affine='fold', got affine={options.affine!r}")
         hf_adanorm.patch_model(model, cls, **chosen, **settings)
-    except (ValueError, TypeError, RuntimeError) as error:  # the last: a fold that would have moved the outputs
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a fold that would move the outputs
         raise OptionError(f"--norm {options.norm}: {error}") from error
     return count_norms(model, options.norm)
 
 
-def norm_schedules(options: PatchOptions) -> list[NormSchedule]:
-    """Return what `--norm_schedule` asks for; nothing for the control. Raises OptionError for another form."""
+def norm_schedules(options: PatchOptions, model: nn.Module, total_steps: int) -> list[NormSchedule]:
+    """Return what `--norm_schedule` asks for, and set the norms to its start; nothing for the control.
+
+    Raises OptionError for another form, and for a value that the norms refuse, now or later.
+    """
     found = []
     for text in options.norm_schedule if options.norm != STOCK else ():
-        parts = text.split(":")
         try:
-            setting, shape, first, last = parts[:4]
-            over = [parse_value(part) for part in parts[4:]] or [1.0]
-            pair = (float(first), float(last))
-            found.append(NormSchedule(shape=shape, over=over.pop(), **{setting: pair}))
-            if over:
-                raise ValueError("it has too many parts")
+            setting, shape, first, last, over = text.split(":") + ["1.0"] * (text.count(":") == 3)
+            schedule = NormSchedule(shape=shape, over=parse_value(over), **{setting: (float(first), float(last))})
         except (ValueError, TypeError) as error:
             raise OptionError(
                 f"--norm_schedule {text}: expected SETTING:SHAPE:FROM:TO[:OVER], such as k:linear:0:0.1:0.3: {error}"
             ) from error
+        try:
+            for step in (total_steps, 0):
+                schedule.apply(model, step, total_steps)
+        except (ValueError, TypeError) as error:
+            raise OptionError(f"--norm_schedule {text}: {error}") from error
+        found.append(schedule)
     return found
 
 
-def check_schedules(schedules: Sequence[NormSchedule], model: nn.Module, total_steps: int) -> None:
-    """Set the norms to the start of the schedules. Raises OptionError for a value that they refuse, now or later."""
-    try:
-        for schedule in schedules:
-            for step in (total_steps, 0):
-                schedule.apply(model, step, total_steps)
-    except (ValueError, TypeError) as error:
-        raise OptionError(f"--norm_schedule: {error}") from error
-
-
 def count_norms(model: nn.Module, norm: str) -> int:
-    """Return how many modules of `model` compute `norm`."""
+    """Return the number of modules of `model` that compute `norm`."""
     if norm == STOCK:
         return sum(isinstance(module, nn.LayerNorm) for module in model.modules())
     name = name_of(resolve_norm(norm)[0])
@@ -230,12 +211,6 @@ def learning_rate_at(step: int, total_steps: int, options: OptimizationOptions) 
     if options.lr_schedule == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return peak + (options.min_lr - peak) * done
-
-
-def set_learning_rate(optimizer: Any, value: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = value
 
 
 @contextmanager

@@ -39,8 +39,7 @@ def optimizer_step(
 ) -> bool:
     """Clip, check and apply the gradients of the step after `progress.step`; return False if the step was skipped.
 
-    Every process decides alike. Under fp16 the gradient scaler answers an overflow: it skips the step, which is
-    reported, and lowers its scale.
+    Every process decides alike. Under fp16, the gradient scaler skips a step that overflows and lowers its scale.
 
     Args:
         loss: this process's share of the step's loss, a scalar.
@@ -49,19 +48,19 @@ def optimizer_step(
     Raises DivergedError, naming the step, if something is not finite and `--on_nonfinite` is "stop", and at a spike if
     `--on_spike` is "stop".
     """
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)  # to keep it would take DDP off for good
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)  # keeping it would remove DDP permanently
     norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
     whole_loss = accelerator.reduce(loss.detach(), "sum").item()
     finite = math.isfinite(whole_loss) and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
     scaled = accelerator.scaler is not None and accelerator.scaler.is_enabled()
-    # A scale this small has been halved in vain for dozens of steps: the overflow is not one of precision.
+    # After dozens of halvings, the precision is not the cause of the overflow.
     hopeless = scaled and not finite and accelerator.scaler.get_scale() < 1e-3
-    spoilt, response, hint = "", "report", ""
+    problem, response, hint = "", "report", ""
     if not finite and (not scaled or hopeless):
-        spoilt = f"loss {whole_loss}, gradient norm {norm if norm is None else float(norm)}: not finite"
+        problem = f"loss {whole_loss}, gradient norm {norm if norm is None else float(norm)}: not finite"
         response, hint = options.on_nonfinite, "--on_nonfinite skip"
         if response == "stop" and inputs:
-            spoilt += _first_nonfinite(model, inputs)
+            problem += _first_nonfinite(model, inputs)
     elif not finite:
         scale, where = accelerator.scaler.get_scale(), _overflown(bare)
         accelerator.print(
@@ -69,24 +68,24 @@ def optimizer_step(
             "the scale is lowered"
         )
     elif norm is not None:
-        # While the learning rate rises, losses and gradients change for good: nothing is a spike.
-        spoilt = "" if warming else _spike(progress.recent_steps, whole_loss, float(norm), options.spike_sigmas)
+        # While the learning rate rises, losses and gradients keep changing: nothing is a spike.
+        problem = "" if warming else _spike(progress.recent_steps, whole_loss, float(norm), options.spike_sigmas)
         response, hint = options.on_spike, "--on_spike skip"
-        if spoilt:
-            spoilt += _steepest(bare)
+        if problem:
+            problem += _steepest(bare)
         progress.recent_steps = [*progress.recent_steps[1 - SPIKE_WINDOW :], [whole_loss, float(norm)]]
-    if spoilt and response == "stop":
+    if problem and response == "stop":
         raise DivergedError(
-            f"step {progress.step + 1}: {spoilt}. The last checkpoint is intact; lower the learning rate, clip "
+            f"step {progress.step + 1}: {problem}. The last checkpoint is intact; lower the learning rate, clip "
             f"harder, or skip such steps with {hint}",
             progress.step + 1,
         )
-    if spoilt:
-        left_out = ": step skipped" if response == "skip" else ""
-        accelerator.print(f"step {progress.step + 1}: {spoilt}{left_out}")
-    if response == "skip" and spoilt:
+    if problem:
+        skipped = ": step skipped" if response == "skip" else ""
+        accelerator.print(f"step {progress.step + 1}: {problem}{skipped}")
+    if response == "skip" and problem:
         if scaled:
-            accelerator.scaler.update()  # it awaits, once it has unscaled gradients, the step or this
+            accelerator.scaler.update()  # required after unscaling, as no step follows
         optimizer.zero_grad()
         return False
     optimizer.step()
@@ -100,7 +99,7 @@ def _spike(recent: list[list[float]], loss: float, norm: float, sigmas: float) -
         return ""
     past = np.asarray(recent)  # (steps, 2)
     usual = past.mean(0)
-    spread = np.maximum(past.std(0), 0.01 * np.abs(usual))  # no spike out of rounding when all steps are alike
+    spread = np.maximum(past.std(0), 0.01 * np.abs(usual))  # rounding is no spike when all steps are alike
     for name, value, mean, std in zip(("loss", "gradient norm"), (loss, norm), usual, spread, strict=True):
         if value > mean + sigmas * std:
             far = (value - mean) / std if std else math.inf
@@ -112,7 +111,7 @@ def _spike(recent: list[list[float]], loss: float, norm: float, sigmas: float) -
 
 
 def _overflown(model: nn.Module) -> str:
-    """Return the first parameter whose gradient is not finite, as the end of a clause, or ""."""
+    """Describe the first parameter whose gradient is not finite, or return ""."""
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             return f", first in the gradient of {name}"
@@ -120,7 +119,7 @@ def _overflown(model: nn.Module) -> str:
 
 
 def _steepest(model: nn.Module) -> str:
-    """Return the parameter with the largest gradient, as the end of a sentence, or ""."""
+    """Describe the parameter with the largest gradient, or return ""."""
     squares = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -136,7 +135,7 @@ def _steepest(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _first_nonfinite(model: nn.Module, inputs: dict[str, torch.Tensor]) -> str:
-    """Return the first module whose output is not finite in a forward pass, as the end of a sentence."""
+    """Describe the first module whose output is not finite in a forward pass."""
     found: list[str] = []
 
     def check(name: str, module: nn.Module, output: Any) -> None:

@@ -2,8 +2,8 @@
 
 A state holds a stack, which begins with the artificial root, and a buffer, which begins with all words. SHIFT moves
 the next word onto the stack; LEFT makes the second of the stack a dependent of the top and takes it off, RIGHT the top
-one of the second. Every sentence of n words takes 2 n transitions, so that those of a batch go on in lockstep, and the
-longest, which are first, remain.
+one of the second. Every sentence of n words takes 2 n transitions. So a batch is parsed in lockstep, and its longest
+sentences, which come first, remain.
 
 Transition 0 is SHIFT, 2 l - 1 is LEFT with relation l, 2 l is RIGHT with it; relations count from 1.
 """
@@ -118,8 +118,10 @@ class ParserVocabulary:
 
 
 class States:
-    """The states of a batch of sentences, longest first. What has been parsed: `heads` and `relations`, (sentences,
-    words + 2), at the place of each word from 1."""
+    """The states of a batch of sentences, longest first.
+
+    `heads` and `relations`, (sentences, words + 2), contain what has been parsed, at the place of each word from 1.
+    """
 
     def __init__(self, sentences: Sequence[Encoded]):
         self.lengths = np.asarray([len(sentence.words) for sentence in sentences])
@@ -201,9 +203,8 @@ class States:
 def oracle(states: States, sentences: Sequence[Encoded]) -> Iterator[np.ndarray]:
     """Yield the transitions, (active,), that build the projective trees of `sentences` from fresh `states`.
 
-    Each one is applied before the next is yielded.
-
-    LEFT and RIGHT as soon as they are right: RIGHT not before the word has all its dependents.
+    Each one is applied before the next is yielded. LEFT and RIGHT come as soon as they are correct. RIGHT waits until
+    the word has all its dependents.
     """
     heads, relations, num_dependents = np.zeros((3, *states.heads.shape), dtype=np.int32)
     for row, sentence in enumerate(sentences):

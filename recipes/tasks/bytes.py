@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from common.batches import Plan, StepPlan
 from common.loop import Run
@@ -150,8 +151,10 @@ class StreamPlan:
 
 
 class Memory:
-    """What a model with a memory keeps of the text before, for each micro-batch of a step by number. That of every
-    process is saved in the checkpoints of `accelerator` and comes back with them. Without one nothing is kept."""
+    """What a model with a memory keeps of the earlier text, for each micro-batch of a step by number.
+
+    The memory of every process is part of the checkpoints of `accelerator`.
+    """
 
     def __init__(self, accelerator: Any, config: PreTrainedConfig):
         self.used = has_memory(config)
@@ -184,12 +187,7 @@ class Memory:
     def keep(self, number: int, output: Any) -> None:
         """Take over what the model returned."""
         if self.used:
-            self.held[number] = memory_of(output)
-
-
-def memory_of(output: Any) -> list[torch.Tensor]:
-    """Return a copy of the memory that a model returned, by layer; its tensors are views of larger ones."""
-    return [layer.clone() for layer in output.mems]
+            self.held[number] = [layer.clone() for layer in output.mems]  # they are views of larger tensors
 
 
 def has_memory(config: PreTrainedConfig) -> bool:
@@ -212,16 +210,11 @@ class Windows:
     def __len__(self) -> int:
         return 1 + max(0, -(-(len(self.data) - 1 - self.length) // self.stride))
 
-    def span(self, index: int) -> tuple[int, int, int]:
-        """Return where the inputs begin, and where the scored targets begin and end, as positions in `data`."""
-        first = 1 if index == 0 else 1 + self.length + (index - 1) * self.stride
-        last = min(1 + self.length + index * self.stride, len(self.data))
-        return max(last - 1 - self.length, 0), first, last
-
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Return `length + 1` bytes, fewer of a shorter text, and how many of them, at the end, are scored."""
-        begin, first, last = self.span(index)
-        return self.data[begin:last], last - first
+        first = 1 if index == 0 else 1 + self.length + (index - 1) * self.stride
+        last = min(1 + self.length + index * self.stride, len(self.data))
+        return self.data[max(last - 1 - self.length, 0) : last], last - first
 
 
 def collate_windows(rows: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
@@ -273,7 +266,7 @@ def stream_bits(
         batch = torch.from_numpy(padded).to(device)
         memory = memory and [layer[:, : len(rows)] for layer in memory]
         output = model(input_ids=batch[:, :-1], mems=memory, use_mems=True)
-        memory = memory_of(output)
+        memory = [layer.clone() for layer in output.mems]
         nats = F.cross_entropy(output.logits.float().transpose(1, 2), batch[:, 1:], reduction="none")  # (rows, length)
         for segment, row, its_nats in zip(segments, rows, nats, strict=False):
             indices.append(segment)
@@ -312,13 +305,14 @@ def collate_segments(rows: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def prepare_bytes(run: Run) -> ByteTask:
-    """Load and check the text. The options are ByteDataOptions and ModelOptions.
-
-    Raises DataError or OptionError for whatever would stop the training later.
-    """
+    """Load and check the text. Raises DataError or OptionError on bad input."""
     options = run.options
     check_model_source(options)
-    config = _config(options)
+    if options.model_name_or_path:
+        config = load_pretrained(AutoConfig, options.model_name_or_path)
+    else:
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        config = fresh_config(options, vocab_size=NUM_BYTES, **tokens)
     splits = load_byte_splits(options)
     segments = Segments(splits["train"], options.sequence_length)
     if has_memory(config):
@@ -341,14 +335,6 @@ def prepare_bytes(run: Run) -> ByteTask:
         splits=splits,
         windows=windows,
     )
-
-
-def _config(options: Any) -> PreTrainedConfig:
-    """Return the config of a fresh decoder, or of one that an earlier run saved."""
-    if options.model_name_or_path:
-        return load_pretrained(AutoConfig, options.model_name_or_path)
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return fresh_config(options, vocab_size=NUM_BYTES, **tokens)
 
 
 def _build_model(options: Any, config: PreTrainedConfig) -> PreTrainedModel:
@@ -383,10 +369,7 @@ def check_reads_bytes(model: PreTrainedModel, length: int) -> None:
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose ids are the bytes of the text, saved with the model for stock pipelines."""
-    # GPT-2's table: bytes that print stand for themselves, the others for letters from 256 on, in order.
-    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(NUM_BYTES) if byte not in printing]
-    letters = {byte: chr(byte) for byte in printing} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    letters = bytes_to_unicode()  # GPT-2's table
     tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in letters.items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -21,12 +21,13 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from common.endings import DataError
-from common.options import did_you_mean
+from hf_adanorm.norms import did_you_mean
 from tasks.idx_images import is_idx, labels_beside, load_idx_images
 from tasks.options import DataOptions
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-SPLITS = ("train", "validation", "test")
+USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
+SPLITS = tuple(USE)
 DATA_OPTIONS = ("train_file", "validation_file", "test_file", "dataset_name")
 # The options that name columns whose cells in a CSV are text, whatever they look like.
 TEXT_COLUMNS = ("text_column", "text_pair_column", "label_column", "source_lang", "target_lang")
@@ -37,34 +38,32 @@ MANY_CLASSES = 1000
 def load_splits(options: DataOptions) -> dict[str, Dataset]:
     """Return the splits: train, validation and, if it is to be scored, test, up to `max_*_samples` of each.
 
-    Raises DataError for a file that is missing, empty or cannot be parsed, for an unknown format, a data set that
-    cannot be loaded, a split that is missing or empty, and `split_sizes` that the data cannot fill.
+    Raises DataError for a file or data set that cannot be read, a missing or empty split, and `split_sizes` that the
+    data cannot fill.
     """
     return limited(read_splits(options), options)
 
 
 def limited(splits: dict[str, Dataset], options: DataOptions) -> dict[str, Dataset]:
     """Return the first `max_*_samples` of every split. Raises DataError for an empty one."""
-    found = dict(splits)
+    found = {}
     for split, data in splits.items():
         file, limit = getattr(options, f"{split}_file"), getattr(options, f"max_{split}_samples")
         if len(data) == 0:
             raise DataError(f"the {split} split is empty" + (f" ({file})" if file else ""))
-        if limit is not None:
-            found[split] = data.select(range(min(limit, len(data))))
+        found[split] = data.select(range(min(limit or len(data), len(data))))
     return found
 
 
 def read_splits(options: DataOptions) -> dict[str, Dataset]:
     """Return complete splits; see `load_splits`."""
-    files = {split: getattr(options, f"{split}_file") for split in SPLITS}
-    sizes = getattr(options, "split_sizes", None)
-    if any(files.values()):
+    files, sizes = split_files(options), getattr(options, "split_sizes", None)
+    if files:
         for split in ("train",) if sizes else ("train", "validation"):
-            if files[split] is None:
+            if split not in files:
                 raise DataError(f"--{split}_file is missing: local files were given, but none to {USE[split]}")
         texts = [getattr(options, name, None) for name in TEXT_COLUMNS]
-        splits = {split: load_file(file, split, texts) for split, file in files.items() if file is not None}
+        splits = {split: load_file(file, split, texts) for split, file in files.items()}
     elif options.dataset_name is not None:
         splits = _load_hub(options)
     else:
@@ -96,17 +95,14 @@ def divide(splits: dict[str, Dataset], sizes: Sequence[int]) -> dict[str, Datase
     return splits | {split: pool.select(part).flatten_indices() for split, part in zip(SPLITS, parts, strict=False)}
 
 
-USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
-
-
 def content_of(paths: Sequence[Path]) -> str:
     """Return a hash of the contents of files, and of all files in folders."""
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
     key = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            with open(path, "rb") as file:
-                key.update(hashlib.file_digest(file, "sha256").digest())
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    key.update(hashlib.file_digest(opened, "sha256").digest())
     return key.hexdigest()
 
 
@@ -159,25 +155,27 @@ def load_file(
             return load_idx_images(path)
         except (ValueError, OSError, EOFError, zlib.error) as error:
             raise DataError(f"{file}: cannot be read as IDX: {error}") from error
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    suffix = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else suffixes[-1] if suffixes else ""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in FORMATS:
         raise DataError(f"{file}: cannot tell its format from {suffix!r}; known are {', '.join(FORMATS)}")
     if path.stat().st_size == 0:
         raise DataError(f"the {split} split is empty ({file})")
-    extra: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    extra: dict[str, Any] = {}
     if FORMATS[suffix] == "csv":
-        _check_cells(path, extra.get("sep", ","), option_name)
-        extra |= {
+        separator = "\t" if suffix == ".tsv" else ","
+        _check_cells(path, separator, option_name)
+        extra = {
+            "sep": separator,
             "index_col": False,  # else cells beyond the header would shift the columns
             "keep_default_na": False,
-            "na_values": [""],
-            "converters": {name: _as_text for name in text_columns if name},
+            "na_values": [""],  # before pandas 3.1, not for columns with a converter
+            "converters": {name: lambda cell: cell or None for name in text_columns if name},
         }
     try:
         data = datasets.load_dataset(
-            FORMATS[suffix], data_files=str(path.resolve()), split="train", cache_dir=_cache([path]), **extra
+            FORMATS[suffix], data_files=str(path.resolve()), split="train", cache_dir=_cache(path), **extra
         )
+        data.data.validate(full=True)  # JSON lines may hold bytes that are not UTF-8
     except Exception as error:  # datasets wraps the parsers' errors in classes of its own, by version
         cause = error.__cause__ or error
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
@@ -189,12 +187,9 @@ def load_file(
     return data
 
 
-def _cache(paths: Sequence[Path]) -> str:
-    """Return the folder where `datasets` caches these files, by their content.
-
-    Its own cache goes by the time of the last change, which archives and copies keep.
-    """
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"adanorm-{content_of(paths)[:32]}")
+def _cache(path: Path) -> str:
+    """Return the folder where `datasets` caches a path by its content: its own cache goes by the time of change."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"adanorm-{content_of([path])[:32]}")
 
 
 def _check_cells(path: Path, delimiter: str, option_name: str) -> None:
@@ -231,17 +226,15 @@ def _load_hub(options: DataOptions) -> dict[str, Dataset]:
     names = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
     parts = {name for name in names.values() if name is not None and "[" in name}  # such as train[:-5000]
     local = Path(options.dataset_name)
-    cache = {"cache_dir": _cache([local])} if local.exists() else {}
+    cache = {"cache_dir": _cache(local)} if local.exists() else {}
     try:
         found = datasets.load_dataset(options.dataset_name, options.dataset_config, **cache)
         for part in parts:
             found[part] = datasets.load_dataset(options.dataset_name, options.dataset_config, split=part, **cache)
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"--dataset_name {options.dataset_name}: cannot be loaded: {first_line}. "
-            "Without a network give --train_file, --validation_file and --test_file"
-        ) from error
+        hint = "without a network give --train_file, --validation_file and --test_file"
+        raise DataError(f"--dataset_name {options.dataset_name}: cannot be loaded: {first_line}; {hint}") from error
     if options.validation_split is None and getattr(options, "split_sizes", None) is None:
         raise DataError("--validation_split is missing: name one, or divide the data with --split_sizes")
     for split, name in names.items():
@@ -250,10 +243,6 @@ def _load_hub(options: DataOptions) -> dict[str, Dataset]:
                 f"--{split}_split {name!r}: {options.dataset_name} has the splits {', '.join(map(repr, found))}"
             )
     return {split: found[name] for split, name in names.items() if name is not None}
-
-
-def _as_text(cell: str) -> str | None:  # before pandas 3.1 na_values says nothing to a converter's column
-    return cell or None
 
 
 def is_text(feature: Any) -> bool:
@@ -289,7 +278,7 @@ def check_column(data: Dataset, split: str, column: str, option_name: str) -> No
     if column not in data.column_names:
         raise DataError(
             f"--{option_name} {column!r}: the {split} split has no such column, only "
-            f"{', '.join(map(repr, data.column_names))}{did_you_mean(column, data.column_names, f'--{option_name} ')}"
+            f"{', '.join(map(repr, data.column_names))}{did_you_mean(column, data.column_names)}"
         )
 
 
@@ -298,11 +287,9 @@ def _place(split: str, files: Mapping[str, str] | None) -> str:
 
 
 def _rows(rows: Sequence[int], most: int = 10) -> str:
-    """Return rows, counted from 1, for an error: "row 3", "rows 3, 5 and 8", "rows 3, ... and 25 more"."""
-    said = list(map(str, rows[:most]))
-    last = [f"{len(rows) - most:,} more"] if len(rows) > most else said[-1:] if len(said) > 1 else []
-    said = said[: most if len(rows) > most else max(len(said) - len(last), 1)]
-    return f"row{'s' * (len(rows) > 1)} {', '.join(said)}" + (f" and {last[0]}" if last else "")
+    """Return rows, counted from 1, for an error: "row 3", "rows 3, 5, 8", "rows 3, ... and 25 more"."""
+    more = f" and {len(rows) - most:,} more" if len(rows) > most else ""
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:most]))}{more}"
 
 
 def resolve_labels(

@@ -4,9 +4,9 @@ The paper: two convolutions, 1 to 20 and 20 to 50 channels, then linear layers, 
 linear layer. Each convolution is followed by ReLU and 2x2 max pooling; hidden linear layers of `linear_sizes` and a
 classifier read the flattened last map. The text leaves open whether a convolution, which is linear too, has a norm:
 `norm_before` "linear" puts norms in the hidden linear layers alone, "all" in the convolutions as well, over the
-channels of every position (as in ConvNeXt). "convolution", without linear layers, is what this file was before it knew
-the paper's sizes. Importing this module registers the classes with the Auto classes. The file travels with saved
-models: elsewhere they load with `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)`.
+channels of every position (as in ConvNeXt). Importing this module registers the classes with the Auto classes. The
+file travels with saved models: elsewhere they load with
+`AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
-
-NORM_BEFORE = {"convolution": (True, False), "linear": (False, True), "all": (True, True)}
 
 
 class LayerNormCnnConfig(PreTrainedConfig):
@@ -42,7 +40,7 @@ class LayerNormCnnConfig(PreTrainedConfig):
         layer_norm_eps: float = 1e-5,
         padding: str = "same",
         linear_sizes: tuple[int, ...] | list[int] = (),
-        norm_before: str = "convolution",
+        norm_before: str = "all",
         grayscale: bool = False,
         **kwargs: object,
     ):
@@ -65,14 +63,12 @@ class LayerNormCnnLayer(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int, config: LayerNormCnnConfig):
         super().__init__()
         self.convolution = nn.Conv2d(num_inputs, num_outputs, config.kernel_size, padding=config.padding)
-        normed = NORM_BEFORE[config.norm_before][0]
-        self.layernorm = nn.LayerNorm(num_outputs, eps=config.layer_norm_eps) if normed else None
+        normed = config.norm_before == "all"
+        self.layernorm = nn.LayerNorm(num_outputs, eps=config.layer_norm_eps) if normed else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.convolution(x)
-        if self.layernorm is not None:
-            x = self.layernorm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # channels last: (batch, H', W', C')
-        return F.max_pool2d(F.relu(x), 2)
+        x = self.convolution(x).permute(0, 2, 3, 1)  # channels last: (batch, H', W', C')
+        return F.max_pool2d(F.relu(self.layernorm(x).permute(0, 3, 1, 2)), 2)
 
 
 class LayerNormCnnLinear(nn.Module):
@@ -81,8 +77,7 @@ class LayerNormCnnLinear(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int, config: LayerNormCnnConfig):
         super().__init__()
         self.linear = nn.Linear(num_inputs, num_outputs)
-        normed = NORM_BEFORE[config.norm_before][1]
-        self.layernorm = nn.LayerNorm(num_outputs, eps=config.layer_norm_eps) if normed else nn.Identity()
+        self.layernorm = nn.LayerNorm(num_outputs, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.layernorm(self.linear(x)))
@@ -100,8 +95,8 @@ class LayerNormCnnForImageClassification(PreTrainedModel):
 
     def __init__(self, config: LayerNormCnnConfig):
         super().__init__(config)
-        if config.norm_before not in NORM_BEFORE:
-            raise ValueError(f"norm_before must be one of {', '.join(NORM_BEFORE)}, got {config.norm_before!r}")
+        if config.norm_before not in ("linear", "all"):
+            raise ValueError(f"norm_before must be linear or all, got {config.norm_before!r}")
         if config.padding not in ("same", "valid"):
             raise ValueError(f"padding must be same or valid, got {config.padding!r}")
         lost = 0 if config.padding == "same" else config.kernel_size - 1

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset, Image, Value
 from PIL import Image as PilImage
 from PIL import ImageOps
@@ -39,14 +38,11 @@ from tasks.models import (
 )
 from tasks.text import ClassificationTask
 
-Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
-
 
 def prepare_image(run: Run) -> ClassificationTask:
-    """Load and check the data and the image processor. The options are DataOptions, ImageOptions and ModelOptions.
+    """Load and check the data and the image processor. Raises DataError or OptionError on bad input.
 
-    All images become RGB, as stock pipelines make them. Raises DataError or OptionError for whatever would stop the
-    training later.
+    All images become RGB, as stock pipelines make them.
     """
     options, accelerator = run.options, run.accelerator
     check_model_source(options)
@@ -56,9 +52,9 @@ def prepare_image(run: Run) -> ClassificationTask:
     for split, data in raw.items():
         check_column(data, split, options.image_column, "image_column")
     names, labels = resolve_labels(raw, options.label_column, options.label_names, split_files(options))
-    files = {split: getattr(options, f"{split}_file") for split in raw}
-    splits = {split: as_images(data, options.image_column, files[split]) for split, data in raw.items()}
-    main_first(accelerator, lambda: _check_images(splits, options.image_column, accelerator))
+    files = split_files(options)
+    splits = {split: as_images(data, options.image_column, files.get(split)) for split, data in raw.items()}
+    main_first(accelerator, lambda: run.is_main and _check_images(splits, options.image_column))
     processor = main_first(accelerator, lambda: _processor(options))
 
     def collate(rows: list[dict[str, Any]], augment: Callable[[PilImage.Image, int], PilImage.Image]) -> Any:
@@ -66,9 +62,6 @@ def prepare_image(run: Run) -> ClassificationTask:
         images = [augment(image, row["index"]) for image, row in zip(images, rows, strict=True)]
         batch_labels = torch.tensor([row["labels"] for row in rows])
         return {**processor(images=images, return_tensors="pt"), "labels": batch_labels}
-
-    def train_collate(epoch: int) -> Collate:
-        return partial(collate, augment=partial(augmented, options=options, epoch=epoch))
 
     numbered = {
         split: data.select_columns(options.image_column)
@@ -89,7 +82,7 @@ def prepare_image(run: Run) -> ClassificationTask:
         raw_test=splits.get("test"),
         columns=[options.image_column],
         collate=partial(collate, augment=lambda image, index: image),
-        train_collate=train_collate,
+        train_collate=lambda epoch: partial(collate, augment=partial(augmented, options=options, epoch=epoch)),
     )
 
 
@@ -105,10 +98,8 @@ def as_images(data: Dataset, column: str, file: str | None) -> Dataset:
         raise DataError(f"column {column!r} holds {data.features[column]}, not images or paths of images") from error
 
 
-def _check_images(splits: dict[str, Dataset], column: str, accelerator: Accelerator) -> None:
-    """Raise DataError saying where unless the headers of all images can be read. One process looks."""
-    if not accelerator.is_main_process:
-        return
+def _check_images(splits: dict[str, Dataset], column: str) -> None:
+    """Raise DataError saying where unless the headers of all images can be read."""
     for split, data in splits.items():
         for row, value in enumerate(data[column], start=1):
             with _opened(value, f"{split} split, row {row}"):
@@ -149,8 +140,6 @@ def augmented(image: PilImage.Image, index: int, *, options: Any, epoch: int) ->
     """
     draw = np.random.default_rng((options.seed, epoch, index))
     width, height = image.size
-    if options.random_rotation:
-        image = image.rotate(draw.uniform(-1, 1) * options.random_rotation, PilImage.Resampling.BILINEAR)
     if options.random_crop_padding:
         padding = options.random_crop_padding
         left, top = draw.integers(2 * padding + 1, size=2).tolist()
@@ -210,10 +199,7 @@ def _build_model(options: Any, names: Sequence[str]) -> PreTrainedModel:
         sizes = {"image_size": options.image_size} if options.image_size else {}
         side = options.model_config.get("image_size", options.image_size)
         if options.image_size and side not in (options.image_size, [options.image_size] * 2):
-            raise OptionError(
-                f"--image_size {options.image_size} is not the image_size of model_config, "
-                f"{options.model_config['image_size']}: leave one of them out"
-            )
+            raise OptionError(f"--image_size {options.image_size} is not the image_size of model_config: {side}")
         config = fresh_config(options, **sizes, **label_mappings(names))
         model = build_fresh(AutoModelForImageClassification, config)
     channels = getattr(model.config, "num_channels", 3)

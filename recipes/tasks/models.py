@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from common.options import OptionError, did_you_mean
+from common.options import OptionError
+from hf_adanorm.norms import did_you_mean
 
 
 def check_model_source(options: Any) -> None:
@@ -34,8 +35,7 @@ def label_mappings(names: Sequence[str]) -> dict[str, Any]:
 def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
     """Return the config of a fresh model: `values`, then `model_config`, which must name a model_type.
 
-    Raises OptionError for an unknown model_type, for a field that its config does not have, and for one that does not
-    go with `values`.
+    Raises OptionError for an unknown model_type or field, and for a field that contradicts `values`.
     """
     sizes = dict(options.model_config)
     model_type = sizes.pop("model_type", None)
@@ -46,7 +46,7 @@ def fresh_config(options: Any, **values: Any) -> PreTrainedConfig:
         raise OptionError(f"model_config: transformers has no model_type {model_type!r}{hint}")
     try:
         config = AutoConfig.for_model(model_type, **{**values, **sizes})
-    except Exception as error:  # transformers checks fields by classes of its own
+    except Exception as error:  # transformers has its own classes of errors
         raise OptionError(f"model_config of {model_type}: {' '.join(str(error).split())}") from error
     known = _fields(model_type) | values.keys()
     for name, value in sizes.items():
@@ -69,15 +69,14 @@ def _fields(model_type: str) -> set[str]:
     """Return the fields of a config of this type, or none if it has no defaults."""
     try:
         config = AutoConfig.for_model(model_type)
-    except Exception:  # of whatever kind the config makes of no arguments
+    except Exception:  # any error: the config needs arguments
         return set()
     # Some are properties, and the attention is chosen by a name that no attribute has.
     return {*vars(config), *dir(type(config)), *config.attribute_map, "attn_implementation", "torch_dtype"}
 
 
 def _has_effect(config: PreTrainedConfig, name: str, given: dict[str, Any]) -> bool:
-    """Return whether an undeclared field has an effect: it changes others (`rope_theta`), or the model's code reads it
-    (`position_buckets`)."""
+    """Return whether an undeclared field changes others (`rope_theta`), or the model reads it (`position_buckets`)."""
     without = AutoConfig.for_model(config.model_type, **{key: value for key, value in given.items() if key != name})
     fields = {key: value for key, value in config.to_dict().items() if key != name}
     if fields != without.to_dict():
@@ -93,7 +92,7 @@ def build_fresh(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
         return auto_class.from_config(config)
     except OptionError:
         raise
-    except Exception as error:  # of whatever kind the model makes of it
+    except Exception as error:  # models raise errors of many types
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise OptionError(f"model_config: no {config.model_type} can be built from it: {said}") from error
 
@@ -102,15 +101,14 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """Return what `auto_class` loads by `name`. Raises OptionError naming the option if it cannot be loaded."""
     try:
         return auto_class.from_pretrained(name, **options)
-    except Exception as error:  # transformers has many ways to say so
+    except Exception as error:  # transformers raises errors of many types
         said = [] if isinstance(error, OSError) else [type(error).__name__]
         said += str(error).strip().splitlines()[:1]
         raise OptionError(f"--model_name_or_path {name}: {': '.join(said) or type(error).__name__}") from error
 
 
 def load_model(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
-    """Return the model that `auto_class` loads by `name`. Raises OptionError as `load_pretrained`, and for weights of
-    other shapes."""
+    """Return the model that `auto_class` loads by `name`. Raises OptionError, also for weights of other shapes."""
     loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load_pretrained(auto_class, name, **loading, **options)
     for weight, saved, wanted in sorted(info["mismatched_keys"]):
@@ -122,27 +120,25 @@ def load_model(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
 
 
 def load_classifier(auto_class: Any, name: str, names: Sequence[str]) -> PreTrainedModel:
-    """Return a pretrained model for these classes. Raises OptionError as `load_model`, and for one that has them in
-    another order."""
+    """Return a pretrained model for these classes. Raises OptionError if it has them in another order."""
     known = [label for _, label in sorted(load_pretrained(AutoConfig, name).id2label.items())]
     if known != list(names) and sorted(known) == sorted(names):
         raise OptionError(
             f"--model_name_or_path {name}: its classes are, in order, {', '.join(known)}; those of the data are "
-            f"{', '.join(names)}: where they are given as text, bring them in its order by --label_names"
+            f"{', '.join(names)}: give the model's order by --label_names"
         )
     return load_model(auto_class, name, **label_mappings(names))
 
 
 @torch.no_grad()
 def try_out(model: PreTrainedModel, name: str, **inputs: Any) -> Any:
-    """Return a model's outputs for `inputs`, in eval mode. Raises OptionError, with the model's own message, if the
-    model cannot take what `name` describes."""
-    copied = copy.deepcopy(model).eval()  # BigBird is another model for good once it has read a short text
+    """Return a model's outputs for `inputs`, in eval mode. Raises OptionError if it cannot take what `name` says."""
+    copied = copy.deepcopy(model).eval()  # a short text changes BigBird permanently
     try:
         if copied.config._attn_implementation not in (None, "eager", "sdpa"):  # flash attention asks for a GPU
             copied.set_attn_implementation("eager")
         return copied(**inputs)
-    except Exception as error:  # of whatever kind the model makes of it
+    except Exception as error:  # models raise errors of many types
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         hint = "; if it needs a pad_token_id, give one, 0 for bytes" if "NoneType" in said else ""
         raise OptionError(f"{model.config.model_type} cannot be given {name}: {said}{hint}") from error
@@ -151,7 +147,7 @@ def try_out(model: PreTrainedModel, name: str, **inputs: Any) -> Any:
 def check_positions(model: PreTrainedModel, length: int, option_name: str) -> None:
     """Raise OptionError naming the option when a model has fewer positions than `length`."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None or positions <= 0:  # -1: as many as one likes
+    if positions is None or positions <= 0:  # -1: unlimited
         return
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -28,7 +28,7 @@ SOURCE, TARGET, REFERENCE = "source", "target", "reference"
 
 
 def load_pairs(options: ParallelOptions) -> dict[str, Dataset]:
-    """Train, validation and, when there is one, test split, with the columns `source`, `target` and `reference`.
+    """Return the splits train, validation and, if there is one, test, with `source`, `target` and `reference`.
 
     Raises DataError for files that are missing or do not match, for missing columns and for empty splits.
     """
@@ -110,8 +110,8 @@ def _read_text_pair(pattern: str, split: str, options: ParallelOptions) -> Datas
 def _sentences(path: Path) -> Iterator[str]:
     """Yield the sentences of a file, by its name: IWSLT's XML, IWSLT's `train.tags`, or one per line."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        # Only "\n" ends a line: others, U+2028 say, occur inside sentences and would shift the alignment. Editors of
-        # Windows begin a file with a mark that is none of its text.
+        # Only "\n" ends a line: U+2028 and others occur inside sentences and would shift the alignment. Windows
+        # editors put a byte order mark before the text.
         lines = file.read().decode("utf-8-sig").split("\n")
     if lines and not lines[-1]:
         lines.pop()

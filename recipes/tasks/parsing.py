@@ -26,7 +26,7 @@ from tasks.transition_parser import TransitionParserConfig
 
 
 class Transitions:
-    """The oracle's transitions as a data set: features (48,) and the transition, or many of both at a time."""
+    """The oracle's transitions as a data set: features (examples, 48) and transitions (examples,)."""
 
     def __init__(self, sentences: Sequence[Encoded]):
         self.features, self.transitions = training_examples(sentences)
@@ -75,10 +75,7 @@ class ParsingTask(Task):
 
 
 def prepare_parsing(run: Run) -> ParsingTask:
-    """Read and check the treebank, number it, run the oracle over it.
-
-    Raises DataError or OptionError for whatever would stop the training later.
-    """
+    """Read, check and number the treebank, and run the oracle. Raises DataError or OptionError on bad input."""
     options = run.options
     check_model_source(options)
     if options.model_name_or_path:

@@ -85,10 +85,7 @@ class ClassificationTask(Task):
 
 
 def prepare_text(run: Run) -> ClassificationTask:
-    """Load and check the data, train or load the tokenizer, tokenize. The options are TextOptions and ModelOptions.
-
-    Raises DataError or OptionError for whatever would stop the training later.
-    """
+    """Load and check the data, train or load the tokenizer, tokenize. Raises DataError or OptionError on bad input."""
     options, accelerator = run.options, run.accelerator
     check_model_source(options)
     raw = main_first(accelerator, lambda: load_splits(options))
@@ -103,9 +100,13 @@ def prepare_text(run: Run) -> ClassificationTask:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     else:
-        tokenizer = _trained_tokenizer(raw["train"], columns, run)
+        texts = (text for column in columns for text in raw["train"][column])
+        settings = {
+            name: getattr(options, name) for name in ("vocab_size", "min_frequency", "lowercase", "max_length")
+        }
+        tokenizer = trained_once(run, lambda: train_encoder_tokenizer(texts, kind=options.tokenizer, **settings))
     tokenizer.model_max_length = options.max_length
-    # It recommends __call__ over pad, which does not apply: texts are tokenized once and padded in every batch.
+    # It recommends __call__ over pad. But texts are tokenized once and padded in every batch.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -149,21 +150,6 @@ def prepare_text(run: Run) -> ClassificationTask:
     )
 
 
-def _trained_tokenizer(data: Dataset, columns: list[str], run: Run) -> Any:
-    options = run.options
-    return trained_once(
-        run,
-        lambda: train_encoder_tokenizer(
-            (text for column in columns for text in data[column]),
-            kind=options.tokenizer,
-            vocab_size=options.vocab_size,
-            min_frequency=options.min_frequency,
-            lowercase=options.lowercase,
-            max_length=options.max_length,
-        ),
-    )
-
-
 def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedModel:
     if options.model_name_or_path:
         model = load_classifier(AutoModelForSequenceClassification, options.model_name_or_path, names)
@@ -172,7 +158,6 @@ def _build_model(options: Any, tokenizer: Any, names: list[str]) -> PreTrainedMo
         config = fresh_config(options, **special, **label_mappings(names))
         model = build_fresh(AutoModelForSequenceClassification, config)
     check_positions(model, options.max_length, "max_length")
-    # Decoders look for a text's last token by it: another than the batches are padded with would make its class depend
-    # on the batch.
+    # Decoders find a text's last token by it: with another padding, the class would depend on the batch.
     model.config.pad_token_id = tokenizer.pad_token_id
     return model

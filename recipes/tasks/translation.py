@@ -9,6 +9,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -88,10 +89,7 @@ class TranslationTask(Task):
 
 
 def prepare_translation(run: Run) -> TranslationTask:
-    """Load and check the data, train or load the tokenizer, tokenize.
-
-    Raises DataError or OptionError for whatever would stop the training later.
-    """
+    """Load and check the data, train or load the tokenizer, tokenize. Raises DataError or OptionError on bad input."""
     options, accelerator = run.options, run.accelerator
     check_model_source(options)
     if options.model_name_or_path and options.initialization != "model":
@@ -105,13 +103,12 @@ def prepare_translation(run: Run) -> TranslationTask:
         references(raw[split], split)
     tokenizer = _tokenizer(raw["train"], run)
     tokenizer.model_max_length = options.max_source_length  # saved with it, for the test as for the training
-    splits = main_first(
-        accelerator, lambda: {split: _tokenize(data, tokenizer, options) for split, data in raw.items()}
-    )
+    tokenize = partial(_tokenize, tokenizer=tokenizer, options=options)
+    splits = main_first(accelerator, lambda: {split: tokenize(data) for split, data in raw.items()})
     lengths = {split: (data["source_length"][:], data["target_length"][:]) for split, data in splits.items()}
     splits = {split: data.select_columns(["input_ids", "labels"]) for split, data in splits.items()}
     plan = TokenPlan(*lengths["train"], options.max_tokens, **run.division)
-    # It recommends __call__ over pad, which does not apply: texts are tokenized once and padded in every batch.
+    # It recommends __call__ over pad. But texts are tokenized once and padded in every batch.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
@@ -206,9 +203,10 @@ def _tokenize(data: Dataset, tokenizer: Any, options: Any) -> Dataset:
     def tokenize(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
         texts = [options.source_prefix + text for text in rows[SOURCE]]
         source = tokenizer(texts, truncation=True, max_length=options.max_source_length)["input_ids"]
-        targets = tokenizer(text_target=rows[TARGET], truncation=True, max_length=options.max_target_length)
-        target = targets["input_ids"]
-        lengths = {"source_length": [len(ids) for ids in source], "target_length": [len(ids) for ids in target]}
+        target = tokenizer(text_target=rows[TARGET], truncation=True, max_length=options.max_target_length)[
+            "input_ids"
+        ]
+        lengths = {"source_length": list(map(len, source)), "target_length": list(map(len, target))}
         return {"input_ids": source, "labels": target, **lengths}
 
     key = hashlib.sha256()
@@ -251,14 +249,9 @@ def _build_model(options: Any, tokenizer: Any) -> PreTrainedModel:
         config = _with_dropouts(load_pretrained(AutoConfig, options.model_name_or_path), dropouts)
         model = load_pretrained(AutoModelForSeq2SeqLM, options.model_name_or_path, config=config)
     else:
-        special = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "decoder_start_token_id": tokenizer.eos_token_id,
-            "forced_eos_token_id": None,
-        }
+        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        special |= {"decoder_start_token_id": tokenizer.eos_token_id, "forced_eos_token_id": None}
+        special["vocab_size"] = len(tokenizer)
         if options.model_config.get("model_type") == "marian":
             special |= {"decoder_vocab_size": len(tokenizer)}
         config = _with_dropouts(fresh_config(options, **special), dropouts)
@@ -326,14 +319,7 @@ def initialize(model: PreTrainedModel, kind: Literal["xavier", "kaiming"]) -> No
             if module.bias is not None:
                 module.bias.zero_()
     if not found:
-        raise OptionError(
-            f"--initialization {kind}: {type(model).__name__} has no q_proj, k_proj and v_proj; leave it at 'model'"
-        )
-
-
-def source_texts(data: Dataset) -> list[str]:
-    """Return the sentences of a split as input of `translate.py`."""
-    return [" ".join(text.split("\n")) for text in data[SOURCE]]
+        raise OptionError(f"--initialization {kind}: {type(model).__name__} has no q_proj, k_proj and v_proj")
 
 
 def references(data: Dataset, split: str = "") -> list[str]:

@@ -14,33 +14,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForSeq2SeqLM, M2M100Config
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import hf_adanorm
+from tests.recipes.tiny_configs import TINY_TRANSLATOR
 
 STEPS, ROWS, LENGTH, VOCAB = 4, 8, 6, 40
-CONFIG = {
-    "vocab_size": VOCAB,
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "max_position_embeddings": 16,
-    "encoder_layerdrop": 0.0,
-    "decoder_layerdrop": 0.0,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "decoder_start_token_id": 2,
-}
+CONFIG = {**TINY_TRANSLATOR, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": VOCAB}
+CONFIG |= {"dropout": 0.0, "attention_dropout": 0.0, "decoder_start_token_id": 2}
 NORMS = {"adanorm": {"C": 1.3, "k": 0.07}, "detachnorm": {"detach_mean": False}}
 
 
 def build(norm: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForSeq2SeqLM.from_config(M2M100Config(**CONFIG))
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**CONFIG))
     return hf_adanorm.patch_model(model, norm, eps=1e-3, **NORMS[norm])
 
 
@@ -106,11 +93,7 @@ def check_accelerate_loader(rank: int, mesh: object) -> str:
 
 def check_ddp(norm: str, rank: int) -> dict[str, object]:
     whole, copy = build(norm), build(norm)
-    wrapped = DistributedDataParallel(copy)
-    return {
-        "whole": train(whole, None),
-        "parallel": train(wrapped, rank),
-    }
+    return {"whole": train(whole, None), "parallel": train(DistributedDataParallel(copy), rank)}
 
 
 def check(folder: Path) -> None:

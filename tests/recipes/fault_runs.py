@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ EVERY = 4  # steps from checkpoint to checkpoint
 
 
 def write_data(folder: Path) -> Path:
-    """Write data for all recipes: labeled texts, translations (other words in reverse order), trees and bytes."""
+    """Data of all recipes: labeled texts, a language whose words have other names in reverse order, bytes."""
     draw = random.Random(0)
     for split, size in {"train": 90, "validation": 13}.items():
         texts, pairs, trees = [], [], []
@@ -43,8 +43,9 @@ def write_data(folder: Path) -> Path:
 
 
 def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> list[str]:
-    kinds = {"classification": "texts", "translation": "pairs", "language_modeling": "bytes", "parsing": "trees"}
-    kind = kinds[recipe]
+    kind = {"classification": "texts", "translation": "pairs", "language_modeling": "bytes", "parsing": "trees"}[
+        recipe
+    ]
     options: dict[str, object] = {
         "train_file": data / f"{kind}-train.jsonl",
         "validation_file": data / f"{kind}-validation.jsonl",
@@ -66,11 +67,33 @@ def arguments(recipe: str, data: Path, output_dir: Path, **changes: object) -> l
     else:
         options |= {"model_config": json.dumps(TRANSLATOR), "dropout": 0.1, "vocab_size": 60, "max_tokens": 64}
         options |= {"max_source_length": 32, "max_target_length": 32, "num_beams": 1, "cache_dir": data / "cache"}
-    return [text for name, value in {**options, **changes}.items() for text in (f"--{name}", str(value))]
+    return flags({**options, **changes})
+
+
+def flags(options: Mapping[str, object]) -> list[str]:
+    """Return options as words of a command line."""
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def assert_refused(main: Callable[[list[str]], Any], argv: list[str], said: str, capsys: Any) -> None:
+    """Check that a run ends on bad input with code 2 and one line, before it trains."""
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in error
+    assert "Traceback" not in error
+    assert not list(Path(argv[argv.index("--output_dir") + 1]).glob("checkpoint-*"))
+
+
+def norms_of(model: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Return the names and settings of the swapped norms of a model."""
+    norms = [module for module in model.modules() if getattr(module, "is_adanorm_module", False)]
+    return [(norm.norm_name, norm.settings()) for norm in norms]
 
 
 def stopped_and_resumed(run: Callable[[], Any], folder: Path) -> Any:
-    """Stop `run` after the first checkpoint in `folder`, call it again, and return its result."""
+    """Stop `run` after the first checkpoint in `folder`, and return the result of a second call."""
 
     def ask_to_stop() -> None:
         while not list(folder.glob("checkpoint-*")):

@@ -1,4 +1,8 @@
-"""Run a recipe in real processes that are cheap enough to be killed dozens of times, alone or as one of two."""
+"""Runs of a recipe in real processes that can be killed: so cheap that dozens of kills are affordable.
+
+A run can be killed at an exact moment (a file operation), hit a limit on the size of files (as on a full disk), or be
+one of two processes.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.zoo.processes import RECIPES, context, ranks, start_server, wait, write_output_to
+from tests.zoo.processes import context, ranks, start_server, wait, write_output_to
 
-__all__ = ["RECIPES", "check_whole", "resumed_from", "same_weights", "start", "two_processes", "wait"]
+__all__ = ["check_whole", "read_results", "resumed_from", "same_weights", "start", "two_processes", "wait", "weights"]
 
 
 def start(
@@ -29,18 +33,18 @@ def start(
     log: Path,
     *,
     kill_at: tuple[str, str] | None = None,
-    raise_at: tuple[str, str] | None = None,
     file_size: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> BaseProcess:
-    """Run `recipe` with `argv` and write its output to `log`.
+    """Run `recipe` with `argv`, its output into `log`.
 
-    `kill_at` is an audit event and a regular expression: SIGKILL comes before the first such operation on a matching
-    path. `raise_at` raises an unexpected exception there instead. `file_size` limits files to so many bytes, as a full
-    disk does. `environment` adds variables, such as those of a launcher.
+    Args:
+        kill_at: (audit event, regular expression): SIGKILL before the first such operation on a matching path.
+        file_size: no file can grow beyond so many bytes; writing more fails as on a full disk.
+        environment: variables, such as those a launcher sets.
     """
-    arguments = (recipe, [str(value) for value in argv], str(log), kill_at, raise_at, file_size, environment or {})
     start_server()
+    arguments = (recipe, [str(value) for value in argv], str(log), kill_at, file_size, environment or {})
     process = context.Process(target=_run, args=arguments)
     process.start()
     return process
@@ -51,7 +55,6 @@ def _run(
     argv: list[str],
     log: str,
     kill_at: tuple[str, str] | None,
-    raise_at: tuple[str, str] | None,
     file_size: int | None,
     environment: dict[str, str],
 ) -> None:
@@ -61,14 +64,12 @@ def _run(
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    if moment := kill_at or raise_at:
-        event, pattern = moment[0], re.compile(moment[1])
+    if kill_at:
+        event, pattern = kill_at[0], re.compile(kill_at[1])
 
         def die(name: str, arguments: tuple[Any, ...]) -> None:
             path = arguments[0] if arguments else None
             if name == event and isinstance(path, (str, os.PathLike)) and pattern.search(os.fspath(path)):
-                if raise_at:
-                    raise RuntimeError("the tokens have run out")
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(die)
@@ -80,7 +81,10 @@ def _run(
 
 
 def check_whole(folder: Path) -> int:
-    """Check that every file under a final name is whole, and return the newest checkpoint's step, 0 for none."""
+    """Return the newest checkpoint's step, 0 for none. Every file under a final name must be whole.
+
+    Raises AssertionError, or what the readers of JSON, safetensors and torch files raise on a torn one.
+    """
     newest = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name.startswith(".tmp-"):
@@ -94,38 +98,55 @@ def check_whole(folder: Path) -> int:
                 torch.load(file, weights_only=False)
         if found := re.fullmatch(r"checkpoint-(\d+)", path.name):
             step = int(found[1])
-            progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-            assert progress["step"] == step
+            assert json.loads((path / "progress.json").read_text(encoding="utf-8"))["step"] == step
             assert (path / "model.safetensors").is_file()
             assert (path / "optimizer.bin").is_file()
             newest = max(newest, step)
     return newest
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the results of a finished run."""
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint."""
+    return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
 def same_weights(left: Path, right: Path) -> bool:
-    """Return whether two checkpoints hold the same weights, bit for bit."""
+    """Return whether two checkpoints or models contain the same weights, bit for bit."""
     a, b = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def resumed_from(log: Path) -> int:
-    """Return the step that a run resumed from according to its log, 0 for a fresh start."""
+    """Return the step that a run says it resumed from, 0 if it started afresh."""
     found = re.search(r"resuming from step (\d+)", log.read_text(encoding="utf-8"))
     return int(found[1]) if found else 0
 
 
 def two_processes(
-    recipe: str, argvs: Sequence[Sequence[object]], folder: Path, *, kill_when: Path | None = None, **faults: Any
+    recipe: str,
+    argv: Sequence[object],
+    folder: Path,
+    *,
+    kill_when: Path | None = None,
+    first_file_size: int | None = None,
 ) -> tuple[list[int], list[str]]:
-    """Return exit codes and outputs of two processes of a run, each with its own arguments and `faults` of `start`.
+    """Return the exit codes and outputs of two processes of one run.
 
-    The second is killed as soon as `kill_when` exists.
+    Args:
+        kill_when: kill the second process as soon as this path exists.
+        first_file_size: `file_size` of the first process.
     """
     logs = [folder / f"log{rank}" for rank in range(2)]
-    processes = []
-    for rank, environment in enumerate(ranks()):
-        its_faults = {name: values[rank] for name, values in faults.items()}
-        processes.append(start(recipe, argvs[rank], logs[rank], environment=environment, **its_faults))
+    sizes = (first_file_size, None)
+    processes = [
+        start(recipe, argv, log, environment=environment, file_size=size)
+        for log, environment, size in zip(logs, ranks(), sizes, strict=True)
+    ]
     while kill_when and not kill_when.exists() and processes[1].is_alive():
         time.sleep(0.001)
     if kill_when:

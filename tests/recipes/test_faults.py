@@ -6,7 +6,6 @@ for bit.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -17,7 +16,15 @@ import pytest
 
 from common.endings import EXIT_CANNOT_SAVE, EXIT_RESUME
 from tests.recipes.fault_runs import EVERY, STEPS, arguments
-from tests.recipes.recipe_process import check_whole, resumed_from, same_weights, start, two_processes, wait
+from tests.recipes.recipe_process import (
+    check_whole,
+    read_results,
+    resumed_from,
+    same_weights,
+    start,
+    two_processes,
+    wait,
+)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 LAST = f"checkpoint-{STEPS}"
@@ -41,7 +48,7 @@ def assert_ends_like(undisturbed: Path, recipe: str, data: Path, run: Path, log:
     assert resumed_from(log) == newest
     assert check_whole(run) == STEPS
     assert same_weights(run / LAST, undisturbed / LAST)
-    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (run, undisturbed))
+    ours, theirs = read_results(run), read_results(undisturbed)
     for key in ("validation", "history", "train_history", "best_step"):
         assert ours[key] == theirs[key], key
     assert not list(run.glob(".tmp-*"))
@@ -61,7 +68,7 @@ MOMENTS = [
 
 def test_killed_while_something_is_written(recipe: str, data: Path, undisturbed: Path, tmp_path: Path) -> None:
     run, log, newest = tmp_path / "run", tmp_path / "log", 0
-    # What writes is the same for all recipes; what a run goes on with is not.
+    # The code that writes is the same for all recipes. The state to resume from is not.
     for moment, left in MOMENTS if recipe == "translation" else MOMENTS[::4]:
         code = wait(start(recipe, arguments(recipe, data, run), log, kill_at=moment))
         assert code == -signal.SIGKILL, (moment, log.read_text())
@@ -121,18 +128,16 @@ def test_sigterm_saves_and_asks_to_be_resumed(recipe: str, data: Path, undisturb
     assert_ends_like(undisturbed, recipe, data, run, log, newest)
 
 
-@pytest.mark.parametrize("recipe", ["classification"], indirect=True)
-def test_one_of_two_processes_dies(recipe: str, data: Path, tmp_path: Path) -> None:
-    whole, run = (arguments(recipe, data, tmp_path / name) for name in ("whole", "run"))
-    codes, said = two_processes(recipe, [whole, whole], tmp_path)
+def test_one_of_two_processes_dies(data: Path, tmp_path: Path) -> None:
+    whole, run = (arguments("classification", data, tmp_path / name) for name in ("whole", "run"))
+    codes, said = two_processes("classification", whole, tmp_path)
     assert codes == [0, 0], said
-    assert json.loads((tmp_path / "whole" / "results.json").read_text())["num_processes"] == 2
-    codes, said = two_processes(recipe, [run, run], tmp_path, kill_when=tmp_path / "run" / ".tmp-checkpoint-8")
+    codes, said = two_processes("classification", run, tmp_path, kill_when=tmp_path / "run" / ".tmp-checkpoint-8")
     assert codes[1] == -signal.SIGKILL, said
     assert codes[0] != 0  # the other does not wait for it for ever
     newest = check_whole(tmp_path / "run")
     assert newest in (EVERY, 2 * EVERY)
-    codes, said = two_processes(recipe, [run, run], tmp_path)
+    codes, said = two_processes("classification", run, tmp_path)
     assert codes == [0, 0], said
     assert resumed_from(tmp_path / "log0") == newest
     assert same_weights(tmp_path / "run" / LAST, tmp_path / "whole" / LAST)

@@ -7,18 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import score_bytes
-from score_bytes import collate_windows, stream_bits, window_bits
-from tasks.bytes import Windows, byte_tokenizer
-from tasks.models import fresh_config
+from tasks.bytes import byte_tokenizer, stream_bits
 from tests.recipes.tiny_configs import TINY_DECODER, transformer_xl
-
-
-@pytest.fixture
-def model():
-    return transformer_xl()
 
 
 def some_bytes(length):
@@ -27,35 +20,16 @@ def some_bytes(length):
 
 @torch.no_grad()
 def whole_bits(model, data):
-    """The bits of every byte but the first, read at once."""
+    """Return the bits of every byte except for the first, read in one pass."""
     ids = torch.from_numpy(data.astype(np.int64))[None]
     logits = model(input_ids=ids[:, :-1]).logits
     return F.cross_entropy(logits[0], ids[0, 1:], reduction="none") / np.log(2)
 
 
 @torch.no_grad()
-def test_with_memory_a_stream_costs_what_it_costs_at_once(model):
-    data = some_bytes(90)
-    indices, outputs = stream_bits(model, data, length=16, num_streams=1)
-    expected = [part.sum().item() for part in whole_bits(model, data).split(16)]
-    assert indices == list(range(6))
-    assert [characters for _, characters in outputs] == [16] * 5 + [9]
-    assert [bits for bits, _ in outputs] == pytest.approx(expected, rel=1e-5)
-
-
-@torch.no_grad()
-def test_beyond_its_length_the_memory_forgets(model):
-    model.config.mem_len = model.transformer.mem_len = 16
-    data = some_bytes(81)
-    _, outputs = stream_bits(model, data, length=16, num_streams=1)
-    expected = [part.sum().item() for part in whole_bits(model, data).split(16)]
-    assert [bits for bits, _ in outputs][:2] == pytest.approx(expected[:2], rel=1e-5)
-    assert outputs[3][0] != pytest.approx(expected[3], rel=1e-5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("num_processes", [1, 2, 5])
-def test_every_byte_is_scored_once_by_whichever_process(model, num_processes):
+def test_every_byte_is_scored_once_by_whichever_process(num_processes):
+    model = transformer_xl()
     data = some_bytes(150)  # 10 segments, the last of 5 bytes, in 4 streams of 3, 3, 2 and 2
     found = {}
     for rank in range(num_processes):
@@ -69,28 +43,18 @@ def test_every_byte_is_scored_once_by_whichever_process(model, num_processes):
     assert sums == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_bits_of_a_uniform_model_are_eight():
-    model = AutoModelForCausalLM.from_config(fresh_config(Fresh(), vocab_size=256))
-    torch.nn.init.zeros_(model.lm_head.weight)
-    windows = Windows(np.arange(40, dtype=np.uint8), 16, 8)
-    batch = collate_windows([windows[0], windows[1], windows[len(windows) - 1]])
-    scored = batch["scored"].sum(1)
-    assert scored.tolist() == [16, 8, 7]
-    assert window_bits(model, batch).tolist() == pytest.approx((8 * scored).tolist())
-
-
 @pytest.fixture
 def saved(tmp_path):
     """A decoder of 16 positions that was trained on sequences of 12."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(fresh_config(Fresh(), vocab_size=256, pad_token_id=None)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY_DECODER, vocab_size=256)).eval()
     model.save_pretrained(tmp_path / "saved")
     byte_tokenizer(12).save_pretrained(tmp_path / "saved")
     return model, tmp_path / "saved"
 
 
 def score(folder, data, monkeypatch, *more):
-    """What the script writes for a file of `data`."""
+    """Return what the script writes for a file of `data`."""
     file, output = folder / "text", folder / "bits.json"
     file.write_bytes(data.tobytes())
     arguments = ["--model", str(folder), "--data", str(file), "--output", str(output), *more]
@@ -109,9 +73,9 @@ def test_by_default_windows_are_as_long_as_in_training_and_short_files_one(lengt
 
 
 def test_without_an_output_the_score_is_printed(saved, monkeypatch, capsys):
-    _, folder = saved
-    (folder / "text").write_bytes(some_bytes(14).tobytes())
-    monkeypatch.setattr(sys, "argv", ["score_bytes.py", "--model", str(folder), "--data", str(folder / "text")])
+    score(saved[1], some_bytes(14), monkeypatch, "--quiet")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "argv", ["score_bytes.py", "--model", str(saved[1]), "--data", str(saved[1] / "text")])
     score_bytes.main()
     (line,) = capsys.readouterr().out.splitlines()
     bits = whole_bits(saved[0], some_bytes(14)[:13]).sum().item()
@@ -142,7 +106,3 @@ def test_what_cannot_be_scored_is_said_in_a_line(length, more, said, saved, monk
         score(saved[1], some_bytes(length), monkeypatch, *more)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
-
-
-class Fresh:
-    model_config = TINY_DECODER

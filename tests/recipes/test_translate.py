@@ -53,30 +53,19 @@ def test_a_prefix_stands_before_every_sentence(model, tmp_path, monkeypatch):
     assert found != translate.translate_texts(model, TEXTS, 8, "no")
 
 
-def test_an_empty_file_is_refused(model, tmp_path, monkeypatch, capsys):
-    (tmp_path / "in").write_text("\n\n")
+@pytest.mark.parametrize(
+    ("content", "options", "said"),
+    [
+        (b"\n\n", (), "in is empty"),
+        (None, (), "in: no such file"),
+        ("Straße\n".encode("latin-1"), (), "in is not UTF-8"),
+        (b"a b\n", ("--source_lang_code", "deu_Latn"), "takes no source language"),
+    ],
+)
+def test_bad_input_ends_in_one_line(content, options, said, model, tmp_path, monkeypatch, capsys):
+    if content is not None:
+        (tmp_path / "in").write_bytes(content)
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert "in is empty" in capsys.readouterr().err
-
-
-def test_a_file_that_is_not_there_is_named(model, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert f"--input {tmp_path / 'in'}: no such file" in capsys.readouterr().err
-
-
-def test_a_file_that_is_not_utf_8_is_named(model, tmp_path, monkeypatch, capsys):
-    (tmp_path / "in").write_bytes("Straße\n".encode("latin-1"))
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert f"--input {tmp_path / 'in'} is not UTF-8" in capsys.readouterr().err
-
-
-def test_a_tokenizer_without_languages_takes_none(model, tmp_path, monkeypatch, capsys):
-    (tmp_path / "in").write_text("a b\n")
-    files = ("--input", tmp_path / "in", "--output", tmp_path / "out")
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "--model", model, *files, "--source_lang_code", "deu_Latn")
-    assert "takes no source language" in capsys.readouterr().err
+        run(monkeypatch, "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out", *options)
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

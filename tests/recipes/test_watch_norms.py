@@ -15,7 +15,6 @@ def run(texts, folder, *more):
         "max_length": 32,
         "max_steps": 12,
         "batch_size": 4,
-        "progress_bar": False,
     }
     path = folder.with_suffix(".yaml")
     path.write_text(json.dumps({**config, "gradient_accumulation_steps": 2, "logging_steps": 5}))

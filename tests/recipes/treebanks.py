@@ -1,8 +1,4 @@
-"""Trees for tests of parsing: made by hand, and a real treebank where it is at hand."""
-
-from pathlib import Path
-
-UD = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "ud_ewt"
+"""Trees for tests of parsing, made by hand."""
 
 
 def tree(*words):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -31,12 +32,12 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_numbers_that_json_does_not_know_become_null(tmp_path):
     path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
+    write_json(path, {"loss": [float("nan"), 1.5, float("inf")]})
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"loss": [None, 1.5, None]}
     assert names(tmp_path) == ["a.json"]
 
 
@@ -56,7 +57,8 @@ def test_only_the_newest_checkpoints_and_the_model_they_speak_of_are_kept(tmp_pa
     accelerator, *_ = prepared()
     checkpoints = Checkpoints(tmp_path, accelerator, CONFIG, keep=2)
     for step in (2, 4, 6, 10):
-        checkpoints.save_best(step, lambda folder: (folder / "weights").write_text("x"))
+        with checkpoints.staged(tmp_path / f"best-{step}") as folder:
+            (folder / "weights").write_text("x")
         if step < 10:
             checkpoints.save(Progress(step=step, best_step=4 if step > 2 else 2))
     # best-10 is not mentioned by a checkpoint yet, best-4 still is
@@ -72,12 +74,13 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path):
     checkpoints = Checkpoints(tmp_path, accelerator, CONFIG)
     checkpoints.save(Progress(step=1))
 
-    def full_disk(folder):
-        (folder / "half").write_text("x")
+    @checkpoints.staged(tmp_path / "best-2")
+    def full_disk():
+        (tmp_path / ".tmp-best-2" / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save_best(2, full_disk)
+        full_disk()
     assert names(tmp_path) == ["checkpoint-1"]
 
 
@@ -90,19 +93,19 @@ def test_torn_folders_are_not_seen_and_cleared_away(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_other_options_are_refused_by_name(tmp_path):
+def test_other_options_are_refused_by_name_and_a_finished_run_says_how_to_go_on(tmp_path):
     accelerator, *_ = prepared()
     Checkpoints(tmp_path, accelerator, CONFIG).save(Progress(step=1))
     changed = {**CONFIG, "learning_rate": 0.2, "logging_steps": 7}
-    with pytest.raises(ResumeError, match=r"\(learning_rate: 0.1 in the checkpoint, 0.2 now\)"):
-        Checkpoints(tmp_path, accelerator, changed, free=frozenset({"logging_steps"})).check_resumable()
-
-
-def test_a_finished_run_without_checkpoints_is_not_trained_over(tmp_path):
-    accelerator, *_ = prepared()
+    checkpoints = Checkpoints(tmp_path, accelerator, changed, free=frozenset({"logging_steps"}))
+    with pytest.raises(ResumeError, match=r"\(learning_rate: 0.1 in the checkpoint, 0.2 now\).* to start afresh$"):
+        checkpoints.check_resumable()
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ResumeError, match=r"results\.json of a finished run, and no checkpoint of it"):
-        Checkpoints(tmp_path, accelerator, CONFIG).check_resumable()
+    with pytest.raises(ResumeError, match=rf"To train its model further, give --model_name_or_path {tmp_path}/best"):
+        checkpoints.check_resumable()
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(ResumeError, match=r"results\.json of a finished run, but no checkpoint"):
+        checkpoints.check_resumable()
 
 
 def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
@@ -115,11 +118,6 @@ def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["checkpoint-1", "notes.txt", "results.json"]  # the input may turn out to be bad
     assert checkpoints.resume() == Progress()
     assert names(tmp_path) == ["notes.txt"]
-
-
-def test_numbers_that_json_has_no_name_for_become_null(tmp_path):
-    write_json(tmp_path / "a.json", {"loss": [float("nan"), 1.5, float("inf")]})
-    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"loss": [None, 1.5, None]}
 
 
 def test_a_checkpoint_whose_options_cannot_be_read_is_named(tmp_path):

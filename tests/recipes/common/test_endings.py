@@ -54,7 +54,7 @@ def test_the_help_text_lists_every_code():
 
 def test_a_full_disk_of_one_of_two_processes_is_reported_and_the_other_does_not_hang(data, tmp_path):
     argv = arguments("classification", data, tmp_path / "run")
-    codes, said = two_processes("classification", [argv, argv], tmp_path, file_size=[20_000, None])
+    codes, said = two_processes("classification", argv, tmp_path, first_file_size=20_000)
     assert codes[0] == endings.EXIT_CANNOT_SAVE, said
     assert codes[1] != 0
     assert "checkpoint-4 cannot be written" in said[0]

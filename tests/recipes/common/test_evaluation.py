@@ -18,7 +18,7 @@ Path(sys.argv[1]).write_text(f"{beside.WHERE}\\n{os.getcwd()}\\n{os.environ['PYT
 
 
 def test_a_fresh_process_starts_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What others leave in the shared temporary folder is not imported; relative paths mean what they meant here."""
+    """Import nothing from the shared temporary folder, and resolve relative paths against the current one."""
     shared, here = tmp_path / "shared", tmp_path / "here"
     for folder in (shared, here):
         folder.mkdir()

@@ -37,15 +37,14 @@ def scripts(hub, tmp_path_factory):
 def run(scripts, texts, *options, token=TOKEN):
     files = ["--train_file", texts["train"], "--validation_file", texts["validation"]]
     settings = ["--max_steps", "4", "--batch_size", "8", "--max_length", "32", "--min_frequency", "1"]
-    return scripts.run(SCRIPT, *files, *settings, "--progress_bar", "false", *options, HF_TOKEN=token)
+    return scripts.run(SCRIPT, *files, *settings, *options, HF_TOKEN=token)
 
 
 @pytest.fixture(scope="module")
 def first(scripts, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
     options = ["--model_config", json.dumps(TINY_CLASSIFIER), "--C", "1.3", "--output_dir", folder / "run"]
-    push = ["--push_to_hub", "true", "--hub_model_id", "me/demo"]
-    done = run(scripts, texts, *options, *push)
+    done = run(scripts, texts, *options, "--push_to_hub", "true", "--hub_model_id", "me/demo")
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return folder
@@ -94,17 +93,8 @@ def test_a_control_replaces_what_a_card_said_about_a_patched_model(first, hub, t
 
 
 def test_a_run_starts_from_a_pushed_checkpoint(first, scripts, texts, tmp_path):
-    options = [
-        "--model_name_or_path",
-        "me/demo",
-        "--C",
-        "1.3",
-        "--learning_rate",
-        "1e-9",
-        "--output_dir",
-        tmp_path / "r",
-    ]
-    done = run(scripts, texts, *options)
+    start = ["--model_name_or_path", "me/demo", "--C", "1.3", "--learning_rate", "1e-9"]
+    done = run(scripts, texts, *start, "--output_dir", tmp_path / "r")
     assert done.returncode == 0, done.stderr
     before, after = (json.loads((f / "results.json").read_text()) for f in (first / "run", tmp_path / "r"))
     assert after["validation"]["loss"] == pytest.approx(before["validation"]["loss"], abs=1e-4)

@@ -32,7 +32,7 @@ class Run:
         self.progress = Progress()
 
     def step(self, value: float, inputs: dict[str, torch.Tensor] | None = None, *, warming: bool = False) -> bool:
-        """Whether the step was applied; the weights changed when it was, and no gradient is left."""
+        """Return whether the step was applied. Check that only then the weights changed, and no gradient is left."""
         before = self.layer[0].weight.detach().clone()
         loss = self.model(torch.ones(1, 2)).sum() * value
         self.accelerator.backward(loss)
@@ -51,12 +51,17 @@ class Run:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_stops_the_run_and_is_named(value, capsys):
+def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped_on_request(value, capsys):
     run = Run()
     run.step(1.0)
     with pytest.raises(DivergedError, match=r"step 2: loss .*not finite.*--on_nonfinite skip") as caught:
         run.step(value)
     assert caught.value.step == 2
+    run = Run(on_nonfinite="skip")
+    assert not run.step(value)
+    assert "step 1: loss" in capsys.readouterr().out
+    assert run.step(1.0)
+    assert len(run.progress.recent_steps) == 1
 
 
 def test_the_first_module_that_is_not_finite_is_named():
@@ -65,15 +70,6 @@ def test_the_first_module_that_is_not_finite_is_named():
         run.layer[1].bias.fill_(math.nan)
     with pytest.raises(DivergedError, match=r"first in the output of 1 \(Linear\)"):
         run.step(1.0, {"input": torch.ones(1, 2)})
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_left_out_on_request(value, capsys):
-    run = Run(on_nonfinite="skip")
-    assert not run.step(value)
-    assert "step 1: loss" in capsys.readouterr().out
-    assert run.step(1.0)
-    assert len(run.progress.recent_steps) == 1
 
 
 def test_a_spike_is_reported_with_step_and_module_and_training_goes_on(capsys):
@@ -124,15 +120,11 @@ def test_a_spike_of_the_gradient_alone_is_one():
         run.step(1.0)
 
 
-def test_nothing_is_a_spike_before_there_are_steps_to_tell():
-    run = Run(learning_rate=1e-5, on_spike="stop").settle(SPIKE_WINDOW - 1)
-    assert run.step(50.0)
-
-
-def test_nothing_is_a_spike_while_the_learning_rate_rises(capsys):
+def test_nothing_is_a_spike_before_there_are_steps_or_while_the_learning_rate_rises():
+    assert Run(learning_rate=1e-5, on_spike="stop").settle(SPIKE_WINDOW - 1).step(50.0)
     run = Run(on_spike="stop").settle()
     assert run.step(100.0, warming=True)
-    assert "spike" not in capsys.readouterr().out
+    assert len(run.progress.recent_steps) == SPIKE_WINDOW
 
 
 def test_steps_that_are_all_alike_make_no_spike_of_rounding():
@@ -140,11 +132,6 @@ def test_steps_that_are_all_alike_make_no_spike_of_rounding():
     for _ in range(SPIKE_WINDOW):
         run.step(1.0)
     assert run.step(1.0 + 1e-6)
-
-
-def test_only_the_last_steps_are_kept():
-    run = Run(learning_rate=1e-5).settle(SPIKE_WINDOW + 3)
-    assert len(run.progress.recent_steps) == SPIKE_WINDOW
 
 
 def test_a_run_that_trained_nothing_or_was_never_evaluated_has_diverged():

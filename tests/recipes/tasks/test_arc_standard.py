@@ -11,7 +11,6 @@ from tasks.arc_standard import (
     Encoded,
     States,
     is_projective,
-    longest_first,
     oracle,
     parse,
     training_examples,
@@ -166,7 +165,3 @@ def test_a_perfect_score_gives_the_tree_back():
     heads, relations = parse(score, [sentence], single_root=True, batch_size=1)
     assert heads[0].tolist() == sentence.heads.tolist()
     assert relations[0].tolist() == sentence.relations.tolist()
-
-
-def test_the_order_is_longest_first():
-    assert longest_first([encoded([0]), encoded([0, 1]), encoded([0])]) == [1, 0, 2]

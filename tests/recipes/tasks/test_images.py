@@ -20,17 +20,12 @@ from common.endings import OptionError
 from tasks.idx_images import load_idx_images, write_idx
 from tasks.images import augmented, open_image, resize_to
 from tasks.options import ImageOptions
+from tests.recipes.fault_runs import flags
+from tests.recipes.recipe_process import read_results
 
 CNN = {"model_type": "layernorm_cnn", "image_size": 8, "hidden_sizes": [8, 8, 8]}
-VIT = {
-    "model_type": "vit",
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-}
+VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1}
+VIT |= {"num_attention_heads": 2, "intermediate_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +57,8 @@ def run(digits, folder, **changes):
         "output_dir": folder,
         **changes,
     }
-    classification.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    classification.main(flags(options))
+    return read_results(folder)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +114,8 @@ def test_a_fresh_and_then_pretrained_vit_from_paths_in_a_table(digits, tmp_path,
     changes = {"model_config": "{}", "model_name_or_path": tmp_path / "fresh" / "best", "learning_rate": 1e-9}
     tuned = run(digits, tmp_path / "tuned", max_steps=1, test_file=table, **files, **changes)
     assert tuned["validation"]["accuracy"] == fresh["validation"]["accuracy"] == tuned["test"]["accuracy"]
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         run(digits, tmp_path / "larger", image_size=16, **files, **changes)
-    assert ended.value.code == 2
     assert "vit cannot be given images of --image_size 16: ValueError: " in capsys.readouterr().err
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned" / "best")
     assert model.config.id2label == {0: "left", 1: "right"}
@@ -141,7 +135,6 @@ def test_a_table_is_predicted_as_the_recipe_reads_it(trained, tmp_path):
 
 
 def test_photos_are_turned_as_their_exif_orientation_says():
-    """As stock pipelines do."""
     exif = Image.Exif()
     exif[0x0112] = 6  # shown after a turn by 90 degrees clockwise
     stored = Image.new("RGB", (8, 4), "black")
@@ -169,18 +162,19 @@ def test_a_processor_without_a_single_size_is_refused():
         resize_to(transformers.Siglip2ImageProcessor(), 96)
 
 
+def augment(image, index=0, epoch=0, seed=3, **options):
+    options = SimpleNamespace(seed=seed, **vars(ImageOptions(**options)))
+    return np.asarray(augmented(image, index, options=options, epoch=epoch))
+
+
 def test_augmentation_depends_on_seed_epoch_and_example_alone():
-    options = ImageOptions(random_crop_padding=2, random_resized_crop=0.5, random_rotation=20.0, horizontal_flip=True)
-    options = SimpleNamespace(seed=3, **vars(options))
+    options = {"random_crop_padding": 2, "random_resized_crop": 0.5, "horizontal_flip": True}
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(12, 10, 3)).astype(np.uint8))
-    variants = {
-        key: np.asarray(augmented(image, key[1], options=options, epoch=key[0])).tobytes()
-        for key in [(0, 0), (0, 1), (1, 0), (1, 1)]
-    }
-    assert len(set(variants.values())) == 4
-    again = augmented(image, 1, options=options, epoch=1)
-    assert np.asarray(again).tobytes() == variants[1, 1]
-    assert again.size == image.size
+    keys = [(0, 0, 3), (1, 0, 3), (0, 1, 3), (0, 0, 4)]
+    variants = [augment(image, *key, **options) for key in keys]
+    assert len({variant.tobytes() for variant in variants}) == 4
+    assert all((augment(image, *key, **options) == variant).all() for key, variant in zip(keys, variants, strict=True))
+    assert variants[0].shape == (12, 10, 3)
 
 
 @pytest.mark.parametrize(
@@ -192,17 +186,11 @@ def test_augmentation_depends_on_seed_epoch_and_example_alone():
     ],
 )
 def test_every_augmentation_does_what_it_says(option, check):
-    options = SimpleNamespace(seed=0, **vars(ImageOptions(**option)))
     pixels = np.random.default_rng(1).integers(256, size=(8, 8, 3)).astype(np.uint8)
-    for index in range(8):
-        assert check(pixels, np.asarray(augmented(Image.fromarray(pixels), index, options=options, epoch=0)))
+    assert all(check(pixels, augment(Image.fromarray(pixels), index, **option)) for index in range(8))
 
 
 OFFSETS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-
-
-GRAY_VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1}
-GRAY_VIT |= {"num_attention_heads": 1, "intermediate_size": 8, "num_channels": 1}
 
 
 @pytest.mark.parametrize(
@@ -212,25 +200,20 @@ GRAY_VIT |= {"num_attention_heads": 1, "intermediate_size": 8, "num_channels": 1
         ({"image_column": "label"}, "not images or paths of images"),
         ({"random_resized_crop": 2}, "--random_resized_crop must be in (0, 1]"),
         ({"model_config": json.dumps({**CNN, "image_size": 4})}, "image_size 4 cannot be halved 3 times"),
-        ({"model_config": json.dumps(GRAY_VIT)}, "num_channels is 1; images are read as RGB"),
+        ({"model_config": json.dumps({**VIT, "num_channels": 1})}, "num_channels is 1; images are read as RGB"),
         ({"max_tokens": 64}, "--max_tokens counts those of texts; for task image give --batch_size"),
         ({"model_config": json.dumps(CNN), "image_size": 9}, "--image_size 9 is not the image_size of model_config"),
     ],
 )
 def test_bad_input_ends_in_one_line(changes, said, digits, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         run(digits, tmp_path / "run", **changes)
-    assert ended.value.code == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("broken", "said"),
-    [
-        ("missing.png", "row 2: not a readable image"),
-        ("cut.png", "row 2: not a readable image"),
-        (None, "row 2: there"),
-    ],
+    [("missing.png", "row 2: not a readable"), ("cut.png", "row 2: not a readable"), (None, "row 2: there is no")],
 )
 def test_an_image_that_cannot_be_read_is_named_before_training(broken, said, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
@@ -239,19 +222,16 @@ def test_an_image_that_cannot_be_read_is_named_before_training(broken, said, tmp
     for name, found in (("train", rows[::2] * 2), ("validation", rows)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
     files = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl"), "test": None}
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         run(files, tmp_path / "run")
-    assert ended.value.code == 2
     assert f"validation split, {said}" in capsys.readouterr().err
 
 
-def test_gray_images_of_16_bits_are_scaled_not_clipped(tmp_path):
-    Image.fromarray(np.asarray([[0, 1000], [30000, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
-    image = open_image({"bytes": (tmp_path / "deep.png").read_bytes(), "path": None}, "here")
-    assert np.asarray(image)[..., 0].tolist() == [[0, 3], [116, 255]]
-
-
-def test_gray_images_of_32_bits_may_hold_8(tmp_path):
-    Image.fromarray(np.asarray([[0, 255]], dtype=np.int32)).save(tmp_path / "wide.tiff")
-    image = open_image({"bytes": (tmp_path / "wide.tiff").read_bytes(), "path": None}, "here")
-    assert np.asarray(image)[..., 0].tolist() == [[0, 255]]
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [(np.uint16, [0, 1000, 30000, 65535], [0, 3, 116, 255]), (np.int32, [0, 255], [0, 255])],
+)
+def test_gray_images_of_16_bits_are_scaled_and_those_of_32_may_contain_8(dtype, values, expected, tmp_path):
+    Image.fromarray(np.asarray([values], dtype=dtype)).save(tmp_path / "deep.tiff")
+    image = open_image({"bytes": (tmp_path / "deep.tiff").read_bytes(), "path": None}, "here")
+    assert np.asarray(image)[0, :, 0].tolist() == expected

@@ -11,7 +11,7 @@ from comparison.choices import recipe_options
 # What another value changes nothing of what was or will be trained or scored, or only from then on.
 NOTHING = {
     *("output_dir", "overwrite_output_dir", "save_total_limit", "logging_steps", "report_to", "watch_norms"),
-    *("progress_bar", "dataloader_workers", "preprocessing_workers", "cache_dir"),
+    *("dataloader_workers", "preprocessing_workers", "cache_dir"),
     *("push_to_hub", "hub_model_id", "hub_private"),
 }
 ONWARD = {"checkpointing_steps", "on_nonfinite", "on_spike", "spike_sigmas"}

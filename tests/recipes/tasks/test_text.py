@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from common.options import OptionError
-from common.token_batches import TokenPlan
 from tasks.data import DataError
 from tasks.models import check_positions
 from tasks.options import ClassificationOptions
@@ -46,16 +45,10 @@ def test_the_class_of_a_text_does_not_depend_on_its_batch_where_the_model_knows_
     config = AutoConfig.for_model(**{**TINY_DECODER, "n_positions": 32, "pad_token_id": 9}, vocab_size=len(tokenizer))
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "saved")
     task = prepare(model_name_or_path=str(tmp_path / "saved"), model_config={})
-    model, lengths = task.build_model().eval(), task.lengths["train"]
-    short, long = (pick(range(len(lengths)), key=lengths.__getitem__) for pick in (min, max))
-    alone, padded = (
-        task.collate([task.splits["train"][index] for index in rows]) for rows in ([short], [short, long])
-    )
+    model, lengths, rows = task.build_model().eval(), task.lengths["train"], task.splits["train"]
+    short, long = (rows[pick(range(len(lengths)), key=lengths.__getitem__)] for pick in (min, max))
+    alone, padded = task.collate([dict(short)]), task.collate([dict(short), long])
     torch.testing.assert_close(model(**padded).logits[0], model(**alone).logits[0])
-
-
-def test_with_a_token_budget_batches_are_planned_by_tokens(prepare):
-    assert isinstance(prepare(max_tokens=64).plan, TokenPlan)
 
 
 def test_positions_that_begin_after_padding_are_counted(prepare):
@@ -98,11 +91,6 @@ def test_a_model_of_other_classes_is_refused(names, said, saved, prepare):
         ({"text_pair_column": "txt"}, DataError, "--text_pair_column 'txt': the train split has no such column"),
         ({"label_names": ["only"]}, DataError, "a single class"),
         ({"model_config": {}}, OptionError, "give either --model_name_or_path or model_config"),
-        (
-            {"model_name_or_path": "no/such/model", "model_config": {}},
-            OptionError,
-            "--model_name_or_path no/such/model: ",
-        ),
     ],
 )
 def test_what_would_stop_the_training_is_refused(changes, error, said, prepare):

@@ -29,10 +29,8 @@ def test_a_norm_comes_before_the_activation_of_every_hidden_layer(model):
     assert "2 norms, 2 swapped" in str(inspect_model(patch_model(model, "none")))
     features = some_features()
     words, tags, relations = features.split([18, 18, 12], dim=1)
-    x = torch.cat(
-        [model.words(words).flatten(1), model.tags(tags).flatten(1), model.relations(relations).flatten(1)], 1
-    )
-    assert x.shape == (3, 48 * 4)
+    embedded = (model.words(words), model.tags(tags), model.relations(relations))
+    x = torch.cat([part.flatten(1) for part in embedded], 1)  # (3, 48 * 4)
     for layer in model.layers:
         x = torch.relu(layer.linear(x))
     torch.testing.assert_close(model(features).logits, model.classifier(x))
