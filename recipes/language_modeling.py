@@ -57,7 +57,7 @@ def evaluate(run: Run, task: ByteTask) -> dict[str, float]:
         outputs = run.evaluate(task.windows, [1] * total, collate_windows, outputs_of)
     else:
         length, processes = run.options.sequence_length, run.accelerator.num_processes
-        # As many streams whatever the processes, as in the test: each begins with an empty memory.
+        # Each stream starts with an empty memory, so their number must not depend on the number of processes.
         data = task.splits["validation"][: most and most * length + 1]
         share = {"rank": run.accelerator.process_index, "num_processes": processes, "before_each": run.stop_if_asked}
         run.model.eval()

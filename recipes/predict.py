@@ -1,4 +1,4 @@
-"""Apply a saved classifier or parser to a file, through the stock API and none of the training code.
+"""Apply a saved classifier or parser to a file, through the stock API, without the training code.
 
     python recipes/predict.py --model outputs/run/best --data reviews.csv --output predictions.json
     python recipes/predict.py --model ... --data pairs.jsonl --columns premise hypothesis --output ...
@@ -66,7 +66,7 @@ def _predictions(model: PreTrainedModel, inputs: Any) -> list[Prediction]:
 def predict_texts(
     model_dir: str, rows: list[tuple[str, ...]], batch_size: int, precision: str, trust: bool = False
 ) -> list[Prediction]:
-    """Return the class of every text, or pair of texts; batches hold texts of similar length."""
+    """Return the class of every text, or pair of texts, in batches of similar length."""
     device, autocast = device_and_autocast(precision)
     model = load_saved(AutoModelForSequenceClassification, model_dir, trust_remote_code=trust).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)

@@ -1,4 +1,4 @@
-"""Translate a file with a saved model, through the stock API and none of the training code.
+"""Translate a file with a saved model, through the stock API, without the training code.
 
     python recipes/translate.py --model outputs/run/best --input source.txt --output translations.txt
 
@@ -47,7 +47,7 @@ def translate_texts(
     source_prefix: str = "",
     trust: bool = False,
 ) -> list[str]:
-    """Return the translation of every text; batches hold texts of similar length."""
+    """Return the translation of every text, in batches of similar length."""
     texts = [source_prefix + text for text in texts]
     device, autocast = device_and_autocast(precision)
     model = load_saved(AutoModelForSeq2SeqLM, model_dir, trust_remote_code=trust).to(device)

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from common.progress import with_time_left
 
-# Examples are sorted by length within a pool of so many optimizer steps. In a longer pool, lengths in a batch are
-# closer; in a shorter one, the batches of an epoch are better mixed.
+# Examples are sorted by length within a pool of this many optimizer steps. A longer pool needs less padding, a shorter
+# one mixes the batches of an epoch better.
 POOL_STEPS = 50
 
 
@@ -71,7 +71,7 @@ class StepPlan:
         """Return the example indices of every step of an epoch, longest first within a step."""
         generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(len(self.lengths))
-        # The incomplete step is cut off before sorting, so that it is a random sample and not the shortest examples.
+        # The incomplete step is removed before sorting: it is a random sample, not the shortest examples.
         cut = len(order) // self.step_size * self.step_size
         steps = []
         for start in range(0, cut, self.step_size * POOL_STEPS):
@@ -140,15 +140,15 @@ def eval_batches(
 
 
 def _loader(dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any], workers: int) -> DataLoader:
-    # It has its own generator because each iteration would otherwise draw from the global one. A resumed run, which
-    # iterates once more, would then get other dropout masks than an uninterrupted run.
+    # Each iteration draws from the generator. With the global one, a resumed run, which iterates once more, would get
+    # other dropout masks.
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=workers,
-        # Forked, what they read needs no pickling; Python's own default differs between versions and platforms.
+        # Forked workers need no pickling. Python's default differs between versions and platforms.
         multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
         generator=generator,
         pin_memory=torch.cuda.is_available(),

@@ -192,7 +192,7 @@ class Checkpoints:
         if latest is None:
             if finished and not self.overwrite:
                 raise ResumeError(
-                    f"{self.folder} holds the results.json of a finished run, but no checkpoint: {afresh}"
+                    f"{self.folder} contains the results.json of a finished run, but no checkpoint: {afresh}"
                 )
             return None
         try:
@@ -334,8 +334,7 @@ def _check_random_state(path: Path) -> None:
 class Interruption:
     """Catches SIGTERM and Ctrl-C, so that the loop can save and end with `EXIT_RESUME`.
 
-    A context manager that restores the earlier handlers. A second Ctrl-C ends the process immediately. `requested()`
-    is a collective call: true on every process as soon as one of them got the signal.
+    A context manager that restores the earlier handlers. A second Ctrl-C ends the process immediately.
     """
 
     NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}  # noqa: RUF012
@@ -357,11 +356,11 @@ class Interruption:
         now = time.monotonic()
         if not self.signalled:
             self.signalled, self.name, self.since = True, self.NAMES[signal.Signals(number)], now
-        elif number == signal.SIGINT and now - self.since > 1:  # sooner it is a launcher that hands on the first
+        elif number == signal.SIGINT and now - self.since > 1:  # sooner, a launcher forwards the first one
             raise KeyboardInterrupt
 
     def requested(self) -> bool:
-        """Return whether to stop."""
+        """Return whether any process got a signal. A collective call."""
         if self.accelerator.num_processes == 1:
             return self.signalled
         flag = torch.tensor([int(self.signalled)], device=self.accelerator.device)

@@ -54,8 +54,8 @@ def gather_by_index(accelerator: Accelerator, indices: Sequence[int], values: Se
     """Put the values of all processes in the order of the data set, on every process.
 
     Args:
-        indices: the example that each value belongs to; examples that several processes hold count once.
-        total: how many examples there are; it is checked that none is missing.
+        indices: the example that each value belongs to. An example on several processes counts once.
+        total: the number of examples. An AssertionError says if one is missing.
     """
     pairs = list(zip((int(index) for index in indices), values, strict=True))
     if accelerator.num_processes > 1:

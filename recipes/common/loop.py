@@ -77,9 +77,10 @@ class Step:
 
 
 class Run:
-    """One run of a recipe; see the module. `finished`: its folder contains the results of a run with these options.
+    """One run of a recipe; see the module.
 
-    `content(options)` returns a hash of the run's data by option, as `tasks.data.data_content` does.
+    `content(options)` returns a hash of the run's data by option, as `tasks.data.data_content` does. `finished` says
+    whether the folder contains the results of a run with these options.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Run:
                 prepare_push(options)
         self.finished = self.resuming and (self.output_dir / "results.json").exists()
         if self.finished:
-            self.print(f"{self.output_dir} holds a finished run with these options; nothing to do")
+            self.print(f"{self.output_dir} contains a finished run with these options; nothing to do")
             if options.push_to_hub and self.is_main:
                 record = json.loads((self.output_dir / "results.json").read_text(encoding="utf-8"))
                 publish(self.output_dir / "best", record, options)
@@ -142,7 +143,7 @@ class Run:
             if options.norm != STOCK:
                 remember(resolve_norm(options.norm)[0])  # to load an earlier model with it
             self.task = task = prepare(self)
-            set_seed(options.seed)  # the same initialization whatever happened before, for every norm
+            set_seed(options.seed)  # the same initialization for every norm
             model = main_first(accelerator, task.build_model)
             num_norms = apply_patch(model, options, lambda: task.calibration_batch(model))
             self.total_steps = options.max_steps or options.num_epochs * task.plan.num_steps

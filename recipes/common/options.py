@@ -1,9 +1,9 @@
 """The options that all recipes share, and how they are read.
 
 A recipe declares one flat, keyword-only dataclass that inherits from the groups here. Every field becomes a flag of
-the same name; a flag that is none of them sets a setting of the norm. `--config FILE.yaml` sets any of them; flags on
-the command line override the file. Paths in a config file (options ending in `_file`, the file of a norm) are relative
-to that file, paths on the command line to the current directory.
+the same name. Any other flag is a setting of the norm. `--config FILE.yaml` sets any of them, and flags override the
+file. Paths in a config file (options ending in `_file`, the file of a norm) are relative to that file, paths on the
+command line to the current directory.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def option(default: Any, help: str, *, changes: Change = "results", within: str 
     """Declare a dataclass field with its default and the text that `--help` shows.
 
     Args:
-        changes: what another value changes. "results": weights or scores; it must be the same when a run is resumed
-            and in all runs of a comparison. "onward": what happens from then on; a resumed run may change it, the runs
-            of a comparison must agree. "nothing": where a run writes and how it is watched.
+        changes: what another value changes. "results": weights or scores; a resumed run and all runs of a comparison
+            need the same value. "onward": later steps; a resumed run may change it, the runs of a comparison must
+            agree. "nothing": neither.
         within: the interval that a number must be in, such as "[0, 1)" or "(0, inf)".
     """
     metadata = {"help": help, "changes": changes, "within": within}
@@ -48,7 +48,7 @@ def option(default: Any, help: str, *, changes: Change = "results", within: str 
 
 
 def positive(text: str) -> int:
-    """Return a command line's number, which must be at least 1. Raises ValueError, which argparse reports."""
+    """Return a number of at least 1. Raises ValueError, which argparse reports."""
     if (number := int(text)) < 1:
         raise ValueError
     return number
@@ -152,7 +152,10 @@ class OptimizationOptions:
         "report", "what to do with a step whose loss or gradient is a spike", changes="onward"
     )
     spike_sigmas: float = option(
-        6.0, "a spike is so many standard deviations above the last 128 steps", changes="onward", within="(0, inf)"
+        6.0,
+        "standard deviations above the mean of the last 128 steps that make a spike",
+        changes="onward",
+        within="(0, inf)",
     )
 
 
@@ -221,7 +224,7 @@ def _as_kind(value: Any, kind: Any) -> Any:
             value = [str(item) if type(item) is int else item for item in value]
         return [_as_kind(item, inner) for item in value]
     if origin is float and not isinstance(value, bool):
-        return float(value)  # YAML takes 1e-3, without a point, for text
+        return float(value)  # YAML reads 1e-3, without a point, as text
     if origin in (bool, int, str, dict, types.NoneType) and type(value) is origin:
         return value
     raise ValueError(value)

@@ -15,12 +15,12 @@ from common.batches import Plan
 
 @dataclass(kw_only=True)
 class Task:
-    """What a run trains, and what its runs are measured by. Subclasses add what the recipe itself needs.
+    """What a run trains, and how its runs are scored. Subclasses add what the recipe itself needs.
 
-    Of every task: the `score` that runs are compared by, as `results.json` names it, with a label, a scale and
-    decimals for tables; `outcomes` and `score_of` for tests of significance; `without_test`, the options that hide the
-    test split; the `unit` of speed; how to `use` the best model. Of one run: what is trained on, in which steps;
-    `count(step)` is what a step's loss is divided by; `pipeline` is the Hub's name of the task.
+    The class contains the `score` that runs are compared by, with a label, scale and decimals for tables. It also
+    contains the options that hide the test split, the `unit` of speed, and how to `use` the best model. `outcomes` and
+    `score_of` serve tests of significance. An instance contains the data of one run. A step's loss is divided by
+    `count(step)`; `pipeline` is the Hub's name of the task.
     """
 
     score: ClassVar[str]
@@ -34,7 +34,7 @@ class Task:
 
     pipeline: str
     auto_class: Any
-    processor: Any  # saved beside the model
+    processor: Any  # saved with the model
     train_data: Any
     train_collate: Callable[[int], Callable[[list[Any]], Any]]  # of an epoch
     plan: Plan

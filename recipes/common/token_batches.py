@@ -23,7 +23,7 @@ class TokenPlan:
             lengths twice.
         max_tokens: most tokens in a micro-batch on either side, padding included.
 
-    Raises ValueError when a sentence alone is beyond `max_tokens`, or the data cannot fill a single step.
+    Raises ValueError if a sentence alone exceeds `max_tokens`, or the data cannot fill a single step.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class TokenPlan:
         if self.lengths.max(initial=0) > max_tokens:
             raise ValueError(
                 f"--max_tokens {max_tokens}: the longest training sentence alone has {self.lengths.max()} tokens; "
-                "raise max_tokens, or cut sentences off earlier"
+                "raise max_tokens, or truncate sentences earlier"
             )
-        # The lengths in sorted order are the same whatever the order of ties, so the cuts are made once.
+        # The order of ties does not change the sorted lengths, so the cuts are made once.
         order = np.lexsort((self.source_lengths, self.target_lengths))
         self.cuts = _cut(self.lengths[order], max_tokens)
         step_size = num_processes * accumulation
-        # Micro-batches that do not fill a last step are left out of their epoch: others in each, as they are shuffled.
+        # Micro-batches that do not fill a last step are skipped, different ones in each epoch.
         self.num_steps = (len(self.cuts) + 1) // step_size
         if self.num_steps == 0 or len(self.lengths) == 0:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Arc-standard parsing (Nivre 2004) of many sentences at a time, on the features of Chen and Manning (2014).
 
-A state holds a stack, which begins with the artificial root, and a buffer, which begins with all words. SHIFT moves
+A state has a stack, which starts with the artificial root, and a buffer, which starts with all words. SHIFT moves
 the next word onto the stack; LEFT makes the second of the stack a dependent of the top and takes it off, RIGHT the top
 one of the second. Every sentence of n words takes 2 n transitions. So a batch is parsed in lockstep, and its longest
 sentences, which come first, remain.
@@ -27,7 +27,7 @@ from tasks.conllu import Sentence
 NULL, ROOT, UNKNOWN = 0, 1, 2  # ids of words and of tags that no word has; NULL is also that of a missing relation
 NUM_WORDS, NUM_TAGS, NUM_RELATIONS = 18, 18, 12
 NUM_FEATURES = NUM_WORDS + NUM_TAGS + NUM_RELATIONS
-_BOTTOM = 2  # place of the root on the stack: what lies under it is none
+_BOTTOM = 2  # place of the root on the stack; no word lies under it
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def is_projective(heads: Sequence[int] | np.ndarray) -> bool:
 
 
 class ParserVocabulary:
-    """Words, tags and relations by number; saved beside the model as `vocabulary.json`.
+    """Words, tags and relations by number; saved with the model as `vocabulary.json`.
 
     Words and tags count from 3, after those of no word, of the root and of what is unknown; relations from 1.
     """

@@ -45,7 +45,7 @@ from tasks.models import (
 from tasks.options import ByteDataOptions
 
 NUM_BYTES = 256
-# Parameters of an XLNet that a plain reading of one text does not use: DDP would wait for their gradients.
+# Parameters of an XLNet that reading one text does not use: DDP would wait for their gradients.
 UNUSED = ("mask_emb", "seg_embed", "r_s_bias")
 
 
@@ -59,7 +59,7 @@ def read_bytes(file: str | Path, option_name: str) -> np.ndarray:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
                 if len(names) != 1:
-                    raise DataError(f"{file}: expected an archive of one file, it holds {len(names)}")
+                    raise DataError(f"{file}: expected an archive of one file, it contains {len(names)}")
                 data = archive.read(names[0])
         elif path.suffix in {".gz", ".bz2"}:
             data = {".gz": gzip, ".bz2": bz2}[path.suffix].decompress(path.read_bytes())

@@ -2,7 +2,7 @@
 
 One word a line in 8 to 10 columns divided by tabs (ID, FORM, LEMMA, UPOS, XPOS, FEATS, HEAD, DEPREL, DEPS, MISC), an
 empty line after each sentence, comments before it. Lines of multi-word tokens (`3-4`) and of empty nodes (`8.1`) are
-no words of the tree: they are passed over, and kept where a file is written again.
+not words of the tree. They are skipped, and kept when the file is written again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_conllu(
 ) -> list[Sentence]:
     """Return the sentences of a file, plain or gzipped. Without `trees`, HEAD and DEPREL are ignored.
 
-    Raises DataError naming file and line: wrong columns or ids, a head that is none, a cycle, no root.
+    Raises DataError naming file and line: wrong columns or ids, an invalid head, a cycle, no root.
     """
     path = Path(file)
     if not path.is_file():
@@ -82,7 +82,7 @@ def read_conllu(
 
 
 def check_forms(sentences: Sequence[Sentence], file: str | Path) -> None:
-    """Raise DataError for a treebank without its words: some licenses allow to share the trees, but not the text."""
+    """Raise DataError for a treebank without its words: some licenses permit sharing the trees only."""
     forms = [form for sentence in sentences for form in sentence.forms]
     if (blank := forms.count("_")) > len(forms) / 2:
         raise DataError(
@@ -92,7 +92,7 @@ def check_forms(sentences: Sequence[Sentence], file: str | Path) -> None:
 
 
 def check_tags(sentences: Iterable[Sentence], file: str | Path, tag_column: str) -> None:
-    """Raise DataError for a file whose tags all are left blank."""
+    """Raise DataError for a file without tags."""
     if all(tag == "_" for sentence in sentences for tag in sentence.tags):
         [other] = TAG_COLUMNS.keys() - {tag_column}
         column = f"column {TAG_COLUMNS[tag_column] + 1} ({tag_column.upper()})"
@@ -102,7 +102,7 @@ def check_tags(sentences: Iterable[Sentence], file: str | Path, tag_column: str)
 
 
 class _LineError(ValueError):
-    """What is wrong with the line just read, or, in a tree, with that of `word`, counted from 1."""
+    """An error in the line just read or, in a tree, in the line of `word`, counted from 1."""
 
     def __init__(self, message: str, word: int | None = None):
         super().__init__(message)

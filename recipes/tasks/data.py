@@ -29,7 +29,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".pa
 USE = {"train": "train on", "validation": "choose the best checkpoint on", "test": "test on"}
 SPLITS = tuple(USE)
 DATA_OPTIONS = ("train_file", "validation_file", "test_file", "dataset_name")
-# The options that name columns whose cells in a CSV are text, whatever they look like.
+# The options that name text columns: their cells in a CSV are text even if they look like numbers.
 TEXT_COLUMNS = ("text_column", "text_pair_column", "label_column", "source_lang", "target_lang")
 # With more classes than this, and as many as half of the examples, the column is an identifier.
 MANY_CLASSES = 1000
@@ -109,7 +109,7 @@ def content_of(paths: Sequence[Path]) -> str:
 def data_content(options: Any) -> dict[str, str]:
     """Return a hash of a run's local data by option.
 
-    For images it covers the files that the table names. Missing files and data of the Hub have none.
+    For images it covers the files that the table names. Missing files and data sets of the Hub are left out.
     """
     content = {}
     for name in DATA_OPTIONS:
@@ -140,7 +140,7 @@ def load_file(
 ) -> Dataset:
     """Load one local file, by its ending.
 
-    In a CSV, cells of `text_columns` are text, whatever they look like, and only an empty cell is a missing value.
+    In a CSV, cells of `text_columns` are text even if they look like numbers, and only an empty cell is missing.
     Raises DataError naming the file and its option, by default that of the split.
     """
     path, option_name = Path(file), option_name or f"{split}_file"
@@ -175,8 +175,8 @@ def load_file(
         data = datasets.load_dataset(
             FORMATS[suffix], data_files=str(path.resolve()), split="train", cache_dir=_cache(path), **extra
         )
-        data.data.validate(full=True)  # JSON lines may hold bytes that are not UTF-8
-    except Exception as error:  # datasets wraps the parsers' errors in classes of its own, by version
+        data.data.validate(full=True)  # JSON lines may contain bytes that are not UTF-8
+    except Exception as error:  # datasets wraps the parsers' errors, differently by version
         cause = error.__cause__ or error
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         if "corresponds to no data" in first_line:
@@ -208,11 +208,11 @@ def _check_cells(path: Path, delimiter: str, option_name: str) -> None:
                         f"header has {width}; put quotes around a cell that contains {delimiter!r}"
                     )
     except (csv.Error, OSError, EOFError, zlib.error):
-        return  # the reader proper reports it
+        return  # pandas reports it
 
 
 def _check_quotes(file: str | Path, data: Dataset) -> None:
-    """Raise DataError where a quotation mark that begins a cell has swallowed the rows up to the next one."""
+    """Raise DataError if a quotation mark at the start of a cell has swallowed rows up to the next mark."""
     for column in data.column_names:
         for row, cell in enumerate(data.data.column(column).to_pylist(), start=1):
             if isinstance(cell, str) and "\t" in cell and "\n" in cell:
@@ -322,7 +322,7 @@ def resolve_labels(
             raise DataError(f"{place}: no label in {_rows(missing)}")
         given[split] = [_label_text(value, f"{place}, row {row}") for row, value in enumerate(values, start=1)]
     found, declared = set(given["train"]), feature.names if isinstance(feature, ClassLabel) else None
-    numbered = declared is not None  # such a data set holds numbers
+    numbered = declared is not None  # such a data set contains numbers
     if label_names is not None:
         names = [str(name) for name in label_names]
         if len(set(names)) != len(names):
@@ -369,7 +369,7 @@ def _label_text(value: Any, place: str) -> str:
 
 
 def _is_number(label: str) -> bool:
-    """Return whether a label is a whole number as one writes it, without leading zeros."""
+    """Return whether a label is a whole number without leading zeros."""
     return re.fullmatch(r"-?(0|[1-9]\d*)", label) is not None
 
 

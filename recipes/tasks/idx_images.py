@@ -1,4 +1,4 @@
-"""Reads MNIST's own file format, IDX: one file of images, one of labels beside it, both perhaps gzipped."""
+"""Reads MNIST's file format, IDX: a file of images, and one of labels in the same folder, plain or gzipped."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_idx_images(path: str | Path) -> Dataset:
     path = Path(path)
     labels_path = labels_beside(path)
     if not labels_path.is_file():
-        raise FileNotFoundError(f"{labels_path}: no such file; the labels belong beside {path.name}")
+        raise FileNotFoundError(f"{labels_path}: no such file; the labels must be in the folder of {path.name}")
     images, labels = read_idx(path), read_idx(labels_path)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise ValueError(f"{path}: images of shape {images.shape}, but labels of shape {labels.shape}")

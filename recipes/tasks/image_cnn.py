@@ -86,7 +86,7 @@ class LayerNormCnnLinear(nn.Module):
 class LayerNormCnnForImageClassification(PreTrainedModel):
     """The CNN with its classifier.
 
-    Raises ValueError when the image is too small for so many poolings, and for an unknown `norm_before` or `padding`.
+    Raises ValueError for an image that is too small to pool, and for an unknown `norm_before` or `padding`.
     """
 
     config_class = LayerNormCnnConfig

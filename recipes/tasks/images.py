@@ -91,11 +91,13 @@ def as_images(data: Dataset, column: str, file: str | None) -> Dataset:
     if is_text(data.features[column]):
         folder = Path(file).resolve().parent if file else Path()
         data = data.map(lambda row: {column: None if row[column] is None else str(folder / row[column])})
-        data = data.cast_column(column, Value("string"))  # datasets 4.0 makes no images of a `large_string`
+        data = data.cast_column(column, Value("string"))  # datasets 4.0 cannot cast a `large_string`
     try:
         return data.cast_column(column, Image(decode=False))
-    except Exception as error:  # of pyarrow's making, by version
-        raise DataError(f"column {column!r} holds {data.features[column]}, not images or paths of images") from error
+    except Exception as error:  # pyarrow's errors differ by version
+        raise DataError(
+            f"column {column!r} contains {data.features[column]}, not images or paths of images"
+        ) from error
 
 
 def _check_images(splits: dict[str, Dataset], column: str) -> None:
@@ -115,7 +117,7 @@ def open_image(value: dict[str, Any] | None, where: str) -> PilImage.Image:
         image = ImageOps.exif_transpose(opened)
         if image.mode == "I" or image.mode.startswith("I;16"):
             values = np.asarray(image).astype(np.int64)
-            if image.mode != "I" or values.max(initial=0) > 255:  # 32 bits may hold 8 as well
+            if image.mode != "I" or values.max(initial=0) > 255:  # images of 32 bits may contain 8-bit values
                 values //= 257
             return PilImage.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
@@ -163,7 +165,7 @@ def _processor(options: Any) -> Any:
         return processor
     side = options.image_size or getattr(fresh_config(options), "image_size", None)
     if not isinstance(side, int):
-        raise OptionError("--image_size is missing: the model's config does not tell the size of its images")
+        raise OptionError("--image_size is missing: the model's config has no image size")
     half = [0.5] * 3
     return ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=half, image_std=half)
 

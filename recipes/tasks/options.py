@@ -63,7 +63,7 @@ class ImageOptions:
 
     image_column: str = option("image", "column of the image: an image, its bytes or its path")
     image_size: int | None = option(None, "side that images are scaled to; by default the model's", within="(0, inf)")
-    random_crop_padding: int = option(0, "pad by so many pixels and crop back at a random place", within="[0, inf)")
+    random_crop_padding: int = option(0, "pad by N pixels and crop back at a random place", within="[0, inf)")
     random_resized_crop: float | None = option(None, "crop a random part of at least this share", within="(0, 1]")
     horizontal_flip: bool = option(False, "mirror every second image")
 
@@ -88,7 +88,7 @@ class ParallelOptions(DataOptions):
     source_lang: str = option("de", "language to translate from: a column, or `{lang}` in file names")
     target_lang: str = option("en", "language to translate to")
     translation_column: str | None = option(
-        None, "column that holds both languages by name, as in the translation data sets of the Hub"
+        None, "column that contains both languages by name, as in translation data sets of the Hub"
     )
     text_preparation: Literal["none", "moses"] = option("none", "moses: tokenize by Moses's rules first (IWSLT14)")
     hold_out_every: int | None = option(
@@ -152,11 +152,11 @@ class TranslationOptions(
 
 @dataclass(kw_only=True)
 class ByteDataOptions:
-    """A text file, read as bytes; validation and test are its end, as usual for enwik8, or files of their own."""
+    """A text file, read as bytes. Validation and test are its end, as usual for enwik8, or separate files."""
 
     train_file: str | None = option(None, "text file: plain, .gz, .bz2, or .zip of one file")
-    validation_file: str | None = option(None, "its own validation file, instead of the end of train_file")
-    test_file: str | None = option(None, "its own test file, instead of the end of train_file")
+    validation_file: str | None = option(None, "separate validation file, instead of the end of train_file")
+    test_file: str | None = option(None, "separate test file, instead of the end of train_file")
     test_characters: int | None = option(5_000_000, "last bytes of train_file to test on", within="[0, inf)")
     validation_characters: int | None = option(5_000_000, "bytes before these to validate on", within="[0, inf)")
     score_test: bool = option(True, "score the best model on the test split at the end")

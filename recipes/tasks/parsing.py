@@ -58,7 +58,7 @@ class ParsingTask(Task):
     gold: dict[str, list[Sentence]]
     encoded: dict[str, list[Encoded]]
     examples: dict[str, Transitions]
-    left_out: dict[str, int]  # sentences of a split that are no examples: not projective, or with unknown relations
+    left_out: dict[str, int]  # skipped sentences of a split: not projective, or with unknown relations
     vocabulary: ParserVocabulary
     sentences_per_second: float | None = None  # parsed in the last evaluation
 
@@ -143,7 +143,7 @@ def prepare_parsing(run: Run) -> ParsingTask:
         summary=(
             f"{len(examples['train']):,} transitions of {len(learnable['train']):,} sentences to train on; of "
             f"{len(gold['train']):,} and {len(gold['validation']):,} sentences {left_out['train']:,} and "
-            f"{left_out['validation']:,} are left out, as they are not projective or have relations of their own"
+            f"{left_out['validation']:,} are skipped, as they are not projective or have unknown relations"
         ),
         gold=gold,
         encoded=encoded,

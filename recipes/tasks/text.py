@@ -36,8 +36,8 @@ from tasks.tokenization import train_encoder_tokenizer, trained_once
 class ClassificationTask(Task):
     """Texts or images with a class each.
 
-    `splits` holds `train`, `validation` and, when there is one, `test`, each with a `labels` column; `raw_test` is the
-    test split as it was loaded, of which the `columns` are what is classified, for prediction in a fresh process.
+    `splits` contains `train`, `validation` and, if there is one, `test`, each with a `labels` column. A fresh process
+    classifies the `columns` of `raw_test`, the test split as loaded.
     """
 
     score = "accuracy"

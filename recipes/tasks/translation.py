@@ -50,8 +50,8 @@ SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 class TranslationTask(Task):
     """Sentence pairs.
 
-    `raw` holds the text columns of every split, `splits` their `input_ids` and `labels`, `lengths` the numbers of
-    tokens of sources and of targets. `restore` makes plain text of what was decoded.
+    `raw` contains the text columns of every split, `splits` their `input_ids` and `labels`, `lengths` the numbers of
+    tokens of sources and of targets. `restore` turns decoded text into plain text.
     """
 
     score = "bleu_tokenized_lowercase"
@@ -70,10 +70,10 @@ class TranslationTask(Task):
     def outcomes(cls, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
         """Return the n-gram matches and totals and the two lengths of each test sentence."""
         lines = (folder / "test_translations.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-        rows, lang = [json.loads(line) for line in lines], record["options"]["target_lang"]  # lines may hold U+2028
+        rows, lang = [json.loads(line) for line in lines], record["options"]["target_lang"]  # lines may contain U+2028
         hypotheses = moses_tokenize([row["translation"] for row in rows], lang)
         references = moses_tokenize([row["reference"] for row in rows], lang)
-        # effective_order is what sacreBLEU asks for on single sentences; it does not touch the counts taken here.
+        # sacreBLEU requires effective_order on single sentences. It does not change the counts used here.
         metric = BLEU(lowercase=True, tokenize="none", force=True, effective_order=True)
         counts = []
         for hypothesis, reference in zip(hypotheses, references, strict=True):
@@ -193,7 +193,7 @@ def lang_token_id(tokenizer: Any, code: str) -> int:
     if number is None or number == tokenizer.unk_token_id:
         known = sorted(getattr(tokenizer, "lang_code_to_token", None) or getattr(tokenizer, "lang_code_to_id", {}))
         known = known or list(tokenizer.all_special_tokens)
-        raise OptionError(f"language code {code!r} is none of the tokenizer's: {', '.join(map(str, known[:60]))}")
+        raise OptionError(f"unknown language code {code!r}; the tokenizer has {', '.join(map(str, known[:60]))}")
     return number
 
 
@@ -297,7 +297,7 @@ def initialize(model: PreTrainedModel, kind: Literal["xavier", "kaiming"]) -> No
     with standard deviation width^-1/2. `kaiming` draws the attention's four matrices from U(-width^-1/2, width^-1/2),
     which is Kaiming uniform with a = sqrt(5).
 
-    Raises OptionError for a model whose attention projections cannot be told by their names.
+    Raises OptionError for a model without q_proj, k_proj and v_proj.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     found = 0

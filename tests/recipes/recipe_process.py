@@ -40,7 +40,7 @@ def start(
 
     Args:
         kill_at: (audit event, regular expression): SIGKILL before the first such operation on a matching path.
-        file_size: no file can grow beyond so many bytes; writing more fails as on a full disk.
+        file_size: the largest size of a file. Writing more fails, as on a full disk.
         environment: variables, such as those a launcher sets.
     """
     start_server()
