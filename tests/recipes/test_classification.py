@@ -117,8 +117,9 @@ def test_a_norm_of_the_users_own_is_trained_tested_and_trained_further(texts, tm
     assert results["norm_files"] == {"my_norms.py": hashlib.sha256(MY_NORM.encode()).hexdigest()}
     assert results["test"]["accuracy"] == results["validation"]["accuracy"]  # in a fresh process
     assert "trust_remote_code=True)" in capsys.readouterr().out
-    start = {**changes, "model_config": "{}", "model_name_or_path": tmp_path / "run" / "best", "learning_rate": 1e-9}
-    classification.main(arguments_for(texts, tmp_path / "more", **{**start, "max_steps": 1}))
+    start = {"model_config": "{}", "model_name_or_path": tmp_path / "run" / "best", "learning_rate": 1e-9}
+    start |= {"norm": f"{file}:Derf", "alpha": 0.7, "max_steps": 1}
+    classification.main(arguments_for(texts, tmp_path / "more", **start))
     assert read_results(tmp_path / "more")["validation"] == pytest.approx(results["validation"], rel=1e-5)
     file.write_text(MY_NORM.replace("0.5", "0.4"))
     with pytest.raises(SystemExit) as ended:
