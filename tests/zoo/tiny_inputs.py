@@ -193,8 +193,6 @@ def _guesses(model: PreTrainedModel) -> Iterator[Inputs]:
     if extra:
         yield usual
     yield made
-    if "input_ids" in made:
-        yield {"input_ids": made["input_ids"]}
     if "input_features" in made:
         for bins_and_length in ((80, 128), (64, 80), (128, 128), (128, 80), (128, 200), (64, 128), (64, 560)):
             given = {**usual, "input_features": maker.floats(*bins_and_length)}
@@ -215,13 +213,11 @@ def _guesses(model: PreTrainedModel) -> Iterator[Inputs]:
     if "input_values" in made:
         for shape in ((1, 2400), (2400,), (2400, 80), (1, 9600), (2, 2400)):
             yield {**usual, "input_values": maker.floats(*shape)}
-        yield {**usual, "input_values": maker.floats(16000, rows=1)}
     if "pixel_values" in made:
         for size in (32, 64, 128, 224, 256):
             yield {**usual, "pixel_values": maker.floats(3, size, size)}
         for frames in dict.fromkeys((2, 4, maker.number("num_frames", default=2))):
             yield {**usual, "pixel_values": maker.floats(frames, *maker.image_shape())}
-        yield {**usual, "pixel_values": maker.patches().reshape(ROWS, 16, -1)}
 
 
 def _unusual(maker: _Maker, base: list[str], made: Inputs) -> Iterator[Inputs]:
