@@ -24,7 +24,7 @@ class Fold:
     unfoldable: Literal["keep", "approximate", "calibrate", "raise"] = "keep"
     """What to do with a norm that something else than linear layers reads. `"keep"` keeps it. `"approximate"` folds
     the mean gain of a post-norm residual norm and drops the deviations. `"calibrate"` fits gain and bias to the
-    model's activations on `inputs`. `"raise"` raises before anything changes."""
+    model's activations on `inputs`, which wait in temporary files. `"raise"` raises before anything changes."""
     inputs: Mapping[str, Any] | None = None
     """Keyword arguments of one forward pass; by default made from the model's config. Pass a real batch for
     `"calibrate"`, and if the default ones do not run or do not reach every part of the model."""
