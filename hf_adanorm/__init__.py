@@ -1,10 +1,10 @@
-"""AdaNorm and its relatives for any transformers model: one call swaps the norms, stock calls save and load it.
+"""Swap the norms of any transformers model in one call. The stock calls save and load the result.
 
     import hf_adanorm
     hf_adanorm.patch_model(model, "adanorm")
     model.save_pretrained("out")
 
-Importing the package is what teaches stock `from_pretrained`, `pipeline` and `Trainer` to read patched checkpoints.
+The import registers the norms, so that `from_pretrained`, `pipeline` and `Trainer` load patched checkpoints.
 """
 
 import importlib

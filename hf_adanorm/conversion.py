@@ -1,4 +1,4 @@
-"""Load a checkpoint, save the changed model, and lose nothing on the way: what the commands of `hf-adanorm` share.
+"""Load a checkpoint and save the changed model without losses: what the commands of `hf-adanorm` share.
 
 1. `load_config` and `empty_model` build the model without weights, to check options before anything is downloaded.
 2. `load_model` loads the weights. Weights that the checkpoint lacks would be random: it raises. Weights that the model
@@ -51,7 +51,7 @@ class Source:
 
 
 def load_config(source: Source) -> PreTrainedConfig:
-    """Return the config of a checkpoint. Raises OSError or ValueError in one line."""
+    """Return the config of a checkpoint. Raises OSError or ValueError."""
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig

@@ -1,8 +1,8 @@
-"""Find where two models differ, module by module: did a patch, a fold or a reload change anything?
+"""Find where two models differ, module by module, to see what a patch, a fold or a reload changed.
 
 Both models run once on the same inputs, in evaluation mode, without gradients and with the same random state. Outputs
-of modules of the same name are compared in the order in which the modules finish. The first that differs is the
-innermost module at which the models part.
+of modules with the same name are compared in the order in which the modules finish. So the first difference is at the
+innermost module that differs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class OutputDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputComparison:
-    """What `compare_outputs` found; prints as a table."""
+    """The result of `compare_outputs`; prints as a table."""
 
     rows: tuple[OutputDifference, ...]
     """In the order in which the modules finish."""
@@ -91,7 +91,7 @@ class OutputComparison:
         return f"{differing} of {len(self.rows)} outputs differ by more than {self.tolerance:g}, the first is {where}"
 
     def __str__(self) -> str:
-        table = [] if self.first is None else [text_table(_HEADER, self._lines())]  # where nothing differs, one line
+        table = [] if self.first is None else [text_table(_HEADER, self._lines())]
         return "\n".join([self._summary(), *table, *self._left_over()])
 
     __repr__ = __str__
@@ -110,12 +110,12 @@ def compare_outputs(
 ) -> OutputComparison:
     """Run both models on the same inputs and compare the output of every module that they have in common.
 
-    Neither model is changed; each runs in evaluation mode, on its own device, and is put back into its mode. The
-    outputs of all modules are kept while this runs: give it a small batch.
+    Neither model changes. Each runs in evaluation mode, on its own device. Pass a small batch, as the outputs of all
+    modules stay in memory.
 
     Args:
         model_a: the reference.
-        model_b: the other one, with modules of the same names (compare `model.bert` with a bare `BertModel`).
+        model_b: the other model. Its modules need the same names: compare `model.bert` with a bare `BertModel`.
         inputs: keyword arguments as a mapping, positional ones as a tuple or list, or one tensor.
         tolerance: relative difference `||a - b|| / ||a||` up to which outputs count as equal; >= 0.
 
@@ -144,27 +144,27 @@ def compare_outputs(
     if not (names_a & names_b) - {""} and (names_a | names_b) - {""}:
         raise ValueError(
             f"the two models have no module in common: {sorted(names_a - {''})[:3]} and {sorted(names_b - {''})[:3]}. "
-            "Where one is a part of the other, pass that part, such as model.bert"
+            "If one is a part of the other, pass that part, such as model.bert"
         )
     rows = []
     for (name, call), value in outputs_a.items():
         if (name, call) in outputs_b:
             max_abs, relative, note = _difference(value, outputs_b[name, call])
-            class_a, class_b = (type(modules[name]).__name__ for modules in (modules_a, modules_b))
-            row = OutputDifference(
-                name=name, class_a=class_a, class_b=class_b, call=call, max_abs=max_abs, relative=relative, note=note
-            )
-            rows.append(row)
-    return OutputComparison(
-        rows=tuple(rows),
-        only_in_a=tuple(name for name in dict.fromkeys(n for n, _ in outputs_a) if name not in names_b),
-        only_in_b=tuple(name for name in dict.fromkeys(n for n, _ in outputs_b) if name not in names_a),
-        tolerance=tolerance,
+            named = {
+                "name": name,
+                "class_a": type(modules_a[name]).__name__,
+                "class_b": type(modules_b[name]).__name__,
+            }
+            rows.append(OutputDifference(**named, call=call, max_abs=max_abs, relative=relative, note=note))
+    only_in_a, only_in_b = (
+        tuple(dict.fromkeys(name for name, _ in outputs if name not in others))
+        for outputs, others in ((outputs_a, names_b), (outputs_b, names_a))
     )
+    return OutputComparison(rows=tuple(rows), only_in_a=only_in_a, only_in_b=only_in_b, tolerance=tolerance)
 
 
 def _run(model: nn.Module, inputs: Any) -> dict[tuple[str, int], list[Tensor]]:
-    """The output tensors of every call of every module, by name and number of the call, in the order they finish."""
+    """Return the output tensors of every call of every module, by name and call, in the order they finish."""
     args, kwargs = _arguments(inputs, next(model.parameters(), torch.empty(0)).device)
     found: dict[tuple[str, int], list[Tensor]] = {}
 
@@ -198,7 +198,7 @@ def _arguments(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict
 
 
 def _difference(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, str]:
-    """(largest |a - b|, ||a - b|| / ||a||, note) over the tensors of two outputs."""
+    """Return (largest |a - b|, ||a - b|| / ||a||, note) over the tensors of two outputs."""
     shapes = [[tuple(tensor.shape) for tensor in side] for side in (a, b)]
     if shapes[0] != shapes[1]:
         return math.inf, math.inf, f"shapes differ: {shapes[0]} and {shapes[1]}"
@@ -208,7 +208,7 @@ def _difference(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, str]:
             square_a += float(left.double().square().sum()) if left.numel() else 0.0
             continue
         left, right = left.double(), right.double()
-        # Equal infinities (masks) and NaN in the same places are no difference; NaN or infinity on one side is.
+        # Equal infinities (of masks) and NaN in the same places are no difference.
         same = (left == right) | (left.isnan() & right.isnan())
         gap = torch.where(same, 0.0, left - right).nan_to_num(math.inf, math.inf, -math.inf).abs()
         max_abs = max(max_abs, float(gap.max()))

@@ -98,7 +98,7 @@ class PatchOptions:
     norm: str = option(
         "adanorm",
         f"norm to train with: {', '.join(BUILT_IN)}, FILE.py:CLASS or PACKAGE.MODULE:CLASS; layernorm trains the "
-        "unpatched control. --SETTING VALUE sets a setting of the norm, for instance --k 0.05",
+        "unpatched control. --SETTING VALUE sets a setting of the norm, such as --k 0.05; `hf-adanorm norms` lists them",
     )
     norm_settings: dict[str, Any] = option(
         {}, "settings of the norm, as {k: 0.05}, or of one norm, as {adanorm: {C: 2}}"
