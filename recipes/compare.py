@@ -52,13 +52,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add = parser.add_argument
     add("--config", help="YAML file of the recipe's options, for instance recipes/configs/rt.yaml")
     add("--recipe", choices=list(recipe_options()), help="by default the one that knows the options in --config")
-    add(
-        "--norms",
-        nargs="+",
-        default=ROWS,
-        metavar="NORM",
-        help="NORM or NORM:SETTING=VALUE,... (see hf-adanorm norms); by default the five",
-    )
+    add("--norms", nargs="+", default=ROWS, metavar="NORM", help="NORM or NORM:SETTING=VALUE,...; by default the five")
     add("--seeds", nargs="+", type=int, default=[3], help="one number: that many, from 1; several: these seeds")
     add("--output_dir", default=None, help="default: outputs/compare-NAME, after the config")
     add("--grid", nargs="+", default=[], metavar="OPTION=A,B", help="values to try for each norm on validation")

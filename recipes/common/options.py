@@ -98,7 +98,7 @@ class PatchOptions:
     norm: str = option(
         "adanorm",
         f"norm to train with: {', '.join(BUILT_IN)}, FILE.py:CLASS or PACKAGE.MODULE:CLASS; layernorm trains the "
-        "unpatched control. --SETTING VALUE sets a setting of the norm, such as --k 0.05; `hf-adanorm norms` lists them",
+        "unpatched control. --SETTING VALUE sets a setting of the norm, such as --k 0.05 (see hf-adanorm norms)",
     )
     norm_settings: dict[str, Any] = option(
         {}, "settings of the norm, as {k: 0.05}, or of one norm, as {adanorm: {C: 2}}"
