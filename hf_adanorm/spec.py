@@ -19,7 +19,7 @@ class NormGroup:
     """Names in the base model, such as "encoder.layer.*.output.LayerNorm", as in the keys of the checkpoint. `*`
     stands for one number, a leading `^` marks a module outside of the base model."""
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Arguments of the norm's constructor, such as `{"C": 1.0, "k": 0.1}`."""
+    """Arguments of the norm's constructor, by name."""
     centered: bool | None = None
     """Whether the mean is subtracted."""
     eps: float | None = None
@@ -56,8 +56,8 @@ class AdaNormSpec:
     eps: Mapping[str, float] = field(default_factory=dict)
     """The eps of norms that were not swapped but whose eps a fold adjusted."""
     classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The author's norms by name, each as `{"class": "Derf", "file": "my_norms.py", "files": {"my_norms.py": "..."}}`
-    with the SHA-256 of each file."""
+    """The author's norms by name. Each has the name of its class, its file, and the SHA-256 of its files, such as
+    {"class": "Derf", "file": "my_norms.py", "files": {"my_norms.py": "..."}}."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON types: format, version, groups, and biases, eps and classes where there are any."""
