@@ -167,9 +167,11 @@ class NormSchedule:
 
 
 class NormScheduleCallback(TrainerCallback):
-    """`NormSchedule` for the Trainer. It takes the same arguments, counts updates, and resumes where training resumes.
+    """Apply a `NormSchedule` in a Trainer::
 
-    trainer.add_callback(NormScheduleCallback(k=(0.0, 0.1), over=0.5, shape="cosine"))
+        trainer.add_callback(NormScheduleCallback(k=(0.0, 0.1), over=0.5, shape="cosine"))
+
+    It takes the same arguments, and resumes where the training resumes.
     """
 
     def __init__(self, **schedule: Any) -> None:

@@ -91,7 +91,7 @@ def watch_norms(
 
 
 class WatchNormsCallback(TrainerCallback):
-    """Run `watch_norms` in a Trainer: record into `callback.log`, and write to the trackers of `report_to`.
+    """Run `watch_norms` in a Trainer. It records into `callback.log`, and writes to the trackers of `report_to`::
 
         trainer.add_callback(WatchNormsCallback(trainer, every=10))
 

@@ -69,8 +69,8 @@ def write_model_card(
 ) -> Path:
     """Write the model card of the model saved in `folder`, or update our section of its card.
 
-    The text outside our two markers and the entries of the front matter stay, except for results of the same metric on
-    the same data, and results of a model with other norms.
+    The text outside our two markers and the entries of the front matter stay. Only results of the same metric on the
+    same data are replaced, and those of a model with other norms.
 
     Args:
         folder: a folder that `save_pretrained` wrote.
