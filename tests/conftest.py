@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("COLUMNS", None)  # tables are as wide as without a terminal; pytest-xdist sets it
 # Processes side by side would write each other's code of models.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
 
