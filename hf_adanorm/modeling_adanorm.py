@@ -507,9 +507,10 @@ def apply_spec(model: Any, data: Any, classes: Mapping[str, type[nn.Module]], re
         setattr(module, "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps", eps)
         module.__dict__[ADJUSTED_EPS] = True
     replace_modules(model, new)
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # a set, a list or None
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)  # None or a list; a set once it is complete
     more = (NOTICE, r"\._extra_state$") if new else (NOTICE,)
-    model._keys_to_ignore_on_load_unexpected = (list if isinstance(ignored, list) else set)([*ignored, *more])
+    kind = set if isinstance(ignored, set) else list
+    model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *more])
 
 
 def _check_norm(name: str, module: nn.Module, knows_eps: bool) -> None:

@@ -55,13 +55,22 @@ class _Norm(modeling_adanorm.SwappedNorm):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` returned; the constructor checks it. That of another norm has no effect."""
         now = {name: value for name, value in self.settings().items() if isinstance(value, (int, float))}
-        if not isinstance(state, Tensor) or state.shape != (1 + len(now),):  # savers may pass a placeholder
-            return
+        if not isinstance(state, Tensor) or state.shape != (1 + len(now),) or state.is_meta or state[0] != 1.0:
+            return  # loaders may pass a placeholder
         new: dict[str, Any] = dict(zip(now, state.tolist()[1:], strict=True))
         whole = [name for name, old in now.items() if isinstance(old, int) and new[name].is_integer()]
         new |= {name: type(now[name])(new[name]) for name in whole}
         if new != now:
             self.adopt(self.fresh(**new), new)
+
+    # transformers 5.0 reads and sets the settings of a checkpoint as if they were a parameter.
+    _extra_state = property(get_extra_state)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_extra_state":
+            self.set_extra_state(value)
+        else:
+            torch.nn.Module.__setattr__(self, name, value)
 
     def backward_factor(self, y: Tensor) -> Tensor | float | None:
         """Return the factor from dl/d(output) to dl/dy, with y = N(x) of (rows, H); None for 1, NaN if unknown."""
@@ -97,7 +106,7 @@ def _dyt_from_norm(cls: Any, /, norm: Any, **settings: Any) -> Any:
 def complete(module: Any) -> None:
     """Add the methods to the classes of one copy of `modeling_adanorm.py`."""
     for name, method in vars(_Norm).items():
-        if callable(method) and name != "__init__":
+        if (callable(method) or isinstance(method, property)) and name != "__init__":
             setattr(module.SwappedNorm, name, method)
     module.DyT.from_norm = classmethod(_dyt_from_norm)
 
