@@ -93,9 +93,9 @@ __getattr__ = lazily(
 )
 
 
-def serve(format: int, stock: Any, classes: Any) -> Any:  # noqa: A002
+def serve(format: int, stock: Any, others: Any) -> Any:  # noqa: A002
     """Answer the code of a saved model, which asks whether this package reads its format; see `saving.hooks.serve`."""
-    return importlib.import_module(".saving.hooks", __name__).serve(format, stock, classes)
+    return importlib.import_module(".saving.hooks", __name__).serve(format, stock, others)
 
 
 def _complete(modeling: Any) -> None:

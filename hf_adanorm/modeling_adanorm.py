@@ -1,45 +1,36 @@
 """AdaNorm and its relatives in place of LayerNorm, and the loader of models that contain them.
 
-This file travels with every saved model, so `from_pretrained(..., trust_remote_code=True)` rebuilds the model where
-hf_adanorm is missing. It needs torch and transformers only, opens no file and starts no process. Its parts: the
-holder, the norms of Xu et al. (NeurIPS 2019, arXiv:1911.07013) and DyT, the spec in `config.adanorm`, and the loader.
-hf_adanorm adds faster forward passes (KERNELS) and methods that only it needs (protocol.py).
+This file travels with every saved model, so `from_pretrained(..., trust_remote_code=True)` rebuilds the model without
+hf_adanorm. It needs torch and transformers only, opens no file and starts no process. hf_adanorm adds faster forward
+passes (KERNELS) and the methods in protocol.py; its holder.py holds the norms of other authors.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
-try:  # how this version of transformers renames the keys of checkpoints
-    from transformers.conversion_mapping import get_model_conversion_mapping
-except ImportError:
-    get_model_conversion_mapping = None  # type: ignore[assignment]
-
 __version__, FORMAT = "0.1.0", 1  # a reader refuses a spec of a higher format
-# Marks in the __dict__ of stock modules that a fold changed beyond their tensors, for the spec.
-ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"
-# How a key in saved checkpoints ends that no model has: loaders that do not know this file list it in their report.
+ADDED_BIAS, ADJUSTED_EPS = "_adanorm_added_bias", "_adanorm_adjusted_eps"  # marks of stock modules that a fold changed
+# The end of a key in saved checkpoints that no model has. Loaders that do not know this file report it.
 NOTICE = "`import hf_adanorm` or trust_remote_code=True is needed"
-LAYOUT = ("centered", "eps", "channels_first", "normalized_shape", "reference", "output_dtype")
+LAYOUT = ("centered", "eps", "channels_first", "normalized_shape", "output_dtype")
 HALF = (torch.float16, torch.bfloat16)  # computed in float32 and rounded once
-# By the name of a norm, functions of (norm, x), channels last, that return the output, or None to decline.
+# By the name of a norm: functions of (norm, x), channels last, that return the output, or None to decline.
 KERNELS: dict[str, list[Callable[[Any, Tensor], Tensor | None]]] = {}
 
 
-# ------------------------------------------------------------------------------------------------ the holder
 def short_repr(value: Any) -> str:
-    """Return a value for an error message, never long (deep nesting would even raise in repr)."""
+    """Return a value for an error message, in at most 80 characters. (The repr of deep nesting raises.)"""
     flat = value if isinstance(value, (list, tuple)) and len(value) <= 8 else [value]
     plain = all(isinstance(v, (str, float, type(None))) or (isinstance(v, int) and abs(v) < 2**99) for v in flat)
     text = repr(value) if plain else f"a value of type {type(value).__name__}"
@@ -47,13 +38,13 @@ def short_repr(value: Any) -> str:
 
 
 def check(condition: Any, what: str, value: Any) -> None:
-    """Raise ValueError with `what` and the value unless the condition holds."""
+    """Raise ValueError with `what` and the value unless `condition` holds."""
     if not condition:
         raise ValueError(f"{what}, got {short_repr(value)}")
 
 
 def check_number(name: str, value: Any, *, minimum: float = 0.0, inclusive: bool = True) -> float:
-    """Return `value` as a float. Raise ValueError if it is no number, out of range or of float32."""
+    """Return `value` as a float. Raise ValueError if it is not a number, or out of the range or of float32."""
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     inside = minimum <= number <= torch.finfo(torch.float32).max and (inclusive or number != minimum)
     check(inside, f"{name} must be a finite number {'>=' if inclusive else '>'} {minimum:g}", value)
@@ -61,53 +52,42 @@ def check_number(name: str, value: Any, *, minimum: float = 0.0, inclusive: bool
 
 
 class SwappedNorm(nn.Module):
-    """Base of the norms that take the place of a LayerNorm or RMSNorm.
+    """Base of the norms that replace a LayerNorm or RMSNorm.
 
-    The one-element buffer `weight` computes nothing: in a checkpoint it stops loaders that expect a LayerNorm's gain.
-    `centered=False` computes x / rms(x); `channels_first` normalizes axis 1 of (N, C, *); `reference="lancopku"` is
-    the authors' (x - mean) / (std + eps); `output_dtype` is None (nn.LayerNorm's), "weight" (T5) or "promote".
+    `centered=False` computes x / rms(x). More arguments: `channels_first=True` normalizes axis 1 of (N, C, *),
+    `output_dtype` is None (that of nn.LayerNorm), "weight" (T5) or "promote"; `device` and `dtype`.
+    The one-element buffer `weight` computes nothing: it makes loaders that expect the gain of a LayerNorm raise.
     """
 
     is_adanorm_module, norm_name = True, ""  # recognized whichever copy of this file made the class
-    plain_settings: dict[str, Any] | None = None  # with which it is exactly N(x), without gain and bias
+    plain_settings: dict[str, Any] | None = None  # those with which it is exactly N(x), without gain and bias
+    start_values: Mapping[str, float] = {}  # of parameters and buffers that do not start at 1
+    compute: Any  # the method that returns the output for an input in float32 or float64, channels last
     weight: Tensor
     bias, elementwise_affine = None, False
     inner: Any = property(lambda self: self)  # the module that computes: this one, or the author's
     variance_epsilon = property(lambda self: self.eps)  # the name that some models read
 
-    def __init__(
-        self,
-        normalized_shape: int | Iterable[int],
-        eps: float = 1e-5,
-        *,
-        centered: bool = True,
-        channels_first: bool = False,
-        reference: str = "paper",
-        output_dtype: str | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, normalized_shape: Any, eps: float = 1e-5, *, centered: bool = True, **more: Any):
         super().__init__()
+        first, rule = more.pop("channels_first", False), more.pop("output_dtype", None)
+        check(more.keys() <= {"device", "dtype"}, f"unknown argument of {type(self).__name__}", list(more))
         shape = tuple(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else (normalized_shape,)
         fine = shape and all(type(n) is int and 1 <= n < 2**31 for n in shape)
         check(fine, "normalized_shape must be one or more integers >= 1", normalized_shape)
         check(type(centered) is bool, "centered must be True or False", centered)
-        one = channels_first is False or (channels_first is True and len(shape) == 1)
-        check(one, "channels_first must be True or False, True for one dimension", (channels_first, *shape))
-        check(reference in ("paper", "lancopku"), 'reference must be "paper" or "lancopku"', reference)
-        wide = reference == "paper" or (centered and math.prod(shape) > 1)
-        check(wide, 'reference="lancopku" needs centered=True and H >= 2 (it divides by H - 1)', (centered, *shape))
-        check(output_dtype in (None, "weight", "promote"), 'output_dtype must be "weight" or "promote"', output_dtype)
-        self.normalized_shape, self.eps, self.centered = shape, check_number("eps", eps), centered
-        self.channels_first, self.reference, self.output_dtype = channels_first, reference, output_dtype
-        self.register_buffer("weight", torch.ones(1, device=device, dtype=dtype))
+        one = first is False or (first is True and len(shape) == 1)
+        check(one, "channels_first must be True or False, True for one dimension", (first, *shape))
+        check(rule in (None, "weight", "promote"), 'output_dtype must be "weight" or "promote"', rule)
+        self.normalized_shape, self.eps = shape, check_number("eps", eps)
+        self.centered, self.channels_first, self.output_dtype = centered, first, rule
+        self.register_buffer("weight", torch.ones(1, **more))
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill tensors that no checkpoint has filled, as those of a norm that was built on the meta device."""
-        for tensor in self.buffers(recurse=False):
+        """Fill the tensors that no checkpoint has filled, such as those of a norm built on the meta device."""
+        for name, tensor in (*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)):
             if not getattr(tensor, "_is_hf_initialized", False):
-                tensor.fill_(1.0)
+                tensor.detach().fill_(self.start_values.get(name, 1.0))
 
     def _get_initialized(self) -> bool:
         if not self.__dict__.get("is_filled", False):
@@ -115,79 +95,34 @@ class SwappedNorm(nn.Module):
             self.is_filled = not any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
         return True
 
-    # transformers asks before it calls the `_init_weights` of a model, which knows no norms of ours.
+    # transformers reads this before it calls the `_init_weights` of a model, which does not know these norms.
     _is_hf_initialized = property(_get_initialized, lambda self, value: self.__dict__.update(is_filled=value))
 
     def run(self, x: Tensor) -> Tensor:
-        """Return the output for `x`, channels last: of the first kernel that serves, or of the plain norm."""
+        """Return the output for `x`, channels last, of the first kernel that does not decline, or of `compute`."""
         for kernel in KERNELS.get(self.norm_name, ()):
             if (z := kernel(self, x)) is not None:
                 return z
-        return self.compute(x.float()).to(output_dtype(x)) if x.dtype in HALF else self.compute(x)
+        return cast(Tensor, self.compute(x.float()).to(output_dtype(x)) if x.dtype in HALF else self.compute(x))
 
-    def compute(self, x: Tensor) -> Tensor:
-        """Return the output for `x`, float32 or float64, of shape (*, *normalized_shape)."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         """Normalize `x` of (*, *normalized_shape), or (N, C, *) with channels_first; the shape stays the same."""
-        given: Any = x
-        if not isinstance(given, Tensor) and hasattr(given, "tracer"):  # one call to torch.fx, as torch's own modules
-            return cast(Tensor, given.tracer.create_proxy("call_module", given.tracer.path_of_module(self), (x,), {}))
+        if not isinstance(x, Tensor) and hasattr(x, "tracer"):  # one call to torch.fx, as torch's own modules
+            return cast(Tensor, x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {}))
         z = self.run(x.movedim(1, -1)).movedim(-1, 1) if self.channels_first else self.run(x)
         if self.output_dtype is None:
             return z
-        own = self.weight.dtype
-        return z.to(own if self.output_dtype == "weight" else torch.promote_types(x.dtype, own))
+        return z.to(self.weight.dtype if self.output_dtype == "weight" else torch.result_type(x, self.weight))
 
-    def extra_repr(self) -> str:
-        usual = {"training": self.training, "norm_name": self.norm_name, "is_filled": None, "centered": True}
-        usual |= {"channels_first": False, "reference": "paper", "given": None}
-        shown = {k: v for k, v in vars(self).items() if k not in usual or (k in LAYOUT and v != usual[k])}
-        plain = [f"{k}={v}" for k, v in shown.items() if k[0] != "_" and isinstance(v, (str, int, float))]
-        return ", ".join(
-            [str(self.normalized_shape), *plain, *(f"{k}={v}" for k, v in vars(self).get("given", {}).items())]
-        )
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError("torch.jit.script cannot read this norm; use torch.jit.trace or torch.export")
 
 
 def is_swapped(module: Any) -> TypeGuard[Any]:
-    """Tell whether `module` is a swapped norm. The class is asked, as wrappers such as PEFT's pass attributes on."""
+    """Tell whether `module` is a swapped norm, by its class: wrappers such as PEFT's pass attributes on."""
     return bool(getattr(type(module), "is_adanorm_module", False))
 
 
-class Held(SwappedNorm):
-    """Hold a norm of the author's class, a plain module, in the place of the norm that it replaces."""
-
-    inner = property(lambda self: self.norm)
-
-    def __init__(self, cls: type[nn.Module], norm_name: str, settings: Mapping[str, Any], **layout: Any) -> None:
-        super().__init__(**layout)
-        self.norm_name, self.given = norm_name, dict(settings)
-        shape: Any = self.normalized_shape[0] if len(self.normalized_shape) == 1 else self.normalized_shape
-        with self.weight.device:
-            self.norm = cls(shape, self.eps, **settings).to(self.weight.dtype)
-        for module in self.norm.modules():
-            cast(Any, module)._is_hf_initialized = True  # the model's `_init_weights` must not touch it
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        layout = {key: getattr(self, key) for key in LAYOUT}
-        fresh = Held(type(self.norm), self.norm_name, self.given, **layout, device="cpu").norm
-        for old, new in zip(self.norm.modules(), fresh.modules(), strict=True):
-            filled = old.state_dict(keep_vars=True)
-            for key, value in (*new.named_parameters(recurse=False), *new.named_buffers(recurse=False)):
-                if not getattr(filled.get(key), "_is_hf_initialized", False):
-                    getattr(old, key).copy_(value)
-            for key, value in vars(new).items():  # a plain tensor stays on the meta device
-                if isinstance(value, Tensor) and not self.weight.is_meta:
-                    setattr(old, key, value.to(self.weight.device))
-
-    def run(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(x)).to(output_dtype(x))
-
-
-# ------------------------------------------------------------------------------------------------- the norms
 def output_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of nn.LayerNorm's output for `x`. Autocast decides it for half types: float32 on CUDA."""
     return F.layer_norm(x.new_empty((0, 1)), (1,)).dtype if x.dtype in HALF else x.dtype
@@ -196,7 +131,7 @@ def output_dtype(x: Tensor) -> torch.dtype:
 def has_tangent(x: Tensor) -> bool:
     """Tell whether `x` carries a forward-mode tangent, which torch differentiates wrongly in F.layer_norm."""
     try:
-        return cast(Any, forward_ad.unpack_dual)(x).tangent is not None
+        return cast(Any, torch.autograd).forward_ad.unpack_dual(x).tangent is not None
     except NameError:  # where forward mode itself is broken
         return False
 
@@ -206,48 +141,37 @@ class LayerNormSimple(SwappedNorm):
 
     norm_name, plain_settings = "layernorm-simple", {}
 
-    def compute(self, x: Tensor) -> Tensor:
-        return self.normalize(x)
-
     def normalize(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
         """Return N(x), times `gain`, by torch's fused operators where their derivatives are right."""
         if not self.centered:
             return F.rms_norm(x, self.normalized_shape, gain, self.eps)
-        if self.reference == "paper" and not has_tangent(x):
+        if not has_tangent(x):
             return F.layer_norm(x, self.normalized_shape, gain, None, self.eps)
         deviation, rstd = self.standardize(x)
         return deviation * rstd if gain is None else deviation * rstd * gain
+
+    compute: Any = normalize
 
     def standardize(self, x: Tensor, detach_mean: bool = False) -> tuple[Tensor, Tensor]:
         """Return x - mean(x), or x if not centered, and the factor that normalizes it."""
         dims = tuple(range(-len(self.normalized_shape), 0))
         if not cast(Any, torch.jit).is_tracing() and x.shape[dims[0] :] != self.normalized_shape:
             raise RuntimeError(f"expected an input of normalized_shape {self.normalized_shape}, got {tuple(x.shape)}")
-        mean = x.mean(dims, keepdim=True) if self.centered else None
-        deviation = x if mean is None else x - mean
-        if self.reference == "lancopku":
-            rstd = 1.0 / (x.std(dims, correction=1, keepdim=True) + self.eps)
-        else:
-            rstd = torch.rsqrt(deviation.square().mean(dims, keepdim=True) + self.eps)
-        return (deviation if mean is None or not detach_mean else x - mean.detach()), rstd
+        mean = x.mean(dims, keepdim=True) if self.centered else x.new_zeros(())
+        rstd = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + self.eps)
+        return x - (mean.detach() if detach_mean else mean), rstd
 
 
 class AdaNorm(LayerNormSimple):
     """AdaNorm: z = phi(y) * y with y = N(x) and phi(y) = C * (1 - k * y), a constant in the backward pass.
 
-    With dl/dz given, dl/dy = phi(y) * dl/dz, which then flows through N as usual (Xu et al. 2019, eq. 5). C > 0 is the
-    mean of phi over a row; k >= 0 says how much phi falls with y, and the paper fixes k = 1/10.
-
-    Example:
-        >>> AdaNorm(4, eps=0.0)(torch.tensor([[-1.0, 1.0, -1.0, 1.0]]))
-        tensor([[-1.1000,  0.9000, -1.1000,  0.9000]])
+    dl/dy = phi(y) * dl/dz, which then flows through N as usual (Xu et al. 2019, eq. 5). C > 0 is the mean of phi over
+    a row; k >= 0 says how much phi falls with y, and the paper fixes k = 1/10.
     """
 
     norm_name, plain_settings = "adanorm", {"C": 1.0, "k": 0.0}
 
-    def __init__(
-        self, normalized_shape: Any, eps: float = 1e-5, *, C: float = 1.0, k: float = 0.1, **layout: Any
-    ) -> None:
+    def __init__(self, normalized_shape: Any, eps: float = 1e-5, *, C: float = 1.0, k: float = 0.1, **layout: Any):
         super().__init__(normalized_shape, eps, **layout)
         self.C, self.k = check_number("C", C, inclusive=False), check_number("k", k)
 
@@ -261,22 +185,16 @@ class AdaNorm(LayerNormSimple):
 
 
 class DetachNorm(LayerNormSimple):
-    """DetachNorm: the forward pass of LayerNorm-simple; mean and / or variance are constants in the backward pass.
-
-    The paper's probe of what the derivatives of mean and variance are worth (Xu et al. 2019, sec. 4).
-    """
+    """DetachNorm: LayerNorm-simple with the mean and / or variance as constants in the backward pass (sec. 4)."""
 
     norm_name = "detachnorm"
 
     def __init__(self, *args: Any, detach_mean: bool = True, detach_variance: bool = True, **layout: Any) -> None:
         super().__init__(*args, **layout)
-        flags = (detach_mean, detach_variance)
-        check(
-            all(type(flag) is bool for flag in flags), "detach_mean and detach_variance must be True or False", flags
-        )
+        self.detach_mean, self.detach_variance = flags = detach_mean, detach_variance
+        check(set(map(type, flags)) == {bool}, "detach_mean and detach_variance must be True or False", flags)
         some = detach_variance or (detach_mean and self.centered)  # without a mean there is none to detach
         check(some, 'nothing is detached: set detach_variance=True, or use norm "layernorm-simple"', flags)
-        self.detach_mean, self.detach_variance = flags
 
     def compute(self, x: Tensor) -> Tensor:
         deviation, rstd = self.standardize(x, self.detach_mean)
@@ -286,22 +204,12 @@ class DetachNorm(LayerNormSimple):
 class NoNorm(SwappedNorm):
     """The paper's "w/o Norm": returns a copy of its input, as models write in place into what a norm returns."""
 
-    norm_name = "none"
-
-    def compute(self, x: Tensor) -> Tensor:
-        return x.clone()
+    norm_name, compute = "none", staticmethod(torch.clone)
 
 
 class DyT(SwappedNorm):
-    """Dynamic Tanh: z = gain * tanh(alpha * x) + bias with learned gain, bias and scalar alpha (arXiv:2503.10622).
-
-    The parameters are called `dyt_gain`, `dyt_bias` and `dyt_alpha`, which no loader takes for those of a LayerNorm;
-    alpha > 0 is where `dyt_alpha` starts.
-
-    Example:
-        >>> DyT(2)(torch.tensor([[0.0, 1e9]])).tolist()
-        [[0.0, 1.0]]
-    """
+    """Dynamic Tanh: z = gain * tanh(alpha * x) + bias with learned gain, bias and scalar alpha (arXiv:2503.10622). The
+    scalar starts at the setting alpha > 0. No loader takes `dyt_gain` and the like for parameters of a LayerNorm."""
 
     norm_name = "dyt"
 
@@ -310,124 +218,94 @@ class DyT(SwappedNorm):
         self.alpha = check_number("alpha", alpha, inclusive=False)
         for name, shape in (("gain", self.normalized_shape), ("bias", self.normalized_shape), ("alpha", (1,))):
             self.register_parameter(f"dyt_{name}", nn.Parameter(self.weight.new_empty(shape)))
+        self.start_values = {"dyt_bias": 0.0, "dyt_alpha": self.alpha}
         self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for name, value in (("dyt_gain", 1.0), ("dyt_bias", 0.0), ("dyt_alpha", self.alpha)):
-            if not getattr(tensor := self.get_parameter(name), "_is_hf_initialized", False):
-                tensor.fill_(value)
 
     def compute(self, x: Tensor) -> Tensor:
         gain, bias, alpha = (self.get_parameter(f"dyt_{name}").to(x.dtype) for name in ("gain", "bias", "alpha"))
         return gain * torch.tanh(alpha * x) + bias
 
 
-_BUILT_IN: tuple[type[SwappedNorm], ...] = (LayerNormSimple, AdaNorm, NoNorm, DetachNorm, DyT)
-NORM_CLASSES = {cls.norm_name: cls for cls in _BUILT_IN}
+NORM_CLASSES = {cls.norm_name: cls for cls in (LayerNormSimple, AdaNorm, NoNorm, DetachNorm, DyT)}
+Classes = Mapping[str, Callable[..., SwappedNorm]]  # norms of other authors: what builds the holder of each, by name
+_SPEC = {"format": 0, "version": "", "groups": [], "biases": [], "eps": {}, "classes": {}}
+_GROUP: dict[str, Any] = {"norm": "", "modules": [], "settings": {}, **dict.fromkeys(LAYOUT)}
+_STAR = "999999999"  # stands for "*" where a key is renamed
 
 
-# -------------------------------------------------------------------------------------------------- the spec
-_SPEC = {"format": int, "version": str, "groups": list, "biases": list, "eps": dict, "classes": dict}
-_GROUP = {"norm": str, "modules": list, "settings": dict, **dict.fromkeys(LAYOUT, object)}
-
-
-def _is_name(value: Any) -> bool:
+def is_name(value: Any) -> bool:
+    """Tell whether `value` is a name of modules: identifiers, numbers or "*" between dots, "^" in front at most."""
     parts = value.removeprefix("^").split(".") if isinstance(value, str) and len(value) <= 512 else [""]
     return all(part == "*" or (part and f"_{part}".replace("-", "_").isidentifier()) for part in parts)
 
 
-def _checked(data: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
+def _checked(data: Any, default: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return the object with what it lacks from `default`; its values have the types of those there."""
     check(isinstance(data, dict), f"{what} must be an object", data)
     for key, value in data.items():
-        fine = isinstance(value, types.get(key, Held)) and (key in LAYOUT or type(value) is not bool)
-        fine = fine and (not isinstance(value, (list, dict)) or len(value) <= 100_000)
-        check(fine, f"{what} has a wrong entry {short_repr(key)}", value)
-    named = [key for key in ("modules", "biases", "eps", "classes") if types.get(key) is not object]  # a group's eps
-    for name in [name for key in named for name in data.get(key, ())]:
-        check(_is_name(name), f"{what} must hold names", name)
-    return {**{key: kind() for key, kind in types.items() if kind is not object}, **data}
+        kind = type(default.get(key, ...))
+        small = not isinstance(value, (list, dict)) or len(value) <= 100_000
+        check(small and kind in (type(value), type(None)), f"{what} has a wrong entry {short_repr(key)}", value)
+        for name in value if key in ("modules", "biases") or kind is dict else ():
+            check(is_name(name), f"{what} must hold names", name)
+    return {**default, **data}
 
 
-def read_spec(data: Any) -> dict[str, Any]:
-    """Return `config.adanorm`, which a stranger may have written, with every value checked (ValueError, TypeError)."""
+def read_spec(data: Any, others: Iterable[str]) -> dict[str, Any]:
+    """Return `config.adanorm`, which a stranger may have written, with every value checked (ValueError, TypeError),
+    except for the settings of the norms of other authors, whose names are `others`."""
     spec = _checked(data, _SPEC, "config.adanorm")
     who = f"config.adanorm of hf_adanorm {spec['version'][:40]}: {__version__} reads format {FORMAT}, install a newer"
     check(1 <= spec["format"] <= FORMAT, who, spec["format"])
-    for name, entry in spec["classes"].items():
-        files = entry.get("files") if isinstance(entry, dict) and entry.keys() == {"class", "file", "files"} else None
-        fine = isinstance(files, dict) and all(map(_is_name, [entry["class"], entry["file"], *files, *files.values()]))
-        check(
-            fine and name not in NORM_CLASSES, f"class {name!r} of config.adanorm needs a class, file and files", entry
-        )
     check(len(spec["groups"]) <= 10_000, "config.adanorm must hold at most 10,000 groups", len(spec["groups"]))
+    names = [*NORM_CLASSES, *others]
     spec["groups"] = [_checked(group, _GROUP, "a group of config.adanorm") for group in spec["groups"]]
     for group in spec["groups"]:
         norm, settings = group["norm"], group["settings"]
-        names = [*NORM_CLASSES, *spec["classes"]]
         check(norm in names, f"norm must be one of {names}", norm)
         for key, value in settings.items():
             plain = isinstance(value, (str, int, float, type(None))) and len(short_repr(value)) < 80
-            check(plain and _is_name(key), f"setting {short_repr(key)} must be a number, a text or null", value)
+            check(plain, f"setting {key} must be a number, a text or null", value)
         layout = {key: group[key] for key in LAYOUT if group.get(key) is not None}
         kind, own = (NORM_CLASSES[norm], settings) if norm in NORM_CLASSES else (SwappedNorm, {})
         kind(**{"normalized_shape": 2, **layout}, **own, device="meta")  # the constructor checks the values
-    spec["eps"] = {name: check_number("eps", value) for name, value in spec["eps"].items()}
-    return spec
+    return {**spec, "eps": {name: check_number("eps", value) for name, value in spec["eps"].items()}}
 
 
-def _renamings(model: Any) -> list[Any]:
-    """Return how transformers renames keys when it saves `model`, in order, without prefixes that may be missing."""
-    try:
-        owner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        found = get_model_conversion_mapping(owner, add_legacy=False)
-        return [c.reverse_transform() for c in reversed(found) if type(c).__name__ == "WeightRenaming"]
-    except (AttributeError, StopIteration, TypeError):  # in another version: the names are then those of the modules
-        return []
+def renamings(model: Any) -> tuple[str, list[Any], list[Any]]:
+    """Return the prefix of the base model, if it has one, and how transformers renames keys inside and outside it."""
+    prefix, found = getattr(model, "base_model_prefix", ""), []
+    base = getattr(model, prefix, model) if prefix else model
+    conversions: Any = sys.modules.get("transformers.conversion_mapping")  # as the attribute it may be missing
+    for part in (base, model):
+        try:
+            owner = next(module for module in part.modules() if isinstance(module, PreTrainedModel))
+            mapping = conversions.get_model_conversion_mapping(owner, add_legacy=False)
+            found.append([renaming for renaming in mapping if type(renaming).__name__ == "WeightRenaming"])
+        except (AttributeError, StopIteration, TypeError):  # another version: the names are then those of the modules
+            found.append([])
+    return f"{prefix}." if base is not model else "", found[0], found[1]
 
 
-def spec_names(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the names in a spec of the named modules: those of the checkpoint's keys, then the modules' own. Both are
-    relative to the base model, whose own renamings count inside it; "^" marks a module outside of it."""
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    has_base = isinstance(base, nn.Module) and base is not model
-    inside, outside = (_renamings(base), _renamings(model)) if has_base else (_renamings(model), [])
-    plain, keys = {}, {}
-    for name in names:
-        mark = "^" if has_base and not name.startswith(f"{prefix}.") else ""
-        key = inner = name.removeprefix(f"{prefix}.") if has_base else name
-        for renaming in outside if mark else inside:
-            key = renaming.rename_source_key(f"{key}.weight")[0].removesuffix(".weight")
-        plain[name], keys[name] = mark + inner, mark + (key if _is_name(key) else inner)
-    count = Counter(keys.values())
-    return {name: key if count[key] == 1 else plain[name] for name, key in keys.items()}, plain
-
-
-def find_modules(
-    model: nn.Module, names: Iterable[str], modules: Iterable[tuple[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Return what each name of a spec means among the named `modules` of `model`, {} for one that it does not have. A
-    name is looked for as a key of the checkpoint, then as the module's own."""
-    by_name, tables = dict(modules), cast(list[dict[tuple[str, ...], list[tuple[list[str], str]]]], [{}, {}])
-
-    def shape(parts: list[str]) -> tuple[str, ...]:
-        return tuple("*" if p.isdigit() else p for p in parts)
-
-    for table, spelled in zip(tables, spec_names(model, by_name), strict=True):
-        for name, parts in ((name, text.split(".")) for name, text in spelled.items()):
-            table.setdefault(shape(parts), []).append((parts, name))
-    found: dict[str, dict[str, Any]] = {}
-    for pattern in names:
-        want = pattern.split(".")
-        near = [table.get(shape(want), []) for table in tables]
-        hits = [[n for parts, n in t if all(w in (p, "*") for w, p in zip(want, parts, strict=True))] for t in near]
-        found[pattern] = {name: by_name[name] for name in hits[0] or hits[1]}
+def find_modules(model: nn.Module, patterns: Iterable[str], modules: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """Return which of the named `modules` of `model` each name of a spec means, {} for none. A name is taken for that
+    of a key, which transformers may rename, then for a module's own. Names with "^" are outside the base model."""
+    by_name, table, found = dict(modules), cast(dict[Any, list[list[str]]], {}), cast(dict[str, dict[str, Any]], {})
+    for parts in (name.split(".") for name in by_name):
+        table.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
+    prefix, inside, outside = renamings(model)
+    for pattern in patterns:
+        own = key = pattern.removeprefix("^")
+        for renaming in inside if own == pattern else outside:
+            key = renaming.rename_source_key(f"{key.replace('*', _STAR)}.weight")[0].removesuffix(".weight")
+        for name in (key.replace(_STAR, "*"), own):
+            want = (prefix * (own == pattern) + name).split(".")
+            near = table.get(tuple("*" if part.isdigit() else part for part in want), [])
+            hits = [parts for parts in near if all(w in (p, "*") for w, p in zip(want, parts, strict=True))]
+            found[pattern] = found.get(pattern) or {n: by_name[n] for n in map(".".join, hits)}
     return found
 
 
-# ------------------------------------------------------------------------------------------------ the loader
 def source_settings(module: nn.Module) -> dict[str, Any]:
     """Return what can be read off a norm without running it: eps, normalized_shape, channels_first."""
     if is_swapped(module):
@@ -439,17 +317,15 @@ def source_settings(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value not in (None, [], ())}
 
 
-def make_norm(source: nn.Module, group: Mapping[str, Any], classes: Mapping[str, type[nn.Module]]) -> SwappedNorm:
-    """Return the norm that takes the place of `source`: settings from the group, the rest from `source`."""
+def make_norm(source: nn.Module, group: Mapping[str, Any], others: Classes) -> SwappedNorm:
+    """Return the norm that replaces `source`: its settings from the group, the rest from `source`."""
     layout = {**source_settings(source), **{key: group[key] for key in LAYOUT if group.get(key) is not None}}
     for key in ("eps", "normalized_shape"):
         check(key in layout, f"{key} is not known, the spec must give it", type(source).__name__)
     tensor = next((t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point()), None)
     layout |= {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
-    norm, settings, layout["centered"] = group["norm"], group["settings"], group.get("centered") is not False
-    own = NORM_CLASSES.get(norm)
-    new = own(**layout, **settings) if own else Held(classes[norm], norm, settings, **layout)
-    new.train(source.training)
+    layout["centered"], norm = group.get("centered") is not False, group["norm"]
+    new = (NORM_CLASSES.get(norm) or others[norm])(**layout, **group["settings"]).train(source.training)
     names = [n for n, _ in (source.named_buffers if is_swapped(source) else source.named_parameters)(recurse=False)]
     name = names[-1] if is_swapped(source) else "weight" if "weight" in names or not names else names[0]
     if name != "weight" and not hasattr(new, name):  # where the norm calls its gain "gamma", so is the tripwire
@@ -462,21 +338,20 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
     """Put `replacements[id(old)]` wherever `old` is a submodule of `model`, under every name it has."""
     for name, child in list(model.named_modules(remove_duplicate=False)):
         if name and id(child) in replacements:
-            model.get_submodule(name.rpartition(".")[0]).register_module(
-                name.rpartition(".")[2], replacements[id(child)]
-            )
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner).register_module(key, replacements[id(child)])
     fused = (nn.TransformerEncoder, nn.TransformerEncoderLayer)  # a fast path reads the norms' weights
     for module in (m for m in model.modules() if isinstance(m, fused) and any(map(is_swapped, m.modules()))):
         module.activation_relu_or_gelu, module.use_nested_tensor = 0, False
 
 
-def apply_spec(model: Any, data: Any, classes: Mapping[str, type[nn.Module]], replaced: Any = None) -> None:
+def apply_spec(model: Any, data: Any, others: Classes, replaced: Any = lambda new, old: None) -> None:
     """Swap exactly the modules that a spec names; names that `model` does not have (another head) are skipped.
 
-    Raises TypeError or ValueError if the spec is wrong, or names a module that cannot be a norm; nothing was swapped.
-    `classes` holds the author's norms by name; `replaced` is called with each new norm and the one that it replaces.
+    Raise TypeError or ValueError, before any change, if the spec is wrong or names a module that cannot be a norm.
+    `others` builds the norms of other authors; `replaced` is called with each new norm and the one that it replaces.
     """
-    spec, swaps, new = read_spec(data), cast(dict[int, tuple[str, Any, dict[str, Any]]], {}), cast(dict[int, Any], {})
+    spec, swaps, new = read_spec(data, others), cast(dict[int, tuple[str, Any, Any]], {}), cast(dict[int, Any], {})
     names = [name for group in spec["groups"] for name in group["modules"]]
     found = find_modules(model, [*names, *spec["biases"], *spec["eps"]], model.named_modules())
     for group in spec["groups"]:  # the last group that names a module decides, once
@@ -485,17 +360,14 @@ def apply_spec(model: Any, data: Any, classes: Mapping[str, type[nn.Module]], re
     for key, (name, module, group) in swaps.items():
         said = {**group, "modules": ()}
         if module.__dict__.get("adanorm_group") != said:  # else the base model in this model has done it
-            _check_norm(name, module, "eps" in group)
-            new[key] = make_norm(module, group, classes)
+            _check_norm(name, module, group["eps"] is not None)
+            new[key] = make_norm(module, group, others)
             new[key].__dict__["adanorm_group"] = said
-            if replaced is not None:
-                replaced(new[key], module)
+            replaced(new[key], module)
     linear = [(name, module) for pattern in spec["biases"] for name, module in found[pattern].items()]
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     for name, module in linear:
-        check(
-            isinstance(module, kinds), f"config.adanorm gives a bias to {name!r}, no linear layer", repr(type(module))
-        )
+        check(isinstance(module, kinds), f"config.adanorm gives a bias to {name}, no linear layer", str(type(module)))
     adjusted = [(name, module, eps) for pattern, eps in spec["eps"].items() for name, module in found[pattern].items()]
     for name, module, _ in adjusted:
         _check_norm(name, module, True)
@@ -508,23 +380,21 @@ def apply_spec(model: Any, data: Any, classes: Mapping[str, type[nn.Module]], re
         module.__dict__[ADJUSTED_EPS] = True
     replace_modules(model, new)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)  # None or a list; a set once it is complete
-    more = (NOTICE, r"\._extra_state$") if new else (NOTICE,)
     kind = set if isinstance(ignored, set) else list
-    model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *more])
+    model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), NOTICE, r"\._extra_state$"])
 
 
 def _check_norm(name: str, module: nn.Module, knows_eps: bool) -> None:
     """Raise ValueError unless a spec, which a stranger may have written, may name this module: a norm with a gain and
-    perhaps a bias, of one shape, or one without, if its class or its name says norm or it has an eps."""
-    if is_swapped(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return
+    perhaps a bias, of one shape, or one without, whose class or name says norm, or which has an eps."""
+    known = is_swapped(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
     cls, place = type(module).__name__, name.rpartition(".")[2].lower()
     torch_own = any(base.__module__.startswith("torch.nn") for base in type(module).__mro__ if base is not nn.Module)
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in module.parameters()}
     called_norm = "norm" in (cls + place).lower() or "LN" in cls or place.startswith("ln")
     like_norm = (knows_eps or "eps" in source_settings(module)) and {len(shape) for shape in shapes} == {1}
     small = len(shapes) <= 1 and len(list(module.parameters())) <= 2 and sum(1 for _ in module.modules()) <= 3
-    fine = not torch_own and (called_norm or like_norm) and small
+    fine = known or (not torch_own and (called_norm or like_norm) and small)
     check(fine, f"config.adanorm names {name!r}, which is no normalization layer", cls)
 
 
@@ -536,30 +406,28 @@ def notice_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str = "",
             return
 
 
-def model_classes(module_name: str, classes: Mapping[str, type[nn.Module]]) -> Callable[[str], Any]:
+def model_classes(module_name: str, others: Classes) -> Callable[[str], Any]:
     """Return the `__getattr__` of a module whose `BertModel` and the like apply the spec in their config. transformers
     copies the file of the module called `module_name` when such a model is saved."""
-    made: dict[str, Any] = {}
 
+    @cache
     def get(name: str) -> Any:
         stock = None if name.startswith("_") else getattr(transformers, name, None)
         if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
             raise AttributeError(f"module {module_name!r} has no attribute {name!r}, only transformers' model classes")
-        if name not in made:
-            package = getattr(sys.modules.get("hf_adanorm"), "serve", None)  # it is never imported from here
-            methods = (package and package(FORMAT, stock, classes)) or _methods(stock, module_name, classes)
-            made[name] = type(name, (stock,), {"__module__": module_name, "__qualname__": name, **methods})
-        return made[name]
+        package = getattr(sys.modules.get("hf_adanorm"), "serve", None)  # it is never imported from here
+        methods = (package and package(FORMAT, stock, others)) or _methods(stock, module_name, others)
+        return type(name, (stock,), {"__module__": module_name, "__qualname__": name, **methods})
 
     return get
 
 
-def _methods(stock: type[PreTrainedModel], module_name: str, classes: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
+def _methods(stock: type[PreTrainedModel], module_name: str, others: Classes) -> dict[str, Any]:
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         for module in [m for m in self.modules() if isinstance(m, PreTrainedModel)]:
             if getattr(module.config, "adanorm", None) is not None:
-                apply_spec(module, module.config.adanorm, classes)
+                apply_spec(module, module.config.adanorm, others)
         if isinstance(auto_map := getattr(self.config, "auto_map", None), dict):
             # "user/repo--modeling_adanorm.BertModel" after a pull: the file travels on with the next save.
             auto_map = {k: v.rpartition("--")[2] if "--modeling_adanorm" in v else v for k, v in auto_map.items()}

@@ -34,7 +34,7 @@ class _Norm(modeling_adanorm.SwappedNorm):
         if self.inner is self:
             return type(self)(**layout, **{**self.settings(), **changes})
         with torch.random.fork_rng(devices=[]):  # each draws the same numbers, and the caller's stay
-            return cast(Any, type(self))(type(self.inner), self.norm_name, {**self.given, **changes}, **layout)
+            return cast(Any, type(self))(type(self.inner), self.norm_name, **layout, **{**self.given, **changes})
 
     def adopt(self, checked: Any, names: Iterable[str]) -> None:
         """Take over the attributes that depend on these settings; those that only start a parameter have none."""
@@ -82,11 +82,11 @@ class _Norm(modeling_adanorm.SwappedNorm):
             return y.mul_(-settings["C"] * settings["k"]).add_(settings["C"])  # phi(y)
         return math.nan if self.norm_name == "dyt" else None
 
-    def __prepare_scriptable__(self) -> Any:
-        raise NotImplementedError(
-            f"torch.jit.script cannot read the code of {type(self).__name__}: use torch.jit.trace(model, example), "
-            "torch.export or torch.compile"
-        )
+    def extra_repr(self) -> str:
+        usual = {"centered": True, "channels_first": False, "output_dtype": None, "normalized_shape": None}
+        shown = {key: value for key in LAYOUT if (value := getattr(self, key)) != usual.get(key)}
+        shown = {**{k: v for k, v in shown.items() if k != "normalized_shape"}, **self.settings()}
+        return ", ".join([str(self.normalized_shape), *(f"{key}={value}" for key, value in shown.items())])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.pop(prefix + NOTICE, None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .modeling_adanorm import FORMAT, __version__, read_spec
+from .modeling_adanorm import FORMAT, NORM_CLASSES, __version__, check, is_name, read_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,6 @@ class NormGroup:
     """Whether axis 1 is normalized instead of the trailing axes."""
     normalized_shape: tuple[int, ...] | None = None
     """Sizes of the normalized axes."""
-    reference: str | None = None
-    """`"paper"` or `"lancopku"`, see `AdaNorm`."""
     output_dtype: str | None = None
     """How the dtype of the outputs depends on that of the weight."""
 
@@ -78,7 +76,15 @@ class AdaNormSpec:
         """
         if isinstance(data, AdaNormSpec):
             return data
-        spec = read_spec(data)
+        classes = data.get("classes") if isinstance(data, dict) else None
+        spec = read_spec(data, classes if isinstance(classes, dict) else ())
+        for name, entry in spec["classes"].items():
+            files = entry.get("files") if isinstance(entry, dict) and entry.keys() == {"class", "file", "files"} else 0
+            fine = isinstance(files, dict) and all(
+                map(is_name, [entry["class"], entry["file"], *files, *files.values()])
+            )
+            what = f"class {name!r} of config.adanorm needs a name that is not built in, a class, file and files"
+            check(fine and name not in NORM_CLASSES, what, entry)
         known = [item.name for item in fields(NormGroup)]
         groups: list[dict[str, Any]] = [
             {key: tuple(v) if isinstance(v, list) else v for key, v in group.items() if key in known}

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .detection import NormInfo, check_module, recognize
+from .holder import held
 from .modeling_adanorm import (
     ADJUSTED_EPS,
     LAYOUT,
@@ -134,7 +135,7 @@ class Options:
             output_dtype=rule,
             **overrides,
         )
-        make_norm(source, vars(group), {self.norm: self.cls})  # the constructor checks the values
+        make_norm(source, vars(group), held({self.norm: self.cls}))  # the constructor checks the values
         return group
 
 
@@ -257,7 +258,7 @@ def apply_plan(plan: Plan) -> None:
     for name, module, info, group in plan.swaps:
         if is_as(module, group) and type(module.inner) is plan.options.cls:
             continue
-        new = make_norm(module, vars(group), {group.norm: plan.options.cls})
+        new = make_norm(module, vars(group), held({group.norm: plan.options.cls}))
         if fallback is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
             new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
         _inherit(new, module, info, plan.options.cls, group)

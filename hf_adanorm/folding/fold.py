@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from hf_adanorm._tables import html_table, text_table
 from hf_adanorm.detection import iter_norms
+from hf_adanorm.holder import held
 from hf_adanorm.modeling_adanorm import LayerNormSimple, is_swapped, make_norm
 from hf_adanorm.report import NOT_FOLDED
 from hf_adanorm.running import evaluating, hooked
@@ -227,7 +228,9 @@ def fold_norms(
 
         def replacement(name: str) -> Callable[[Tensor], Tensor]:
             """Return what replaces a norm, with the eps that it has at the time of the call."""
-            return lambda x: make_norm(plan.modules[name], vars(groups[name]), {groups[name].norm: become.cls})(x)
+            return lambda x: make_norm(plan.modules[name], vars(groups[name]), held({groups[name].norm: become.cls}))(
+                x
+            )
 
         replacements = {name: replacement(name) for name in plan.steps} if calibrate else {}
         if plan.fitted:

@@ -65,8 +65,7 @@ def write(plan: FoldPlan, change: Change) -> list[str]:
 def _divide_eps(norm: nn.Module, scale: float) -> None:
     key = eps_name(norm)
     assert key is not None  # checked by the plan
-    beside_std = getattr(norm, "reference", "paper") == "lancopku"  # where eps is added to the standard deviation
-    setattr(norm, key, getattr(norm, key) / (scale if beside_std else scale**2))
+    setattr(norm, key, getattr(norm, key) / scale**2)
     norm.__dict__[ADJUSTED_EPS] = True
 
 

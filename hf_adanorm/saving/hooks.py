@@ -38,6 +38,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from hf_adanorm import modeling_adanorm
+from hf_adanorm.holder import held
 from hf_adanorm.modeling_adanorm import NOTICE, apply_spec, is_swapped, notice_hook
 from hf_adanorm.norms import classes_from_folder, find_classes
 from hf_adanorm.norms import remember as remember_class
@@ -56,15 +57,16 @@ def post_init(original: Callable[..., Any], model: PreTrainedModel, bound: Bound
         classes = find_classes(AdaNormSpec.from_dict(data).classes)
         for cls in classes.values():
             remember_class(cls)
-        apply_spec(model, data, classes, replaced=remember)
+        apply_spec(model, data, held(classes), replaced=remember)
     return original(model)
 
 
-def serve(format: int, stock: type[PreTrainedModel], classes: Mapping[str, type]) -> dict[str, Any] | None:  # noqa: A002
-    """Return the methods of a model class in the code of a saved model, which hands over to the stock class: with the
-    package present its hooks apply the spec. None if the spec is of a later format."""
+def serve(format: int, stock: type[PreTrainedModel], others: Mapping[str, Any]) -> dict[str, Any] | None:  # noqa: A002
+    """Return the methods of a model class in the code of a saved model, which hands over to the stock class, as the
+    hooks of this package apply the spec. Return None for a later format. `others` is what `holder.held` returned."""
     if format > modeling_adanorm.FORMAT:
         return None
+    classes = {name: build.args[0] for name, build in others.items()}
 
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         with classes_from_folder(classes):

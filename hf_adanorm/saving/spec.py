@@ -22,9 +22,10 @@ from hf_adanorm.modeling_adanorm import (
     ADJUSTED_EPS,
     SwappedNorm,
     find_modules,
+    is_name,
     is_swapped,
+    renamings,
     source_settings,
-    spec_names,
 )
 from hf_adanorm.norms import digest, files_of, known_classes
 from hf_adanorm.replaced import GIVEN_EPS, source_of
@@ -242,7 +243,7 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     biases, eps = left_by_folds(modules)
     if not groups and not biases and not eps:
         return None
-    spelled, _ = spec_names(model, modules)
+    spelled = spec_names(model, modules)
     by_template: dict[str, set[str]] = {}
     for name in spelled.values():
         by_template.setdefault(number_template(name), set()).add(name)
@@ -256,6 +257,21 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
         eps={spelled[name]: value for name, value in eps.items()},
         classes=classes,
     )
+
+
+def spec_names(model: nn.Module, modules: dict[str, Any]) -> dict[str, str]:
+    """Return what a spec calls the named modules: their names in the keys of checkpoints, relative to the base model,
+    with "^" outside of it; their own names where several share a key, or where loading would not find them."""
+    prefix, inside, outside = renamings(model)
+    own, keys = {}, {}
+    for name in modules:
+        mark = "" if name.startswith(prefix) else "^"
+        own[name] = key = name.removeprefix(prefix)
+        for renaming in reversed(outside if mark else inside):
+            key = renaming.reverse_transform().rename_source_key(f"{key}.weight")[0].removesuffix(".weight")
+        own[name], keys[name] = mark + own[name], mark + (key if is_name(key) else own[name])
+    found = find_modules(model, keys.values(), modules.items())
+    return {name: key if [*found[key]] == [name] else own[name] for name, key in keys.items()}
 
 
 def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
@@ -308,8 +324,7 @@ def _overrides(module: SwappedNorm) -> dict[str, Any]:
     found = {key: value for key, value in found.items() if readable.get(key) != value}
     if GIVEN_EPS in module.__dict__ or (source is not None and ADJUSTED_EPS in source.__dict__):  # not the config's
         found["eps"] = module.eps
-    reference = None if module.reference == "paper" else module.reference
-    return {**found, "reference": reference, "output_dtype": module.output_dtype}
+    return {**found, "output_dtype": module.output_dtype}
 
 
 def refuse_loose_norms(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hf_adanorm.holder
 from hf_adanorm import modeling_adanorm
 from hf_adanorm.norms import digest, files_of, find_classes
 from hf_adanorm.spec import AdaNormSpec
@@ -31,20 +32,16 @@ def entry_file(classes: Mapping[str, type]) -> str:
 
 
 def _entry_text(homes: Mapping[str, tuple[str, str]]) -> str:
-    """Return the entry file for norms by name, given the module and the class of each."""
+    """Return the entry file for norms by name, given the module and the class of each: holder.py, then the norms."""
     imports = sorted({f"from .{file} import {cls}" for file, cls in homes.values()})
     named = ", ".join(f'"{name}": {cls}' for name, (_, cls) in sorted(homes.items()))
-    return "\n".join(
-        [
-            '"""Models with swapped norms of the classes below. Written by hf_adanorm; see modeling_adanorm.py."""',
-            "",
-            "from .modeling_adanorm import model_classes",
-            *imports,
-            "",
-            f"__getattr__ = model_classes(__name__, {{{named}}})",
-            "",
-        ]
-    )
+    holder = Path(hf_adanorm.holder.__file__).read_text(encoding="utf-8")
+    lines = [
+        "# Written by hf_adanorm: the norms of this model.",
+        "from .modeling_adanorm import model_classes",
+        *imports,
+    ]
+    return "\n".join([f"{holder}\n", *lines, "", f"__getattr__ = model_classes(__name__, held({{{named}}}))", ""])
 
 
 def check_classes(entries: Mapping[str, Mapping[str, object]]) -> dict[str, type]:

@@ -7,13 +7,14 @@ import math
 import pickle
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -44,6 +45,11 @@ LAYOUTS = [
 ]
 LAYOUT = pytest.mark.parametrize(("size", "shape", "layout"), LAYOUTS)
 NORM = pytest.mark.parametrize("norm", NORMS, ids=IDS)
+
+
+def test_the_file_is_short():
+    """It travels with every model, and who loads one may want to read it."""
+    assert len(Path(modeling_adanorm.__file__).read_text(encoding="utf-8").splitlines()) <= 450
 
 
 def dims_of(shape, layout) -> tuple[int, ...]:
@@ -146,29 +152,6 @@ def test_k_zero_and_c_one_is_layernorm_simple():
     za, zb = AdaNorm(H, k=0.0)(a), LayerNormSimple(H)(b)
     torch.testing.assert_close(za, zb)
     torch.testing.assert_close(torch.autograd.grad(za, a, dz), torch.autograd.grad(zb, b, dz))
-
-
-def authors_adanorm(x: Tensor, eps: float, C: float, k: float) -> Tensor:
-    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-    y = (x - mean) / (std + eps)
-    return C * (1 - k * y).detach() * y
-
-
-def test_the_authors_form():
-    x, dz, v = (random(3, H, seed=s) for s in (1, 2, 3))
-    module = AdaNorm(H, 1e-2, C=1.3, k=0.07, reference="lancopku")
-    theirs = derivatives(lambda x: authors_adanorm(x, 1e-2, 1.3, 0.07), x, dz, v)
-    for a, b in zip(derivatives(module, x, dz, v), theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert "lancopku" in repr(module)
-    assert (module(x) - AdaNorm(H, 1e-2, C=1.3, k=0.07)(x)).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("norm", [SIMPLE, DETACHED])
-def test_the_authors_form_of_the_others(norm):
-    x = random(3, H)
-    expected = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-2)
-    torch.testing.assert_close(make(norm, eps=1e-2, reference="lancopku")(x), expected)
 
 
 # ---------------------------------------------------------------------------------------------------- numerics
@@ -489,12 +472,10 @@ def test_no_norm_returns_what_may_be_written_to():
         (lambda: LayerNormSimple((8, -1)), ValueError, "normalized_shape"),
         (lambda: LayerNormSimple((2, 4), channels_first=True), ValueError, "channels_first"),
         (lambda: LayerNormSimple(8, centered=1), ValueError, "centered"),
+        (lambda: LayerNormSimple(8, center=True), ValueError, "unknown argument of LayerNormSimple, got .'center'"),
         (lambda: DetachNorm(8, detach_mean=False, detach_variance=False), ValueError, "layernorm-simple"),
         (lambda: DetachNorm(8, detach_variance=False, centered=False), ValueError, "nothing is detached"),
         (lambda: DetachNorm(8, detach_mean=0), ValueError, "detach_mean"),
-        (lambda: AdaNorm(1, reference="lancopku"), ValueError, "H - 1"),
-        (lambda: AdaNorm(8, reference="authors"), ValueError, "lancopku"),
-        (lambda: AdaNorm(8, reference="lancopku", centered=False), ValueError, "centered"),
     ],
 )
 def test_bad_arguments(make_it, error, words):

@@ -134,8 +134,6 @@ MODES: dict[str, Callable[[Function, Tensor], Tensor]] = {
 def statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean(-1, keepdim=True) if norm.centered else torch.zeros((), dtype=x.dtype)
     square = (x - mean).pow(2)
-    if norm.reference == "lancopku":
-        return mean, square.sum(-1, keepdim=True).div(H - 1).sqrt() + norm.eps
     return mean, (square.mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
@@ -163,11 +161,8 @@ def norms(dtype: torch.dtype) -> Iterator[nn.Module]:
     ]
     for name, given in kinds:
         settings = {key: bool(value) if name == "detachnorm" else value for key, value in given.items()}
-        layouts: list[dict[str, Any]] = [{}, {"reference": "lancopku"}]
-        if settings.get("detach_variance", True):
-            layouts.append({"centered": False})
-        for layout in layouts:
-            yield NORM_CLASSES[name](H, EPS, **settings, **layout, dtype=dtype)
+        for centered in (True, False) if settings.get("detach_variance", True) else (True,):
+            yield NORM_CLASSES[name](H, EPS, **settings, centered=centered, dtype=dtype)
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "plain"])
@@ -199,15 +194,14 @@ def test_the_kernels_compute_in_training_and_inference_and_save_no_more_than_nn_
         pytest.skip("the loops need gcc on Linux")
     calls: list[str] = []
     for norm in norms(torch.float32):
-        x = torch.randn(64, H, requires_grad=norm.reference == "paper")  # type: ignore[arg-type]
+        x = torch.randn(64, H, requires_grad=True)
         computed = fused.run(norm, x)
-        assert (computed is None) == (norm.reference == "lancopku")
-        if computed is not None:
-            calls.append(str(norm))
-            assert type(computed.grad_fn).__name__ == "_FusedBackward"
-            still = fused.run(norm.eval(), x.detach())
-            torch.testing.assert_close(computed, still)  # type: ignore[arg-type]
-            assert saved_bytes(norm, x) <= saved_bytes(nn.LayerNorm(H), x)
+        assert computed is not None
+        calls.append(str(norm))
+        assert type(computed.grad_fn).__name__ == "_FusedBackward"
+        still = fused.run(norm.eval(), x.detach())
+        torch.testing.assert_close(computed, still)  # type: ignore[arg-type]
+        assert saved_bytes(norm, x) <= saved_bytes(nn.LayerNorm(H), x)
     assert len(calls) == 9
 
 
