@@ -136,6 +136,8 @@ def warn_of_dropped(plan: Plan, change: Change) -> None:
         return
     trained = 0
     for _, module, info, _ in plan.swaps:
+        if is_swapped(module) and type(module.inner) is plan.options.cls:
+            continue  # the new norm takes them over
         if is_swapped(module):
             held = [(t, float(key == "gain")) for key, t in learned_affine(module).items()]
         else:

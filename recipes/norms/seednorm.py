@@ -13,7 +13,8 @@ class SeeDNorm(nn.Module):
     Args:
         normalized_shape: width of the input, one dimension.
         eps: added to the mean square.
-        alpha: where alpha starts. It must not be 0: alpha and beta, both 0, would have no gradient.
+        alpha: where alpha starts. It must not be 0: alpha and beta, both 0, would have no gradient. The default 1.0 is
+            our choice, not a value confirmed in the paper.
     """
 
     def __init__(self, normalized_shape, eps=1e-5, *, alpha=1.0, device=None, dtype=None):
