@@ -70,6 +70,10 @@ def push(folder: Path) -> dict[str, Any]:
         make_tokenizer().push_to_hub(repo)
         reference[repo] = logits(model)
 
+    own = build("recipes/norms/derf.py:Derf", alpha=0.7)
+    own.push_to_hub("me/derf")
+    reference["me/derf"] = logits(own)
+
     model = build()
     model.save_pretrained(
         str(folder / "saved"), push_to_hub=True, repo_id="me/saved", commit_message="Saved and pushed"
@@ -101,6 +105,7 @@ def pull_with_package(folder: Path) -> dict[str, Any]:
     out["newer"] = {repo: load(repo) for repo in ("me/newer", "me/newer-file")}
     out["newer with trust"] = load("me/newer-file", trust_remote_code=True)
     out["newer in a pipeline"] = run_pipeline("me/newer")
+    out["own norm"] = {"stock": load("me/derf"), "trust": load("me/derf", trust_remote_code=True)}
     return out
 
 
@@ -116,6 +121,10 @@ def pull_without_package(folder: Path) -> dict[str, Any]:
     model.push_to_hub("me/again")
     out["again"] = load("me/again", trust_remote_code=True)
     out["again without trust"] = load("me/again")
+    own = AutoModelForSequenceClassification.from_pretrained("me/derf", trust_remote_code=True)
+    own.push_to_hub("me/derf-again")
+    out["own norm"] = {"stock": load("me/derf"), "trust": logits(own)}
+    out["own norm"]["again"] = load("me/derf-again", trust_remote_code=True)
     return out
 
 

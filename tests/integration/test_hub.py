@@ -162,6 +162,19 @@ def test_a_trusted_load_without_the_package_can_be_pushed_again(
     assert "ignore_mismatched_sizes" in without_package["again without trust"]
 
 
+def test_a_norm_of_a_user_is_pushed_pulled_and_pushed_again(
+    session: Session, pushed: dict[str, Any], with_package: dict[str, Any], without_package: dict[str, Any]
+) -> None:
+    here, elsewhere = with_package["own norm"], without_package["own norm"]
+    for answer in (here["trust"], elsewhere["trust"], elsewhere["again"]):
+        assert _close(answer, pushed["me/derf"])
+    assert "import derf and call register_norm" in here["stock"]
+    assert "ignore_mismatched_sizes" in elsewhere["stock"]
+    first, again = (session.hub.repos[repo].files() for repo in ("me/derf", "me/derf-again"))
+    for name in ("modeling_adanorm.py", "modeling_adanorm_with_classes.py", "derf.py"):
+        assert first[name] == again[name]
+
+
 def test_the_server_knew_every_request(
     session: Session, with_package: dict[str, Any], without_package: dict[str, Any]
 ) -> None:
