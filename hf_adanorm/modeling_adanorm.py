@@ -294,7 +294,7 @@ def find_modules(model: nn.Module, patterns: Iterable[str], modules: Iterable[An
     for parts in (name.split(".") for name in by_name):
         table.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
     prefix, inside, outside = renamings(model)
-    for pattern in patterns:
+    for pattern in dict.fromkeys(patterns):
         own = key = pattern.removeprefix("^")
         for renaming in inside if own == pattern else outside:
             key = renaming.rename_source_key(f"{key.replace('*', _STAR)}.weight")[0].removesuffix(".weight")
