@@ -1,8 +1,8 @@
 """AdaNorm and its relatives in place of LayerNorm, and the loader of models that contain them.
 
 This file travels with every saved model, so `from_pretrained(..., trust_remote_code=True)` rebuilds the model without
-hf_adanorm. It needs torch and transformers only, opens no file and starts no process. hf_adanorm adds faster forward
-passes (KERNELS) and the methods in protocol.py; its holder.py holds the norms of other authors.
+hf_adanorm. It needs torch and transformers only. It opens no file and starts no process. hf_adanorm adds faster
+forward passes (KERNELS) and the methods in protocol.py; its holder.py holds the norms of other authors.
 """
 
 from __future__ import annotations
@@ -288,8 +288,8 @@ def renamings(model: Any) -> tuple[str, list[Any], list[Any]]:
 
 
 def find_modules(model: nn.Module, patterns: Iterable[str], modules: Iterable[Any]) -> dict[str, dict[str, Any]]:
-    """Return which of the named `modules` of `model` each name of a spec means, {} for none. A name is taken for that
-    of a key, which transformers may rename, then for a module's own. Names with "^" are outside the base model."""
+    """Return which of the named `modules` of `model` each name of a spec means, {} for none. A name is the one in a
+    key, which transformers may rename, or else a module's own. Names with "^" are outside the base model."""
     by_name, table, found = dict(modules), cast(dict[Any, list[list[str]]], {}), cast(dict[str, dict[str, Any]], {})
     for parts in (name.split(".") for name in by_name):
         table.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
@@ -385,8 +385,8 @@ def apply_spec(model: Any, data: Any, others: Classes, replaced: Any = lambda ne
 
 
 def _check_norm(name: str, module: nn.Module, knows_eps: bool) -> None:
-    """Raise ValueError unless a spec, which a stranger may have written, may name this module: a norm with a gain and
-    perhaps a bias, of one shape, or one without, whose class or name says norm, or which has an eps."""
+    """Raise ValueError unless a spec, which a stranger may have written, may name this module. It must be a norm with
+    at most a gain and a bias, of one shape, and have an eps, or a class or name that says norm."""
     known = is_swapped(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
     cls, place = type(module).__name__, name.rpartition(".")[2].lower()
     torch_own = any(base.__module__.startswith("torch.nn") for base in type(module).__mro__ if base is not nn.Module)

@@ -336,8 +336,8 @@ def _find_class(name: str, entry: Mapping[str, Any]) -> type:
     )
     if other is not None:
         raise ValueError(
-            f"the norm {name!r} of this model was saved with another version of {entry['file']} than the one of "
-            f"{other.__module__}.{other.__qualname__}, which is registered here: use that version, or load with "
+            f"the norm {name!r} of this model was saved with another version of {entry['file']} than that of "
+            f"{other.__module__}.{other.__qualname__}. Use the version that it was saved with, or load with "
             "trust_remote_code=True, which executes the files in the model's folder"
         )
     raise ValueError(f"this model uses the norm {name!r}, the class {entry['class']} of {entry['file']}: {how}")

@@ -1,4 +1,4 @@
-"""Change the settings of swapped norms after patching: at once (`set_norm`) or over the steps of a training.
+"""Change the settings of swapped norms after patching: immediately (`set_norm`) or over the steps of a training.
 
     set_norm(model, k=0.05)                                              # every AdaNorm
     trainer.add_callback(NormScheduleCallback(k=(0.0, 0.1), over=0.5))   # from 0 to 0.1 in the first half

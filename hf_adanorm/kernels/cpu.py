@@ -122,7 +122,7 @@ def _addresses(stats: Tensor, rows: int) -> tuple[int, int | None]:
 
 @functools.cache
 def _library() -> _Library | None:
-    """The compiled functions by name and dtype, or None where they cannot be had; tried once a process."""
+    """Return the compiled functions by name and dtype, or None if they are not available. Try once per process."""
     try:
         handle = _load()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -138,7 +138,7 @@ def _library() -> _Library | None:
 
 
 def _agrees(library: _Library) -> bool:
-    """One small row by hand: a compiler that gets it wrong must not train anyone's model."""
+    """Check one small row: a compiler that gets it wrong must not train a model."""
     x = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float32, device="cpu")
     z = torch.empty_like(x)
     library["forward", torch.float32](x.data_ptr(), z.data_ptr(), None, None, 1, 4, 0.0, 1.0, 0.1, True, 1)
@@ -146,7 +146,7 @@ def _agrees(library: _Library) -> bool:
 
 
 def _load() -> ctypes.CDLL:
-    """The shared library in the cache folder, compiled when it is not there or not whole.
+    """Return the shared library in the cache folder; compile it if it is missing or not whole.
 
     Raises:
         RuntimeError, OSError, subprocess.SubprocessError: no compiler, no place to write that is this user's own, or
@@ -170,8 +170,8 @@ def _load() -> ctypes.CDLL:
 
 
 def _open(path: Path) -> ctypes.CDLL | None:
-    """The library at `path`, or None: it is another user's or a link, others may write to it, or it is not whole (its
-    SHA-256 stands at its end; to map a file that was cut short ends the process)."""
+    """Open the library at `path`. Return None for a link, another user's file, one that others may write to, or one
+    that is not whole: mapping a truncated file ends the process. The file ends with its SHA-256."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -205,15 +205,15 @@ def _run(*command: str) -> None:
 
 
 def _cache_folder() -> Path:
-    """A folder of this user's own, which nobody else enters: what lies there is loaded as code."""
+    """Return a folder that belongs to this user alone, as its content is loaded as code."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     cache = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "hf_adanorm"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = cache.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
         raise RuntimeError(
-            f"{cache} is a link or another user's, and what lies there would be run: set XDG_CACHE_HOME to a folder "
-            "of your own"
+            f"{cache} is a link or belongs to another user, refusing to execute its files: set XDG_CACHE_HOME to a "
+            "folder of your own"
         )
     if info.st_mode & 0o077:
         cache.chmod(0o700)

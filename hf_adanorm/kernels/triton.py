@@ -23,7 +23,7 @@ from . import fused
 from .fused import Arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WIDEST = 16_384  # elements of a row that are held at once; a wider one is read in pieces, twice in either pass
+_WIDEST = 16_384  # elements of a row that fit into one load; a wider row is read in pieces, twice in either pass
 _PIECE = 4_096
 _TILE = 2_048  # elements that a program takes at least: several rows, where they are narrow
 

@@ -1,8 +1,7 @@
 """PEFT adapters remember the norms of the base that they were trained on.
 
-An adapter is saved without its base. If the base was patched in memory, the folder names a base with stock norms:
-loading would put the adapter on a model that computes something else, and no tensor would be missing. So, once both
-PEFT and hf_adanorm are imported, in whatever order:
+An adapter is saved without its base. If the base was patched in memory, the folder names a base with stock norms. An
+adapter on that base computes something else, and no tensor is missing. So, once both PEFT and hf_adanorm are imported:
 
 1. Attaching an adapter to a base (`get_peft_model`, `PeftModel.from_pretrained`, `load_adapter`, `model.add_adapter`)
    ties its config to that base.
@@ -161,7 +160,7 @@ def _some(names: list[str]) -> str:
 
 
 def _named_base_is_folded_so(config: Any, folded: list[str]) -> bool:
-    """Whether config.json of the base that an adapter names lists these folded norms."""
+    """Tell whether config.json of the base that an adapter names lists these folded norms."""
     name = config.base_model_name_or_path
     with suppress(OSError, ValueError):
         if name and (path := cached_file(name, "config.json", revision=config.revision, local_files_only=True)):
@@ -212,7 +211,8 @@ def _check_trainable(config: Any, tuner: Any, model: nn.Module) -> None:
 
 
 def _without_parameters(targets: str | Iterable[str], model: nn.Module) -> tuple[list[str], int]:
-    """Of the modules that PEFT's `targets` mean, the swapped norms without parameters; and the count of all."""
+    """Return the swapped norms without parameters among the modules that PEFT's `targets` mean, and the number of all
+    of those."""
     endings = () if isinstance(targets, str) else tuple(f".{target}" for target in targets)
     matching = [
         (name, module)
@@ -238,8 +238,8 @@ def _warn_unless_named_base_has(spec: AdaNormSpec, model: nn.Module | None, conf
 
 
 def _saved_spec(name: str | None, revision: str | None) -> tuple[bool, AdaNormSpec | None]:
-    """Whether config.json of the base that an adapter names (a folder, or a repository in the local cache) could be
-    read, and the spec in it."""
+    """Return whether config.json of the base that an adapter names (a folder, or a repository in the local cache) can
+    be read, and the spec in it."""
     with suppress(OSError):  # not there: then it cannot be vouched for
         if name and (path := cached_file(name, "config.json", revision=revision, local_files_only=True)):
             return spec_in_file(Path(path))

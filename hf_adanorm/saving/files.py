@@ -29,7 +29,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def leads_outside(path: Path, folder: Path | None = None) -> bool:
-    """Whether `path` is a link out of `folder`, by default its own, or lies behind one. In the Hub's cache files are
+    """Tell whether `path` is, or is behind, a link out of `folder` (by default its own). In the Hub's cache, files are
     links into the repository's blobs."""
     folder = (path.parent if folder is None else folder).resolve()
     repository = folder.parent.parent if folder.parent.name == "snapshots" else folder

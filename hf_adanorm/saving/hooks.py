@@ -3,15 +3,13 @@
 1. `PreTrainedModel.post_init`, the end of every model's construction and before any weight loads: the spec in
    `config.adanorm` is applied first. So stock `from_pretrained`, `from_config`, `pipeline` and `Trainer` build the
    patched architecture.
-2. `PreTrainedConfig.to_json_file`, which every way of saving a config ends in (`save_pretrained`, `push_to_hub`,
-   Trainer checkpoints): config.json gets `auto_map` entries, and `modeling_adanorm.py` is written beside it, so that
-   `trust_remote_code=True` works where hf_adanorm is not installed. An unpatched model takes both away again.
-
-3. `PreTrainedModel.save_pretrained` and the upload that ends a push: the folder or the repository of a patched model
-   gets a model card where it has none. A card that is there is left alone, save for a section of ours that tells of
-   another model than the one pushed; the empty form that transformers puts in its place does not count as one.
-4. Methods of `Trainer`, once it is imported: the card that it writes gets our section, and the pushes of its
-   checkpoints the file of 2, as both would do without; going on from a checkpoint of other norms is said.
+2. `PreTrainedConfig.to_json_file`, which writes every config.json: it gets `auto_map` entries, and
+   `modeling_adanorm.py` is written beside it. So `trust_remote_code=True` works without hf_adanorm. Saving an
+   unpatched model removes both.
+3. `PreTrainedModel.save_pretrained` and the upload that ends a push: a patched model without a model card gets one.
+   An existing card stays unchanged, except for a section that describes other norms than those of the pushed model.
+4. Methods of `Trainer`, once it is imported. The card that it writes gets the section, and the pushes of checkpoints
+   the files of 2. Resuming from a checkpoint with other norms warns.
 5. Four methods of PEFT, once it is imported: see adapters.py.
 
 A config or model without a spec passes through unchanged; `uninstall()` removes the wrappers (see saving/wrapping.py).
@@ -112,8 +110,8 @@ def _classes_of(config: PreTrainedConfig) -> dict[str, type]:
 
 
 def _auto_map(config: PreTrainedConfig, module: str) -> dict[str, str]:
-    """One entry for every Auto class that knows this config. Entries that point elsewhere are left alone, and so are
-    configs from outside transformers: such models need the package to load."""
+    """Return one entry for every Auto class that knows this config, except for entries that point elsewhere. A config
+    from outside transformers gets none: such models need the package to load."""
     if not type(config).__module__.startswith("transformers."):
         return {}
     present = getattr(config, "auto_map", None) or {}
@@ -155,7 +153,7 @@ _SAVING: ContextVar[_Saving | None] = ContextVar("hf_adanorm_saving", default=No
 
 @contextmanager
 def _in_second_place(folder: Path) -> Iterator[None]:
-    """What is ours never stops a save: an error becomes a warning, once the weights are written."""
+    """Turn an error inside the block into a warning, given once the weights are written: it must not stop a save."""
     try:
         yield
     except Exception as error:
@@ -171,9 +169,9 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
     how = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if getattr(how, "quant_method", "") == "gguf" and has_spec(model.config):
         raise ValueError(
-            "transformers saves no model that it takes for GGUF. Where its weights are unpacked (loaded with "
-            "GgufConfig(dequantize=True)), call model.hf_quantizer.remove_quantization_config(model) first; the "
-            "command line does all of it: hf-adanorm patch NAME OUT --gguf-file FILE"
+            "transformers cannot save a model that was loaded from GGUF. If its weights are unpacked (loaded with "
+            "GgufConfig(dequantize=True)), call model.hf_quantizer.remove_quantization_config(model) first. The "
+            "command line does both: hf-adanorm patch NAME OUT --gguf-file FILE"
         )
     folder, saving = Path(bound.arguments["save_directory"]), _Saving(model.config)
     token = _SAVING.set(saving)

@@ -2,7 +2,7 @@
 
 `config.folded_norms` lists the norms whose gains and biases are now in other layers, by their names in the base model.
 `config.flashnorm_folded` is the mark of FlashNorm (arXiv:2407.09577): engines that know it skip the norms' weights. It
-is set only where that changes nothing, and taken away again when a model with trained weights is saved.
+is set only where that changes nothing, and removed when a model with trained weights is saved.
 """
 
 from __future__ import annotations

@@ -40,17 +40,17 @@ def number_template(name: str) -> str:
 
 
 def swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
-    """Name and module of every swapped norm, in the order of `named_modules`."""
+    """Return name and module of every swapped norm, in the order of `named_modules`."""
     return [(name, module) for name, module in model.named_modules() if is_swapped(module)]
 
 
 def has_spec(config: PreTrainedConfig) -> bool:
-    """Whether the config, or one nested in it, says that norms are swapped."""
+    """Tell whether the config, or one nested in it, has a spec."""
     return any(getattr(part, "adanorm", None) is not None for part in all_configs(config))
 
 
 def all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """`config` and every config nested in it (encoder and decoder, text and vision, ...)."""
+    """Yield `config` and every config nested in it (encoder and decoder, text and vision, ...)."""
     seen: set[int] = set()
     waiting = [config]
     while waiting:
@@ -82,8 +82,8 @@ def own_configs(model: nn.Module) -> None:
 
 
 def write_specs(model: nn.Module) -> None:
-    """Set `config.adanorm` of the model and of every model nested in it that has a config of its own, so that a part
-    (the vision tower, the encoder) saves and loads as well as the whole. The configs become the model's own."""
+    """Set `config.adanorm` of the model and of every nested model with its own config. A part, such as the vision
+    tower, then saves and loads like the whole. The configs become the model's own."""
     own_configs(model)
     owners: dict[int, list[PreTrainedModel]] = {}
     for module in model.modules():  # parents come first: the first owner of a config is its outermost
@@ -124,8 +124,8 @@ def clear_specs(model: nn.Module) -> None:
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """`model.named_modules()` by the names that the modules have, or will have again, without PEFT: its wrappers are
-    looked through, and the adapters' own layers and copies left out."""
+    """Yield `model.named_modules()` with the names that they have without PEFT and other wrappers. Skip the layers and
+    copies of adapters."""
     seen: set[int] = set()
     wrapped = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
@@ -147,7 +147,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def spec_in_file(path: Path) -> tuple[bool, AdaNormSpec | None]:
-    """Whether a config.json or adapter_config.json can be read, and the spec in it."""
+    """Return whether a config.json or adapter_config.json can be read, and the spec in it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         data = data.get("adanorm") or (data.get("auto_mapping") or {}).get("adanorm")
@@ -157,13 +157,13 @@ def spec_in_file(path: Path) -> tuple[bool, AdaNormSpec | None]:
 
 
 def describes(spec: AdaNormSpec, model: nn.Module) -> bool:
-    """Whether `model`, if built with `spec`, would have the norms that it has; names of another head aside."""
+    """Tell whether `spec` builds the norms that `model` has, except for names of another head."""
     return not differences(spec, model)
 
 
 def differences(spec: AdaNormSpec, model: nn.Module) -> list[tuple[str, str, Any, Any]]:
-    """What `model`, if built with `spec`, would have other than it has, as (kind, module's name, wanted, here): the
-    settings of a "norm", the "bias" of a fold, its "eps"; None for what one side does not have."""
+    """Return how `model` differs from one built with `spec`, as (kind, name of the module, wanted, here). The kind is
+    "norm", with its settings, "bias" or "eps" of a fold. None stands for what one side does not have."""
     wanted, actual = _settings_by_name(spec, model), resolved_spec(model)
     here = {} if actual is None else _settings_by_name(actual, model)
     keys = dict.fromkeys([*wanted, *here])
@@ -171,7 +171,7 @@ def differences(spec: AdaNormSpec, model: nn.Module) -> list[tuple[str, str, Any
 
 
 def in_words(differing: list[tuple[str, str, Any, Any]], model: nn.Module) -> str:
-    """`differences` as sentences that name, on both sides, every setting that takes part."""
+    """Describe `differences` in sentences, with every setting that differs on both sides."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for kind, name, wanted, here in differing:
         grouped.setdefault((_side(kind, wanted, here), _side(kind, here, wanted)), []).append(name)
@@ -183,7 +183,7 @@ def in_words(differing: list[tuple[str, str, Any, Any]], model: nn.Module) -> st
 
 
 def _side(kind: str, value: Any, other: Any) -> str:
-    """One side of a difference, with every setting that takes part in it."""
+    """Describe one side of a difference, with every setting that differs."""
     if kind != "norm":
         return f"the {kind} of a fold" + (f", {value:g}" if kind == "eps" else "") if value else f"its stock {kind}"
     if value is None:
@@ -223,7 +223,7 @@ def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, st
 
 
 def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
-    """The spec of what is swapped in `model`: names relative to its base model, one group a set of settings."""
+    """Return the spec of what is swapped in `model`, with one group per set of settings."""
     groups: dict[NormGroup, list[str]] = {}
     classes: dict[str, dict[str, Any]] = {}
     modules = dict(plain_modules(model))
@@ -260,8 +260,8 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
 
 
 def spec_names(model: nn.Module, modules: dict[str, Any]) -> dict[str, str]:
-    """Return what a spec calls the named modules: their names in the keys of checkpoints, relative to the base model,
-    with "^" outside of it; their own names where several share a key, or where loading would not find them."""
+    """Return what a spec calls the named modules: their names in the keys of checkpoints, relative to the base model.
+    "^" marks those outside of it. Where loading would not find exactly that module, it is the module's own name."""
     prefix, inside, outside = renamings(model)
     own, keys = {}, {}
     for name in modules:
@@ -275,9 +275,11 @@ def spec_names(model: nn.Module, modules: dict[str, Any]) -> dict[str, str]:
 
 
 def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
-    """The linear layers that a fold gave a bias, and the stock norms whose eps it adjusted, with that eps: as the
-    modules are marked, and as the configs say. Others replace modules (embeddings are resized, layers quantized and
-    dequantized), and a mark goes with its module."""
+    """Return the linear layers that a fold gave a bias, and the stock norms whose eps it adjusted, with that eps.
+
+    Both the marks of modules and the configs count: a module may be replaced later, such as by quantization, and its
+    mark is lost with it.
+    """
     biases = {name for name, module in modules.items() if ADDED_BIAS in module.__dict__}
     eps = {name: 0.0 for name, module in modules.items() if ADJUSTED_EPS in module.__dict__}
     seen: set[int] = set()
@@ -340,7 +342,7 @@ def refuse_loose_norms(model: nn.Module) -> None:
 
 
 def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:
-    """The names with `*` for a number wherever the model has no other module of such a name."""
+    """Return the names with `*` for a number wherever the model has no other module of such a name."""
     out: list[str] = []
     grouped: dict[str, list[str]] = {}
     for name in names:

@@ -1,8 +1,8 @@
 """Write the code that travels with a saved model: the loader, and the files of the author's norm classes.
 
-A model of built-in norms brings `modeling_adanorm.py`, byte for byte the one of this package. A model with
-norms of the author's also brings their files, and an entry file to which `auto_map` in config.json points.
-transformers copies the files that it finds by regular expressions, so what those miss is refused on saving.
+A model of built-in norms brings `modeling_adanorm.py`, byte for byte the one of this package. A model with other
+norms also brings their files, and an entry file: holder.py and the names of the norms. `auto_map` in config.json
+points to the entry file. transformers finds the files by regular expressions, so what those miss is refused on saving.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _obstacles(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def own_file(reference: Any) -> str:
-    """Return the file of ours that an `auto_map` entry such as "modeling_adanorm.BertModel" points to, or ""."""
+    """Return the file of hf_adanorm that an `auto_map` entry such as "modeling_adanorm.BertModel" points to, or ""."""
     module = reference.rpartition("--")[2].partition(".")[0] if isinstance(reference, str) else ""
     return module if f"{module}.py" in (LOADER, ENTRY) else ""
 

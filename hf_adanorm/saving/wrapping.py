@@ -27,7 +27,7 @@ def wrap_method(root: Any, path: str, around: Around, *reads: str) -> None:
     """Make the method at `path` ("Class.method") in the module `root` call `around`, which reads the arguments named
     in `reads`; nothing if it does already. Of a function, the first argument stands for `self`.
 
-    A method that is not there, or does not take these arguments, is left alone with a warning: the others still work.
+    A method that is missing, or does not take these arguments, is skipped with a warning. The others still work.
     """
     *parents, name = path.split(".")
     owner: Any = functools.reduce(lambda found, part: getattr(found, part, None), parents, root)
