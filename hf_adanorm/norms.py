@@ -219,7 +219,7 @@ def load_class(where: str, name: str) -> type:
 
 # What a constructor takes besides its settings.
 _RESERVED = (
-    *("normalized_shape", "eps", "centered", "channels_first", "reference", "output_dtype", "device", "dtype"),
+    *("normalized_shape", "eps", "centered", "channels_first", "output_dtype", "device", "dtype"),
     *("training", "norm", "weight"),
 )
 
