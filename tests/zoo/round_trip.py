@@ -167,6 +167,16 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[key] - b[key]).abs().max() / b[key].abs().max()) for key in ("output", "gradient"))
 
 
+_CHANGES = ("training", "is_filled")
+
+
 def norms(model: nn.Module) -> dict[str, str]:
     """Return name and all settings (class, shape, eps, C, k, flags) of every swapped norm."""
-    return {name: str(m) for name, m in model.named_modules() if getattr(type(m), "is_adanorm_module", False)}
+    # Not their repr, which only the package adds.
+    plain = (str, int, float, tuple, type(None))
+    found = {name: m for name, m in model.named_modules() if getattr(type(m), "is_adanorm_module", False)}
+    shown = {
+        name: {k: v for k, v in vars(m).items() if isinstance(v, plain) and k[0] != "_" and k not in _CHANGES}
+        for name, m in found.items()
+    }
+    return {name: f"{type(found[name]).__name__} {dict(sorted(values.items()))}" for name, values in shown.items()}
