@@ -8,7 +8,7 @@
 Each variant and its baseline take turns, in alternating order, and each turn yields one ratio of their times. So a
 busy machine slows down both. The table gives the median ratio and its 95 % interval (from order statistics). A goal is
 met if the interval ends at most 0.02 above it, and missed if it begins above that; otherwise there is no verdict. With
-one thread the clock is CPU time, else wall time; on a GPU `torch.utils.benchmark` synchronizes.
+one thread the clock is CPU time, else wall time; on a GPU each turn ends with a synchronization.
 
 Baselines are nn.LayerNorm (nn.RMSNorm after --rmsnorm) and the unpatched model. Inference runs under torch.no_grad.
 """
@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import math
 import statistics
 import sys
 import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,26 +36,11 @@ MARGIN = 0.02
 SHAPES = ("64x256", "512x64", "512x256", "512x768", "512x1024", "4096x128", "4096x768", "32x4096")
 MODELS = ("bert", "gpt2", "llama")
 TASKS = ("inference", "generation", "training")
+# "seconds": median of one call. "saved": bytes kept for the backward pass, relative to the baseline.
+COLUMNS = ("case", "dtype", "mode", "task", "norm", "seconds", "ratio", "low", "high", "verdict", "saved")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table."""
-
-    case: str
-    dtype: str
-    mode: str
-    task: str
-    norm: str
-    seconds: float
-    """Median time of one call."""
-    ratio: float
-    low: float
-    high: float
-    verdict: str
-    """ "met", "missed", or "" where the interval straddles the goal."""
-    saved: float | None = None
-    """Bytes kept for the backward pass, relative to the baseline."""
+Calls = dict[str, Callable[[], Any]]  # what is timed, by task
+Case = tuple[str, str, Calls, Calls, float | None]  # case, norm, its calls, those of the baseline, saved
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -68,41 +54,49 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def verdict(low: float, high: float, goal: float) -> str:
+    """Return "met", "missed", or "" where the interval straddles the goal."""
     if high <= goal + MARGIN:
         return "met"
     return "missed" if low > goal + MARGIN else ""
 
 
 def take_turns(
-    variant: Callable[[], Any], baseline: Callable[[], Any], *, rounds: int, seconds: float, threads: int
+    variant: Callable[[], Any],
+    baseline: Callable[[], Any],
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.process_time,
 ) -> tuple[float, list[float]]:
     """Return the median seconds of a call of `variant`, and its ratio to `baseline` in each round.
 
     Args:
         seconds: how long a turn of each takes, at least one call.
-        threads: of torch on the CPU.
+        clock: returns seconds.
     """
-    from torch.utils import benchmark
-
-    clock: dict[str, Any] = {"timer": time.process_time} if threads == 1 and not _on_gpu() else {}
-    both = [
-        benchmark.Timer("call()", globals={"call": call}, num_threads=threads, **clock) for call in (variant, baseline)
-    ]
-    once = [timer.timeit(2).median for timer in both]  # also warms up
+    timers = [timeit.Timer(call, timer=clock) for call in (variant, baseline)]
+    once = [min(timer.repeat(2, number=1)) for timer in timers]  # the first call warms up
     runs = [max(1, min(10_000, math.ceil(seconds / max(value, 1e-7)))) for value in once]
-    times: list[tuple[float, float]] = []
+    times: list[list[float]] = []
     for turn in range(rounds):
-        found = [0.0, 0.0]
+        times.append([0.0, 0.0])
         for index in (0, 1) if turn % 2 else (1, 0):
-            found[index] = both[index].timeit(runs[index]).median
-        times.append((found[0], found[1]))
+            times[-1][index] = timers[index].timeit(runs[index]) / runs[index]
     return statistics.median(one for one, _ in times), [one / max(other, 1e-12) for one, other in times]
 
 
-def _on_gpu() -> bool:
+def clock_of(options: argparse.Namespace) -> Callable[[], float]:
+    """Return CPU time for one thread on the CPU, else wall time, taken when the device has finished its work."""
     import torch
 
-    return torch.cuda.is_initialized()
+    if options.device == "cpu":
+        return time.process_time if options.threads == 1 else time.perf_counter
+
+    def clock() -> float:
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    return clock
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
@@ -126,8 +120,8 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
 # ----------------------------------------------------------------------------------------------------------- norms
 
 
-def norm_calls(module: nn.Module, x: Tensor, dz: Tensor, mode: str) -> dict[str, Callable[[], Any]]:
-    """Return what is timed of one norm, by task."""
+def norm_calls(module: nn.Module, x: Tensor, dz: Tensor, mode: str) -> Calls:
+    """Return what is timed of one norm."""
     import torch
 
     function = torch.compile(module) if mode == "compiled" else module
@@ -150,46 +144,20 @@ def build_norm(norm: str, width: int, dtype: torch.dtype, *, centered: bool) -> 
     return patch_model(nn.Sequential(stock), norm, targets="all")[0] if norm != "layernorm" else stock
 
 
-def measure_norms(options: argparse.Namespace) -> Iterator[Row]:
-    """Time the norms alone, for every shape, dtype and mode."""
+def norm_cases(options: argparse.Namespace, mode: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield each shape with each norm, its calls and those of the stock norm."""
     import torch
 
-    for mode in options.modes:
-        for dtype in (getattr(torch, name) for name in options.dtypes):
-            for shape in options.shapes:
-                rows, width = map(int, shape.split("x"))
-                x = torch.randn(rows, width, device=options.device).to(dtype).requires_grad_()
-                dz = torch.randn(rows, width, device=options.device).to(dtype)
-                stock = build_norm("layernorm", width, dtype, centered=not options.rmsnorm).to(options.device)
-                base = norm_calls(stock, x, dz, mode)
-                for norm in options.norms:
-                    module = build_norm(norm, width, dtype, centered=not options.rmsnorm).to(options.device)
-                    calls = norm_calls(module, x, dz, mode)
-                    saved = saved_bytes(module, x) / saved_bytes(stock, x)
-                    for task in ("inference", "training"):
-                        yield _row(options, shape, dtype, mode, task, norm, calls[task], base[task], saved)
-
-
-def _row(
-    options: argparse.Namespace,
-    case: str,
-    dtype: torch.dtype,
-    mode: str,
-    task: str,
-    norm: str,
-    call: Callable[[], Any],
-    base: Callable[[], Any],
-    saved: float | None = None,
-) -> Row:
-    times = {"rounds": options.rounds, "seconds": options.seconds, "threads": options.threads}
-    seconds, ratios = take_turns(call, base, **times)
-    ratio, low, high = interval(ratios)
-    said = verdict(low, high, options.goal)
-    name = str(dtype).removeprefix("torch.")
-    return Row(
-        case=case, dtype=name, mode=mode, task=task, norm=norm, seconds=seconds, ratio=ratio, low=low, high=high,
-        verdict=said, saved=saved,
-    )  # fmt: skip
+    for shape in options.shapes:
+        rows, width = map(int, shape.split("x"))
+        x, dz = torch.randn(2, rows, width, device=options.device, dtype=dtype).unbind()
+        x = x.clone().requires_grad_()
+        stock = build_norm("layernorm", width, dtype, centered=not options.rmsnorm).to(options.device)
+        base = norm_calls(stock, x, dz, mode)
+        for norm in options.norms:
+            module = build_norm(norm, width, dtype, centered=not options.rmsnorm).to(options.device)
+            saved = saved_bytes(module, x) / saved_bytes(stock, x)
+            yield shape, norm, norm_calls(module, x, dz, mode), base, saved
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -210,23 +178,18 @@ def build_model(kind: str, *, width: int, layers: int, vocabulary: int = 1024) -
     return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, **none))
 
 
-def model_calls(model: Any, tokens: Tensor, mode: str, new_tokens: int) -> dict[str, Callable[[], Any]]:
-    """Return what is timed of one model, by task. Generation reads one prompt and appends to a cache."""
+def model_calls(model: Any, tokens: Tensor, mode: str, new_tokens: int) -> Calls:
+    """Return what is timed of one model. Generation reads one prompt and appends to a cache."""
     import torch
 
     function = torch.compile(model) if mode == "compiled" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def infer() -> None:
         model.eval()
         with torch.no_grad():
             function(input_ids=tokens)
-
-    def generate() -> None:
-        model.eval()
-        model.generate(
-            tokens[:1, :8], max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-        )
 
     def train() -> None:
         model.train()
@@ -234,46 +197,65 @@ def model_calls(model: Any, tokens: Tensor, mode: str, new_tokens: int) -> dict[
         optimizer.step()
         optimizer.zero_grad()
 
-    calls = {"inference": infer, "training": train}
+    calls: Calls = {"inference": infer, "training": train}
     if mode == "eager" and model.can_generate():
-        calls["generation"] = generate
+        calls["generation"] = lambda: model.eval().generate(tokens[:1, :8], **length)
     return calls
 
 
-def measure_models(options: argparse.Namespace) -> Iterator[Row]:
-    """Time inference, generation and training steps of whole models against the unpatched ones."""
+def model_cases(options: argparse.Namespace, mode: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield each model with each norm, its calls and those of the unpatched model."""
     import copy
 
     import torch
 
     from hf_adanorm import patch_model
 
-    for mode in options.modes:
-        for dtype in (getattr(torch, name) for name in options.dtypes):
-            for kind in options.models:
-                torch.manual_seed(0)
-                stock = build_model(kind, width=options.width, layers=options.layers).to(options.device, dtype)
-                tokens = torch.randint(2, 1024, (options.batch, options.length), device=options.device)
-                base = model_calls(stock, tokens, mode, options.new_tokens)
-                for norm in options.norms:
-                    model = patch_model(copy.deepcopy(stock), norm)
-                    calls = model_calls(model, tokens, mode, options.new_tokens)
-                    for task in (task for task in options.tasks if task in calls):
-                        yield _row(options, kind, dtype, mode, task, norm, calls[task], base[task])
+    for kind in options.models:
+        torch.manual_seed(0)
+        stock = build_model(kind, width=options.width, layers=options.layers).to(options.device, dtype)
+        tokens = torch.randint(2, 1024, (options.batch, options.length), device=options.device)
+        base = model_calls(stock, tokens, mode, options.new_tokens)
+        base = {task: call for task, call in base.items() if task in options.tasks}
+        for norm in options.norms:
+            model = patch_model(copy.deepcopy(stock), norm)
+            yield kind, norm, model_calls(model, tokens, mode, options.new_tokens), base, None
 
 
 # ---------------------------------------------------------------------------------------------------------- report
 
 
-def line(row: Row) -> str:
-    saved = "" if row.saved is None else f"  saves {row.saved:.2f}"
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield one row of the table after the other."""
+    import torch
+
+    clock = clock_of(options)
+    for what, mode, name in ((w, m, d) for w in options.what for m in options.modes for d in options.dtypes):
+        cases = {"norms": norm_cases, "models": model_cases}[what]
+        for case, norm, calls, base, saved in cases(options, mode, getattr(torch, name)):
+            for task in (task for task in TASKS if task in base):
+                seconds, ratios = take_turns(
+                    calls[task], base[task], rounds=options.rounds, seconds=options.seconds, clock=clock
+                )
+                ratio, low, high = interval(ratios)
+                said = "" if options.quick else verdict(low, high, options.goal)
+                values = (case, name, mode, task, norm, seconds, ratio, low, high, said, saved)
+                yield dict(zip(COLUMNS, values, strict=True))
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row as a line of the printed table."""
+    saved = "" if row["saved"] is None else f"  saves {row['saved']:.2f}"
     return (
-        f"{row.case:10} {row.dtype:8} {row.mode:8} {row.task:10} {row.norm:22} {row.seconds * 1e6:11,.1f} us  "
-        f"{row.ratio:.3f} [{row.low:.3f}, {row.high:.3f}] {row.verdict:6}{saved}"
+        "{case:10} {dtype:8} {mode:8} {task:10} {norm:22} ".format(**row)
+        + f"{row['seconds'] * 1e6:11,.1f} us  "
+        + "{ratio:.3f} [{low:.3f}, {high:.3f}] {verdict:6}".format(**row)
+        + saved
     )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; --quick overrides sizes and rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--what", nargs="+", choices=("norms", "models"), default=["norms"])
@@ -291,13 +273,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
     add("--device", default=None, help='such as "cpu" or "cuda:0"; a GPU if there is one')
     add("--threads", type=int, default=1, help="of torch on the CPU")
-    add("--rounds", type=int, default=25, help="turns of each pair; at least 6 for a 95 %% interval")
+    add("--rounds", type=int, default=25, help="turns of each pair; a 95 %% interval needs at least 6")
     add("--seconds", type=float, default=0.004, help="that one turn takes at least")
     add("--goal", type=float, default=1.0, help="the ratio to reach")
     add("--output", type=Path, help="a CSV file for the rows")
     add("--quick", action="store_true", help="tiny sizes and few rounds: whether it runs, not what it costs")
     options = parser.parse_args(arguments)
-    for name, least in (("rounds", 1), ("threads", 1), ("width", 64), ("layers", 1), ("batch", 1), ("length", 8)):
+    for name, least in (("rounds", 6), ("threads", 1), ("width", 64), ("layers", 1), ("batch", 1), ("length", 8)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be >= {least}, got {getattr(options, name)}")
     for shape in options.shapes:
@@ -314,28 +296,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     import torch
 
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    from hf_adanorm.saving import write_file
+
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # about gains and biases that are dropped
-    rows: list[Row] = []
-    measures = {"norms": measure_norms, "models": measure_models}
+    rows = []
     try:
         torch.empty(0, device=options.device)
         print(f"{options.device}, torch {torch.__version__}, {options.threads} thread(s), goal {options.goal:g}")
-        for what in options.what:
-            for row in measures[what](options):
-                rows.append(row)
-                print(line(row), flush=True)
+        for row in measure(options):
+            rows.append(row)
+            print(line(row), flush=True)
     except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.output is not None:
-        temporary = options.output.with_name(options.output.name + ".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(Row.__annotations__))
-            writer.writeheader()
-            writer.writerows(vars(row) for row in rows)
-        temporary.replace(options.output)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(options.output, text.getvalue())
     return 0
 
 

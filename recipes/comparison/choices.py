@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
-import re
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import tasks.options
 from common.options import OptionError, read_config
-from comparison.variants import OPTIONS, split
+from comparison.variants import split
 
 MOST_SEEDS = 1000
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
 
 
-def recipe_options() -> dict[str, str]:
-    """Return the recipe scripts and the names of their options' classes."""
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].glob("*.py"))}
-    found = {name: re.search(r"^OPTIONS, TASK = (\w+),", text, re.MULTILINE) for name, text in texts.items()}
-    return {name: match[1] for name, match in found.items() if match}
+def recipe_options() -> dict[str, type[Any]]:
+    """Return the names of the recipe scripts and the classes of their options."""
+    return {cls.script.removesuffix(".py"): cls for cls in vars(tasks.options).values() if hasattr(cls, "script")}
 
 
-def choose_recipe(name: str | None, config: str | None) -> tuple[str, type]:
+# The options of all recipes: what else a grid varies is a setting of a norm.
+OPTIONS = frozenset(item.name for cls in recipe_options().values() for item in dataclasses.fields(cls))
+
+
+def choose_recipe(name: str | None, config: str | None) -> tuple[str, type[Any]]:
     """Return the recipe and its options' class: by name, or the only recipe that knows all options of the config.
 
     Raises OptionError if neither decides.
     """
     known = recipe_options()
-    if name is None and config is None:
+    if name is not None:
+        return name, known[name]
+    if config is None:
         raise OptionError("give --config, or --recipe " + "|".join(known))
-    keys = set() if config is None or name is not None else {str(key) for key in read_config(config)}
-    fitting = []
-    for candidate in known if name is None else [name]:
-        options_class = getattr(tasks.options, known[candidate], None) or importlib.import_module(candidate).OPTIONS
-        if keys <= {item.name for item in dataclasses.fields(options_class)}:
-            fitting.append((candidate, options_class))
+    keys = {str(key) for key in read_config(config)}
+    fitting = [(one, cls) for one, cls in known.items() if keys <= {item.name for item in dataclasses.fields(cls)}]
     if len(fitting) != 1:
         raise OptionError(f"--config {config} fits {len(fitting)} recipes: name one with --recipe {'|'.join(known)}")
     return fitting[0]
@@ -66,3 +64,8 @@ def grid_points(grid: dict[str, list[str]], variant: str, settings: Collection[s
         name: values for name, values in grid.items() if (name in OPTIONS or name in settings) and name not in fixed
     }
     return [dict(zip(used, values, strict=True)) for values in itertools.product(*used.values())]
+
+
+def trained_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two points of a grid differ in the norms' own settings at most."""
+    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) & OPTIONS)

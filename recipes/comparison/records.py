@@ -1,9 +1,8 @@
 """Runs and their records.
 
-A record is what tables, tests and reports need of a finished or diverged run, on one line of JSON: options, hashes of
-the data, history, scores, and the outcome of each test example. It holds no weights, no texts or labels of the data,
-and no paths. `compare.py` writes `records.jsonl` beside its tables, and accepts such files as
-finished runs on any machine.
+A record is one line of JSON with everything that tables, tests and reports need of a run that ended: options, hashes
+of the data, history, scores, and the outcome of each test example. It holds no weights, no paths, and no texts or
+labels of the data. `compare.py` writes `records.jsonl`, and accepts such files as finished runs on any machine.
 """
 
 from __future__ import annotations
@@ -28,16 +27,14 @@ from comparison.variants import kind, public_name
 from hf_adanorm.saving import write_file
 
 FORMAT = 1
+# What a run's record says about its launch and its options do not.
+LAUNCHED = ("num_processes", "mixed_precision")
 _COPIED = (
     *("validation", "test", "history", "steps", "steps_per_epoch", "best_step", "skipped_steps", "step", "parameters"),
     *("norm_modules", "train_samples", "train_tokens", "seconds_per_step", "train_samples_per_second"),
-    *("peak_memory_mb", "chance", "num_processes", "mixed_precision", "versions", "content"),
+    *("peak_memory_mb", "chance", *LAUNCHED, "versions", "content"),
 )
-_PATCH = frozenset(item.name for item in dataclasses.fields(PatchOptions))
-
-
-class RecordError(ValueError):
-    """The file in which a run recorded its end is broken."""
+PATCH = frozenset(item.name for item in dataclasses.fields(PatchOptions))
 
 
 @dataclass
@@ -63,7 +60,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What the recipe wrote at the end of the run; empty until it has ended.
 
-        Raises RecordError if the file cannot be read.
+        Raises OptionError if the file cannot be read.
         """
         if self.adopted is not None:
             return self.adopted
@@ -73,10 +70,9 @@ class Run:
         path = self.folder / name
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RecordError(f"{path} cannot be read ({error}): delete {self.folder} to run it again") from error
-        if not isinstance(record, dict) or "options" not in record:
-            raise RecordError(f"{path} was not written by a recipe: delete {self.folder} to run it again")
+            record["options"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise OptionError(f"{path} is not a result of a recipe ({error}): delete {self.folder}") from error
         return record
 
     @property
@@ -85,7 +81,7 @@ class Run:
         if "history" in (record := self.record):
             return record
         found = sorted(self.folder.glob("checkpoint-*/progress.json"), key=lambda path: path.stat().st_mtime)
-        return json.loads(found[-1].read_text(encoding="utf-8")) if found else {}
+        return json.loads(found[-1].read_text(encoding="utf-8")) if found else {"history": [], "train_history": []}
 
     def outcomes(self, task: type[Task]) -> np.ndarray:
         """Return what the score needs of each test example, (examples, values)."""
@@ -93,10 +89,9 @@ class Run:
             return decode(self.adopted["outcomes"])
         return task.outcomes(self.folder, self.record)
 
-
-def outcome(run: Run) -> str:
-    """Describe how a run ended."""
-    return f"diverged at step {run.record['step']}" if run.status == "diverged" else run.status
+    def __str__(self) -> str:
+        """Return how the run ended."""
+        return f"diverged at step {self.record['step']}" if self.status == "diverged" else self.status
 
 
 def overfit_gap(record: Mapping[str, Any]) -> float:
@@ -124,9 +119,14 @@ def stated(options_class: type[Any], options: Mapping[str, Any], norm: str) -> d
     """Return the options that affect results and differ from their defaults; files by name, without their folder."""
     default = json.loads(json.dumps(dataclasses.asdict(options_class())))
     names = options_that_change(options_class, "results", "onward") - set(OWN)
-    names -= _PATCH if kind(norm) == BASELINE else {"norm"}
+    names -= PATCH if kind(norm) == BASELINE else {"norm"}
     found = {name: options[name] for name in sorted(names) if options.get(name, default[name]) != default[name]}
     return {name: _without_folder(value) if name.endswith("_file") else value for name, value in found.items()}
+
+
+def launched_unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the name of what two records of a comparison differ in though it must be the same, or ""."""
+    return next((name for name in LAUNCHED if one.get(name) != other.get(name)), "")
 
 
 def _without_folder(files: Any) -> Any:
@@ -139,8 +139,8 @@ def to_record(
     """Return the record of a run that has ended."""
     if run.adopted is not None:
         return run.adopted
-    result = run.record
-    progress = {"history": [], "train_history": [], **run.progress}
+    result, progress = run.record, run.progress
+    losses = [{**one, "loss": one["loss"] and float(f"{one['loss']:.7g}")} for one in progress["train_history"]]
     record = {
         "format": FORMAT,
         "recipe": recipe,
@@ -152,16 +152,12 @@ def to_record(
         "options": stated(options_class, result["options"], run.norm),
         **{name: result[name] for name in _COPIED if name in result},
         "history": progress["history"],
-        "train_history": [{"step": one["step"], "loss": _round(one["loss"])} for one in progress["train_history"]],
+        "train_history": losses,
         "machine": machine,
     }
     if run.status == "finished" and result.get("test"):
         record["outcomes"] = encode(run.outcomes(task))
     return record
-
-
-def _round(loss: float | None) -> float | None:
-    return None if loss is None else float(f"{loss:.7g}")
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -206,12 +202,11 @@ def encode(outcomes: np.ndarray) -> list[Any]:
     for column in np.asarray(outcomes).T:
         if (column == column[0]).all():
             columns.append(column[0].item() * 1)
-        elif np.isin(column, (0, 1)).all():
-            columns.append(["bits", len(column), _pack(np.packbits(column.astype(bool)))])
-        else:
-            whole = np.isfinite(column).all() and (column == column.astype("<u2")).all()
-            kind_of = "<u2" if whole else "<f4"
-            columns.append([kind_of, len(column), _pack(column.astype(kind_of))])
+            continue
+        whole = np.isfinite(column).all() and (column == column.astype("<u2")).all()
+        name = "bits" if whole and column.max() <= 1 else "<u2" if whole else "<f4"
+        data = np.packbits(column.astype(bool)) if name == "bits" else column.astype(name)
+        columns.append([name, len(column), base64.b64encode(zlib.compress(data.tobytes(), 9)).decode()])
     return [len(outcomes), *columns]
 
 
@@ -222,14 +217,7 @@ def decode(encoded: Sequence[Any]) -> np.ndarray:
         if not isinstance(column, list):
             columns.append(np.full(encoded[0], float(column)))
             continue
-        kind_of, size, text = column
-        data = zlib.decompress(base64.b64decode(text))
-        if kind_of == "bits":
-            columns.append(np.unpackbits(np.frombuffer(data, np.uint8), count=size).astype(float))
-        else:
-            columns.append(np.frombuffer(data, kind_of).astype(float))
+        name, size, text = column
+        data = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8 if name == "bits" else name)
+        columns.append((np.unpackbits(data, count=size) if name == "bits" else data).astype(float))
     return np.stack(columns, axis=1)
-
-
-def _pack(values: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(values.tobytes(), 9)).decode()

@@ -23,15 +23,15 @@ from statistics import fmean
 from typing import Any
 
 from common.checkpoints import changed_content, write_json
-from common.options import OptionError, parse_options
+from common.options import OptionError, parse_options, read_config
 from common.results import align
 from common.setup import describe_norm
 from comparison.choices import MOST_SEEDS, OWN, choose_recipe, grid_points, parse_grid
 from comparison.paper import BASELINE
-from comparison.records import Run, outcome, read_records, stated, to_record, write_records
+from comparison.records import Run, launched_unlike, read_records, stated, to_record, write_records
 from comparison.report import write_report
-from comparison.summary import LAUNCHED, machine, summarize
-from comparison.variants import canonical, folder_name, kind, known_settings, public_name, split
+from comparison.summary import machine, summarize
+from comparison.variants import canonical, folder_name, kind, known_settings, public_name, split, value_text
 from hf_adanorm.norms import resolve_norm
 from tasks.data import DATA_OPTIONS, data_content
 
@@ -47,19 +47,12 @@ class Comparison:
 
     def __init__(self, own: argparse.Namespace, rest: list[str]):
         self.own, self.rest = own, rest
-        name, self.options_class = choose_recipe(own.recipe, own.config)
-        recipe = importlib.import_module(name)
-        self.script, self.task = Path(recipe.__file__), recipe.TASK
+        recipe, self.options_class = choose_recipe(own.recipe, own.config)
+        module = importlib.import_module(recipe)
+        self.script, self.task = Path(module.__file__), module.TASK
         self.names = {item.name for item in dataclasses.fields(self.options_class)}
-        for name in OWN:
-            if any(argument.split("=", 1)[0] == f"--{name}" for argument in rest):
-                raise OptionError(
-                    f"--{name} is set by the comparison for each run; use --norms, --seeds, --output_dir"
-                )
-        if min(own.seeds, default=0) < 0 or not own.seeds:
-            raise OptionError(f"--seeds: expected a positive number of seeds, got {own.seeds}")
-        if len(own.seeds) == 1 and own.seeds[0] > MOST_SEEDS:
-            raise OptionError(f"--seeds {own.seeds[0]}: one number is how many, at most {MOST_SEEDS}")
+        if min(own.seeds, default=-1) < 0 or (len(own.seeds) == 1 and own.seeds[0] > MOST_SEEDS):
+            raise OptionError(f"--seeds: expected how many (at most {MOST_SEEDS}) or several seeds, got {own.seeds}")
         try:
             self.launcher = shlex.split(own.launcher) if own.launcher else [sys.executable]
         except ValueError as error:
@@ -71,46 +64,51 @@ class Comparison:
                 f"--grid_seeds must be in [1, {len(own.seeds)}], the number of seeds; got {own.grid_seeds}"
             )
         self.settings = {kind(text): known_settings(text) for text in own.norms}  # of each norm, with their defaults
-        everything = {name for known in self.settings.values() for name in known}
-        self.grid = parse_grid(own.grid, self.names | everything)
+        self.check_arguments({name for known in self.settings.values() for name in known} - self.names)
         own.norms = list(dict.fromkeys(map(self.canonical, own.norms)))
         self.adopted = {(run.norm, run.seed): run for path in own.records for run in read_records(path)}
-        self.search: list[Run] = []
+        self.search: list[Run] = []  # planned here; the runs are planned when the grid has been searched
         self.runs: list[Run] = []
         self.failed: list[Run] = []
         self.contents: dict[Any, dict[str, str]] = {}
-        self.launched: dict[str, tuple[Any, Path]] = {}  # how the runs were launched, and which one says so
         self.stopping = ""
         self.child: subprocess.Popen[bytes] | None = None
+        self.check_all()
+        self.plan_search()
+
+    def check_arguments(self, settings: set[str]) -> None:
+        """Raise OptionError for an option that the comparison sets, or a setting that is not tied to one norm.
+
+        Set `grid`. Settings belong to a norm: to its name, or to its mapping in a config's `norm_settings`.
+        """
+        self.grid = parse_grid(self.own.grid, self.names | settings)
+        given = {word[2:].partition("=")[0] for word in self.rest if word.startswith("--")}
+        if own := given & set(OWN):
+            raise OptionError(f"--{min(own)} is set by the comparison: use --norms, --seeds, --output_dir")
+        config = read_config(self.own.config).get("norm_settings") or {} if self.own.config else {}
+        plain = {name for name, value in config.items() if not isinstance(value, dict)}
+        if loose := (given | plain) & settings:
+            name = min(loose)
+            norm = next((norm for norm, known in self.settings.items() if name in known), "NORM")
+            raise OptionError(
+                f"--{name}: a comparison takes settings in the name of a norm, as in --norms {norm}:{name}=VALUE, or "
+                f"for one norm in the config, as in norm_settings: {{{norm}: {{{name}: VALUE}}}}"
+            )
 
     def options(self, arguments: list[str]) -> Any:
-        """The recipe's options as these arguments set them. Raises OptionError for what the recipe refuses."""
+        """Return the recipe's options as these arguments set them. Raises OptionError for what the recipe refuses."""
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
                 return parse_options(self.options_class, arguments)
         except SystemExit as error:
-            text = " ".join(said.getvalue().rpartition("error:")[2].split())  # without the lines on usage before it
-            raise OptionError(f"{self.script.name}: {text}") from error
+            raise OptionError(f"{self.script.name}: {said.getvalue().strip().removeprefix('error: ')}") from error
 
     def canonical(self, text: str) -> str:
         """Return the name of a variant among runs with these options."""
         norm = kind(text)
-        options = self.options([*self.rest_for(norm), "--norm", norm])
+        options = self.options([*self.rest, "--norm", norm])
         return canonical(text, {**self.settings[norm], **options.norm_settings}, self.grid)
-
-    def rest_for(self, norm: str) -> list[str]:
-        """Return the recipe's arguments without settings that only other norms of this comparison have."""
-        others = {name for known in self.settings.values() for name in known} - self.names - self.settings[norm].keys()
-        kept: list[str] = []
-        skips = False
-        for word in self.rest:
-            name = word.partition("=")[0]
-            is_flag = word.startswith("--")
-            skips = (is_flag and name.removeprefix("--") in others) or (skips and not is_flag)
-            if not skips:
-                kept.append(word)
-        return kept
 
     def check_all(self) -> None:
         """Raise OptionError for what a norm could not be trained with, before another has been."""
@@ -128,46 +126,31 @@ class Comparison:
     def arguments(self, run: Run, *, test: bool = True) -> list[str]:
         """Return the recipe's command line for a run; without a test split for one of the search."""
         norm, settings = split(run.norm)
-        arguments = [*self.rest_for(norm), "--norm", norm, "--seed", str(run.seed), "--output_dir", str(run.folder)]
-        for name, value in {**settings, **run.choice}.items():
-            arguments += [f"--{name}", json.dumps(value) if value is None or isinstance(value, bool) else str(value)]
-        if not test:
-            arguments += [text for name, value in self.task.without_test.items() for text in (f"--{name}", value)]
-        return arguments
+        values = {"norm": norm, "seed": run.seed, "output_dir": run.folder, **settings, **run.choice}
+        values |= {} if test else self.task.without_test
+        return [*self.rest, *(text for name, value in values.items() for text in (f"--{name}", value_text(value)))]
 
     def execute(self, runs: Sequence[Run], *, test: bool = True) -> None:
         """Run what is not finished, one after the other."""
         for run in runs:
             self.check_same_options(run, test=test)
-            self.check_launched_alike(run)
+        self.check_launched_alike(runs)
+        stage = "run" if test else "search"
         for position, run in enumerate(runs, start=1):
-            if run.status == "unfinished" and not self.own.report_only:
-                started = time.perf_counter()
-                print(
-                    f"run {position}/{len(runs)}: {run.norm}, seed {run.seed}: started, see {run.folder}/log.txt",
-                    flush=True,
-                )
-                self.run_one(run, self.arguments(run, test=test))
-                self.check_launched_alike(run)
-                took = f", {time.perf_counter() - started:,.0f} s"
-            else:
-                took = ", kept" if run.status != "unfinished" else ""
             choice = "".join(f", {name} {value}" for name, value in run.choice.items())
-            stage = "run" if test else "search"
-            print(
-                f"{stage} {position}/{len(runs)}: {run.norm}, seed {run.seed}{choice}: {self.told(run)}{took}",
-                flush=True,
-            )
-
-    def told(self, run: Run) -> str:
-        """Describe how a run ended, with its score."""
-        if run.status != "finished":
-            return outcome(run)
-        record = run.record
-        split = "test" if record["test"] else "validation"
-        value = record[split][self.task.score]
-        score = math.nan if value is None else value  # null: not finite
-        return f"{split} {self.task.label} {score:.{self.task.decimals}f}"
+            about = f"{stage} {position}/{len(runs)}: {run.norm}, seed {run.seed}{choice}"
+            started = time.perf_counter()
+            if run.status == "unfinished" and not self.own.report_only:
+                print(f"{about}: started, see {run.folder}/log.txt", flush=True)
+                self.run_one(run, self.arguments(run, test=test))
+                self.check_launched_alike(runs)
+            said = str(run)
+            if run.status == "finished":
+                where = "test" if run.record["test"] else "validation"
+                value = run.record[where][self.task.score]  # null: not finite
+                score = math.nan if value is None else value
+                said = f"{where} {self.task.label} {score:.{self.task.decimals}f}"
+            print(f"{about}: {said}, {time.perf_counter() - started:,.0f} s", flush=True)
 
     def check_same_options(self, run: Run, *, test: bool = True) -> None:
         """Raise OptionError if a run that ended had other options or other data than it would be given now."""
@@ -175,45 +158,40 @@ class Comparison:
         if saved is None:
             return
         options = self.options(self.arguments(run, test=test))
-        given = json.loads(json.dumps(dataclasses.asdict(options)))
-        default = json.loads(json.dumps(dataclasses.asdict(self.options_class())))
-        then, now = (stated(self.options_class, one, run.norm) for one in (saved, given))
+        given, default = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (options, self.options_class()))
+        then, now = (default | stated(self.options_class, one, run.norm) for one in (saved, given))
         where = f"the record of {run.norm}, seed {run.seed}" if run.adopted else str(run.folder)
         contents = self.content(options)
-        if changed := changed_content(run.record.get("content"), contents):
-            raise OptionError(f"{where} holds a run on other data: {changed}; give that data, or another --output_dir")
-        differing = [
-            f"{name}: {then.get(name, default[name])!r} then, {now.get(name, default[name])!r} now"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name) and name not in contents
+        differing = [changed] if (changed := changed_content(run.record.get("content"), contents)) else []
+        differing += [
+            f"{name}: {then[name]!r} then, {now[name]!r} now"
+            for name in now
+            if then[name] != now[name] and name not in contents
         ]
         if differing:
             raise OptionError(
-                f"{where} holds a run with other options ({'; '.join(differing)}); "
-                "give the same options, or another --output_dir"
+                f"{where} holds a run with other options or data ({'; '.join(differing)}); give the same, or another "
+                "--output_dir"
             )
 
-    def check_launched_alike(self, run: Run) -> None:
-        """Raise OptionError when a run that ended was divided over another number of processes than those before it,
-        and so had other batches, or ran in another precision."""
-        for name in LAUNCHED:
-            if name in (record := run.record) and name not in self.grid:
-                value, folder = self.launched.setdefault(name, (record[name], run.folder))
-                if value != record[name]:
-                    raise OptionError(
-                        f"{run.folder} holds a run with {name} {record[name]}, {folder} one with {value}: runs are "
-                        "compared where they were launched alike; delete those that were not, and give the others' "
-                        "--launcher"
-                    )
+    def check_launched_alike(self, runs: Sequence[Run]) -> None:
+        """Raise OptionError when runs were divided over different numbers of processes, and so had other batches, or
+        ran in different precisions."""
+        ended = [run for run in runs if run.status != "unfinished"]
+        for run in ended:
+            if (name := launched_unlike(run.record, ended[0].record)) and name not in self.grid:
+                raise OptionError(
+                    f"{run.folder} holds a run with {name} {run.record.get(name)}, {ended[0].folder} one with "
+                    f"{ended[0].record.get(name)}: runs must share the same launch settings; delete those that do not"
+                )
 
     def content(self, options: Any) -> dict[str, str]:
-        """Return hashes of the data files; they are the same for all runs and are read once."""
+        """Return hashes of the data files, which are read once for all runs, and of the file of the norm."""
         files = tuple(sorted((name, str(value)) for name, value in vars(options).items() if name in DATA_OPTIONS))
         if files not in self.contents:
             self.contents[files] = data_content(options)
-        if not (own_files := describe_norm(options)["norm_files"]):
-            return self.contents[files]
-        return {**self.contents[files], "norm": " ".join(own_files.values())}
+        own_files = describe_norm(options)["norm_files"]
+        return {**self.contents[files], **({"norm": " ".join(own_files.values())} if own_files else {})}
 
     def run_one(self, run: Run, arguments: list[str]) -> None:
         """Start the recipe and wait for it.
@@ -230,16 +208,10 @@ class Comparison:
             self.child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
             )
-            try:
-                if self.stopping:  # the signal came while the process was being started
-                    self.child.terminate()
-                code = self.child.wait()
-            except BaseException:
-                self.child.terminate()
-                self.child.wait()
-                raise
-            finally:
-                self.child = None
+        if self.stopping:  # the signal came while the process was being started
+            self.child.terminate()
+        code = self.child.wait()
+        self.child = None
         if self.stopping:
             raise RunInterrupted
         if run.status != "unfinished":
@@ -252,7 +224,7 @@ class Comparison:
         print("\n".join(f"    {line}" for line in lines[-5:]), file=sys.stderr, flush=True)
 
     def stop(self, number: int, *_: object) -> None:
-        """On SIGTERM or Ctrl-C: hand it to the run, which saves a checkpoint."""
+        """Pass SIGTERM or Ctrl-C on to the run, which saves a checkpoint."""
         self.stopping = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         if self.child is not None:
             self.child.terminate()
@@ -280,98 +252,76 @@ class Comparison:
         for norm in self.own.norms:
             points = self.points(norm)
             ranks = [[self.rank(run) for run in self.search if (run.norm, run.choice) == (norm, p)] for p in points]
-            finished = [[value for ended, value in found if ended] for found in ranks]
-            diverged = [[value for ended, value in found if not ended] for found in ranks]
-            keys = [(len(a), *map(fmean, filter(None, (a, b)))) for a, b in zip(finished, diverged, strict=True)]
+            keys = []
+            for found in ranks:
+                finished, diverged = ([value for ended, value in found if ended == kept] for kept in (1, 0))
+                keys.append((len(finished), *(fmean(values) for values in (finished, diverged) if values)))
             chosen[norm] = points[keys.index(max(keys))]
         return chosen
 
     def rank(self, run: Run) -> tuple[int, float]:
-        """Orders the runs of a search; one that diverged late before one that diverged early, after all others."""
+        """Return what orders the runs of a search; one that diverged late before one that diverged early, after all
+        others."""
         if run.status != "finished":
             return (0, run.record.get("step", -1))
-        record = run.record
         name, higher = self.task.selection(self.options(self.rest))
-        value = record["validation"][name]
+        value = run.record["validation"][name]
         if value is None or not math.isfinite(value):
             return (0, -1)
-        return (1, record["validation"][name] if higher else -record["validation"][name])
+        return (1, value if higher else -value)
 
     def plan_runs(self, chosen: dict[str, dict[str, str]]) -> None:
-        """Seed by seed, so that a comparison that is stopped early has compared like with like."""
-        folder = self.own.output_dir / "runs"
-        self.runs = [
-            self.planned(Run(norm, seed, folder / f"{folder_name(norm)}-seed{seed}", chosen[norm]))
-            for seed in self.own.seeds
-            for norm in self.own.norms
-        ]
+        """Plan the runs seed by seed, so that a comparison that is stopped early has compared like with like.
 
-    def planned(self, run: Run) -> Run:
-        """Return the run itself, or the record of `--records` that stands for it while its folder holds no result."""
-        kept = self.adopted.get((public_name(run.norm), run.seed))
-        return run if kept is None or run.status != "unfinished" else dataclasses.replace(kept, norm=run.norm)
+        A record of `--records` stands for a run while its folder holds no result.
+        """
+        for seed in self.own.seeds:
+            for norm in self.own.norms:
+                folder = self.own.output_dir / "runs" / f"{folder_name(norm)}-seed{seed}"
+                run, kept = Run(norm, seed, folder, chosen[norm]), self.adopted.get((public_name(norm), seed))
+                if kept is not None and run.status == "unfinished":
+                    run = dataclasses.replace(kept, norm=norm)
+                self.runs.append(run)
 
     def report(self, command: str) -> dict[str, Any]:
         """Write all tables and figures of what there is."""
         folder = self.own.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        summary = summarize(
-            self.runs,
-            self.search,
-            self.task,
-            title=self.own.title,
-            column=self.own.paper,
-            command=command,
-        )
+        about = {"title": self.own.title, "column": self.own.paper, "command": command}
+        summary = summarize(self.runs, self.search, self.task, **about)
         write_json(folder / "comparison.json", summary)
-        about = {"recipe": self.script.stem, "title": self.own.title, "machine": machine()}
+        made = {"recipe": self.script.stem, "title": self.own.title, "machine": machine()}
         ended = [run for run in self.runs if run.status != "unfinished"]
-        write_records(
-            folder / "records.jsonl", [to_record(run, self.task, self.options_class, **about) for run in ended]
-        )
+        records = [to_record(run, self.task, self.options_class, **made) for run in ended]
+        write_records(folder / "records.jsonl", records)
         write_report(folder, summary, self.runs)
         return summary
 
     def estimate(self) -> str:
-        """Steps, tokens, parameters and measured time of the whole comparison, from a few steps of every norm."""
-        rows = [("norm", "parameters", "samples", "tokens", "steps", "s a step", "runs", "hours in all")]
-        total = 0.0
-        with tempfile.TemporaryDirectory() as folder:
-            for norm in self.own.norms:
-                run = Run(norm, self.own.seeds[0], Path(folder) / folder_name(norm), self.points(norm)[0])
-                short = {
-                    "max_steps": str(ESTIMATE_STEPS),
-                    "eval_steps": "null",
-                    "max_validation_samples": "32",
-                    "average_checkpoints": "0",
-                    "report_to": "[]",
-                    "push_to_hub": "false",
-                }
-                changes = [
-                    text for name, value in short.items() if name in self.names for text in (f"--{name}", value)
-                ]
+        """Return steps, parameters and measured time of the whole comparison, from a few steps of every norm."""
+        rows, total = [("norm", "parameters", "samples", "tokens", "steps", "s a step", "runs", "hours in all")], 0.0
+        short = {"max_steps": ESTIMATE_STEPS, "eval_steps": None, "max_validation_samples": 32}
+        short |= {"average_checkpoints": 0, "report_to": [], "push_to_hub": False}
+        changes = [
+            text for name, value in short.items() if name in self.names for text in (f"--{name}", value_text(value))
+        ]
+        for norm in self.own.norms:
+            with tempfile.TemporaryDirectory() as folder:
+                points = self.points(norm)
+                run = Run(norm, self.own.seeds[0], Path(folder), points[0])
                 self.run_one(run, [*self.arguments(run, test=False), *changes])
-                if run.status != "finished":
-                    rows.append((norm, *(["-"] * 6), outcome(run)))
-                    continue
                 record, options = run.record, self.options(self.rest)
-                steps = options.max_steps or options.num_epochs * record["steps_per_epoch"]
-                points = len(self.points(norm))
-                num_runs = len(self.own.seeds) + (points * self.own.grid_seeds if points > 1 else 0)
-                hours = num_runs * steps * record["seconds_per_step"] / 3600
-                total += hours
-                rows.append(
-                    (
-                        norm,
-                        f"{record['parameters']:,}",
-                        f"{record['train_samples']:,}",
-                        f"{record['train_tokens']:,}",
-                        f"{steps:,}",
-                        f"{record['seconds_per_step']:.3f}",
-                        str(num_runs),
-                        f"{hours:.2f}",
-                    )
-                )
+                if run.status != "finished":
+                    rows.append((norm, *(["-"] * 6), str(run)))
+                    continue
+            steps = options.max_steps or options.num_epochs * record["steps_per_epoch"]
+            num_runs = len(self.own.seeds) + (len(points) * self.own.grid_seeds if len(points) > 1 else 0)
+            hours = num_runs * steps * record["seconds_per_step"] / 3600
+            total += hours
+            sizes = [
+                f"{size:,}" for size in (*map(record.get, ("parameters", "train_samples", "train_tokens")), steps)
+            ]
+            rows.append((norm, *sizes, f"{record['seconds_per_step']:.3f}", str(num_runs), f"{hours:.2f}"))
         return (
             f"{align(rows)}\n\nIn all about {total:.1f} hours of training on this machine as it is now "
             f"({ESTIMATE_STEPS} steps of every norm measured); evaluation, saving and start-up come on top."

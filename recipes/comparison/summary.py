@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from os import cpu_count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,29 +18,33 @@ from common.options import OptionError
 from common.results import versions
 from common.task import Task
 from comparison import significance
+from comparison.choices import trained_alike
 from comparison.paper import BASELINE, margin
-from comparison.records import Run, overfit_gap
-from comparison.significance import Difference
-from comparison.variants import trained_alike
-
-# What a run's record says about its launch and its options do not.
-LAUNCHED = ("num_processes", "mixed_precision")
+from comparison.records import LAUNCHED, Run, overfit_gap
+from comparison.significance import LOOKS, Difference, paired_difference
+from comparison.variants import in_order, title_of
 
 
 class Scores:
-    """The scores of the finished runs: of the test split, or of validation where a run was not tested."""
+    """The scores of runs: of the test split, or of validation where a finished run was not tested."""
 
     def __init__(self, runs: Sequence[Run], task: type[Task], column: str | None):
         self.task, self.margin = task, margin(task.score, column)
-        finished = [(run, run.record) for run in runs if run.status == "finished"]
-        self.split = "test" if all(record.get("test") for _, record in finished) else "validation"
-        self.by_norm: dict[str, dict[int, float]] = {}
-        self.gaps: dict[str, dict[int, float]] = {}
+        self.choices = {run.norm: run.choice for run in runs}
+        self.by_norm: dict[str, dict[int, float]] = {norm: {} for norm in self.choices}
+        self.gaps: dict[str, dict[int, float]] = {norm: {} for norm in self.choices}
+        self.diverged: dict[str, dict[int, int]] = {norm: {} for norm in self.choices}
         self.examples: dict[tuple[str, int], np.ndarray] = {}
-        for run, record in finished:
+        records = [(run, run.record) for run in runs if run.status != "unfinished"]
+        finished = [record for run, record in records if run.status == "finished"]
+        self.split = "test" if all(record.get("test") for record in finished) else "validation"
+        for run, record in records:
+            if run.status == "diverged":
+                self.diverged[run.norm][run.seed] = record["step"]
+                continue
             score = record[self.split][task.score]  # null: not finite
-            self.by_norm.setdefault(run.norm, {})[run.seed] = math.nan if score is None else score
-            self.gaps.setdefault(run.norm, {})[run.seed] = overfit_gap(record)
+            self.by_norm[run.norm][run.seed] = math.nan if score is None else score
+            self.gaps[run.norm][run.seed] = overfit_gap(record)
             if self.split == "test":
                 self.examples[run.norm, run.seed] = significance.example_scores(run.outcomes(task), task.score_of)
         sizes = {len(values) for values in self.examples.values()}
@@ -46,41 +52,65 @@ class Scores:
             raise OptionError(f"the runs were tested on different numbers of examples: {sorted(sizes)}")
         self.num_test_examples = max(sizes, default=None)
 
-    def difference(self, norm: str, other: str = BASELINE) -> Difference | None:
-        """Test the difference of two norms over the seeds that both finished, and over the test examples."""
-        seeds = sorted(self.by_norm.get(norm, {}).keys() & self.by_norm.get(other, {}).keys())
-        if self.split == "validation":
-            return significance.difference_over_seeds(self.by_norm.get(norm, {}), self.by_norm.get(other, {}))
-        if not seeds:
+    def difference(self, norm: str, other: str = BASELINE, *, by_gap: bool = False) -> Difference | None:
+        """Test the difference of two norms over the seeds that both finished, and over the test examples.
+
+        With `by_gap`, test the loss gaps, unless the norms were trained with different options.
+        """
+        if norm == other or not {norm, other} <= self.choices.keys():
             return None
-        ours, theirs = (np.stack([self.examples[name, seed] for seed in seeds]) for name in (norm, other))
-        return significance.crossed_difference(ours, theirs)
+        if by_gap and not trained_alike(self.choices[norm], self.choices[other]):
+            return None
+        values = self.gaps if by_gap else self.by_norm
+        seeds = sorted(values[norm].keys() & values[other].keys())
+        if by_gap or self.split == "validation":
+            table = np.asarray([[values[norm][seed] - values[other][seed]] for seed in seeds])
+        else:
+            table = np.asarray([self.examples[norm, seed] - self.examples[other, seed] for seed in seeds])
+        return paired_difference(table) if seeds else None
 
-    def gap_difference(self, norm: str, other: str = BASELINE) -> Difference | None:
-        """Test the difference of the loss gaps of two norms over the seeds that both finished."""
-        return significance.difference_over_seeds(self.gaps.get(norm, {}), self.gaps.get(other, {}))
+    def relation(self, norm: str, other: str = BASELINE, *, by_gap: bool = False) -> str:
+        """Return `better`, `worse`, `level` or `open`, or "-" if one of the norms is missing.
 
-    def relation(self, found: Difference | None) -> str:
-        """Return `better`, `worse`, `level` or `open`: see `significance.relation`."""
-        return significance.relation(found, self.margin, higher_is_better=self.task.higher_is_better)
+        A norm that diverged with every seed is worse than one that finished. One that diverged with some seeds is not
+        called better or level because of the others. No margin was fixed for gaps, so they are never level.
+        """
+        if norm == other or not {norm, other} <= self.choices.keys():
+            return "-"
+        ours, theirs = len(self.diverged[norm]), len(self.diverged[other])
+        found = self.difference(norm, other, by_gap=by_gap)
+        if by_gap:
+            return "-" if ours or theirs else significance.relation(found, 0.0, higher_is_better=False)
+        ran = [self.by_norm[name].keys() | self.diverged[name].keys() for name in (norm, other)]
+        num_seeds = len(ran[0] & ran[1])
+        if num_seeds >= LOOKS[0] and num_seeds in (ours, theirs) and ours != theirs:
+            return "worse" if ours > theirs else "better"
+        said = significance.relation(found, self.margin, higher_is_better=self.task.higher_is_better)
+        survived = (ours and said in ("better", "level")) or (theirs and said in ("worse", "level"))
+        return "open" if survived else said
 
 
-def as_dict(found: Difference | None) -> dict[str, Any] | None:
+def _as_dict(found: Difference | None) -> dict[str, Any] | None:
     """Return a difference as JSON values, with its 90 % and 95 % intervals."""
     if found is None:
         return None
     intervals = {"interval_90": found.interval(0.9), "interval_95": found.interval(0.95)}
-    return {"mean": found.mean, "p": found.p, "num_pairs": found.num_pairs, **intervals}
+    return {**dataclasses.asdict(found), "p": found.p, **intervals}
 
 
-def _spread(values: Mapping[int, float]) -> dict[str, float | None]:
-    """Return mean and standard deviation over seeds; NaN and none where a value is not finite."""
-    if not all(map(math.isfinite, values.values())):
-        return {"mean": math.nan, "sd": None}
-    return {
-        "mean": statistics.fmean(values.values()) if values else None,
-        "sd": statistics.stdev(values.values()) if len(values) > 1 else None,
-    }
+def _speed(ours: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
+    """Return examples per second in training, the median over the seeds, and the range of its ratio to LayerNorm.
+
+    The range is None where the seeds disagree on which norm is faster.
+    """
+    speeds, theirs = (
+        {run.seed: speed for run in runs if (speed := run.record.get("train_samples_per_second"))}
+        for runs in (ours, plain)
+    )
+    ratios = [speeds[seed] / theirs[seed] for seed in speeds.keys() & theirs.keys()] if ours != plain else []
+    agreed = len(ratios) > 1 and (min(ratios) > 1) == (max(ratios) > 1)
+    speed = statistics.median(speeds.values()) if speeds else None
+    return {"speed": speed, "speed_ratios": (min(ratios), max(ratios)) if agreed else None}
 
 
 def summarize(
@@ -88,54 +118,62 @@ def summarize(
 ) -> dict[str, Any]:
     """Return everything that the report shows, as JSON values."""
     found = Scores(runs, task, column)
-    choices = {run.norm: run.choice for run in runs}
-    differences = {norm: found.difference(norm) for norm in choices if norm != BASELINE}
+    plain = [run for run in runs if run.norm == BASELINE]
+    differences = {norm: found.difference(norm) for norm in found.choices}
     p_holm = significance.holm({norm: one.p for norm, one in differences.items() if one})
     rows = []
-    for norm in choices:
-        ours = [run for run in runs if run.norm == norm]
-        alike = norm != BASELINE and trained_alike(choices[norm], choices.get(BASELINE, {}))
-        difference = differences.get(norm)
+    for norm in in_order(found.choices):
+        ours, tried = ([run for run in group if run.norm == norm] for group in (runs, search))
+        difference, scores = _as_dict(differences[norm]), found.by_norm[norm]
         rows.append(
             {
                 "norm": norm,
-                "scores": found.by_norm.get(norm, {}),
-                **_spread(found.by_norm.get(norm, {})),
-                "gaps": found.gaps.get(norm, {}),
-                "gap": _spread(found.gaps.get(norm, {})),
-                "diverged": {run.seed: run.record["step"] for run in ours if run.status == "diverged"},
+                "title": title_of(norm),
+                "scores": scores,
+                "mean": statistics.fmean(scores.values()) if scores else None,
+                "gaps": found.gaps[norm],
+                "diverged": found.diverged[norm],
                 "unfinished": [run.seed for run in ours if run.status == "unfinished"],
                 "parameters": next((run.record["parameters"] for run in ours if run.record), None),
-                "choice": choices[norm],
-                "tried": max(1, len({tuple(run.choice.items()) for run in search if run.norm == norm})),
-                "tried_seeds": len({run.seed for run in search if run.norm == norm}),
-                "difference": difference and {**(as_dict(difference) or {}), "p_holm": p_holm[norm]},
-                "relation": found.relation(difference),
-                "gap_difference": as_dict(found.gap_difference(norm)) if alike else None,
+                "choice": found.choices[norm],
+                "tried": max(1, len({tuple(run.choice.items()) for run in tried})),
+                "tried_seeds": len({run.seed for run in tried}),
+                "num_pairs": len(scores.keys() & found.by_norm.get(BASELINE, {}).keys()) if norm != BASELINE else 0,
+                "difference": difference and {**difference, "p_holm": p_holm[norm]},
+                "relation": found.relation(norm),
+                "gap_difference": _as_dict(found.difference(norm, by_gap=True)),
+                **_speed(ours, plain),
             }
         )
-    tried = dict.fromkeys(name for run in search for name in run.choice)
-    finished = [run for run in runs if run.status == "finished"]
-    plain = min(finished, key=lambda run: run.norm != BASELINE).record if finished else {}
+    finished = [run.record for run in [*plain, *runs] if run.status == "finished"]
+    first = finished[0] if finished else {}
+    shares, size = [record.get("chance") for record in finished], found.num_test_examples
+    chance = max(shares) if shares and all(shares) else None
+    bound = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / size)) if chance and size else -math.inf
     return {
         "title": title,
         "column": column,
         "split": found.split,
-        "score": task.score,
-        "label": task.label,
-        "decimals": task.decimals,
-        "higher_is_better": task.higher_is_better,
+        **{name: getattr(task, name) for name in ("score", "label", "decimals", "higher_is_better")},
         "margin": found.margin,
         "rows": rows,
-        **{name: plain.get(name) for name in ("options", "steps", "train_samples", *LAUNCHED)},
-        "grid": {
-            name: list(dict.fromkeys(run.choice[name] for run in search if name in run.choice)) for name in tried
-        },
-        "num_test_examples": found.num_test_examples,
+        **{name: first.get(name) for name in ("options", "steps", "steps_per_epoch", "train_samples", *LAUNCHED)},
+        "data": _data_names(first.get("options", {})),
+        "num_seeds": len({run.seed for run in runs}),
+        "num_test_examples": size,
+        "chance": chance,
+        "at_chance": all(row["mean"] <= bound for row in rows if row["scores"]),
         "command": command,
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def _data_names(options: Mapping[str, Any]) -> str:
+    """Return the training files of a run with the folders that hold them, or the name of its data set."""
+    files = options.get("train_file") or []
+    names = ["/".join(Path(file).parts[-2:]) for file in ([files] if isinstance(files, str) else files)]
+    return " ".join(names or [str(options[key]) for key in ("dataset_name", "dataset_config") if options.get(key)])
 
 
 def machine() -> str:

@@ -7,24 +7,14 @@ so that one variant has one name and one folder.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-import tasks.options
 from common.options import OptionError, did_you_mean
 from comparison.paper import TITLES
 from hf_adanorm.norms import STOCK, check_settings, parse_value, resolve_norm, settings_of
-
-# The options of all recipes: what else a grid varies is a setting of a norm.
-OPTIONS = frozenset(
-    item.name
-    for kind in vars(tasks.options).values()
-    if dataclasses.is_dataclass(kind)
-    for item in dataclasses.fields(kind)
-)
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
@@ -38,18 +28,23 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         raise OptionError(f"norm {text!r}: expected {name}:SETTING=VALUE, got {rest!r} after {name}")
     if name not in TITLES and not colon:
         raise OptionError(f"norm {text!r}: expected {', '.join(TITLES)}, FILE.py:CLASS{did_you_mean(norm, TITLES)}")
-    settings: dict[str, Any] = {}
-    for part in parts:
-        key, _, value = part.partition("=")
-        if key in settings:
-            raise OptionError(f"norm {text!r}: {key} is given twice")
-        settings[key] = parse_value(value)
+    pairs = [part.partition("=")[::2] for part in parts]
+    settings = {key: parse_value(value) for key, value in pairs}
+    if len(settings) < len(pairs):
+        raise OptionError(f"norm {text!r}: a setting is given twice")
     return norm, settings
 
 
 def join(norm: str, settings: Mapping[str, Any]) -> str:
     """Return the text that `split` reads as this norm with these settings."""
-    return ":".join([norm, *(f"{name}={_value(value)}" for name, value in settings.items())])
+    return ":".join([norm, *(f"{name}={value_text(value)}" for name, value in settings.items())])
+
+
+def value_text(value: Any) -> str:
+    """Return a value as command lines take it."""
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def known_settings(text: str) -> dict[str, Any]:
@@ -90,7 +85,7 @@ def title_of(name: str) -> str:
     off = [part for part, value in settings.items() if value is False]
     if norm == "detachnorm" and len(off) == 1:
         return f"{title} ({'variance' if off == ['detach_mean'] else 'mean'} only)"
-    said = ", ".join(f"{part} = {_value(value)}" for part, value in settings.items())
+    said = ", ".join(f"{part} = {value_text(value)}" for part, value in settings.items())
     return f"{title} ({said})" if said else title
 
 
@@ -106,19 +101,7 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.,=+-]", "_", public_name(name).replace(".py:", ".").replace(":", ","))
 
 
-def trained_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Tell whether two points of a grid differ in the norms' own settings at most."""
-    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) & OPTIONS)
-
-
 def in_order(names: Iterable[str]) -> list[str]:
     """Return the names, each once: the paper's norms in its order, then others; variants of one norm as given."""
     order = list(TITLES)
-    places = {name: order.index(kind(name)) if kind(name) in order else len(order) for name in names}
-    return sorted(places, key=lambda name: places[name])
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return "null" if value is None else str(value).lower()
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return sorted(dict.fromkeys(names), key=lambda name: order.index(norm) if (norm := kind(name)) in order else 99)

@@ -45,7 +45,7 @@ def test_turns_measure_the_ratio_of_what_is_called() -> None:
 
         return call
 
-    seconds, ratios = benchmark.take_turns(busy(3), busy(1), rounds=5, seconds=0.0, threads=1)
+    seconds, ratios = benchmark.take_turns(busy(3), busy(1), rounds=5, seconds=0.0)
     assert seconds == pytest.approx(3e-3, rel=0.5)
     assert len(ratios) == 5
     assert sorted(ratios)[2] == pytest.approx(3, rel=0.3)
@@ -76,6 +76,8 @@ def test_a_quick_run_measures_norms_and_models_and_writes_its_rows(
         *((kind, task, norm) for kind in ("gpt2", "llama") for task in benchmark.TASKS for norm in norms),
     }
     assert all(float(row["low"]) <= float(row["ratio"]) <= float(row["high"]) for row in rows)
+    assert {row["verdict"] for row in rows} == {""}
+    assert {row["saved"] for row in rows if row["case"] == "gpt2"} == {""}
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
 
@@ -83,17 +85,15 @@ def test_a_quick_run_measures_norms_and_models_and_writes_its_rows(
     ("arguments", "words"),
     [
         (["--shapes", "512"], "rows x width, such as 512x768, got '512'"),
-        (["--rounds", "0"], "--rounds must be >= 1, got 0"),
+        (["--rounds", "5"], "--rounds must be >= 6, got 5"),
         (["--norms", "adanorn"], "did you mean 'adanorm'"),
         (["--device", "tpu0"], "error: "),
     ],
 )
 def test_bad_arguments(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = benchmark.main(["--quick", *arguments])
-    except SystemExit as ended:
-        code = ended.code  # type: ignore[assignment]
-    assert code == 2
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(benchmark.main(["--quick", *arguments]))
+    assert ended.value.code == 2
     assert words in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import compare
 from common.options import OptionError
-from comparison.choices import choose_recipe, grid_points, parse_grid
+from comparison.choices import choose_recipe, grid_points, parse_grid, trained_alike
 
 CONFIGS = Path(compare.__file__).with_name("configs")
 
@@ -35,3 +35,8 @@ def test_options_that_say_nothing_to_a_norm_are_not_tried_for_it():
 def test_without_config_or_recipe_there_is_nothing_to_run():
     with pytest.raises(OptionError, match="give --config, or --recipe"):
         choose_recipe(None, None)
+
+
+def test_trainings_are_alike_if_they_differ_in_settings_of_norms_only():
+    assert trained_alike({"C": "1", "alpha": "2"}, {"C": "2"})
+    assert not trained_alike({"learning_rate": "1"}, {"learning_rate": "2"})

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as numpy_strategies
 
 from classification import TASK
 from common.options import OptionError
-from comparison.records import RecordError, Run, decode, encode, overfit_gap, read_records
+from comparison.records import Run, decode, encode, overfit_gap, read_records
 from tests.recipes.comparison.comparison_runs import diverge, finish, write
 
 
@@ -39,10 +39,10 @@ def test_the_gap_is_the_last_validation_loss_less_the_training_loss_since_the_ev
     assert overfit_gap(record) == pytest.approx(gap, nan_ok=True)
 
 
-@pytest.mark.parametrize(("text", "said"), [('{"half', "cannot be read"), ("{}", "was not written by a recipe")])
-def test_a_broken_result_of_a_run_is_named(text, said, tmp_path):
+@pytest.mark.parametrize("text", ['{"half', "{}", "[]"])
+def test_a_broken_result_of_a_run_is_named(text, tmp_path):
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(RecordError, match=rf"results\.json {said}"):
+    with pytest.raises(OptionError, match=r"results\.json is not a result of a recipe .*: delete "):
         _ = Run("adanorm", 1, tmp_path).record
 
 

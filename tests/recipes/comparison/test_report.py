@@ -1,54 +1,44 @@
 """Words and tables of a comparison."""
 
+import math
 import re
 
 import pytest
 
 from classification import TASK
-from comparison.report import (
-    at_chance,
-    conclusion,
-    difference_table,
-    notes,
-    our_score,
-    page,
-    speeds,
-)
+from comparison.report import conclusion, notes, score_cell, score_table, write_report
 from comparison.summary import summarize
 from tests.recipes.comparison.comparison_runs import diverge, finish
 
-
-def row(**changes):
-    return {"norm": "adanorm", "scores": {}, "mean": None, "sd": None, "diverged": {}, "unfinished": [], **changes}
+ABOUT = {"title": "rt", "column": "RT", "command": "x"}
 
 
 def compared(folder, moves, *, num_seeds=5, **changes):
-    """The summary and the runs of LayerNorm and of other norms that are right on so many examples more."""
+    """Return the summary and the runs of LayerNorm and of other norms that are right on so many examples more."""
     runs = []
     for seed in range(1, num_seeds + 1):
         for norm, move in {"layernorm": 0, **moves}.items():
             num_correct = 550 + move + (seed * (1 + len(norm))) % 3
             runs.append(finish(folder, norm, seed, num_correct=num_correct, **changes))
-    return summarize(runs, [], TASK, title="rt", column="RT", command="x"), runs
+    return summarize(runs, [], TASK, **ABOUT), runs
 
 
 def test_scores_are_reported_with_what_is_missing():
-    assert our_score(row(scores={1: 77.0, 2: 78.0}, mean=77.5, sd=0.7071), 2) == "77.50 ± 0.71 (n=2)"
-    assert our_score(row(scores={1: None, 2: 78.0}), 2) == "not finite (n=2)"
-    assert our_score(row(diverged={1: 12, 2: 30}), 2) == "diverged at step 12, 30"
-    partly = row(scores={1: 77.0}, mean=77.0, diverged={2: 30})
-    assert our_score(partly, 2) == "77.00 (n=1); 1 diverged at step 30"
+    assert score_cell({1: 77.0, 2: 78.0}, 0, 2) == "77.50 ± 0.71 (n=2)"
+    assert score_cell({1: math.nan, 2: 78.0}, 0, 2) == "not finite (n=2)"
+    assert score_cell({}, 2, 2) == "2 diverged"
+    assert score_cell({1: 77.0}, 1, 2) == "77.00 (n=1); 1 diverged"
+    assert score_cell({}, 0, 2) == "-"
 
 
 def test_the_conclusion_names_every_relation(tmp_path):
-    moves = {"adanorm": 90, "layernorm-simple": 0, "none": -90, "detachnorm": -9}
-    summary, _ = compared(tmp_path, moves)
-    relations = {row["norm"]: row["relation"] for row in summary["rows"]}
-    assert (relations["adanorm"], relations["layernorm-simple"], relations["none"]) == ("better", "level", "worse")
-    said = conclusion(summary)
-    assert "AdaNorm scored better than LayerNorm" in said
-    assert "LayerNorm-simple is level with LayerNorm" in said
-    assert "w/o Norm scored worse than LayerNorm" in said or "w/o Norm and DetachNorm scored worse" in said
+    _, runs = compared(tmp_path, {"adanorm": 90, "layernorm-simple": 0, "none": -90, "dyt": -85})
+    for seed in range(1, 6):
+        runs.append(finish(tmp_path, "detachnorm", seed, num_correct=550 + 40 * (-1) ** seed))
+    assert conclusion(summarize(runs, [], TASK, **ABOUT)) == (
+        "Better than LayerNorm: AdaNorm. Worse than LayerNorm: w/o Norm, DyT. Level with LayerNorm: LayerNorm-simple. "
+        "Not to be told apart from LayerNorm: DetachNorm."
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,49 +55,75 @@ def test_the_conclusion_says_why_there_is_no_verdict(moves, num_seeds, said, tmp
 
 def test_without_layernorm_nothing_is_tested(tmp_path):
     runs = [finish(tmp_path, "adanorm", 1, num_correct=500)]
-    summary = summarize(runs, [], TASK, title="rt", column="RT", command="")
-    assert conclusion(summary) == "No difference was tested: layernorm is not among the norms."
-    runs = [finish(tmp_path, "adanorm", 1, num_correct=500), diverge(tmp_path, "layernorm", 1)]
-    summary = summarize(runs, [], TASK, title="rt", column="RT", command="")
-    assert conclusion(summary).startswith("No difference was tested: no run of LayerNorm has finished.")
-    assert conclusion(summary).endswith(" LayerNorm diverged with 1 seed.")
+    assert conclusion(summarize(runs, [], TASK, **ABOUT)) == (
+        "No difference was tested: layernorm is not among the norms."
+    )
+    runs += [diverge(tmp_path, "layernorm", 1)]
+    assert conclusion(summarize(runs, [], TASK, **ABOUT)) == (
+        "No difference was tested: no run of LayerNorm has finished. LayerNorm diverged with 1 seed."
+    )
+    equal = [finish(tmp_path, norm, seed, num_correct=500) for norm in ("layernorm", "adanorm") for seed in (1, 2)]
+    assert "differ by the same amount with every seed." in conclusion(summarize(equal, [], TASK, **ABOUT))
 
 
 def test_runs_at_chance_are_pointed_out(tmp_path):
-    summary, runs = compared(tmp_path, {"adanorm": 5}, num_seeds=2, record={"chance": 0.55})
-    assert "all scores are at chance (55.0 %, the share of the largest class)" in at_chance(summary, runs)
-    assert conclusion(summary, runs).startswith("No norm learned the task")
-    summary, runs = compared(tmp_path, {"adanorm": 100}, num_seeds=2, record={"chance": 0.55})
-    assert at_chance(summary, runs) == ""
-    assert at_chance(*compared(tmp_path, {"adanorm": 5}, num_seeds=2)) == ""  # earlier runs did not record it
-
-
-def test_a_speed_ratio_is_shown_with_its_range_and_only_where_seeds_agree(tmp_path):
-    runs = []
-    speed = {"layernorm": (100, 100), "adanorm": (110, 130), "none": (90, 120), "detachnorm": (50, None)}
-    for norm, values in speed.items():
-        for seed, value in enumerate(values):
-            runs.append(finish(tmp_path, norm, seed, num_correct=5, record={"train_samples_per_second": value}))
-    expected = {"layernorm": "100", "adanorm": "120 (1.10x to 1.30x)", "none": "105", "detachnorm": "50"}
-    assert speeds(runs) == expected
+    summary, _ = compared(tmp_path, {"adanorm": 5}, num_seeds=2, record={"chance": 0.55})
+    assert conclusion(summary).startswith("No norm learned the task: all scores are at chance (55.0 %, the share")
+    summary, _ = compared(tmp_path, {"adanorm": 100}, num_seeds=2, record={"chance": 0.55})
+    assert conclusion(summary).startswith("No verdict")
+    summary, _ = compared(tmp_path, {"adanorm": 5}, num_seeds=2)  # earlier runs did not record it
+    assert conclusion(summary).startswith("No verdict")
 
 
 def test_columns_that_say_nothing_are_left_out(tmp_path):
     def columns(losses, num_seeds):
         summary, _ = compared(tmp_path, {"adanorm": 20}, num_seeds=num_seeds, losses=losses)
-        return difference_table(summary)[0]
+        return score_table(summary)[0]
 
-    assert columns((0.4, 0.4), 1) == ["model", "parameters"]
-    assert columns((0.5, 0.4), 1) == ["model", "loss gap", "parameters"]
-    assert columns((0.5, 0.4), 2)[1:5] == ["difference from LayerNorm [95 %]", "p", "p (Holm)", "relation"]
+    scores = ["model", "RT accuracy, paper", "rt accuracy (%), ours, test (higher is better)"]
+    assert columns((0.4, 0.4), 1) == [*scores, "parameters"]
+    assert columns((0.5, 0.4), 1) == [*scores, "loss gap", "parameters"]
+    tested = ["difference from LayerNorm [95 %]", "p", "p (Holm)", "relation"]
+    assert columns((0.5, 0.4), 2) == [*scores, *tested, "loss gap", "parameters"]
+
+
+def test_a_row_has_scores_differences_gaps_and_speed(tmp_path):
+    runs = []
+    for seed, (ours, theirs) in enumerate([(110, 100), (130, 100)]):
+        speed = "train_samples_per_second"
+        runs += [finish(tmp_path, "layernorm", seed, num_correct=550 + seed, record={speed: theirs})]
+        losses = (0.5 + seed / 10, 0.4)
+        runs += [finish(tmp_path, "adanorm", seed, num_correct=560, record={speed: ours}, losses=losses)]
+    plain, ours = score_table(summarize(runs, [], TASK, **ABOUT))[1:]
+    assert plain == ["LayerNorm", "77.21", "55.05 ± 0.07 (n=2)", *[""] * 4, "0.100 ± 0.000", "", "7", "100"]
+    assert ours[:3] == ["AdaNorm", "77.50", "56.00 ± 0.00 (n=2)"]
+    assert re.fullmatch(r"\+0\.95 \[[+-]\d\.\d\d, \+\d\.\d\d\]", ours[3])
+    assert ours[6:8] == ["open", "0.150 ± 0.071"]
+    assert re.fullmatch(r"\+0\.050 \[-0\.585, \+0\.685\]", ours[8])
+    assert ours[9:] == ["7", "120 (1.10x to 1.30x)"]
 
 
 def test_p_holm_relation_and_gap_are_explained_in_place(tmp_path):
     summary, runs = compared(tmp_path, {"adanorm": 20})
-    text = page(summary, runs, b"", tmp_path)
-    for term in ("Difference: the norm less", "p: how often", "p (Holm): the same, corrected", "Relation: better or"):
-        assert term in text
-    assert "crossed random effects" in text
-    assert "lies within ±0.50, a margin fixed in advance" in text
+    write_report(tmp_path, summary, runs)
+    for name in ("report.html", "table.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        for term in ("Difference: the norm less", "p: how often", "p (Holm): the same", "Relation: better or"):
+            assert term in text
+        assert "other test examples (1,000 here) as crossed random effects" in text
+        assert "lies within ±0.50, a margin fixed in advance" in text
+        assert "Loss gap: the validation loss" in text
     summary, _ = compared(tmp_path, {"adanorm": 20}, num_seeds=1)
     assert not any(re.match("p:|Relation", line) for line in notes(summary))
+
+
+def test_the_page_shows_every_run_and_quotes_what_it_is_given(tmp_path):
+    runs = [finish(tmp_path, "layernorm", 1, num_correct=500), diverge(tmp_path, "adanorm", 1)]
+    write_report(tmp_path, summarize(runs, [], TASK, title="a <b>", column=None, command="x"), runs)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<a href="layernorm-1/">layernorm</a>' in text
+    assert "<td>diverged at step 5</td>" in text
+    assert "<td>accuracy 50</td>" in text
+    assert "Norms compared: a &lt;b&gt;" in text
+    assert "8,608 examples to train on, 1,000 to test on" in text
+    assert "20 updates (2 epochs), 1 seed" in " ".join(text.split())

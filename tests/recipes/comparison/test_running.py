@@ -38,7 +38,6 @@ def test_a_score_that_is_not_finite_never_wins_a_grid(tmp_path):
 def test_a_grid_is_chosen_by_the_mean_over_seeds_and_by_who_finished(found, chosen, tmp_path):
     grid = ["--grid", "C=1,2,3", "--grid_seeds", "2"]
     comparison = planned(tmp_path, "--norms", "adanorm", "--seeds", "2", *grid)
-    comparison.plan_search()
     assert [(run.choice["C"], run.seed) for run in comparison.search] == [(C, seed) for C in found for seed in (1, 2)]
     for run in comparison.search:
         run.folder.mkdir(parents=True)
@@ -64,21 +63,37 @@ def test_runs_that_were_launched_differently_are_not_compared(name, values, tmp_
 
 def test_an_option_that_a_finished_run_did_not_have_was_at_its_default(tmp_path):
     comparison = planned(tmp_path, "--norms", "layernorm", "--seeds", "1", "--split_sizes", "[3, 2, 1]")
-    run = Run("layernorm", 1, tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"options": {}}))
     with pytest.raises(OptionError, match=r"split_sizes: None then, \[3, 2, 1\] now"):
-        comparison.check_same_options(run)
+        comparison.check_same_options(Run("layernorm", 1, tmp_path))
+
+
+def folders(folder, norms, *changes):
+    comparison = planned(folder, "--norms", *norms, "--seeds", "1", *changes)
+    comparison.plan_runs(comparison.choose())
+    return [run.folder.name for run in comparison.runs]
 
 
 def test_default_settings_spelled_out_are_the_bare_name(tmp_path):
-    def folders(norms, *changes):
-        comparison = planned(tmp_path, "--norms", *norms, "--seeds", "1", *changes)
-        comparison.plan_runs(comparison.choose())
-        return [run.folder.name for run in comparison.runs]
-
     norms = ["adanorm", "adanorm:C=1,k=0.1", "adanorm:k=0.10,C=2.0", "adanorm:C=2", "detachnorm:detach_mean=True"]
-    assert folders(norms) == ["adanorm-seed1", "adanorm,C=2-seed1", "detachnorm-seed1"]
-    assert folders(norms, "--C", "2") == ["adanorm-seed1", "adanorm,C=1-seed1", "detachnorm-seed1"]
-    assert folders(["adanorm", "none"], "--C=2") == ["adanorm-seed1", "none-seed1"]  # C is for AdaNorm alone
+    assert folders(tmp_path, norms) == ["adanorm-seed1", "adanorm,C=2-seed1", "detachnorm-seed1"]
     # Where the grid tries values of C, a C in the name is fixed.
-    assert folders(["adanorm", "adanorm:C=1"], "--grid", "C=1,2")[1] == "adanorm,C=1-seed1"
+    assert folders(tmp_path, ["adanorm", "adanorm:C=1"], "--grid", "C=1,2")[1] == "adanorm,C=1-seed1"
+
+
+def test_a_config_sets_settings_for_one_norm(tmp_path):
+    config = tmp_path / "own.yaml"
+    config.write_text("norm_settings: {adanorm: {C: 2}}")
+    norms = ["adanorm:C=1", "adanorm:C=2", "dyt", "layernorm"]
+    found = folders(tmp_path, norms, "--config", str(config))
+    assert found == ["adanorm,C=1-seed1", "adanorm-seed1", "dyt-seed1", "layernorm-seed1"]
+
+
+@pytest.mark.parametrize("norms", [["layernorm", "adanorm", "dyt"], ["adanorm"]])
+@pytest.mark.parametrize("where", ["command", "config"])
+def test_a_setting_for_no_norm_in_particular_is_refused_with_the_way_to_give_it(where, norms, tmp_path):
+    config = tmp_path / "own.yaml"
+    config.write_text("{norm_settings: {C: 2}}" if where == "config" else "{}")
+    given = ["--C=2"] if where == "command" else []
+    with pytest.raises(OptionError, match=r"--C: .*--norms adanorm:C=VALUE.*norm_settings: {adanorm: {C: VALUE}}"):
+        planned(tmp_path, "--norms", *norms, "--config", str(config), *given)

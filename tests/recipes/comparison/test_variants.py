@@ -1,12 +1,11 @@
 """Norms named with their settings."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.options import OptionError
 from comparison.variants import (
-    TITLES,
     canonical,
     folder_name,
     in_order,
@@ -15,9 +14,7 @@ from comparison.variants import (
     public_name,
     split,
     title_of,
-    trained_alike,
 )
-from hf_adanorm.norms import BUILT_IN
 
 
 @pytest.mark.parametrize(
@@ -26,8 +23,7 @@ from hf_adanorm.norms import BUILT_IN
         ("adanrom", "expected none, layernorm, .* did you mean 'adanorm'"),
         ("adanorm:", "expected adanorm:SETTING=VALUE, got '' after adanorm"),
         ("adanorm:C", "expected adanorm:SETTING=VALUE, got 'C' after adanorm"),
-        ("adanorm:C=1,C=2", "C is given twice"),
-        ("adanorm:C=1:C=2", "C is given twice"),
+        ("adanorm:C=1:C=2", "a setting is given twice"),
         ("adanorm:c=2", "'c'.*did you mean 'C'"),
         ("detachnorm:detach_varience=false", "did you mean 'detach_variance'"),
         ("layernorm:C=2", "layernorm has no settings"),
@@ -39,11 +35,16 @@ def test_what_names_no_norm_is_refused(text, said):
         known_settings(text)
 
 
-@given(st.sampled_from([*BUILT_IN, "layernorm", "my_norms.py:Derf", "pkg.mod:Derf"]), st.data())
-def test_a_name_is_read_as_what_it_was_made_of(norm, data):
-    values = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
-    settings = data.draw(st.dictionaries(st.from_regex("[a-z]+", fullmatch=True), values, max_size=3))
-    assert split(join(norm, settings)) == (norm, settings)
+_VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
+
+
+@settings(max_examples=50)
+@given(
+    st.sampled_from(["adanorm", "layernorm", "my_norms.py:Derf", "pkg.mod:Derf"]),
+    st.dictionaries(st.sampled_from(["alpha", "C", "k"]), _VALUES),
+)
+def test_a_name_is_read_as_what_it_was_made_of(norm, values):
+    assert split(join(norm, values)) == (norm, values)
 
 
 def test_settings_that_change_nothing_are_dropped_and_the_others_ordered():
@@ -68,19 +69,9 @@ def test_settings_that_change_nothing_are_dropped_and_the_others_ordered():
 )
 def test_variants_have_readable_titles_and_folders_that_any_system_takes(name, title, folder):
     assert (title_of(name), folder_name(name)) == (title, folder)
-
-
-def test_a_public_name_holds_no_folder():
-    assert public_name("/home/me/my_norms.py:Derf:alpha=0.7") == "my_norms.py:Derf:alpha=0.7"
-    assert public_name("adanorm:C=2") == "adanorm:C=2"
+    assert public_name(name) == name.removeprefix("/home/me/")
 
 
 def test_variants_of_one_norm_stand_together_and_own_norms_last():
     names = ["a.py:Derf", "adanorm:C=2", "layernorm", "adanorm", "layernorm", "none"]
     assert in_order(names) == ["none", "layernorm", "adanorm:C=2", "adanorm", "a.py:Derf"]
-    assert in_order(TITLES) == list(TITLES)
-
-
-def test_trainings_are_alike_if_they_differ_in_settings_of_norms_only():
-    assert trained_alike({"C": "1", "alpha": "2"}, {"C": "2"})
-    assert not trained_alike({"learning_rate": "1"}, {"learning_rate": "2"})

@@ -2,8 +2,8 @@
 
 import pytest
 
-from comparison.forest import draw_forest
 from comparison.gather import Row
+from comparison.plots import draw_forest, style_of
 from tests.recipes.comparison.comparison_runs import finish, write
 
 
@@ -15,8 +15,7 @@ def test_each_norm_has_its_difference_and_interval_and_better_is_right(higher, s
         runs += [finish(tmp_path, "adanorm", seed, num_correct=580 + seed % 3)]
     row = Row(write(tmp_path / "rt.jsonl", runs))
     monkeypatch.setattr(row.task, "higher_is_better", higher)
-    figure = draw_forest([row])
-    [axes] = figure.axes
+    [axes] = draw_forest([row]).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["AdaNorm"]
     found = row.scores.difference("adanorm")
     [point] = [line for line in axes.lines if line.get_marker() == "o"]
@@ -36,3 +35,10 @@ def test_a_difference_that_would_dwarf_the_others_is_an_arrow_with_its_value(tmp
     [axes] = draw_forest([row]).axes
     assert [text.get_text() for text in axes.texts] == [f"← {row.scores.difference('none').mean:+.2f}"]
     assert axes.get_xlim()[0] > -10
+
+
+def test_variants_of_one_norm_share_a_color_and_differ_in_line_and_marker():
+    first, second = style_of("adanorm"), style_of("adanorm:C=2", ["layernorm", "adanorm"])
+    assert first["color"] == second["color"] != style_of("layernorm")["color"]
+    assert first["linestyle"] != second["linestyle"]
+    assert first["marker"] != second["marker"]
