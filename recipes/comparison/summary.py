@@ -162,7 +162,7 @@ def summarize(
         "num_seeds": len({run.seed for run in runs}),
         "num_test_examples": size,
         "chance": chance,
-        "at_chance": all(row["mean"] <= bound for row in rows if row["scores"]),
+        "at_chance": bool(finished) and all(row["mean"] <= bound for row in rows if row["scores"]),
         "command": command,
         "versions": versions(),
         "machine": machine(),

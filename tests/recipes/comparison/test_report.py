@@ -6,6 +6,7 @@ import re
 import pytest
 
 from classification import TASK
+from comparison.records import Run
 from comparison.report import conclusion, notes, score_cell, score_table, write_report
 from comparison.summary import summarize
 from tests.recipes.comparison.comparison_runs import diverge, finish
@@ -64,6 +65,14 @@ def test_without_layernorm_nothing_is_tested(tmp_path):
     )
     equal = [finish(tmp_path, norm, seed, num_correct=500) for norm in ("layernorm", "adanorm") for seed in (1, 2)]
     assert "differ by the same amount with every seed." in conclusion(summarize(equal, [], TASK, **ABOUT))
+
+
+def test_a_comparison_of_which_no_run_finished_has_a_report(tmp_path):
+    runs = [Run("layernorm", 1, tmp_path / "a"), diverge(tmp_path, "adanorm", 1)]
+    summary = summarize(runs, [], TASK, **ABOUT)
+    write_report(tmp_path, summary, runs)
+    assert conclusion(summary).endswith("no run of LayerNorm has finished. AdaNorm diverged with 1 seed.")
+    assert "| LayerNorm | 77.21 | not finished |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_runs_at_chance_are_pointed_out(tmp_path):
