@@ -59,12 +59,11 @@ class SwappedNorm(nn.Module):
     The one-element buffer `weight` computes nothing: it makes loaders that expect the gain of a LayerNorm raise.
     """
 
-    is_adanorm_module, norm_name = True, ""  # recognized whichever copy of this file made the class
+    is_adanorm_module, norm_name, bias, elementwise_affine = True, "", None, False  # of any copy of this file
     plain_settings: dict[str, Any] | None = None  # those with which it is exactly N(x), without gain and bias
     start_values: Mapping[str, float] = {}  # of parameters and buffers that do not start at 1
     compute: Any  # the method that returns the output for an input in float32 or float64, channels last
     weight: Tensor
-    bias, elementwise_affine = None, False
     inner: Any = property(lambda self: self)  # the module that computes: this one, or the author's
     variance_epsilon = property(lambda self: self.eps)  # the name that some models read
 
@@ -139,8 +138,6 @@ def has_tangent(x: Tensor) -> bool:
 class LayerNormSimple(SwappedNorm):
     """LayerNorm-simple: y = N(x) = (x - mean(x)) / sqrt(var(x) + eps), no gain, no bias (Xu et al. 2019, sec. 3)."""
 
-    norm_name, plain_settings = "layernorm-simple", {}
-
     def normalize(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
         """Return N(x), times `gain`, by torch's fused operators where their derivatives are right."""
         if not self.centered:
@@ -150,7 +147,7 @@ class LayerNormSimple(SwappedNorm):
         deviation, rstd = self.standardize(x)
         return deviation * rstd if gain is None else deviation * rstd * gain
 
-    compute: Any = normalize
+    norm_name, plain_settings, compute = "layernorm-simple", {}, cast(Any, normalize)
 
     def standardize(self, x: Tensor, detach_mean: bool = False) -> tuple[Tensor, Tensor]:
         """Return x - mean(x), or x if not centered, and the factor that normalizes it."""
@@ -167,6 +164,9 @@ class AdaNorm(LayerNormSimple):
 
     dl/dy = phi(y) * dl/dz, which then flows through N as usual (Xu et al. 2019, eq. 5). C > 0 is the mean of phi over
     a row; k >= 0 says how much phi falls with y, and the paper fixes k = 1/10.
+
+    >>> AdaNorm(2, eps=0.0)(torch.tensor([-1.0, 1.0])).tolist()
+    [-1.100000023841858, 0.8999999761581421]
     """
 
     norm_name, plain_settings = "adanorm", {"C": 1.0, "k": 0.0}
