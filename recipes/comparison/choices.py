@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import tasks.options
 from common.options import OptionError, read_config
 from comparison.variants import split
+from tasks.options import ClassificationOptions, LanguageModelingOptions, ParsingOptions, TranslationOptions
 
 MOST_SEEDS = 1000
 OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the comparison, not by the user
@@ -17,7 +17,12 @@ OWN = ("norm", "seed", "output_dir", "overwrite_output_dir")  # set by the compa
 
 def recipe_options() -> dict[str, type[Any]]:
     """Return the names of the recipe scripts and the classes of their options."""
-    return {cls.script.removesuffix(".py"): cls for cls in vars(tasks.options).values() if hasattr(cls, "script")}
+    return {
+        "classification": ClassificationOptions,
+        "language_modeling": LanguageModelingOptions,
+        "parsing": ParsingOptions,
+        "translation": TranslationOptions,
+    }
 
 
 # The options of all recipes: what else a grid varies is a setting of a norm.
