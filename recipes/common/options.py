@@ -286,7 +286,7 @@ def resolve_settings(options: Any, flags: Mapping[str, Any]) -> None:
         known = {} if norm == STOCK else settings_of(resolve_norm(norm)[0])
         if unknown := [name for name in flags if name not in known]:
             has = f"has the settings {', '.join(known)}" if known else "has no settings"
-            near = did_you_mean(unknown[0], [*_hints(type(options)), *known])
+            near = did_you_mean(f"--{unknown[0]}", [f"--{name}" for name in (*_hints(type(options)), *known)])
             raise OptionError(f"unknown option --{unknown[0]}: {norm} {has}{near}")
         if norm != STOCK:
             check_settings(resolve_norm(norm)[0], options.norm_settings)
@@ -407,7 +407,9 @@ def parse_options(options_class: type[T], argv: Sequence[str] | None = None, des
             elif mapping in hints and dict in map(typing.get_origin, _kinds(hints[mapping])):
                 values[mapping] = {**values.get(mapping, {}), key: _from_yaml(name, text)}
             else:
-                raise OptionError(f"unknown option --{name}{did_you_mean(mapping, hints)}")
+                raise OptionError(
+                    f"unknown option --{name}{did_you_mean(f'--{mapping}', [f'--{hint}' for hint in hints])}"
+                )
         options = options_class(**values)
         check_ranges(options)
         resolve_settings(options, settings)

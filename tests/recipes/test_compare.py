@@ -57,7 +57,7 @@ def read(folder, name):
         (["--seed", "3"], "--seed is set by the comparison"),
         (["--grid", "C=1,2", "nothing=1"], "'nothing' is no option of the recipe"),
         (["--seeds", "0"], "--seeds: expected how many (at most 1000) or several seeds, got []"),
-        (["--learning_rat", "1"], "did you mean --learning_rate?"),
+        (["--learning_rat", "1"], "did you mean '--learning_rate'?"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
         (["--seeds", "3000000000"], "--seeds: expected how many (at most 1000)"),

@@ -41,7 +41,7 @@ def test_data_files_in_a_config_are_relative_to_it(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--nrom", "none"], "unknown option --nrom: adanorm has the settings C, k; did you mean 'norm'?"),
+        (["--nrom", "none"], "unknown option --nrom: adanorm has the settings C, k; did you mean '--norm'?"),
         (["--norm", "batchnorm"], "layernorm-simple"),
         (["--norm", "layernorm-simple", "--k", "0.1"], "unknown option --k: layernorm-simple has no settings"),
         (["--norm", "layernorm", "--k", "0.1"], "unknown option --k: layernorm has no settings"),
