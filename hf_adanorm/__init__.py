@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from .spec import AdaNormSpec, NormGroup
 
 # The names of each module, imported when one is first used: `import hf_adanorm` costs next to nothing, not even torch.
-__getattr__ = lazily(
+__getattr__, __dir__ = lazily(
     __name__,
     {
         "calibration": "KReport NormRange calibrate_k",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 
-def lazily(package: str, names: dict[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package: for each of its modules the names that it takes from there, with spaces between
-    them; a module that is handed out itself stands among its names."""
+def lazily(package: str, names: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the `__getattr__` and the `__dir__` of a package.
+
+    Args:
+        names: for each module the names that the package takes from it, separated by spaces. A module that is among
+            its own names is imported as a whole.
+    """
     homes = {name: module for module, its_names in names.items() for name in its_names.split()}
 
     def get(name: str) -> Any:
@@ -18,4 +23,4 @@ def lazily(package: str, names: dict[str, str]) -> Callable[[str], Any]:
         module = importlib.import_module(f"{package}.{homes[name]}")
         return module if name == homes[name] else getattr(module, name)
 
-    return get
+    return get, lambda: sorted({*vars(sys.modules[package]), *homes})

@@ -42,14 +42,25 @@ def inspect(args: Namespace) -> None:
     from .saving import inspect_code
 
     config = load_config(_source(args))
-    report = inspect_model(empty_model(config), **_selection(args))
-    spec = getattr(config, "adanorm", None)
-    folder = Path(args.name)
-    code = inspect_code(folder, spec and AdaNormSpec.from_dict(spec)) if folder.is_dir() else None
+    data, folder = getattr(config, "adanorm", None), Path(args.name)
+    spec = AdaNormSpec.from_dict(data) if data else None
+    code = inspect_code(folder, spec) if folder.is_dir() else None
+    try:
+        report = inspect_model(empty_model(config), **_selection(args))
+        text, found = str(report), report.to_dict()
+    except ValueError:
+        if spec is None or not spec.classes:
+            raise
+        # The classes are in the folder's code, which inspect does not run: the spec alone says what is swapped.
+        lines = [f"{group.norm} {group.settings}: {', '.join(group.modules)}" for group in spec.groups]
+        text, found = (
+            "\n".join(["norms of the folder's own code, which inspect does not run:", *lines]),
+            {"adanorm": data},
+        )
     if args.json:
-        _print_json({"model": args.name, "code": code and dataclasses.asdict(code), **report.to_dict()})
+        _print_json({"model": args.name, "code": code and dataclasses.asdict(code), **found})
         return
-    print(report)
+    print(text)
     if code is not None:
         print("".join(f"{line}\n" for line in _describe(code)), end="")
 

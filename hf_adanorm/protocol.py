@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import zlib
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -48,16 +49,26 @@ class _Norm(modeling_adanorm.SwappedNorm):
 
     def get_extra_state(self) -> Tensor:
         """Return the numbers among the settings. The state dict holds them, so every checkpoint restores them."""
-        values = [float(value) for value in self.settings().values() if isinstance(value, (int, float))]
-        # The leading 1 is the format; it also keeps the tensor from being empty, which some savers drop.
-        return torch.tensor([1.0, *values], dtype=torch.float64, device="cpu")
+        numbers = self._numbers()
+        return torch.tensor([*self._mark(numbers), *map(float, numbers.values())], dtype=torch.float64, device="cpu")
+
+    def _numbers(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings().items() if isinstance(value, (int, float))}
+
+    def _mark(self, names: Iterable[str]) -> list[float]:
+        # Two bytes that tell the class and the names of its settings, so that norms do not read each other's numbers.
+        digest = zlib.crc32(f"{type(self.inner).__name__}({', '.join(names)})".encode())
+        return [float(digest % 256), float(digest // 256 % 256)]
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` returned; the constructor checks it. That of another norm has no effect."""
-        now = {name: value for name, value in self.settings().items() if isinstance(value, (int, float))}
-        if not isinstance(state, Tensor) or state.shape != (1 + len(now),) or state.is_meta or state[0] != 1.0:
+        now = self._numbers()
+        if not isinstance(state, Tensor) or state.shape != (2 + len(now),) or state.is_meta:
             return  # loaders may pass a placeholder
-        new: dict[str, Any] = dict(zip(now, state.tolist()[1:], strict=True))
+        mark, values = state.tolist()[:2], state.tolist()[2:]
+        if mark != self._mark(now):
+            return
+        new: dict[str, Any] = dict(zip(now, values, strict=True))
         whole = [name for name, old in now.items() if isinstance(old, int) and new[name].is_integer()]
         new |= {name: type(now[name])(new[name]) for name in whole}
         if new != now:

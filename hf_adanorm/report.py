@@ -107,7 +107,7 @@ class Report:
             "norms": [
                 {
                     "name": row.name,
-                    "class": type(row.module).__name__,
+                    "class": class_of(row.module),
                     "formula": row.kind,
                     "normalized_shape": list(row.info.normalized_shape),
                     "eps": row.info.eps,
@@ -123,7 +123,7 @@ class Report:
     def status(self, row: NormRow) -> str:
         """Describe what becomes of one norm, in a few words."""
         if row.is_swapped:
-            return f"swapped: {row.module}"
+            return f"swapped: {class_of(row.module)}({row.module.extra_repr()})"
         if reason := row.module.__dict__.get(NOT_FOLDED):
             return f"not folded: {reason}"
         if row.cause in ("branch", "obstacle"):
@@ -140,7 +140,7 @@ class Report:
         lines: dict[tuple[str, ...], list[str]] = {}
         everywhere = Counter(_pattern(row.name) for row in self.rows)
         for row in self.rows:
-            key = (type(row.module).__name__, _FORMULAS[row.kind], self.status(row), _pattern(row.name))
+            key = (class_of(row.module), _FORMULAS[row.kind], self.status(row), _pattern(row.name))
             lines.setdefault(key, []).append(row.name)
         out = []
         for (kind, formula, status, pattern), names in lines.items():
@@ -189,6 +189,11 @@ class Report:
     def _repr_html_(self) -> str:
         notes = [("notes", "\n".join(self.notes()))] if self.notes() else []
         return html_table(HEADER, self.table(), self._summary(), [*notes, ("every name", self.every_name())])
+
+
+def class_of(norm: nn.Module) -> str:
+    """Return the name of the class that computes."""
+    return type(getattr(norm, "inner", norm)).__name__
 
 
 def _numbers(names: list[str]) -> str:

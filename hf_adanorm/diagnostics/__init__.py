@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .watch import WatchNormsCallback, watch_norms
 
 # The plots' colors need neither the Trainer's callbacks nor transformers.
-__getattr__ = lazily(
+__getattr__, __dir__ = lazily(
     __name__,
     {
         "log": "NormLog NormRecord",

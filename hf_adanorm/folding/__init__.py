@@ -13,6 +13,6 @@ if TYPE_CHECKING:
     from .plan import is_plain as is_plain
 
 # The options alone are imported without torch.
-__getattr__ = lazily(
+__getattr__, __dir__ = lazily(
     __name__, {"fold": "FoldReport fold_affine fold_norms", "plan": "FoldedNorm is_plain", "options": "Fold"}
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +30,8 @@ def fit(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) 
     late: dict[str, list[Tensor]] = {name: [] for name in plan.fitted if len(targets[name]) > 1}
 
     def solve(name: str, rows: Tensor) -> None:
-        _solve(name, plan.steps[name], rows.double(), torch.cat([torch.load(file) for file in targets[name]]).double())
+        target = torch.cat([load_file(file)["rows"] for file in targets[name]])
+        _solve(name, plan.steps[name], rows.double(), target.to(rows.device).double())
         bar.update()
 
     def replace(name: str) -> Any:

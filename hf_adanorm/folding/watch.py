@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -246,8 +247,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.seen.uses.setdefault(name, [])
             if self.folder is not None:
                 self.muted += 1
-                file = self.folder / f"{next(self.numbers)}.pt"
-                torch.save(norm_rows(self.model, name, info, self.seen.inputs.values, output), file)
+                file = self.folder / f"{next(self.numbers)}.safetensors"
+                rows = norm_rows(self.model, name, info, self.seen.inputs.values, output)
+                save_file({"rows": rows.contiguous()}, file)
                 self.seen.norm_outputs.setdefault(name, []).append(file)
                 self.muted -= 1
         elif is_linear_map(module):

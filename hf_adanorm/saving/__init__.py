@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .wrapping import when_imported
 
 # `import hf_adanorm` comes through here and must stay cheap: the spec and the card need torch and transformers.
-__getattr__ = lazily(
+__getattr__, __dir__ = lazily(
     __name__,
     {
         "card": "CARD_NAME describes read_card read_config renewed_card write_model_card",

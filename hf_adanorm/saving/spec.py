@@ -249,7 +249,12 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
         by_template.setdefault(number_template(name), set()).add(name)
 
     def patterns(names: list[str]) -> tuple[str, ...]:
-        return tuple(_with_stars([spelled[name] for name in names], by_template))
+        starred = _with_stars([spelled[name] for name in names], by_template)
+        found = find_modules(model, starred, modules.items())
+        # A renaming may ask for a certain number, which "*" does not match (RF-DETR).
+        short = [pattern for pattern in starred if found[pattern] and found[pattern].keys() <= set(names)]
+        reached = {name for pattern in short for name in found[pattern]}
+        return (*short, *(spelled[name] for name in names if name not in reached))
 
     return AdaNormSpec(
         groups=tuple(dataclasses.replace(group, modules=patterns(names)) for group, names in groups.items()),

@@ -146,7 +146,7 @@ def test_files_that_commands_name_exist():
     """Paths into the repository, in commands and in links."""
     for words in ALL_COMMANDS:
         for word in words[1:]:
-            value = word.split("=")[-1]
+            value = re.sub(r"(?<=\.py):.*", "", word).split("=")[-1]
             if re.match(r"(recipes|hf_adanorm|tests)/", value):
                 assert (ROOT / value).exists(), value
     for page, text in TEXTS.items():

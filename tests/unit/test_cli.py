@@ -261,7 +261,7 @@ def test_inspect_takes_the_options_of_patch(stock: Path, run: Run) -> None:
         (["--norm", "layernorm-simple"], "LayerNormSimple((16,), eps=1e-12)"),
         (["--norm", "detachnorm", "--no-detach-mean"], "detach_mean=False, detach_variance=True"),
         (["--norm", "none", "--eps", "0.5"], "NoNorm((16,), eps=0.5)"),
-        (["--k", "0.2", "--no-centered"], "centered=False, C=1.0, k=0.2"),
+        (["--k", "0.2", "--no-centered"], "AdaNorm((16,), centered=False, eps=1e-12, C=1.0, k=0.2)"),
     ],
 )
 def test_patch_writes_a_model_that_stock_calls_load(
@@ -381,6 +381,18 @@ def test_inspect_says_whether_the_loader_was_changed(stock: Path, run: Run, tmp_
     _, out, _ = run("inspect", tmp_path / "out")
     assert "modeling_adanorm.py: NOT the loader of hf_adanorm" in out
     assert "hello" not in out
+
+
+def test_inspect_lists_norms_of_a_folder_without_running_its_code(stock: Path, run: Run, tmp_path: Path) -> None:
+    file, out = tmp_path / "own_norm.py", tmp_path / "out"
+    file.write_text((Path("recipes/norms") / "derf.py").read_text(encoding="utf-8"), encoding="utf-8")
+    run("patch", stock, out, "--norm", f"{file}:Derf", "--alpha", "0.7")
+    with (out / "own_norm.py").open("a") as saved:
+        saved.write("raise SystemExit('was run')\n")
+    done = subprocess.run([sys.executable, "-m", "hf_adanorm.cli", "inspect", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Derf {'alpha': 0.7" in done.stdout
+    assert "own_norm.py: code of the model's author, CHANGED since it was saved" in done.stdout
 
 
 def test_run_starts_a_program_of_another_package_in_this_process(run: Run, capsys: Any) -> None:

@@ -18,3 +18,8 @@ def test_an_unknown_name_is_said_to_be_none(package):
 def test_a_name_brings_its_own_module_alone():
     code = "import sys; from hf_adanorm.saving import write_file; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_are_listed_before_they_are_imported():
+    code = "import hf_adanorm; assert {'patch_model', 'plots', 'Fold'} <= {*dir(hf_adanorm)}"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,10 +27,14 @@ def test_settings_travel_in_the_state_dict() -> None:
     assert flags.settings() == {"detach_mean": False, "detach_variance": True}
 
 
-def test_the_state_of_another_norm_leaves_the_settings() -> None:
+@pytest.mark.parametrize("other", [LayerNormSimple(8), DetachNorm(8), DetachNorm(8, detach_mean=False), DyT(8)])
+def test_the_state_of_another_norm_leaves_the_settings(other: torch.nn.Module) -> None:
     norm = AdaNorm(8, k=0.2)
-    norm.set_extra_state(LayerNormSimple(8).get_extra_state())
+    norm.set_extra_state(other.get_extra_state())
     assert norm.settings() == {"C": 1.0, "k": 0.2}
+    before = dict(other.settings())
+    other.set_extra_state(norm.get_extra_state())
+    assert other.settings() == before
 
 
 def test_the_factor_of_the_backward_pass_is_that_of_autograd() -> None:
