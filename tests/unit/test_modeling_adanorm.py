@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import pickle
 import shutil
@@ -50,6 +51,11 @@ NORM = pytest.mark.parametrize("norm", NORMS, ids=IDS)
 def test_the_file_is_short():
     """It travels with every model, and who loads one may want to read it."""
     assert len(Path(modeling_adanorm.__file__).read_text(encoding="utf-8").splitlines()) <= 450
+
+
+def test_the_docs_state_its_hash():
+    digest = hashlib.sha256(Path(modeling_adanorm.__file__).read_bytes()).hexdigest()
+    assert digest in (Path(__file__).parents[2] / "docs/saving.md").read_text(encoding="utf-8")
 
 
 def dims_of(shape, layout) -> tuple[int, ...]:
