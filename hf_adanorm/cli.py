@@ -336,7 +336,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {' '.join((_as_options(str(error)) or type(error).__name__).split())}", file=sys.stderr)
+        told = " ".join([_as_options(str(error)) or type(error).__name__, *getattr(error, "__notes__", ())])
+        print(f"error: {' '.join(told.split())}", file=sys.stderr)
         sys.exit(2)
     finally:
         warnings.showwarning = show_warning

@@ -24,8 +24,13 @@ class Held(SwappedNorm):
         super().__init__(**{key: arguments.pop(key) for key in (*LAYOUT, "device", "dtype") if key in arguments})
         self.norm_name, self.given = norm_name, arguments
         shape: Any = self.normalized_shape[0] if len(self.normalized_shape) == 1 else self.normalized_shape
-        with self.weight.device:
-            self.norm = cls(shape, self.eps, **arguments).to(self.weight.dtype)
+        try:
+            with self.weight.device:
+                self.norm = cls(shape, self.eps, **arguments).to(self.weight.dtype)
+        except Exception as error:
+            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+            error.add_note(f"while building {cls.__name__}({given})")
+            raise
         for module in self.norm.modules():
             cast(Any, module)._is_hf_initialized = True  # the model's `_init_weights` must not touch it
 

@@ -43,6 +43,7 @@ TITLES = {
 }
 """Names for tables and plots."""
 STOCK = "layernorm"  # accepted wherever norms are named: the model's own norms
+NAME_CUTOFF = 0.8  # for did_you_mean: "adanrom" is a misspelling, but "rmsnorm" means another norm, not "layernorm"
 _REGISTERED: dict[str, type] = {}
 _USED: list[type] = []  # the classes of the user's that were swapped in without a registered name
 _FROM_FOLDER: ContextVar[Mapping[str, type] | None] = ContextVar("hf_adanorm_classes", default=None)
@@ -98,10 +99,10 @@ def title_of(norm: str) -> str:
     return TITLES.get(norm, _REGISTERED[norm].__name__ if norm in _REGISTERED else norm)
 
 
-def did_you_mean(value: Any, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest of `known`, or ""."""
+def did_you_mean(value: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "; did you mean 'x'?" for the nearest of `known`, or "" if none has a similarity of `cutoff` (0 to 1)."""
     by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(str(value)[:100].lower(), by_lower, n=1)
+    close = difflib.get_close_matches(str(value)[:100].lower(), by_lower, n=1, cutoff=cutoff)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
@@ -145,7 +146,7 @@ def _class_of(name: str) -> type:
         shown = name if len(name) <= 60 else f"{name[:57]}..."
         raise ValueError(
             f"norm must be one of {known}, a class, or a text such as 'my_norms.py:Derf', got {shown!r}"
-            f"{did_you_mean(name, known)}"
+            f"{did_you_mean(name, known, cutoff=NAME_CUTOFF)}"
         )
     return _REGISTERED[name]
 

@@ -295,6 +295,7 @@ def _masks(name: str, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 def _paddings(shape: Sequence[int], device: torch.device) -> Iterator[Tensor]:
     """Yield masks that pad the first row at its end, with and without padding at the start of the last row."""
+    # Most of a row stays real. An eighth of a long row is at least 8 positions, and of a short row a third at least 1.
     part = max(shape[-1] // (3 if shape[-1] < 64 else 8), 1)
     for at_start in (part, 0) if shape[0] > 1 else (0,):
         mask = torch.ones(tuple(shape), dtype=torch.int64, device=device)

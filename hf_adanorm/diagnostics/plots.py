@@ -91,6 +91,15 @@ def _logs(logs: NormLog | Mapping[str, NormLog]) -> Mapping[str, NormLog]:
     return logs
 
 
+def _one_log(log: NormLog, function: str, several: str) -> NormLog:
+    """Return the log, checked. `function` is the caller, and `several` what takes several logs, for the error."""
+    if not isinstance(log, NormLog):
+        raise TypeError(
+            f"{function} takes one log, such as logs['AdaNorm'], got {type(log).__name__}; {several} compares several"
+        )
+    return _logs(log)[""]
+
+
 def _chosen(log: NormLog, field: str, steps: tuple[int, int] | None) -> Tensor:
     """Return the values (steps, norms) of the recorded steps between the two given ones, both included."""
     values = log.values(field)
@@ -159,7 +168,7 @@ def plot_gradients(logs: NormLog | Mapping[str, NormLog], *, steps: tuple[int, i
 def plot_theorem(log: NormLog, *, steps: tuple[int, int] | None = None) -> Figure:
     """Plot Theorem 1 for one model: `|mean|` (left) and variance (right) of the gradient at each norm's output, at its
     input, and at its input as it would be with mean and variance detached. Arguments and errors as in `plot_depth`."""
-    log = _logs(log)[""]
+    log = _one_log(log, "plot_theorem", "plot_gradients")
     figure, panels = _figure(columns=2)
     places = {"output": "at the output", "detached": "at the input, if detached", "input": "at the input"}
     for ax, kind, what in zip(panels, ("mean", "var"), ("|mean|", "variance"), strict=True):
@@ -175,7 +184,7 @@ def plot_theorem(log: NormLog, *, steps: tuple[int, int] | None = None) -> Figur
 
 def plot_heatmap(log: NormLog, field: str = "grad_input_var", *, ax: Axes | None = None) -> Figure:
     """Plot one statistic over steps (x) and depth (y); brighter is larger. Arguments and errors as in `plot_depth`."""
-    log = _logs(log)[""]
+    log = _one_log(log, "plot_heatmap", "plot_depth")
     figure, ax = _figure(ax)
     from matplotlib.colors import LogNorm
 
@@ -255,6 +264,7 @@ def plot_phi(
         ax: the Axes to draw into; None makes a new figure.
 
     Raises:
+        TypeError: `activations` is neither one log nor a tensor.
         ValueError: C or k is not > 0, or the log has no histograms.
         ImportError: matplotlib is not installed.
     """
@@ -265,9 +275,14 @@ def plot_phi(
         if not activations.histograms:
             raise ValueError("the log has no histograms: record it with watch_norms(..., histogram=True)")
         counts = torch.stack(list(activations.histograms.values())).sum(0)
-    elif activations is not None:
+    elif isinstance(activations, Tensor):
         counts = torch.histc(
             activations.detach().double().cpu().clamp(*HISTOGRAM_RANGE), HISTOGRAM_BINS, *HISTOGRAM_RANGE
+        )
+    elif activations is not None:
+        raise TypeError(
+            "plot_phi takes one log, such as logs['AdaNorm'], or a tensor of values of y, "
+            f"got {type(activations).__name__}"
         )
     figure, ax = _figure(ax)
     low, high = HISTOGRAM_RANGE

@@ -224,6 +224,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield module.register_forward_hook(lambda m, _, out, name=name: self.leave(name, m, out))
 
     def enter(self, name: str, module: nn.Module, arguments: Any) -> None:
+        """Note that a module starts, and what it reads if it is a norm or a linear map. Do not watch inside these."""
         self.seen.ran.add(name)
         self.stack.append(name)
         is_linear = is_linear_map(module)
@@ -258,6 +259,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.shadows.begin(output, ("linear", name), channel.view(-1, *[1] * (output.ndim - 1 - dim)))
 
     def enter_norm(self, name: str, arguments: Any) -> None:
+        """Note which watched sum a norm reads, or -1. Any other watched tensor that it reads cannot be folded."""
         read = -1
         for tensor in tensors_in(arguments):
             for source, trace in self.shadows.of(tensor).items():

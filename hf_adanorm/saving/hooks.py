@@ -82,6 +82,7 @@ def serve(format: int, stock: type[PreTrainedModel], others: Mapping[str, Any]) 
 
 
 def to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: BoundArguments) -> Any:
+    """Write config.json. Beside that of a patched model write the code that loads it; beside another remove ours."""
     path, saving = Path(bound.arguments["json_file_path"]), _SAVING.get()
     if not has_spec(config):
         result = original(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -68,6 +69,15 @@ def end(message: str, code: int, *, alike: bool = True) -> NoReturn:
     sys.exit(code)
 
 
+def plain_warnings() -> None:
+    """From now on print each warning as one line without its place in the code, on one process per machine."""
+
+    def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+        return f"warning: {' '.join(str(message).split())}\n" if is_first_on_machine() else ""
+
+    warnings.formatwarning = one_line
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """While a run is set up, end it on bad input with one line and code 2 instead of a traceback."""
@@ -82,6 +92,7 @@ def clear_errors() -> Iterator[None]:
 @contextmanager
 def clear_use(arguments: Any) -> Iterator[None]:
     """While a saved model is applied to a file, end on bad input with one line and code 2 instead of a traceback."""
+    plain_warnings()
     try:
         yield
     except (ValueError, OSError) as error:

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from common import require
-from common.endings import EXIT_CODES, USE_EXIT_CODES, OptionError, is_first_on_machine
+from common.endings import EXIT_CODES, USE_EXIT_CODES, OptionError, is_first_on_machine, plain_warnings
 from hf_adanorm.norms import BUILT_IN, STOCK, check_settings, did_you_mean, parse_value, resolve_norm, settings_of
 
 T = TypeVar("T")
@@ -381,6 +381,7 @@ def _metavar(hint: Any) -> str:
 
 def parse_options(options_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """Read the command line (by default sys.argv) into `options_class`. Bad input ends the process with code 2."""
+    plain_warnings()
     parser = build_parser(options_class, description)
     demo = getattr(options_class, "demo", None)
     if argv is None and len(sys.argv) == 1 and demo:

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.options import OptionError, did_you_mean
 from comparison.paper import TITLES
-from hf_adanorm.norms import STOCK, check_settings, parse_value, resolve_norm, settings_of
+from hf_adanorm.norms import NAME_CUTOFF, STOCK, check_settings, parse_value, resolve_norm, settings_of
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
@@ -27,7 +27,8 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
     if name in TITLES and colon:
         raise OptionError(f"norm {text!r}: expected {name}:SETTING=VALUE, got {rest!r} after {name}")
     if name not in TITLES and not colon:
-        raise OptionError(f"norm {text!r}: expected {', '.join(TITLES)}, FILE.py:CLASS{did_you_mean(norm, TITLES)}")
+        near = did_you_mean(norm, TITLES, cutoff=NAME_CUTOFF)
+        raise OptionError(f"norm {text!r}: expected {', '.join(TITLES)}, FILE.py:CLASS{near}")
     pairs = [part.partition("=")[::2] for part in parts]
     settings = {key: parse_value(value) for key, value in pairs}
     if len(settings) < len(pairs):

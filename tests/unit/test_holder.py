@@ -57,6 +57,16 @@ def test_memory_that_comes_late_is_filled_with_the_values_of_a_new_norm() -> Non
     }
 
 
+def test_an_error_of_the_authors_constructor_says_what_was_being_built() -> None:
+    class Halved(Shifted):
+        def __init__(self, normalized_shape: Any, eps: float = 1e-5, *, shift: float = 2.0) -> None:
+            super().__init__(normalized_shape, eps, shift=shift / 2)
+
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        patch_model(nn.Sequential(nn.LayerNorm(3)), Halved, shift="x")
+    assert caught.value.__notes__ == ["while building Halved(shift='x')"]
+
+
 def test_it_pickles() -> None:
     norm, x = build(shift=3.0), torch.randn(2, 3)
     assert torch.equal(pickle.loads(pickle.dumps(norm))(x), norm(x))

@@ -88,6 +88,14 @@ def test_what_is_no_norm_is_refused_with_the_nearest_fix(norm: Any, error: type[
         resolve_norm(norm)
 
 
+@pytest.mark.parametrize(("name", "hint"), [("rmsnorm", None), ("batchnorm", None), ("layernrom", "layernorm")])
+def test_only_a_close_spelling_is_suggested(name: str, hint: str | None) -> None:
+    with pytest.raises(ValueError, match=f"got '{name}'") as caught:
+        resolve_norm(name)
+    assert ("did you mean" in str(caught.value)) == (hint is not None)
+    assert hint is None or str(caught.value).endswith(f"did you mean {hint!r}?")
+
+
 def test_a_registered_name_is_known_and_built_in_names_are_not_given_away() -> None:
     register_norm("derived-norm", Derived)
     assert resolve_norm("derived-norm") == (Derived, {})

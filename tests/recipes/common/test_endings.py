@@ -3,6 +3,7 @@
 import errno
 import inspect
 import re
+import warnings
 
 import pytest
 
@@ -45,6 +46,14 @@ def test_what_all_processes_find_is_printed_once_per_machine(rank, local_rank, a
         endings.end("x", 2, alike=alike)
     assert said in capsys.readouterr().err
     assert said or not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "warning: two lines, one warning\n"), (1, "")])
+def test_a_warning_is_one_line_of_the_first_process(rank, said, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    endings.plain_warnings()
+    assert warnings.formatwarning("two lines,\none warning", UserWarning, "data.py", 7) == said
 
 
 def test_the_help_text_lists_every_code():

@@ -77,7 +77,7 @@ def test_a_comparison_of_which_no_run_finished_has_a_report(tmp_path):
 
 def test_runs_at_chance_are_pointed_out(tmp_path):
     summary, _ = compared(tmp_path, {"adanorm": 5}, num_seeds=2, record={"chance": 0.55})
-    assert conclusion(summary).startswith("No norm learned the task: all scores are at chance (55.0 %, the share")
+    assert conclusion(summary).startswith("No norm learned the task: no mean score is clearly above 55.0 %, the")
     summary, _ = compared(tmp_path, {"adanorm": 100}, num_seeds=2, record={"chance": 0.55})
     assert conclusion(summary).startswith("No verdict")
     summary, _ = compared(tmp_path, {"adanorm": 5}, num_seeds=2)  # earlier runs did not record it

@@ -147,6 +147,12 @@ def test_bad_input_is_named(log):
         plots.plot_heatmap(empty)
     with pytest.raises(TypeError, match="expected a NormLog"):
         plots.plot_depth([1, 2])
+    with pytest.raises(TypeError, match=r"plot_theorem takes one log, such as logs\['AdaNorm'\], got dict; plot_grad"):
+        plots.plot_theorem({"AdaNorm": log})
+    with pytest.raises(TypeError, match=r"plot_heatmap takes one log, .* got dict; plot_depth compares several"):
+        plots.plot_heatmap({"AdaNorm": log})
+    with pytest.raises(TypeError, match=r"plot_phi takes one log, .* or a tensor of values of y, got dict"):
+        plots.plot_phi({"AdaNorm": log})
     with pytest.raises(ValueError, match="no statistic 'loss'"):
         plots.plot_depth(log, "loss")
     with pytest.raises(ValueError, match="'a' is empty"):

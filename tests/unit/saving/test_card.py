@@ -193,6 +193,20 @@ def test_the_card_names_the_norm_its_settings_and_how_it_differs(tmp_path: Path)
     assert "AdaNorm computes" not in text
 
 
+def test_the_card_says_what_became_of_gains_and_biases() -> None:
+    spec = {"format": 1, "version": "0.1.0", "groups": [{"norm": "adanorm", "modules": ["h.*.ln_1"]}]}
+    own = {**spec, "groups": [{"norm": "dyt", "modules": ["h.*.ln_1"]}]}
+    dropped, folded, kept = "replaced norms were dropped", "`folded_norms` in config.json lists were folded", "DyT"
+    configs = {
+        dropped: {"adanorm": spec},
+        folded: {"adanorm": spec, "folded_norms": ["h.0.ln_1"]},
+        kept: {"adanorm": own},
+    }
+    for told, config in configs.items():
+        text = render_card(config)
+        assert [word in text for word in (dropped, folded)] == [told == dropped, told == folded]
+
+
 @pytest.mark.parametrize(
     ("left", "lost"),
     [
