@@ -171,7 +171,9 @@ def test_the_html_report_stands_alone(compared):
     Reader().feed(text)
     assert [source[:22] for source in sources] == ["data:image/png;base64,"]
     assert {folder / unquote(link) for link in links} == set((folder / "runs").iterdir())
-    assert any(re.search(r"train\.\w+, 150 examples to train on.* updates .*, 1 seed\. ", cell) for cell in cells)
+    assert any(
+        re.search(r"train\.\w+, 150 examples to train on.* updates .*, 1 seed\.", cell, re.DOTALL) for cell in cells
+    )
     assert "AdaNorm" in cells
     assert any("No difference was tested" in cell for cell in cells)
 
