@@ -230,6 +230,11 @@ def settings_of(cls: type) -> dict[str, Any]:
 
     `**kwargs` hands on to the base class. A setting without a default has `inspect.Parameter.empty`.
     """
+    return dict(_settings(cls))
+
+
+@functools.lru_cache(maxsize=64)  # a state dict asks once per norm
+def _settings(cls: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base) or base.__module__.startswith("torch.nn"):
