@@ -1,8 +1,8 @@
 """Runs and their records.
 
-A record is one line of JSON with everything that tables, tests and reports need of a run that ended: options, hashes
-of the data, history, scores, and the outcome of each test example. It holds no weights, no paths, and no texts or
-labels of the data. `compare.py` writes `records.jsonl`, and accepts such files as finished runs on any machine.
+A record is one line of JSON with what tables, tests and reports need of a run that ended. It holds options, hashes of
+the data, history, scores, and the outcome of each test example; no weights, no paths, and no texts or labels of the
+data. `compare.py` writes `records.jsonl`, and accepts such files as finished runs on any machine.
 """
 
 from __future__ import annotations
