@@ -33,7 +33,7 @@ def watched(block: nn.Module, folder: Path | None = None) -> Watched:
 
 def test_columns_come_in_the_order_of_the_layer_s_inputs() -> None:
     (use,) = watched(Block(lambda self, y: self.linear(y.flip(-1)))).uses["norm"]
-    assert use.columns == tuple(reversed(range(WIDTH)))  # type: ignore[union-attr]
+    assert use.columns == tuple(reversed(range(WIDTH)))
 
 
 def test_outputs_of_norms_wait_in_files_and_no_shadow_is_left_to_the_garbage_collector(tmp_path: Path) -> None:
