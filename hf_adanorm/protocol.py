@@ -94,10 +94,10 @@ class _Norm(modeling_adanorm.SwappedNorm):
         return math.nan if self.norm_name == "dyt" else None
 
     def extra_repr(self) -> str:
-        usual = {"centered": True, "channels_first": False, "output_dtype": None, "normalized_shape": None}
+        shape = self.normalized_shape
+        usual = {"centered": True, "channels_first": False, "output_dtype": None, "normalized_shape": shape}
         shown = {key: value for key in LAYOUT if (value := getattr(self, key)) != usual.get(key)}
-        shown = {**{k: v for k, v in shown.items() if k != "normalized_shape"}, **self.settings()}
-        return ", ".join([str(self.normalized_shape), *(f"{key}={value}" for key, value in shown.items())])
+        return ", ".join([str(shape), *(f"{key}={value}" for key, value in {**shown, **self.settings()}.items())])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.pop(prefix + NOTICE, None)
