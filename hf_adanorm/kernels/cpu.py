@@ -60,9 +60,10 @@ def supports(x: Tensor, normalized_shape: tuple[int, ...], dtype: torch.dtype) -
     """Return whether the loops serve this input and output dtype: float32 or bfloat16, one normalized dimension."""
     return (
         dtype in _NAMES
-        and x.dtype == dtype
+        and x.dtype is dtype
         and len(normalized_shape) == 1
-        and x.shape[-1:] == normalized_shape
+        and x.ndim > 0
+        and x.shape[-1] == normalized_shape[0]
         and not x.is_neg()
         and _library() is not None
     )
@@ -85,7 +86,7 @@ def forward(x: Tensor, dtype: torch.dtype, arguments: Arguments, with_stats: boo
     rstd = mean = None
     if with_stats:
         stats = x.new_empty((2 if dtype is torch.float32 else 1, rows), dtype=torch.float32)
-        rstd, mean = _addresses(stats, rows)
+        rstd, mean = _addresses(stats, rows, dtype)
     threads = 1 if size < _MIN_PARALLEL else torch.get_num_threads()
     library = _library()
     assert library is not None
@@ -108,16 +109,16 @@ def backward(dz: Tensor, x: Tensor | None, stats: Tensor, arguments: Arguments, 
     library = _library()
     assert library is not None
     library["backward", dtype](
-        *(None if x is None else x.data_ptr(), dz.data_ptr(), dx.data_ptr(), *_addresses(stats, rows)),
+        *(None if x is None else x.data_ptr(), dz.data_ptr(), dx.data_ptr(), *_addresses(stats, rows, dtype)),
         *(rows, H, C, k, centered, centered and not detach_mean, not detach_std, threads),
     )
     return dx
 
 
-def _addresses(stats: Tensor, rows: int) -> tuple[int, int | None]:
+def _addresses(stats: Tensor, rows: int, dtype: torch.dtype) -> tuple[int, int | None]:
     """Return where the rows' 1 / std and their means lie, if they are kept."""
     address = stats.data_ptr()
-    return address, address + 4 * rows if len(stats) == 2 else None
+    return address, address + 4 * rows if dtype is torch.float32 else None
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from hf_adanorm.modeling_adanorm import HALF, output_dtype
 
 BACKENDS: dict[str, Any] = {}  # by type of device
+TORCH_IS_FASTER = 2**16  # elements: below, F.layer_norm without gain costs less than a step of autograd in Python
 
 
 class Arguments(NamedTuple):
@@ -57,12 +58,16 @@ def run(norm: Any, x: Tensor) -> Tensor | None:
     """Return the output of `norm` for `x`, channels last, or None to decline."""
     if is_recorded(x):
         return None
-    backend, dtype = BACKENDS.get(x.device.type), output_dtype(x) if x.dtype in HALF else x.dtype
+    with_backward = x.requires_grad and torch.is_grad_enabled()
+    if with_backward and norm.norm_name == "layernorm-simple" and norm.centered and x.numel() < TORCH_IS_FASTER:
+        return None
+    backend = BACKENDS.get("cpu" if x.is_cpu else x.device.type)  # building that string takes longer than the question
+    dtype = output_dtype(x) if x.dtype in HALF else x.dtype
     if backend is None or not backend.supports(x, norm.normalized_shape, dtype):
         return None
     arguments = ARGUMENTS[norm.norm_name](norm)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Fused.apply_eager(x, dtype, arguments, backend)
+    if with_backward:
+        return cast(Tensor, _apply(_unwrap_dead(x), dtype, arguments, backend))
     return cast(Tensor, backend.forward(x, dtype, arguments, False)[0])
 
 
@@ -75,12 +80,6 @@ ARGUMENTS: dict[str, Callable[[Any], Arguments]] = {
 
 class _Fused(torch.autograd.Function):
     """Saves the input and the rows' statistics, or only the latter where the backward pass does not need the input."""
-
-    @classmethod
-    def apply_eager(cls, x: Tensor, dtype: torch.dtype, arguments: Arguments, backend: Any) -> Tensor:
-        """Call `apply` without its checks for functorch, which take as long as a small input: `run` made them."""
-        apply: Any = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
-        return cast(Tensor, apply(_unwrap_dead(x), dtype, arguments, backend))
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, arguments: Arguments, backend: Any) -> Tensor:
@@ -98,6 +97,10 @@ class _Fused(torch.autograd.Function):
         x = saved[0] if saved else None
         compute = written_backward if torch.is_grad_enabled() or is_recorded(dz) else ctx.backend.backward
         return compute(dz, x, stats, ctx.arguments, ctx.dtype), None, None, None
+
+
+# `apply` without its checks for functorch, which take as long as a small input: `run` made them.
+_apply: Any = super(torch.autograd.Function, _Fused).apply  # type: ignore[misc]
 
 
 def written_backward(dz: Tensor, x: Tensor | None, stats: Tensor, arguments: Arguments, dtype: torch.dtype) -> Tensor:
