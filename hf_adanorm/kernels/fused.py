@@ -100,7 +100,7 @@ class _Fused(torch.autograd.Function):
 
 
 # `apply` without its checks for functorch, which take as long as a small input: `run` made them.
-_apply: Any = super(torch.autograd.Function, _Fused).apply  # type: ignore[misc]
+_apply: Any = super(torch.autograd.Function, _Fused).apply
 
 
 def written_backward(dz: Tensor, x: Tensor | None, stats: Tensor, arguments: Arguments, dtype: torch.dtype) -> Tensor:

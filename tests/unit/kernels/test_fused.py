@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_adanorm import modeling_adanorm
 from hf_adanorm.kernels import cpu, fused
-from hf_adanorm.modeling_adanorm import NORM_CLASSES, AdaNorm
+from hf_adanorm.modeling_adanorm import NORM_CLASSES, AdaNorm, LayerNormSimple
 from tests.zoo.formulas import reference, saved_bytes
 
 H, EPS = 6, 1e-2
@@ -172,6 +172,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(modeling_adanorm, "KERNELS", {})
     elif cpu._library() is None:
         pytest.skip("the loops need gcc on Linux")
+    monkeypatch.setattr(fused, "TORCH_IS_FASTER", 0)
     return bool(request.param)
 
 
@@ -189,9 +190,8 @@ def test_linearize(kernels: bool) -> None:
     torch.testing.assert_close(linearize(norm, X)[1](V), jvp(definition(norm), (X,), (V,))[1])
 
 
-def test_the_kernels_compute_in_training_and_inference_and_save_no_more_than_nn_layernorm() -> None:
-    if cpu._library() is None:
-        pytest.skip("the loops need gcc on Linux")
+@pytest.mark.parametrize("kernels", [True], indirect=True)
+def test_the_kernels_compute_in_training_and_inference_and_save_no_more_than_nn_layernorm(kernels: bool) -> None:
     calls: list[str] = []
     for norm in norms(torch.float32):
         x = torch.randn(64, H, requires_grad=True)
@@ -204,6 +204,12 @@ def test_the_kernels_compute_in_training_and_inference_and_save_no_more_than_nn_
         torch.testing.assert_close(computed, still)
         assert saved_bytes(norm, x) <= saved_bytes(nn.LayerNorm(H), x)
     assert len(calls) == 9
+
+
+def test_small_inputs_of_layernorm_simple_train_on_torchs_operator() -> None:
+    norm = LayerNormSimple(H)
+    assert fused.run(norm, torch.randn(8, H, requires_grad=True)) is None
+    assert (fused.run(norm, torch.randn(8, H)) is None) is (cpu._library() is None)
 
 
 @pytest.mark.parametrize("name", ["adanorm", "layernorm-simple", "detachnorm"])
