@@ -243,6 +243,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for what, mode, name in ((w, m, d) for w in options.what for m in options.modes for d in options.dtypes):
         cases = {"norms": norm_cases, "models": model_cases}[what]
         for case, norm, calls, base, saved in cases(options, mode, getattr(torch, name)):
+            torch.compiler.reset()  # a function is recompiled a limited number of times
             for task in (task for task in TASKS if task in base):
                 seconds, ratios = take_turns(
                     calls[task], base[task], rounds=options.rounds, seconds=options.seconds, clock=clock

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from hf_adanorm.modeling_adanorm import HALF, output_dtype
 
 BACKENDS: dict[str, Any] = {}  # by type of device
-TORCH_IS_FASTER = 2**16  # elements: below, F.layer_norm without gain costs less than a step of autograd in Python
+TORCH_IS_FASTER = 2**16  # elements: below, F.layer_norm without gain costs less than autograd's call of Python
 
 
 class Arguments(NamedTuple):
@@ -59,8 +59,9 @@ def run(norm: Any, x: Tensor) -> Tensor | None:
     if is_recorded(x):
         return None
     with_backward = x.requires_grad and torch.is_grad_enabled()
-    if with_backward and norm.norm_name == "layernorm-simple" and norm.centered and x.numel() < TORCH_IS_FASTER:
-        return None
+    if with_backward and norm.norm_name == "layernorm-simple" and norm.centered:
+        if x.numel() < TORCH_IS_FASTER and x.dtype not in HALF:
+            return None
     backend = BACKENDS.get("cpu" if x.is_cpu else x.device.type)  # building that string takes longer than the question
     dtype = output_dtype(x) if x.dtype in HALF else x.dtype
     if backend is None or not backend.supports(x, norm.normalized_shape, dtype):
