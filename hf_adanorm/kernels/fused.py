@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from hf_adanorm.modeling_adanorm import HALF, output_dtype
 
 BACKENDS: dict[str, Any] = {}  # by type of device
-TORCH_IS_FASTER = 2**16  # elements: below, F.layer_norm without gain costs less than autograd's call of Python
+FEW_ELEMENTS = 2**16
 
 
 class Arguments(NamedTuple):
@@ -54,14 +54,18 @@ def is_recorded(x: Tensor) -> bool:
     )
 
 
+def torch_is_faster(x: Tensor) -> bool:
+    """Return whether F.layer_norm without gain costs less than the Python that autograd calls for a kernel."""
+    return x.numel() < FEW_ELEMENTS and x.dtype not in HALF
+
+
 def run(norm: Any, x: Tensor) -> Tensor | None:
     """Return the output of `norm` for `x`, channels last, or None to decline."""
     if is_recorded(x):
         return None
     with_backward = x.requires_grad and torch.is_grad_enabled()
-    if with_backward and norm.norm_name == "layernorm-simple" and norm.centered:
-        if x.numel() < TORCH_IS_FASTER and x.dtype not in HALF:
-            return None
+    if with_backward and norm.norm_name == "layernorm-simple" and norm.centered and torch_is_faster(x):
+        return None
     backend = BACKENDS.get("cpu" if x.is_cpu else x.device.type)  # building that string takes longer than the question
     dtype = output_dtype(x) if x.dtype in HALF else x.dtype
     if backend is None or not backend.supports(x, norm.normalized_shape, dtype):

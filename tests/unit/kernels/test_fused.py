@@ -172,7 +172,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(modeling_adanorm, "KERNELS", {})
     elif cpu._library() is None:
         pytest.skip("the loops need gcc on Linux")
-    monkeypatch.setattr(fused, "TORCH_IS_FASTER", 0)
+    monkeypatch.setattr(fused, "FEW_ELEMENTS", 0)
     return bool(request.param)
 
 
