@@ -277,14 +277,14 @@ def renamings(model: Any) -> tuple[str, list[Any], list[Any]]:
     prefix, found = getattr(model, "base_model_prefix", ""), []
     base = getattr(model, prefix, model) if prefix else model
     conversions: Any = sys.modules.get("transformers.conversion_mapping")  # as the attribute it may be missing
-    for part in (base, model):
+    for part in (base, model) if base is not model else (model,):
         try:
             owner = next(module for module in part.modules() if isinstance(module, PreTrainedModel))
             mapping = conversions.get_model_conversion_mapping(owner, add_legacy=False)
             found.append([renaming for renaming in mapping if type(renaming).__name__ == "WeightRenaming"])
         except (AttributeError, StopIteration, TypeError):  # another version: the names are then those of the modules
             found.append([])
-    return f"{prefix}." if base is not model else "", found[0], found[1]
+    return f"{prefix}." if base is not model else "", found[0], found[-1]
 
 
 def find_modules(model: nn.Module, patterns: Iterable[str], modules: Iterable[Any]) -> dict[str, dict[str, Any]]:

@@ -75,13 +75,13 @@ class _Norm(modeling_adanorm.SwappedNorm):
             self.adopt(self.fresh(**new), new)
 
     # transformers 5.0 reads and sets the settings of a checkpoint as if they were a parameter.
-    _extra_state = property(get_extra_state)
+    _extra_state = property(get_extra_state, set_extra_state)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def register_parameter(self, name: str, param: Any) -> None:
         if name == "_extra_state":
-            self.set_extra_state(value)
+            self.set_extra_state(param)
         else:
-            torch.nn.Module.__setattr__(self, name, value)
+            torch.nn.Module.register_parameter(self, name, param)
 
     def backward_factor(self, y: Tensor) -> Tensor | float | None:
         """Return the factor from dl/d(output) to dl/dy, with y = N(x) of (rows, H); None for 1, NaN if unknown."""
