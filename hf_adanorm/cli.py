@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import inspect as inspection
 import json
+import os
 import re
 import shlex
 import sys
@@ -327,12 +328,16 @@ def _version() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command and end with SystemExit: 0, or 2 after an error."""
+    """Run a command and end with SystemExit: 0, 2 after an error, or 1 if nobody reads the output any more."""
     show_warning, warnings.showwarning = warnings.showwarning, _show_warning
     code: Any = 0
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         start = args.function(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

@@ -362,6 +362,16 @@ def test_a_norm_of_the_users_own_with_its_settings(stock: Path, derf: Path, run:
     assert (code, json.loads(out)["code"]["loader"], json.loads(out)["swapped"]) == (0, "ours", 5)
 
 
+def test_a_reader_that_closes_the_pipe_is_no_error(stock: Path) -> None:
+    command = [sys.executable, "-m", "hf_adanorm.cli", "inspect", str(stock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 def test_norms_lists_the_settings_of_each(derf: Path, run: Run) -> None:
     code, out, _ = run("norms", "--json")
     found = json.loads(out)
