@@ -167,12 +167,19 @@ class NormLog:
         return f"{self.model_class}: {counts}{' (averages over steps)' if len(self.steps) > 1 else ''}"
 
     def __str__(self) -> str:
-        return f"{self._summary()}\n{text_table(_HEADER, self._table())}" if self.records else self._summary()
+        table = self._table()
+        return "\n".join([self._summary(), *([text_table(_HEADER, table), *_about_nan(table)] if table else [])])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(_HEADER, self._table(), self._summary())
+        table = self._table()
+        return html_table(_HEADER, table, " ".join([self._summary(), *_about_nan(table)]))
+
+
+def _about_nan(table: list[tuple[str, ...]]) -> list[str]:
+    missing = any("nan" in row[2:] for row in table)
+    return ["nan: nothing to measure; statistics of y need a class with `plain_settings`"] * missing
 
 
 def _merge(records: list[NormRecord]) -> NormRecord:

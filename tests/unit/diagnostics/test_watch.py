@@ -26,7 +26,7 @@ from hf_adanorm import (
     patch_model,
     watch_norms,
 )
-from hf_adanorm.diagnostics.log import FIELDS, HISTOGRAM_BINS
+from hf_adanorm.diagnostics.log import FIELDS, HISTOGRAM_BINS, INPUT_FIELDS
 from tests.zoo.classifier import batch, bert
 from tests.zoo.processes import together
 
@@ -333,6 +333,30 @@ def test_pre_norm_and_encoder_models():
             model.train()(input_ids=ids)[0].square().mean().backward()
         assert {record.norm for record in log.records} == {kind}
         assert len(log.names) == 5
+
+
+class Shifted(nn.Module):
+    """A user's norm that does not tell what it computes."""
+
+    def __init__(self, normalized_shape, eps=1e-5, *, shift=0.5):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x):
+        return x - self.shift
+
+
+def test_a_class_that_declares_nothing_lacks_only_the_statistics_of_y():
+    model = patch_model(bert(), Shifted)
+    with watch_norms(model) as log:
+        train(model, 1)
+    shown = {field for field in FIELDS if log.values(field).isfinite().any()}
+    assert shown == {"input_mean", "input_std", "grad_output_mean", "grad_output_var", *INPUT_FIELDS}
+    assert str(log).endswith("nan: nothing to measure; statistics of y need a class with `plain_settings`")
+    stock = bert()
+    with watch_norms(stock) as log:
+        train(stock, 1)
+    assert "nan" not in str(log)
 
 
 # ------------------------------------------------------------------------------------------------------- the log
