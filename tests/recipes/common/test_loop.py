@@ -120,7 +120,7 @@ def test_ctrl_c_in_the_middle_of_an_evaluation_is_answered_at_once(data, tmp_pat
     """The evaluation takes seconds; the resumed run does it first, and ends as if nothing had been."""
     text = tmp_path / "long.txt"
     text.write_bytes((data / "bytes-train.jsonl").read_bytes() * 40)
-    changes = {"validation_file": text, "eval_batch_size": 1, "eval_stride": 1, "max_validation_samples": 200}
+    changes = {"validation_file": text, "eval_batch_size": 1, "eval_stride": 1, "max_validation_samples": 600}
     changes |= {"max_steps": 4, "eval_steps": 2, "logging_steps": 2, "checkpointing_steps": "null"}
     runs = {name: arguments("language_modeling", data, tmp_path / name, **changes) for name in ("whole", "stopped")}
     assert wait(start("language_modeling", runs["whole"], tmp_path / "log")) == 0, (tmp_path / "log").read_text()
@@ -128,7 +128,7 @@ def test_ctrl_c_in_the_middle_of_an_evaluation_is_answered_at_once(data, tmp_pat
     process = start("language_modeling", runs["stopped"], log)
     while not (log.exists() and "step 2/4" in log.read_text()) and process.is_alive():
         time.sleep(0.005)
-    time.sleep(0.2)
+    time.sleep(0.05)  # the evaluation has begun
     os.kill(process.pid, signal.SIGINT)
     assert wait(process) == EXIT_RESUME, log.read_text()
     assert "step 2: validation" not in log.read_text()
