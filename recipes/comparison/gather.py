@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from common.options import OptionError
@@ -213,7 +213,9 @@ def runs_table(rows: Sequence[Row]) -> list[list[str]]:
     table = [["row", "runs", "seeds", "waiting for the next look", "hours of training", "machine"]]
     for row in rows:
         ended = [run.record for run in row.runs]
-        hours = sum((one.get("seconds_per_step") or 0) * (one.get("steps") or 0) for one in ended) / 3600
+        # A run that was paused counts with the speed of the others.
+        seconds = median([value for one in ended if (value := one.get("seconds_per_step"))] or [0])
+        hours = seconds * sum(one.get("steps") or 0 for one in ended) / 3600
         machines = "; ".join(dict.fromkeys(one["machine"] for one in ended))
         table.append(
             [row.name, str(len(ended)), " ".join(map(str, row.seeds)), str(row.waiting), f"{hours:.1f}", machines]
