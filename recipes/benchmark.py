@@ -193,17 +193,20 @@ def model_calls(model: Any, tokens: Tensor, mode: str, new_tokens: int) -> Calls
     import torch
 
     function = torch.compile(model) if mode == "compiled" else model
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if model.can_generate():
+        inputs["use_cache"] = False  # filling a cache would recompile for every layer
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def infer() -> None:
         model.eval()
         with torch.no_grad():
-            function(input_ids=tokens)
+            function(**inputs)
 
     def train() -> None:
         model.train()
-        function(input_ids=tokens, labels=tokens).loss.backward()
+        function(**inputs, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

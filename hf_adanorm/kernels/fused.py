@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from hf_adanorm.modeling_adanorm import HALF, output_dtype
 
 BACKENDS: dict[str, Any] = {}  # by type of device
-FEW_ELEMENTS = 2**16
+FEW_ELEMENTS = 2**15
 
 
 class Arguments(NamedTuple):
