@@ -29,7 +29,8 @@ SORT = (
 
 
 def counted(number: int, noun: str) -> str:
-    """
+    """Return a number with its noun.
+
     >>> counted(1, "step"), counted(1200, "norm")
     ('1 step', '1,200 norms')
     """
@@ -37,16 +38,15 @@ def counted(number: int, noun: str) -> str:
 
 
 def text_table(header: Row, rows: Sequence[Row], width: int | None = None) -> str:
-    """A table in `width` characters (None: those of the terminal, 120 without one).
+    """Return a table in `width` characters (None: those of the terminal, 120 without one).
 
-    Where it is wider, columns of sentences are wrapped; what still does not fit goes below, after the first column
-    once more.
+    Columns of sentences are wrapped to fit. Columns that still do not fit follow below, after a copy of the first one.
 
-    >>> print(text_table(("norm", "status"), [("a.b", "swapped"), ("c", "left alone")]))
+    >>> print(text_table(("norm", "status"), [("a.b", "swapped"), ("c", "skipped")]))
     norm  status
-    ----  ----------
+    ----  -------
     a.b   swapped
-    c     left alone
+    c     skipped
     """
     room = width or shutil.get_terminal_size((120, 24)).columns
     lines = [tuple(header), *map(tuple, rows)]
@@ -80,7 +80,7 @@ def _block(lines: Sequence[Row], widths: Sequence[int], columns: Sequence[int]) 
 
 
 def html_table(header: Row, rows: Sequence[Row], summary: str = "", more: Sequence[tuple[str, str]] = ()) -> str:
-    """The table for a notebook: sorts by a click on a heading, scrolls where it is long.
+    """Return a table for a notebook. A click on a heading sorts it, and a long one scrolls.
 
     Args:
         summary: a sentence above it.

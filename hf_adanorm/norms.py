@@ -305,7 +305,7 @@ def known_classes() -> list[type]:
 
 @contextmanager
 def classes_from_folder(classes: Mapping[str, type]) -> Iterator[None]:
-    """Inside the block, a model's own norms are those of the folder that it is loaded from, and no others."""
+    """Let models that are loaded in the block use the classes of their own folder, and no others."""
     token = _FROM_FOLDER.set(classes)
     try:
         yield

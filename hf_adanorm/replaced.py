@@ -1,4 +1,4 @@
-"""What belongs to a swapped norm in this process: the norm that it replaced, and its learned gain and bias."""
+"""Keep the norm that a swapped norm replaced, and find its learned gain and bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules of a model are norms, and what they compute: found by running copies of them, never by their names."""
+"""Find the norms of a model, and what they compute, by running copies of modules and not by their names."""
 
 from .probe import NormInfo
 from .stream import is_stack, off_stream, reads_values

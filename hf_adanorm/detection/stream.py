@@ -1,4 +1,4 @@
-"""Tell the norms on the residual stream from those inside a branch: query, key, latent and inner norms.
+"""Distinguish norms on the residual stream from those inside a branch: query, key, latent and inner norms.
 
 A norm is on the residual stream if it reads the stream (pre-norm), or if its output becomes part of the stream
 (post-norm and sandwich norms). Names and widths do not decide this: OLMo 2 has query norms of full width, Swin changes

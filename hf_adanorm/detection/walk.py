@@ -62,7 +62,7 @@ def iter_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, NormInfo]]:
     parents comes once, under its first name.
     """
     cache: dict[Any, NormInfo | None] = {}
-    conditioned = ""  # name of the conditioned norm being walked through
+    conditioned = ""  # name of the conditioned norm that contains the current module
     label = ""
     for name, module in model.named_modules():
         info = _recognize(module, name, cache)

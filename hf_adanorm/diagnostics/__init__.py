@@ -1,4 +1,4 @@
-"""What norms do to activations and gradients, and where two models differ."""
+"""Show what norms do to activations and gradients, and where two models differ."""
 
 from typing import TYPE_CHECKING
 

@@ -35,8 +35,8 @@ def untie_heads(model: nn.Module) -> Heads:
 
 
 def settle_heads(model: nn.Module, heads: Heads, untied: Collection[str]) -> dict[str, int]:
-    """Tie the heads again that are not among `untied`, and record that the others have their own weight. Return the
-    number of parameters that each adds."""
+    """Tie all heads except `untied` again, and record that those have their own weight. Return the number of
+    parameters that each adds."""
     modules = dict(model.named_modules())
     for name in set(heads) - set(untied):
         modules[name]._parameters.update(heads[name])

@@ -19,7 +19,7 @@ from .watch import AddUse, LinearUse, OtherUse, OutputUse, Watched, is_linear_ma
 
 # The types of weights that can be folded into, and how far the outputs may move by rounding.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-EXACT = 1e-7  # a gain that deviates from its mean by no more than this is one number
+EXACT = 1e-7  # a gain that deviates from its mean by no more than this counts as constant
 
 
 @dataclass(frozen=True, kw_only=True)

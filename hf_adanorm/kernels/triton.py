@@ -112,9 +112,11 @@ def _backward(
     PIECE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """dy = phi(y) * dz with phi constant; dx = rstd * (dy - mean(dy) - y * mean(dy * y)). The second term comes from
-    the mean and the third from the standard deviation: a factor of 0 takes that one for a constant. Without x,
-    phi = 1 and the standard deviation is one."""
+    """Compute dx = rstd * (dy - mean(dy) - y * mean(dy * y)), where dy = phi(y) * dz with phi constant.
+
+    The second term comes from the mean and the third from the standard deviation. A factor of 0 treats that one as a
+    constant. Without x, phi = 1 and the standard deviation is 1.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, PIECE)[None, :]
     x_ptr += row * H

@@ -56,13 +56,13 @@ class _Base:
 
     @property
     def spec(self) -> AdaNormSpec | None:
-        """As the base is now; if it is gone, or in another process, as it was."""
+        """Norms of the base as they are now, or as they were if the base is gone or in another process."""
         model = self.model
         return self._spec if model is None else resolved_spec(model)
 
     @property
     def folded(self) -> list[str]:
-        """The norms that were folded when the adapter was attached: a fold afterwards leaves its layers alone."""
+        """The norms that were folded when the adapter was attached. A later fold skips its layers."""
         return self._folded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
@@ -169,7 +169,8 @@ def _named_base_is_folded_so(config: Any, folded: list[str]) -> bool:
 
 
 def _warn_unless_trained_here(config: Any, model: nn.Module) -> None:
-    """The adapter has no record of norms, so it was trained on a stock base, or where hf_adanorm was not imported."""
+    """Warn unless the base that an adapter without a record of norms names has the norms of `model`. Such an adapter
+    was trained on a stock base, or where hf_adanorm was not imported."""
     name = config.base_model_name_or_path
     known, saved = _saved_spec(name, config.revision)
     saved = saved or AdaNormSpec()

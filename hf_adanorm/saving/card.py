@@ -115,9 +115,9 @@ def render_card(config: Mapping[str, Any], *, existing: str | None = None, chat:
         chat: whether the tokenizer has a chat template.
         **details: arguments of `write_model_card`.
     """
-    told = inspect.signature(write_model_card).bind(None, **details)
-    told.apply_defaults()
-    given = told.arguments
+    bound = inspect.signature(write_model_card).bind(None, **details)
+    bound.apply_defaults()
+    given = bound.arguments
     specs = _specs(config)
     rows = _rows(specs)
     norms = list(dict.fromkeys(row["norm"] for row in rows))

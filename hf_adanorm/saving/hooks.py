@@ -257,8 +257,8 @@ def load_state_dict(original: Callable[..., Any], file: Any, bound: BoundArgumen
 
 
 def _keep_out_of_the_index(folder: Path) -> None:
-    """Loaders that compare the index of a sharded checkpoint with a model find what the model has; the notice is read
-    from the shard."""
+    """Remove the notice from the index of a sharded checkpoint: some loaders compare it with the keys of the model.
+    The notice itself is read from the shard."""
     for path in folder.glob("*.index.json"):
         index = json.loads(path.read_text(encoding="utf-8"))
         kept = {key: shard for key, shard in index["weight_map"].items() if not key.endswith(NOTICE)}
@@ -267,7 +267,7 @@ def _keep_out_of_the_index(folder: Path) -> None:
 
 
 def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None:
-    """Called once all is saved, on the saving process."""
+    """Write a card where there is none, after all else is saved. Note if an existing one describes other norms."""
     path = folder / card.CARD_NAME
     text = card.read_card(path)
     if text is None:
@@ -280,7 +280,8 @@ def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None
 
 
 def upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
-    """Just before a push, transformers has put the repository's card, or an empty form, over the folder's."""
+    """Renew the card before a push: transformers has just replaced the folder's by that of the repository, or by an
+    empty form."""
     folder = Path(bound.arguments["working_dir"])
     with _in_second_place(folder):
         if has_spec(model.config):
@@ -323,7 +324,7 @@ def _remove_card_section(folder: Path) -> None:
 
 
 def load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
-    """It loads tensors alone: which norms they are for is in the checkpoint's config."""
+    """Warn if the checkpoint was saved with other norms. The Trainer itself only loads tensors."""
     folder, model = Path(bound.arguments["resume_from_checkpoint"]), trainer.accelerator.unwrap_model(trainer.model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapter = folder / "adapter_config.json"
@@ -332,8 +333,8 @@ def load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: Boun
     callbacks = [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "schedule")]
     scheduled = {name for callback in callbacks for name in getattr(callback.schedule, "pairs", ())}
     if differing := [one for one in differing if _without(one[2], scheduled) != _without(one[3], scheduled)]:
-        told = f"training resumes with other norms than the checkpoint in {folder} was saved with"
-        warnings.warn(f"{told}. {in_words(differing, model)}", stacklevel=6)
+        message = f"training resumes with other norms than the checkpoint in {folder} was saved with"
+        warnings.warn(f"{message}. {in_words(differing, model)}", stacklevel=6)
     return original(trainer)
 
 
@@ -345,7 +346,7 @@ def _without(value: Any, names: set[str]) -> Any:
 
 
 def get_decay_parameter_names(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> list[str]:
-    """It leaves out what belongs to an nn.LayerNorm, or has "norm" in its name: so are DyT's gain, bias and alpha."""
+    """Exclude the parameters of swapped norms from weight decay, as the Trainer does for those of nn.LayerNorm."""
     modules = bound.arguments["model"].named_modules()
     own = {f"{name}.{key}" for name, module in modules if is_swapped(module) for key, _ in module.named_parameters()}
     return [name for name in original(trainer) if name not in own]
@@ -367,7 +368,7 @@ def create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundAr
 
 
 def push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
-    """It copies a list of known files from the checkpoint and uploads the folder."""
+    """Put our code and card into the folder first: the Trainer copies only files that it knows from the checkpoint."""
     checkpoint = Path(bound.arguments["checkpoint_folder"])
     if trainer.is_world_process_zero() and (checkpoint / travel.LOADER).is_file():
         output_dir = Path(trainer.args.output_dir)

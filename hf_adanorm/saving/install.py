@@ -1,7 +1,7 @@
-"""What is wrapped in other libraries, and when: as soon as each is imported, by whomever, and none is imported for it.
+"""List the methods of other libraries that this package wraps. Each is wrapped as soon as somebody imports its library.
 
-The functions behind the wrappers, in hooks.py and adapters.py, are imported when one is first called. So
-`import hf_adanorm` costs next to nothing, and is no part of anybody's circle of imports.
+The functions behind the wrappers (hooks.py, adapters.py) are imported when a wrapper is first called. So
+`import hf_adanorm` is quick and imports none of these libraries itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Take the wrappers off, and wait no longer."""
+    """Remove the wrappers, and stop waiting for imports."""
     unwrap_methods()
 
 

@@ -102,8 +102,8 @@ def write_specs(model: nn.Module) -> None:
 
 
 def refresh_specs(model: PreTrainedModel) -> None:
-    """Bring `config.adanorm` up to what `model` holds, where a part was patched or unpatched by itself (only that
-    part's config was written then), or a norm was swapped by hand."""
+    """Update `config.adanorm` to the norms of `model`. It can be out of date if a part was patched or unpatched by
+    itself, or if a norm was swapped by hand."""
     data = getattr(model.config, "adanorm", None)
     if data is None and not any(is_swapped(module) for module in model.modules()):
         return
@@ -112,7 +112,7 @@ def refresh_specs(model: PreTrainedModel) -> None:
 
 
 def clear_specs(model: nn.Module) -> None:
-    """Take `config.adanorm` and our `auto_map` entries out of every config of the model."""
+    """Remove `config.adanorm` and our `auto_map` entries from every config of the model."""
     for config in configs_of(model):
         config.__dict__.pop("adanorm", None)
         auto_map = getattr(config, "auto_map", None) or {}
@@ -358,7 +358,7 @@ def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]
 
 
 def _star(pattern: list[str], members: list[str], everything: set[str]) -> list[str]:
-    """`pattern` if the members are all there is; otherwise the first number is spelled out, and so on."""
+    """Return `pattern` if it matches only the members. Otherwise write out its first number, and so on."""
     if len(members) == len(everything):
         return [".".join(pattern)]
     position = pattern.index("*")

@@ -130,7 +130,7 @@ def write_code(folder: Path, classes: Mapping[str, type]) -> str:
 
 
 def remove_code(folder: Path) -> bool:
-    """Remove our files from the folder of a model that is not patched any more; tell whether there were any."""
+    """Remove our files from the folder of a model that is not patched any more, and return whether there were any."""
     own = _first_line(Path(modeling_adanorm.__file__))
     target = folder / LOADER
     if not target.is_file() or _first_line(target) != own:

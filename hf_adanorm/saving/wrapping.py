@@ -1,7 +1,7 @@
-"""Methods, and a function, of other libraries, wrapped so that callers and other wrappers notice nothing.
+"""Wrap methods of other libraries so that callers and other wrappers notice nothing.
 
-A wrapper has the signature of what it wraps and hands every argument on as it came, by position or by name. It calls
-whatever it found in place, so it composes with the wrappers of others; `unwrap_methods` takes it off.
+A wrapper has the signature of the wrapped method and passes every argument on unchanged, by position or by name. It
+calls the method that it found, so it composes with the wrappers of others. `unwrap_methods` removes it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def wrap_method(root: Any, path: str, around: Around, *reads: str) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules that are waited for as the others do, and calls back once they have run."""
+    """Finds awaited modules with the other finders, and calls back once a module has run."""
 
     waiting: ClassVar[dict[str, Callable[[Any], None]]] = {}
 
@@ -94,7 +94,7 @@ _FINDER = _Finder()
 
 
 def when_imported(name: str, callback: Callable[[Any], None]) -> None:
-    """Call `callback` with the module called `name`: now if it is there, or else as soon as somebody imports it."""
+    """Call `callback` with the module called `name`: now if it is imported, else as soon as somebody imports it."""
     module = sys.modules.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         callback(module)
@@ -105,8 +105,8 @@ def when_imported(name: str, callback: Callable[[Any], None]) -> None:
 
 
 def unwrap_methods() -> None:
-    """Take all wrappers off, and wait for no import. Where another library has wrapped on top of a wrapper, it becomes
-    a plain pass-through."""
+    """Remove all wrappers, and stop waiting for imports. A wrapper that another library has wrapped in turn only passes
+    calls on."""
     _FINDER.waiting.clear()
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
