@@ -1,4 +1,4 @@
-"""List the methods of other libraries that this package wraps. Each is wrapped as soon as somebody imports its library.
+"""List the methods of other libraries that this package wraps. Each is wrapped once its library is imported.
 
 The functions behind the wrappers (hooks.py, adapters.py) are imported when a wrapper is first called. So
 `import hf_adanorm` is quick and imports none of these libraries itself.

@@ -105,8 +105,7 @@ def when_imported(name: str, callback: Callable[[Any], None]) -> None:
 
 
 def unwrap_methods() -> None:
-    """Remove all wrappers, and stop waiting for imports. A wrapper that another library has wrapped in turn only passes
-    calls on."""
+    """Remove all wrappers, and stop waiting for imports. One that another library has wrapped only passes calls on."""
     _FINDER.waiting.clear()
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
