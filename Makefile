@@ -37,7 +37,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(DEMO)  ## train a small classifier with AdaNorm and with LayerNorm, compare them (1 GB to install)
 	@for norm in adanorm layernorm; do \
 		$(BIN)/python recipes/classification.py --config recipes/configs/demo.yaml --norm $$norm --seed $(DEMO_SEED) \
-			--output_dir $(DEMO_DIR)/$$norm --overwrite_output_dir true || exit 1; \
+			--output_dir $(DEMO_DIR)/$$norm || exit 1; \
 	done
 	@echo
 	@$(BIN)/python recipes/common/results.py $(DEMO_DIR)/adanorm $(DEMO_DIR)/layernorm
