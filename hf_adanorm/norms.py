@@ -235,7 +235,7 @@ def settings_of(cls: type) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)  # a state dict asks once per norm
 def _settings(cls: type) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {}  # of the constructors from `cls` up, as far as each passes **kwargs on
     for base in cls.__mro__:
         if "__init__" not in vars(base) or base.__module__.startswith("torch.nn"):
             continue

@@ -178,7 +178,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.model, self.norms, self.folder = model, norms, folder
         self.seen = Watched(inputs=inputs)
         self.shadows = Shadows()
-        self.muted = 0
+        self.muted = 0  # how many norms and linear maps are running: their own operations are not watched
         self.numbers = itertools.count()
         self.stack: list[str] = []
         self.own_storage = {
@@ -268,7 +268,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.seen.sum_readers[read].append(name)
                 else:
                     self.use(source, OtherUse("another norm", name))
-            if not self.shadows.of(tensor):
+            if not self.shadows.of(tensor):  # it may share the memory of a watched one
                 self.spoil([tensor], "another norm")
         self.seen.norm_reads.setdefault(name, []).append(read)
 
@@ -298,8 +298,10 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Run an operation, and follow the watched tensors that it reads. Note who reads the weight of a linear map."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        # A single number, such as a scale, says nothing about the precision of the model.
         self.seen.dtypes.update(t.dtype for t in tensors_in(out) if t.is_floating_point() and t.numel() > 1)
         if self.muted or func.overloadpacket in SHAPE_ONLY:
             return out

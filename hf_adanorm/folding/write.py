@@ -25,11 +25,9 @@ class _Edit(NamedTuple):
 
     factor: Tensor
     """W is multiplied by it; it has a shape that fits W."""
-    moved: Callable[[Tensor], Tensor]
-    """Computes from (rows of) W what is added to c."""
-    added: Tensor
-    """Also added to c, for all rows."""
-    scale: float
+    moved: Callable[[Tensor, slice], Tensor]
+    """Computes from these rows of W what is added to c."""
+    scale: float = 1.0
     """W and c are divided by it at the end."""
 
 
@@ -73,24 +71,24 @@ def _of_columns(module: nn.Module, columns: tuple[int, ...], gain: Tensor, bias:
     """Return the edit W diag(g), c + W b of a linear layer, Conv1D (weight transposed) or (grouped) convolution."""
     weight = cast(Tensor, module.weight)
     index = torch.tensor(columns, device=weight.device)
+    # A negative number is a column that reads another tensor: it stays as it is.
     factor = torch.where(index >= 0, gain.to(index.device)[index.clamp_min(0)], 1.0)
     shift = torch.where(index >= 0, bias.to(index.device)[index.clamp_min(0)], 0.0)
-    nothing = torch.zeros(1, dtype=torch.float64, device=weight.device)
     if isinstance(module, Conv1D):
-        return _Edit(factor[:, None], lambda w: shift @ w, nothing, 1.0)
+        return _Edit(factor[:, None], lambda w, rows: shift @ w)
     if isinstance(module, nn.Linear):
-        return _Edit(factor, lambda w: w @ shift, nothing, 1.0)
+        return _Edit(factor, lambda w, rows: w @ shift)
     groups = int(module.groups)  # type: ignore[arg-type]
     # Output channels of group i read input channels i * width .. (i + 1) * width.
     factor, shift = (t.view(groups, -1).repeat_interleave(len(weight) // groups, 0) for t in (factor, shift))
     factor, shift = (t.view(*t.shape, *[1] * (weight.ndim - 2)) for t in (factor, shift))
-    return _Edit(factor, lambda w: (w * shift).flatten(1).sum(1), nothing, 1.0)
+    return _Edit(factor, lambda w, rows: (w * shift).flatten(1).sum(1))
 
 
 def _of_branch(module: nn.Module, bias: Tensor, scale: float) -> _Edit:
     """Return the edit W / s, (c + b) / s."""
     bias = bias.to(cast(Tensor, module.weight).device)
-    return _Edit(bias.new_ones(1), lambda w: bias.new_zeros(1), bias, scale)
+    return _Edit(bias.new_ones(1), lambda w, rows: bias[rows], scale)
 
 
 def _write_layer(name: str, module: Any, edits: list[_Edit], needs_bias: bool, change: Change) -> bool:
@@ -109,8 +107,7 @@ def _write_layer(name: str, module: Any, edits: list[_Edit], needs_bias: bool, c
         part = weight[block]
         wide, factor = part.double(), torch.ones((), dtype=torch.float64, device=weight.device)
         for edit in edits:
-            added = edit.added if len(edit.added) == 1 else edit.added[block]
-            biases[block] = (biases[block] + edit.moved(wide * factor) + added) / edit.scale
+            biases[block] = (biases[block] + edit.moved(wide * factor, block)) / edit.scale
             factor = factor * edit.factor / edit.scale
         new = (wide * factor).to(weight.dtype)
         _check_finite(name, part, new)

@@ -212,8 +212,8 @@ def _check_trainable(config: Any, tuner: Any, model: nn.Module) -> None:
 
 
 def _without_parameters(targets: str | Iterable[str], model: nn.Module) -> tuple[list[str], int]:
-    """Return the swapped norms without parameters among the modules that PEFT's `targets` mean, and the number of all
-    of those."""
+    """Return which modules that PEFT's `targets` mean are swapped norms without parameters, and how many modules they
+    mean."""
     endings = () if isinstance(targets, str) else tuple(f".{target}" for target in targets)
     matching = [
         (name, module)
