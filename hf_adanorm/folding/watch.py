@@ -298,7 +298,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation, and follow the watched tensors that it reads. Note who reads the weight of a linear map."""
+        """Run an operation, follow the watched tensors that it reads, and note reads of a linear map's weight."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         # A single number, such as a scale, says nothing about the precision of the model.
