@@ -1,6 +1,7 @@
 """The language modeling recipe: bytes, windows, bits per character, runs of a tiny decoder."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -69,6 +70,8 @@ def test_the_model_learns_and_scores_the_same_in_a_fresh_process(trained, text, 
     folder, results = trained
     assert results["norm_modules"] == 3
     assert results["validation"]["bits_per_character"] < 4  # of 8, about the entropy of single bytes
+    for scores in results["history"]:
+        assert scores["loss"] == pytest.approx(scores["bits_per_character"] * math.log(2))
     assert results["test"]["bits_per_character"] == pytest.approx(results["validation"]["bits_per_character"], abs=0.5)
     bits = json.loads((folder / "test_bits.json").read_text())
     assert sum(bits["characters"]) == 699
