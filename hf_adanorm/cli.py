@@ -72,15 +72,17 @@ def norms(args: Namespace) -> None:
     for name in args.norm or norm_names():
         cls, given = resolve_norm(name)
         found[name] = (cls, {**settings_of(cls), **given})
+    required = inspection.Parameter.empty
     if args.json:
-        _print_json({name: settings for name, (_, settings) in found.items()})
+        plain = {name: {k: None if v is required else v for k, v in own.items()} for name, (_, own) in found.items()}
+        _print_json(plain)
         return
     for name, (cls, settings) in found.items():
         about = next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), title_of(name))
         print(f"{name}\n    {about}")
         for key, value in settings.items():
             also = f", {_option('no_' + key)}" if isinstance(value, bool) else ""
-            print(f"    {_option(key)}{also}  (default: {value})")
+            print(f"    {_option(key)}{also}  ({'required' if value is required else f'default: {value}'})")
 
 
 def patch(args: Namespace) -> None:

@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
 import types
@@ -270,21 +271,39 @@ def check_class(cls: Any) -> None:
     extra = [p.name for p in parameters[2:] if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     if extra:
         raise TypeError(f"{extra[0]} of {cls.__name__} must be keyword-only (put it after a `*`) to be a setting")
+    if cls.__module__.partition(".")[0] == "torch":
+        raise TypeError(
+            f"{cls.__name__} is a class of torch: use it in a class of your own, in a file such as my_norms.py"
+        )
 
 
 def check_settings(cls: type, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError for a setting that `cls` does not have, or that cannot be written as JSON."""
+    """Raise ValueError or TypeError for a setting that `cls` does not have, or that a config cannot hold."""
     known = settings_of(cls)
     for name, value in settings.items():
         if name not in known:
             valid = f"its settings are {sorted(known)}" if known else "it has no settings"
             raise ValueError(f"{name!r} is not a setting of {name_of(cls)!r}: {valid}{did_you_mean(name, known)}")
-        values = value.values() if isinstance(value, Mapping) else [value]
-        if not all(
-            item is None or isinstance(item, (bool, int, float, str)) or hasattr(item, "__float__") for item in values
-        ):
-            raise TypeError(f"{name} must be a number, a truth value or a text, got {value!r:.100}")
-    for name, default in known.items():
+        for item in value.values() if isinstance(value, Mapping) else [value]:
+            check_value(name, item)
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raise ValueError or TypeError for a value of a setting that JSON cannot hold, or that a loader would refuse."""
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str):
+        if len(repr(value)) >= 80:
+            raise ValueError(f"{name} must be a text of fewer than 78 characters, got {len(value)}: {value[:20]!r}...")
+    elif not (isinstance(value, (int, float)) or hasattr(value, "__float__")):
+        raise TypeError(f"{name} must be a number, a truth value or a text, got {value!r:.100}")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}: JSON has no other")
+
+
+def check_complete(cls: type, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if a setting without a default is missing."""
+    for name, default in settings_of(cls).items():
         if default is inspect.Parameter.empty and name not in settings:
             raise ValueError(f"the setting {name!r} of {name_of(cls)!r} has no default: pass {name}=...")
 

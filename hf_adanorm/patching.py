@@ -22,7 +22,7 @@ from .affine import fold, warn_of_dropped
 from .detection import check_module
 from .folding import Fold
 from .modeling_adanorm import is_swapped, replace_modules
-from .norms import STOCK, check_settings, computes_n, resolve_norm
+from .norms import STOCK, check_complete, check_settings, computes_n, resolve_norm
 from .options import CHOICES
 from .replaced import learned_affine, replaced_by
 from .report import Report
@@ -114,6 +114,7 @@ def patch_model(
     cls, given = resolve_norm(norm)
     settings = {**given, **settings}
     check_settings(cls, settings)
+    check_complete(cls, settings)
     options = Options(cls=cls, settings=settings, eps=eps, centered=centered, **choice)
     if affine != "drop" and not computes_n(cls):
         raise ValueError(

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .modeling_adanorm import LAYOUT, is_swapped
-from .norms import did_you_mean
+from .norms import check_value, did_you_mean
 from .selection import Patterns, match_names
 
 SHAPES = ("linear", "cosine")
@@ -43,6 +43,8 @@ def set_norm(model: nn.Module, *, include: Patterns = None, **settings: Any) -> 
     """
     if not settings:
         raise ValueError("set_norm needs at least one setting, such as k=0.05")
+    for name, value in settings.items():
+        check_value(name, value)
     norms = _choose(model, include, settings)
     if all(settings.items() <= norm.settings().items() for norm in norms.values()):
         return list(norms)

@@ -58,13 +58,18 @@ def check_module(model: object, name: str = "model") -> None:
 def iter_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, NormInfo]]:
     """Yield `(name, module, info)` for everything norm-like in `model`, in the order of `named_modules`.
 
-    Swapped norms are included. Norms inside a conditioned norm carry its name in `info.inside`. A module with several
-    parents comes once, under its first name.
+    Swapped norms are included, and what is inside them is not. Norms inside a conditioned norm carry its name in
+    `info.inside`. A module with several parents comes once, under its first name.
     """
     cache: dict[Any, NormInfo | None] = {}
     conditioned = ""  # name of the conditioned norm that contains the current module
     label = ""
+    inside_swapped: str | None = None  # how the names of what is inside the last swapped norm begin
     for name, module in model.named_modules():
+        if inside_swapped is not None and name.startswith(inside_swapped):
+            continue
+        if is_swapped(module):
+            inside_swapped = f"{name}." if name else ""
         info = _recognize(module, name, cache)
         if info is None:
             continue

@@ -85,7 +85,8 @@ class OutputComparison:
         if self.identical:
             return f"identical: {len(self.rows)} outputs, bit for bit"
         if self.first is None:
-            return f"equal within {self.tolerance:g}: largest difference {max(row.max_abs for row in self.rows):.2e}"
+            largest = max(row.relative for row in self.rows)
+            return f"equal within {self.tolerance:g}: largest relative difference {largest:.2e}"
         differing = sum(not row.relative <= self.tolerance for row in self.rows)
         where = self.first.name or "the model's own output"
         return f"{differing} of {len(self.rows)} outputs differ by more than {self.tolerance:g}, the first is {where}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
-from hf_adanorm import AdaNorm, register_norm
+from hf_adanorm import AdaNorm, patch_model, register_norm, set_norm
 from hf_adanorm.norms import norm_names, parse_norm, resolve_norm, settings_of, title_of
 
 
@@ -40,6 +41,36 @@ class Scale(nn.Module):
     def forward(self, x):
         return self.alpha * x
 """
+
+
+class Demanding(nn.Module):
+    def __init__(self, normalized_shape: Any, eps: float = 1e-5, *, scale: Any) -> None:
+        super().__init__()
+        self.scale, self.norm = scale, nn.LayerNorm(normalized_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def test_a_setting_without_default_must_be_given() -> None:
+    model = patch_model(nn.Sequential(nn.LayerNorm(4)), Demanding, scale=3)
+    assert model[0].settings() == {"scale": 3}
+    for norm in (functools.partial(Demanding, scale=3), f"{__name__}:Demanding:scale=3"):
+        assert patch_model(nn.Sequential(nn.LayerNorm(4)), norm)[0].settings() == {"scale": 3}
+    with pytest.raises(ValueError, match=r"'scale' of 'Demanding' has no default: pass scale="):
+        patch_model(nn.Sequential(nn.LayerNorm(4)), Demanding)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [("x" * 78, ValueError), (math.nan, ValueError), (-math.inf, ValueError), ([1], TypeError)]
+)
+def test_a_value_that_a_saved_model_could_not_hold_is_refused(value: Any, error: type[Exception]) -> None:
+    model = nn.Sequential(nn.LayerNorm(4))
+    with pytest.raises(error, match="scale must be a"):
+        patch_model(model, Demanding, scale=value)
+    patch_model(model, Demanding, scale="x" * 77)
+    with pytest.raises(error, match="scale must be a"):
+        set_norm(model, scale=value)
 
 
 def test_settings_are_the_keyword_only_parameters_inherited_ones_included() -> None:
@@ -79,6 +110,7 @@ def test_a_file_is_a_package_of_its_folder(tmp_path: Path) -> None:
         (3, TypeError, "a name, a class"),
         (nn.LayerNorm, TypeError, "norm='layernorm'"),
         (nn.Linear, TypeError, r"\(normalized_shape, eps, ...\)"),
+        (nn.BatchNorm1d, TypeError, "a class of torch: use it in a class of your own"),
         (functools.partial(Derived, 8), TypeError, "keyword arguments only"),
         (functools.partial(Derived, shfit=1), ValueError, "did you mean 'shift'"),
     ],

@@ -21,9 +21,11 @@ from hf_adanorm import (
     DetachNorm,
     LayerNormSimple,
     NoNorm,
+    inspect_model,
     is_patched,
     patch_model,
     unpatch_model,
+    watch_norms,
 )
 from tests.zoo.round_trip import CASES, SWAPS, build, difference, inputs, norms, run, tiny
 
@@ -87,6 +89,30 @@ def test_same_call_twice_changes_nothing() -> None:
     patch_model(model, **SWAPS["adanorm"])
     assert [id(m) for m in model.modules()] == modules
     assert (norms(model), model.config.adanorm) == (before, spec)
+
+
+class Around(nn.Module):
+    """A user's norm that holds a LayerNorm."""
+
+    def __init__(self, normalized_shape: Any, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(normalized_shape, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.norm(x)
+
+
+def test_a_norm_inside_a_swapped_norm_belongs_to_it() -> None:
+    model = patch_model(tiny(), Around)
+    rows = [row.name for row in inspect_model(model).rows]
+    assert rows == [row.name for row in inspect_model(tiny()).rows]
+    modules = [id(m) for m in model.modules()]
+    patch_model(model, Around)
+    assert [id(m) for m in model.modules()] == modules
+    assert not any(isinstance(m, Around) for m in patch_model(model, "adanorm").modules())
+    with watch_norms(model) as log:
+        model(torch.arange(4)[None])[0].square().sum().backward()
+    assert sorted(log.names) == sorted(rows)
 
 
 def test_second_call_keeps_eps_of_the_swapped_norm_unless_told() -> None:
