@@ -233,6 +233,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "revision": {"help": "a branch, tag or commit of the repository"},
     "architecture": {"metavar": "CLASS", "help": "the transformers class to load; by default that of the config"},
     "gguf-file": {"metavar": "FILE", "help": "the GGUF file in NAME_OR_PATH to load"},
+    "trust-remote-code": {"action": "store_true", "help": "run the author's files in the checkpoint, such as norms"},
     "push-to-hub": {"metavar": "ID", "help": "push the result to this repository"},
     "private": {"action": "store_true", "help": "make that repository private if it is new"},
     "model-id": {"metavar": "ID", "help": "the name of the model on the Hub"},
@@ -246,14 +247,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "tag": {"action": "append", "help": "a further tag; repeatable"},
     "json": {"action": "store_true", "help": "print one JSON object"},
 }
-_SOURCE, _SELECTION = ("revision", "architecture", "gguf-file"), ("include", "exclude", "layers", "targets")
+_SOURCE = ("revision", "architecture", "gguf-file", "trust-remote-code")
+_SELECTION = ("include", "exclude", "layers", "targets")
 _FOLD, _PUSH = ("unfoldable", "tied", "tolerance"), ("push-to-hub", "private")
 _COMMANDS: dict[Callable[[Namespace], Any], tuple[str, ...]] = {
     inspect: (*_SELECTION, *_SOURCE, "json"),
     norms: ("json",),
     patch: ("norm", "eps", "centered", *_SELECTION, "affine", *_FOLD, *_SOURCE, *_PUSH, "json"),
     fold: (*_FOLD, *_SOURCE, *_PUSH, "json"),
-    unpatch: ("revision", "json"),
+    unpatch: ("revision", "trust-remote-code", "json"),
     card: (
         *("model-id", "base-model", "dataset", "dataset-name", "dataset-split", "result", "command", "license", "tag"),
         "json",
@@ -365,6 +367,7 @@ def _source(args: Namespace) -> Any:
         revision=args.revision,
         gguf_file=given.get("gguf_file"),
         architecture=given.get("architecture"),
+        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -403,7 +406,7 @@ def _save(model: Any, source: Any, folder: Path) -> list[str]:
     from . import write_model_card
     from .conversion import save_model
 
-    left = save_model(model, source, folder)
+    left = [name for name in save_model(model, source, folder) if not (folder / name).exists()]
     base = source.name if not Path(source.name).exists() else None
     write_model_card(folder, base_model=base, command=shlex.join(["hf-adanorm", *sys.argv[1:]]))
     return left
@@ -432,6 +435,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def _as_options(message: str) -> str:
     """Write the arguments that a message of the library names, such as targets="all", as options."""
     names = "|".join(("norm", *HELP))
+    message = message.replace("trust_remote_code=True", "--trust-remote-code")
     return re.sub(rf"""\b({names})=(["']?)([\w.-]*\w)\2""", lambda m: f"{_option(m[1])} {m[3]}", message)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NOT_COPIED = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.pt", "*.pth", "*.h5", "*.msgpack"),
     *("*.ot", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.tflite", "config.json", "README.md", ".git*"),
-    *("training_args.bin", "trainer_state.json", "adapter_*", "generation_config.json", "modeling_adanorm.py"),
+    *("training_args.bin", "trainer_state.json", "adapter_*", "generation_config.json", "modeling_adanorm*.py"),
 )
 # Folders with the same weights in other formats, or of a training run.
 FOLDERS_NOT_COPIED = ("onnx", "openvino", "coreml", "flax", "tf", "original", "runs", "logs", "checkpoint-*", ".*")
@@ -46,6 +46,8 @@ class Source:
     gguf_file: str | None = None
     architecture: str | None = None
     """The transformers class to load; by default the one that the config names."""
+    trust_remote_code: bool = False
+    """Whether to run the files of the author's norms that the checkpoint contains."""
     unused: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the checkpoint that the class does not use, once `load_model` has run."""
 
@@ -74,6 +76,8 @@ def load_config(source: Source) -> PreTrainedConfig:
             raise
         message = f"{name} is not a local folder, and the Hub has no such model or cannot be reached: {error}"
         raise OSError(message) from None
+    if source.trust_remote_code:
+        _import_classes(source, config)
     if source.architecture is not None:
         config.architectures = [source.architecture]
         model_class(config)
@@ -81,6 +85,20 @@ def load_config(source: Source) -> PreTrainedConfig:
         names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
         config.architectures = config.architectures or ([names] if isinstance(names, str) else None)
     return config  # type: ignore[no-any-return]
+
+
+def _import_classes(source: Source, config: PreTrainedConfig) -> None:
+    """Import the classes of the author's norms from the checkpoint, so that models with them load in this process."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    from .norms import remember
+    from .saving import all_configs
+    from .spec import AdaNormSpec
+
+    for data in filter(None, (getattr(part, "adanorm", None) for part in all_configs(config))):
+        for entry in AdaNormSpec.from_dict(data).classes.values():
+            reference = f"{Path(entry['file']).stem}.{entry['class']}"
+            remember(get_class_from_dynamic_module(reference, source.name, revision=source.revision))
 
 
 def _check_folder(name: str, wanted: str) -> None:

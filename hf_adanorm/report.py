@@ -11,6 +11,7 @@ from torch import nn
 from ._tables import counted, html_table, text_table
 from .detection import NormInfo
 from .modeling_adanorm import is_swapped
+from .norms import computes_n
 from .replaced import learned_affine, source_of
 
 NOT_FOLDED = "_adanorm_not_folded"
@@ -140,7 +141,10 @@ class Report:
         lines: dict[tuple[str, ...], list[str]] = {}
         everywhere = Counter(_pattern(row.name) for row in self.rows)
         for row in self.rows:
-            key = (class_of(row.module), _FORMULAS[row.kind], self.status(row), _pattern(row.name))
+            # A swapped norm may compute something else, such as DyT or a class of the user's.
+            known = not row.is_swapped or computes_n(type(row.module.inner))
+            formula = _FORMULAS[row.kind] if known else "-"
+            key = (class_of(row.module), formula, self.status(row), _pattern(row.name))
             lines.setdefault(key, []).append(row.name)
         out = []
         for (kind, formula, status, pattern), names in lines.items():

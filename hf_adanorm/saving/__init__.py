@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     )
     from .files import TEMPORARY, leads_outside, write_file
     from .marks import WEIGHTLESS, WEIGHTLESS_TAG, folded_norms, mark_folded
-    from .spec import configs_of, left_by_folds, own_configs, plain_modules, resolved_spec, swapped_norms, write_specs
+    from .spec import (
+        all_configs,
+        configs_of,
+        left_by_folds,
+        own_configs,
+        plain_modules,
+        resolved_spec,
+        swapped_norms,
+        write_specs,
+    )
     from .travel import CodeReport, inspect_code
     from .wrapping import when_imported
 
@@ -26,7 +35,8 @@ __getattr__, __dir__ = lazily(
         "card": "CARD_NAME describes read_card read_config renewed_card write_model_card",
         "files": "TEMPORARY leads_outside write_file",
         "marks": "WEIGHTLESS WEIGHTLESS_TAG folded_norms mark_folded",
-        "spec": "configs_of left_by_folds own_configs plain_modules resolved_spec swapped_norms write_specs",
+        "spec": "all_configs configs_of left_by_folds own_configs plain_modules resolved_spec swapped_norms "
+        "write_specs",
         "travel": "CodeReport inspect_code",
         "wrapping": "when_imported",
     },

@@ -362,6 +362,23 @@ def test_a_norm_of_the_users_own_with_its_settings(stock: Path, derf: Path, run:
     assert (code, json.loads(out)["code"]["loader"], json.loads(out)["swapped"]) == (0, "ours", 5)
 
 
+def test_a_checkpoint_with_a_users_norm_is_worked_on_by_trust(
+    stock: Path, derf: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched = tmp_path / "patched"
+    run("patch", stock, patched, "--norm", f"{derf}:Derf", "--alpha", "0.7")
+    monkeypatch.setattr("hf_adanorm.norms._USED", [])  # as in another process
+    code, _, err = run("unpatch", patched, tmp_path / "out")
+    assert (code, "or load with --trust-remote-code" in err) == (2, True)
+    code, out, _ = run("unpatch", patched, tmp_path / "out", "--trust-remote-code", "--json")
+    assert (code, json.loads(out)["not_copied"]) == (0, ["my_norms.py"])
+    assert not is_patched(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
+    code, out, _ = run("patch", patched, tmp_path / "more", "--layers", "0", "--trust-remote-code", "--json")
+    assert (code, json.loads(out)["swapped"], json.loads(out)["not_copied"]) == (0, 5, [])
+    code, out, _ = run("inspect", tmp_path / "more", "--trust-remote-code", "--json")
+    assert {norm["class"] for norm in json.loads(out)["norms"]} == {"AdaNorm", "Derf"}
+
+
 def test_a_reader_that_closes_the_pipe_is_no_error(stock: Path) -> None:
     command = [sys.executable, "-m", "hf_adanorm.cli", "inspect", str(stock)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
