@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ._tables import counted
 from .folding import Fold, FoldReport, fold_norms, is_plain
-from .modeling_adanorm import is_swapped, source_settings
+from .holder import held
+from .modeling_adanorm import NORM_CLASSES, is_swapped, make_norm, source_settings
 from .norms import computes_n
 from .replaced import learned_affine
 from .spec import NormGroup
@@ -31,6 +33,8 @@ def fold(plan: Plan, change: Change, options: Fold) -> FoldReport:
             for name, module, info, group in plan.swaps
         ]
     calibrate = options.unfoldable == "calibrate"
+    if not calibrate:
+        _refuse_untrue_class(plan)
     # A norm that was swapped earlier has no gain and bias. A fit makes up for another function that it becomes.
     names = [
         name
@@ -109,6 +113,24 @@ def _refuse_other_functions(plan: Plan) -> None:
             )
 
 
+def _refuse_untrue_class(plan: Plan) -> None:
+    """Raise ValueError if a user's class is not the N(x) of the replaced norm at its `plain_settings`."""
+    cls = plan.options.cls
+    for name, module, info, group in {swap[2].kind: swap for swap in plan.swaps}.values():
+        if group.norm in NORM_CLASSES or is_swapped(module):
+            continue
+        stock = (nn.LayerNorm if info.kind == "layernorm" else nn.RMSNorm)(info.normalized_shape, eps=info.eps)
+        start = replace(_start(module, group, plan.options), channels_first=None)
+        x = torch.arange(4.0 * stock.weight.numel()).sin().mul(3).add(1).view(4, *info.normalized_shape)
+        with torch.no_grad():
+            new = make_norm(stock, vars(start), held({group.norm: cls}))(x)
+        if not torch.allclose(new, stock(x), rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"affine='fold' does not go with {cls.__name__}: at {start.settings} it is not the {info.kind} of "
+                f"{name} without gain and bias, as its plain_settings say. Correct them, or use affine='drop'"
+            )
+
+
 def _start(module: nn.Module, group: NormGroup, options: Options) -> NormGroup:
     """Return the group with the settings at which the norm is N(x), unless the module computes something else now."""
     if is_swapped(module) and not is_plain(type(module.inner), module.settings()):
@@ -139,11 +161,11 @@ def warn_of_dropped(plan: Plan, change: Change) -> None:
         if is_swapped(module) and type(module.inner) is plan.options.cls:
             continue  # the new norm takes them over
         if is_swapped(module):
-            held = [(t, float(key == "gain")) for key, t in learned_affine(module).items()]
+            values = [(t, float(key == "gain")) for key, t in learned_affine(module).items()]
         else:
             own = module.named_parameters(recurse=False)
-            held = [(t, 0.0 if key == info.bias_name else 1.0 - info.gain_offset) for key, t in own]
-        trained += any(not t.is_meta and bool((t.detach() != neutral).any()) for t, neutral in held)
+            values = [(t, 0.0 if key == info.bias_name else 1.0 - info.gain_offset) for key, t in own]
+        trained += any(not t.is_meta and bool((t.detach() != neutral).any()) for t, neutral in values)
     if trained:
         change.warn(
             f"the trained gains and biases of {counted(trained, 'norm')} are dropped. The model's outputs change "
