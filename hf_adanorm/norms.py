@@ -254,7 +254,8 @@ def computes_n(cls: type) -> bool:
 
 
 def check_class(cls: Any) -> None:
-    """Raise TypeError unless `cls` is an `nn.Module` whose constructor takes `(normalized_shape, eps, ...)`."""
+    """Raise TypeError unless `cls` is an `nn.Module` whose constructor takes `(normalized_shape, eps, ...)`, and
+    ValueError if it is called like a built-in norm."""
     from torch import nn  # noqa: PLC0415
 
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -271,6 +272,8 @@ def check_class(cls: Any) -> None:
     extra = [p.name for p in parameters[2:] if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     if extra:
         raise TypeError(f"{extra[0]} of {cls.__name__} must be keyword-only (put it after a `*`) to be a setting")
+    if name_of(cls) in (*BUILT_IN, STOCK):
+        raise ValueError(f"the class {cls.__name__!r} has the name of a built-in norm: give it another one")
     if cls.__module__.partition(".")[0] == "torch":
         raise TypeError(
             f"{cls.__name__} is a class of torch: use it in a class of your own, in a file such as my_norms.py"

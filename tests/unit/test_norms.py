@@ -110,6 +110,8 @@ def test_a_file_is_a_package_of_its_folder(tmp_path: Path) -> None:
         (3, TypeError, "a name, a class"),
         (nn.LayerNorm, TypeError, "norm='layernorm'"),
         (nn.Linear, TypeError, r"\(normalized_shape, eps, ...\)"),
+        (type("adanorm", (Derived,), {}), ValueError, "'adanorm' has the name of a built-in norm"),
+        (type("layernorm", (Derived,), {}), ValueError, "the name of a built-in norm"),
         (nn.BatchNorm1d, TypeError, "a class of torch: use it in a class of your own"),
         (functools.partial(Derived, 8), TypeError, "keyword arguments only"),
         (functools.partial(Derived, shfit=1), ValueError, "did you mean 'shift'"),
