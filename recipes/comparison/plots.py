@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from comparison.paper import BASELINE, figure
-from comparison.records import Run
+from comparison.records import Run, loss_gaps
 from comparison.variants import in_order, kind, title_of
 from hf_adanorm import plots
 from hf_adanorm.norms import BUILT_IN
@@ -41,9 +41,9 @@ def save_figure(figure: Any, stem: Path, *, dpi: int, formats: Sequence[str] = (
 
 
 def draw_curves(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
-    """Return the figure of training loss, validation score and final score, one color per norm."""
-    picture = Figure(figsize=(12, 3.7), layout="constrained")
-    left, middle, right = picture.subplots(1, 3)
+    """Return the figure of losses, their gap, validation score and final score, one color per norm."""
+    picture = Figure(figsize=(15, 3.7), layout="constrained")
+    left, gap, middle, right = picture.subplots(1, 4)
     norms = [row["norm"] for row in summary["rows"]]
     for position, norm in enumerate(norms):
         line = style_of(norm, norms[:position]) | {"linewidth": 1.6, "markersize": 4, "label": title_of(norm)}
@@ -52,6 +52,9 @@ def draw_curves(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
         histories = [run.progress for run in finished or ours]  # one that ended early would cut off the mean
         losses = [_series(history["train_history"], "loss") for history in histories]
         _curve(left, losses, {**line, "markevery": slice(-1, None)})  # at its end, or on a curve of one point
+        validation = [_series(history["history"], "loss") for history in histories]
+        _curve(left, validation, {**line, "linewidth": 0.8, "marker": "", "label": None})
+        _curve(gap, [_finite(loss_gaps(history)) for history in histories], line)
         _curve(middle, [_series(history["history"], summary["score"]) for history in histories], line)
     for position, row in enumerate(reversed(summary["rows"])):
         color = style_of(row["norm"])["color"]
@@ -64,13 +67,14 @@ def draw_curves(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
     right.set_yticks(range(len(norms)), [title_of(norm) for norm in reversed(norms)])
     right.set_ylim(-1.1, len(norms) - 0.4)
     arrow = "→ better" if summary["higher_is_better"] else "← better"
-    left.set(xlabel="optimizer step", ylabel="training loss (nats)", title="Training")
+    left.set(xlabel="optimizer step", ylabel="loss (nats)", title="Training (thick) and validation (thin)")
+    gap.set(xlabel="optimizer step", ylabel="validation less training loss (nats)", title="Loss gap")
     middle.set(xlabel="optimizer step", ylabel=summary["label"], title="Validation")
     right.set(xlabel=f"{summary['label']}  {arrow}", title=summary["split"].capitalize())
     right.text(0.5, 0.01, "dots: seeds, bars: means", transform=right.transAxes, ha="center", fontsize=8, alpha=0.7)
     if left.get_legend_handles_labels()[0]:
         left.legend(fontsize=8, frameon=False)
-    for axes in (left, middle, right):
+    for axes in (left, gap, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, linewidth=0.5, alpha=0.35)
     return picture
@@ -78,6 +82,10 @@ def draw_curves(summary: Mapping[str, Any], runs: Sequence[Run]) -> Any:
 
 def _series(entries: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     return {entry["step"]: entry[key] for entry in entries if entry.get(key) is not None}  # null: not finite
+
+
+def _finite(values: Mapping[int, float]) -> dict[int, float]:
+    return {step: value for step, value in values.items() if math.isfinite(value)}
 
 
 def _curve(axes: Any, curves: Sequence[Mapping[int, float]], line: Mapping[str, Any]) -> None:

@@ -94,25 +94,32 @@ class Run:
         return f"diverged at step {self.record['step']}" if self.status == "diverged" else self.status
 
 
-def overfit_gap(record: Mapping[str, Any]) -> float:
-    """Return the loss gap in nats: the validation loss at the last evaluation less the mean training loss of the steps
-    since the evaluation before it.
+def loss_gaps(record: Mapping[str, Any]) -> dict[int, float]:
+    """Return the loss gap in nats at each evaluation, by its step: the validation loss less the mean training loss of
+    the steps since the evaluation before it.
 
     Only the training loss contains dropout and label smoothing, and its model is on average half an interval younger.
     So the gap may be negative, and only differences between norms say which one over-fits more. The gap is NaN where a
     loss is not finite or missing.
     """
-    evaluations = [{"step": 0}, *record["history"]]
-    start, end = (entry["step"] for entry in evaluations[-2:])
-    total = num_steps = before = 0
-    for entry in record["train_history"]:  # the mean loss of the steps (before, step]
-        steps = min(entry["step"], end) - max(before, start)
-        before = entry["step"]
-        if steps > 0:
-            total += steps * (math.nan if entry["loss"] is None else entry["loss"])
-            num_steps += steps
-    validation = evaluations[-1].get("loss")
-    return math.nan if validation is None or not num_steps else validation - total / num_steps
+    gaps, start = {}, 0
+    for evaluation in record["history"]:
+        end, validation = evaluation["step"], evaluation.get("loss")
+        total = num_steps = before = 0
+        for entry in record["train_history"]:  # the mean loss of the steps (before, step]
+            steps = min(entry["step"], end) - max(before, start)
+            before = entry["step"]
+            if steps > 0:
+                total += steps * (math.nan if entry["loss"] is None else entry["loss"])
+                num_steps += steps
+        gaps[end] = math.nan if validation is None or not num_steps else validation - total / num_steps
+        start = end
+    return gaps
+
+
+def overfit_gap(record: Mapping[str, Any]) -> float:
+    """Return the loss gap at the last evaluation; NaN without one."""
+    return next(reversed(loss_gaps(record).values()), math.nan)
 
 
 def stated(options_class: type[Any], options: Mapping[str, Any], norm: str) -> dict[str, Any]:

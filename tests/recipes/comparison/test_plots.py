@@ -3,7 +3,9 @@
 import pytest
 
 from comparison.gather import Row
-from comparison.plots import draw_forest, style_of
+from comparison.plots import draw_curves, draw_forest, style_of
+from comparison.records import loss_gaps
+from comparison.summary import summarize
 from tests.recipes.comparison.comparison_runs import finish, write
 
 
@@ -35,6 +37,19 @@ def test_a_difference_that_would_dwarf_the_others_is_an_arrow_with_its_value(tmp
     [axes] = draw_forest([row]).axes
     assert [text.get_text() for text in axes.texts] == [f"← {row.scores.difference('none').mean:+.2f}"]
     assert axes.get_xlim()[0] > -10
+
+
+def test_curves_show_both_losses_and_their_gap(tmp_path):
+    runs = [
+        finish(tmp_path, norm, seed, num_correct=500 + seed) for norm in ("layernorm", "adanorm") for seed in (1, 2)
+    ]
+    task = Row(write(tmp_path / "rt.jsonl", runs)).task
+    picture = draw_curves(summarize(runs, [], task, title="rt", column=None, command=""), runs)
+    losses, gap, _, test = picture.axes
+    assert [len(axes.lines) for axes in (losses, gap)] == [4, 2]
+    expected = [sum(values) / 2 for values in zip(*(loss_gaps(run.record).values() for run in runs[:2]), strict=True)]
+    assert gap.lines[0].get_ydata() == pytest.approx(expected)
+    assert [label.get_text() for label in test.get_yticklabels()] == ["AdaNorm", "LayerNorm"]
 
 
 def test_variants_of_one_norm_share_a_color_and_differ_in_line_and_marker():
