@@ -37,6 +37,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def number_template(name: str) -> str:
+    """Return the name of a module with `*` for each number.
+
+    >>> number_template("encoder.layer.3.norm")
+    'encoder.layer.*.norm'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def text_table(header: Row, rows: Sequence[Row], width: int | None = None) -> str:
     """Return a table in `width` characters (None: those of the terminal, 120 without one).
 

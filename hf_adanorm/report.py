@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ._tables import counted, html_table, text_table
+from ._tables import counted, html_table, number_template, text_table
 from .detection import NormInfo
 from .modeling_adanorm import is_swapped
 from .norms import computes_n
@@ -139,12 +139,12 @@ class Report:
         `*` stands for every number. If only some of them have the status of the line, their numbers follow in
         brackets. `include` takes such names."""
         lines: dict[tuple[str, ...], list[str]] = {}
-        everywhere = Counter(_pattern(row.name) for row in self.rows)
+        everywhere = Counter(number_template(row.name) for row in self.rows)
         for row in self.rows:
             # A swapped norm may compute something else, such as DyT or a class of the user's.
             known = not row.is_swapped or computes_n(type(row.module.inner))
             formula = _FORMULAS[row.kind] if known else "-"
-            key = (class_of(row.module), formula, self.status(row), _pattern(row.name))
+            key = (class_of(row.module), formula, self.status(row), number_template(row.name))
             lines.setdefault(key, []).append(row.name)
         out = []
         for (kind, formula, status, pattern), names in lines.items():
@@ -212,7 +212,3 @@ def _numbers(names: list[str]) -> str:
     if any(len(parts) != 1 for parts in found):
         return ", ".join(".".join(parts) for parts in found)
     return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_adanorm._tables import number_template
 from hf_adanorm.modeling_adanorm import (
     ADDED_BIAS,
     ADJUSTED_EPS,
@@ -32,11 +33,6 @@ from hf_adanorm.replaced import GIVEN_EPS, source_of
 from hf_adanorm.spec import AdaNormSpec, NormGroup
 
 from .travel import own_file
-
-
-def number_template(name: str) -> str:
-    """ "encoder.layer.3.norm" -> "encoder.layer.*.norm" """
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def swapped_norms(model: nn.Module) -> list[tuple[str, SwappedNorm]]:
