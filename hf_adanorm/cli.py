@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        message = " ".join([_as_options(str(error)) or type(error).__name__, *getattr(error, "__notes__", ())])
+        message = "; ".join([_as_options(str(error)) or type(error).__name__, *getattr(error, "__notes__", ())])
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     finally:

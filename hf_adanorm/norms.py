@@ -142,6 +142,8 @@ def resolve_norm(norm: Any) -> tuple[type, dict[str, Any]]:
 def _class_of(name: str) -> type:
     if name in BUILT_IN:
         return getattr(importlib.import_module(f"{__package__}.modeling_adanorm"), BUILT_IN[name])  # type: ignore[no-any-return]
+    if name.endswith(".py"):
+        raise ValueError(f"{name!r} names a file without a class: write {name}:CLASS")
     if name not in _REGISTERED:
         known = [*norm_names(), STOCK]
         shown = name if len(name) <= 60 else f"{name[:57]}..."

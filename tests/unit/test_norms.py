@@ -108,6 +108,7 @@ def test_a_file_is_a_package_of_its_folder(tmp_path: Path) -> None:
         ("no.such.module:Mine", ValueError, "no module"),
         ("torch.nn:Linaer", ValueError, "did you mean 'Linear'"),
         (3, TypeError, "a name, a class"),
+        ("my_norms.py", ValueError, "write my_norms.py:CLASS"),
         (nn.LayerNorm, TypeError, "norm='layernorm'"),
         (nn.Linear, TypeError, r"\(normalized_shape, eps, ...\)"),
         (type("adanorm", (Derived,), {}), ValueError, "'adanorm' has the name of a built-in norm"),
