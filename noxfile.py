@@ -2,12 +2,11 @@
 
     nox                                                    # the cells of CELLS, `lowest` and `checkpoints`
     nox -s "versions-3.12(transformers='5.24.0', torch='2.6.0')"
-    nox -s table                                           # what has run so far, as a table
+    nox -s table                                           # the results so far, as a table
 
-A cell installs the package with everything its tests need and runs the suites that versions matter to: about 4
-minutes of CPU. The first cell with a version of torch fetches it, 3 GB to download and 5 GB of disk for a build with
-CUDA, 0.2 GB and 1 GB with UV_TORCH_BACKEND=cpu; cells share it by hard links. The rest of an environment is 2 GB,
-shared as well.
+A cell installs the package with everything its tests need and runs the tests that depend on versions: about 4 minutes
+of CPU. The first cell with a version of torch fetches it. A CUDA build takes 3 GB to download and 5 GB of disk; with
+UV_TORCH_BACKEND=cpu it takes 0.2 GB and 1 GB. Cells share it by hard links, like the rest of an environment (2 GB).
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from pathlib import Path
 
 import nox
 
-# Oldest, middle and newest. Of the 27 cells, these nine have every pair of two versions once.
+# Oldest, middle and newest. Of the 27 combinations, these nine contain every pair of versions once.
 PYTHON = ["3.11", "3.12", "3.13"]
 TRANSFORMERS = ["5.0.0", "5.12.1", "5.24.0"]
 TORCH = ["2.6.0", "2.13.0", "2.14.1"]
 CELLS = [(0, 0, 0), (0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 1, 1), (1, 2, 0), (2, 0, 1), (2, 1, 0), (2, 2, 2)]
 
-# What versions of other libraries matter to, without what takes long and tells no more about them.
+# Tests that depend on versions of other libraries, without slow ones that would show nothing more.
 SUITES = (
     "unit/saving unit/folding unit/detection unit/kernels unit/test_calibration.py unit/test_cli.py "
     "unit/test_conversion.py unit/test_modeling_adanorm.py unit/test_patching.py unit/test_settings.py "
@@ -43,7 +42,7 @@ SLOW = (
 )
 RESULTS = Path("outputs/versions.jsonl")
 EXTRAS = ("demo", "plots", "recipes", "test")
-# uv compiles nothing: where no bytecode is written, every process of a test would compile torch and transformers anew.
+# uv does not compile bytecode: if Python wrote none either, every test process would compile torch and transformers.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -57,7 +56,7 @@ nox.options.sessions = [
 
 
 def run_suites(session: nox.Session, suites: str) -> None:
-    """Run `suites`, and add a line to RESULTS: what ran with which versions, and what came of it."""
+    """Run `suites`, and append to RESULTS one line with the versions and the outcome."""
     report, before = Path(session.create_tmp(), "report.xml").resolve(), os.times()
     ran = session.run(
         "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}",
@@ -89,14 +88,14 @@ def run_suites(session: nox.Session, suites: str) -> None:
 @nox.parametrize("torch", TORCH)
 @nox.parametrize("transformers", TRANSFORMERS)
 def versions(session: nox.Session, transformers: str, torch: str) -> None:
-    """The core suites with one version each of Python, transformers and torch; the rest as new as they allow."""
+    """Run the core suites with one version each of Python, transformers and torch, the rest as new as possible."""
     session.install(f"torch=={torch}", f"transformers=={transformers}", "-e", f".[{','.join(EXTRAS)}]")
     run_suites(session, SUITES)
 
 
 @nox.session(python=PYTHON[0])
 def lowest(session: nox.Session) -> None:
-    """The same, the recipes and the Hub, with every dependency at the lower bound that pyproject.toml gives."""
+    """Run the same suites and those of the recipes and the Hub, with every dependency at its lower bound."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs = [*project["dependencies"], *(need for extra in EXTRAS for need in project["optional-dependencies"][extra])]
     session.install(*(need.replace(">=", "==") for need in needs if "[" not in need), "-e", ".")
@@ -105,7 +104,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON[0])
 def checkpoints(session: nox.Session) -> None:
-    """Checkpoints saved under each version of transformers, loaded under every other."""
+    """Save checkpoints under each version of transformers and load them under every version."""
     folder, script = Path(session.create_tmp(), "checkpoints"), "tests/campaigns/checkpoints.py"
     session.install(f"torch=={TORCH[1]}", "-e", f".[{','.join(EXTRAS)}]")
     saves, loads = [["save", folder]], [["load", folder], ["load", folder, "--trust"]]
@@ -119,7 +118,7 @@ def checkpoints(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def table(session: nox.Session) -> None:
-    """The results so far as a table in Markdown, the last run of each cell."""
+    """Print the last run of each cell as a Markdown table."""
     rows = {(row := json.loads(line))["cell"]: row for line in RESULTS.read_text(encoding="utf-8").splitlines()}
     print("| Python | transformers | torch | passed | skipped | failed | CPU minutes |\n|---|---|---|---|---|---|---|")
     for row in rows.values():
