@@ -38,7 +38,7 @@ def test_the_conclusion_names_every_relation(tmp_path):
         runs.append(finish(tmp_path, "detachnorm", seed, num_correct=550 + 40 * (-1) ** seed))
     assert conclusion(summarize(runs, [], TASK, **ABOUT)) == (
         "Better than LayerNorm: AdaNorm. Worse than LayerNorm: w/o Norm, DyT. Level with LayerNorm: LayerNorm-simple. "
-        "Not to be told apart from LayerNorm: DetachNorm."
+        "Open: DetachNorm."
     )
 
 
