@@ -73,7 +73,9 @@ class Row:
                     )
         self.norms = in_order(run.norm for run in everything)
         seeds = [{run.seed for run in everything if run.norm == norm} for norm in self.norms]
-        self.seeds = planned(sorted(set.intersection(*seeds)))
+        complete = set.intersection(*seeds)
+        # In the order of the records: runs that are added later must not change an earlier look.
+        self.seeds = planned(list(dict.fromkeys(run.seed for run in everything if run.seed in complete)))
         self.runs = [run for run in everything if run.seed in self.seeds]
         self.waiting = len(everything) - len(self.runs)
         self.scores = Scores(self.runs, self.task, self.column)
@@ -218,6 +220,13 @@ def runs_table(rows: Sequence[Row]) -> list[list[str]]:
         hours = seconds * sum(one.get("steps") or 0 for one in ended) / 3600
         machines = "; ".join(dict.fromkeys(one["machine"] for one in ended))
         table.append(
-            [row.name, str(len(ended)), " ".join(map(str, row.seeds)), str(row.waiting), f"{hours:.1f}", machines]
+            [
+                row.name,
+                str(len(ended)),
+                " ".join(map(str, sorted(row.seeds))),
+                str(row.waiting),
+                f"{hours:.1f}",
+                machines,
+            ]
         )
     return table

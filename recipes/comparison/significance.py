@@ -120,6 +120,5 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def planned(seeds: Sequence[int]) -> list[int]:
-    """Return the seeds of the latest planned look: the first 20, 15, 10 or 5 in ascending order, or all if fewer."""
-    ordered = sorted(seeds)
-    return ordered[: max((look for look in LOOKS if look <= len(ordered)), default=len(ordered))]
+    """Return the seeds of the latest planned look: the first 20, 15, 10 or 5 of them, or all if fewer."""
+    return list(seeds[: max((look for look in LOOKS if look <= len(seeds)), default=len(seeds))])

@@ -53,6 +53,15 @@ def test_a_row_is_judged_by_the_seeds_of_the_latest_planned_look(rt, tmp_path):
     assert "| RT | 20 | 1 2 3 4 5 | 8 | 0.1 | a test |" in gather([rt], tmp_path)
 
 
+def test_a_record_that_is_added_later_does_not_change_a_look(rt):
+    before = Row(rt).seeds
+    lines = rt.read_text(encoding="utf-8").splitlines(keepends=True)
+    added = [line.replace('"seed": 5,', '"seed": 0,') for line in lines if '"seed": 5,' in line]
+    assert added
+    rt.write_text("".join([*lines, *added]), encoding="utf-8")
+    assert Row(rt).seeds == before
+
+
 def test_every_claim_has_a_table_with_the_relation_of_each_row(rt, tmp_path):
     text = gather([rt], tmp_path)
     assert re.search(r"AdaNorm less LayerNorm \|.*\| \*\*1 better, 0 level, 0 worse, 0 open\*\* \|", text)

@@ -115,7 +115,7 @@ def test_level_is_decided_by_two_one_sided_tests():
 @given(st.lists(st.integers(0, 100), unique=True, max_size=30))
 def test_a_look_takes_the_first_seeds_of_the_planned_number(seeds):
     found = planned(seeds)
-    assert found == sorted(seeds)[: len(found)]
+    assert found == seeds[: len(found)]
     assert len(found) == ((len(seeds) // 5 * 5) if 5 <= len(seeds) < 20 else min(len(seeds), 20))
 
 
