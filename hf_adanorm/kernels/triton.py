@@ -23,8 +23,7 @@ from . import fused
 from .fused import Arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WIDEST = 16_384  # elements of a row that fit into one load; a wider row is read in pieces, twice in either pass
-_PIECE = 4_096
+_WIDEST = 16_384  # elements of a row that fit into one load; for wider rows, torch's operators run
 _TILE = 2_048  # elements that a program takes at least: several rows, where they are narrow
 
 
@@ -48,51 +47,19 @@ def _forward(
     k,
     CENTERED: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    j = tl.arange(0, PIECE)[None, :]
-    x_ptr += row * H
-    z_ptr += row * H
-    if WHOLE:
-        inside = (row < rows) & (j < H)
-        x = tl.load(x_ptr + j, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(x, 1, keep_dims=True) / H if CENTERED else tl.zeros([ROWS, 1], tl.float32)
-        d = tl.where(inside, x - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(d * d, 1, keep_dims=True) / H + eps)
-        y = d * rstd
-        tl.store(z_ptr + j, (C - C * k * y) * y, mask=inside)
-    else:  # the pieces' means and sums of squares are joined as by Chan, Golub and LeVeque
-        mean = tl.zeros([ROWS, 1], tl.float32)
-        squares = tl.zeros([ROWS, 1], tl.float32)
-        for start in range(0, H, PIECE):
-            inside = (row < rows) & (start + j < H)
-            x = tl.load(x_ptr + start + j, mask=inside, other=0.0).to(tl.float32)
-            count = tl.minimum(H - start, PIECE)
-            piece_mean = tl.sum(x, 1, keep_dims=True) / count if CENTERED else tl.zeros([ROWS, 1], tl.float32)
-            d = tl.where(inside, x - piece_mean, 0.0)
-            step = piece_mean - mean
-            share = count / (start + count)
-            squares += tl.sum(d * d, 1, keep_dims=True) + step * (step * (start * share))
-            mean += step * share
-        rstd = 1.0 / tl.sqrt(squares / H + eps)
-        for start in range(0, H, PIECE):
-            inside = (row < rows) & (start + j < H)
-            y = (tl.load(x_ptr + start + j, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-            tl.store(z_ptr + start + j, (C - C * k * y) * y, mask=inside)
+    j = tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows) & (j < H)
+    x = tl.load(x_ptr + row * H + j, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 1, keep_dims=True) / H if CENTERED else tl.zeros([ROWS, 1], tl.float32)
+    d = tl.where(inside, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(d * d, 1, keep_dims=True) / H + eps)
+    y = d * rstd
+    tl.store(z_ptr + row * H + j, (C - C * k * y) * y, mask=inside)
     tl.store(stats_ptr + row, rstd, mask=row < rows)
     tl.store(stats_ptr + rows + row, mean, mask=row < rows)
-
-
-@triton.jit
-def _dy_and_y(x_ptr, dz_ptr, inside, mean, rstd, C, k, WITH_X: tl.constexpr):
-    dy = tl.load(dz_ptr, mask=inside, other=0.0).to(tl.float32)
-    y = tl.zeros_like(dy)
-    if WITH_X:
-        y = (tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-        dy = (C - C * k * y) * dy
-    return dy, y
 
 
 @triton.jit
@@ -109,8 +76,7 @@ def _backward(
     through_std,
     WITH_X: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Compute dx = rstd * (dy - mean(dy) - y * mean(dy * y)), where dy = phi(y) * dz with phi constant.
 
@@ -118,32 +84,18 @@ def _backward(
     constant. Without x, phi = 1 and the standard deviation is 1.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    j = tl.arange(0, PIECE)[None, :]
-    x_ptr += row * H
-    dz_ptr += row * H
-    dx_ptr += row * H
+    j = tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows) & (j < H)
     rstd = tl.load(stats_ptr + row, mask=row < rows, other=0.0)
-    mean = tl.load(stats_ptr + rows + row, mask=row < rows, other=0.0)
-    if WHOLE:
-        inside = (row < rows) & (j < H)
-        dy, y = _dy_and_y(x_ptr + j, dz_ptr + j, inside, mean, rstd, C, k, WITH_X)
-        mean_dy = tl.sum(dy, 1, keep_dims=True) * (through_mean / H)
-        mean_dyy = tl.sum(dy * y, 1, keep_dims=True) * (through_std / H)
-        tl.store(dx_ptr + j, rstd * (dy - mean_dy - y * mean_dyy), mask=inside)
-    else:
-        mean_dy = tl.zeros([ROWS, 1], tl.float32)
-        mean_dyy = tl.zeros([ROWS, 1], tl.float32)
-        for start in range(0, H, PIECE):
-            inside = (row < rows) & (start + j < H)
-            dy, y = _dy_and_y(x_ptr + start + j, dz_ptr + start + j, inside, mean, rstd, C, k, WITH_X)
-            mean_dy += tl.sum(dy, 1, keep_dims=True)
-            mean_dyy += tl.sum(dy * y, 1, keep_dims=True)
-        mean_dy *= through_mean / H
-        mean_dyy *= through_std / H
-        for start in range(0, H, PIECE):
-            inside = (row < rows) & (start + j < H)
-            dy, y = _dy_and_y(x_ptr + start + j, dz_ptr + start + j, inside, mean, rstd, C, k, WITH_X)
-            tl.store(dx_ptr + start + j, rstd * (dy - mean_dy - y * mean_dyy), mask=inside)
+    dy = tl.load(dz_ptr + row * H + j, mask=inside, other=0.0).to(tl.float32)
+    y = tl.zeros_like(dy)
+    if WITH_X:
+        mean = tl.load(stats_ptr + rows + row, mask=row < rows, other=0.0)
+        y = (tl.load(x_ptr + row * H + j, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+        dy = (C - C * k * y) * dy
+    mean_dy = tl.sum(dy, 1, keep_dims=True) * (through_mean / H)
+    mean_dyy = tl.sum(dy * y, 1, keep_dims=True) * (through_std / H)
+    tl.store(dx_ptr + row * H + j, rstd * (dy - mean_dy - y * mean_dyy), mask=inside)
 
 
 _INTERPRETED = not isinstance(_forward, triton.JITFunction)
@@ -152,25 +104,25 @@ _INTERPRETED = not isinstance(_forward, triton.JITFunction)
 def _launch(kernel: Any, x: Tensor, rows: int, H: int, *arguments: Any, **constants: Any) -> None:
     if rows == 0:
         return
-    whole = H <= _WIDEST
-    piece = max(16, triton.next_power_of_2(H)) if whole else _PIECE
-    per_program = max(1, _TILE // piece)
-    warps = min(16, max(4, piece * per_program // 512))
+    width = max(16, triton.next_power_of_2(H))
+    per_program = max(1, _TILE // width)
+    warps = min(16, max(4, width * per_program // 512))
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         kernel[(triton.cdiv(rows, per_program),)](
-            *arguments, ROWS=per_program, PIECE=piece, WHOLE=whole, num_warps=warps, **constants
+            *arguments, ROWS=per_program, WIDTH=width, num_warps=warps, **constants
         )
 
 
 def supports(x: Tensor, normalized_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Return whether the kernels serve this input and output dtype: float32, bfloat16, float16, one normalized
-    dimension."""
+    dimension of at most 16,384."""
     return (
         (x.is_cuda or _INTERPRETED)
         and x.dtype in _DTYPES
         and dtype in _DTYPES
         and len(normalized_shape) == 1
         and x.shape[-1:] == normalized_shape
+        and normalized_shape[0] <= _WIDEST
         and not x.is_neg()
     )
 

@@ -25,9 +25,10 @@ EPS = 1e-5
 def _on(monkeypatch):
     """On a CPU the interpreted kernels replace the loops."""
     monkeypatch.setattr(fused, "BACKENDS", {"cpu": triton, "cuda": triton})
+    monkeypatch.setattr(fused, "FEW_ELEMENTS", 0)  # small inputs as well
 
 
-@pytest.mark.parametrize("width", [1, 7, 64, 1000, 16_384, 16_385, 20_000])
+@pytest.mark.parametrize("width", [1, 7, 64, 1000, 16_384])
 @DTYPE
 @NORM
 def test_output_and_gradient_are_as_exact_as_nn_layernorms(norm, dtype, width):
@@ -67,10 +68,13 @@ def test_half_input_under_autocast_gives_float32():
     assert dx.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("width", [100, 20_000])
-def test_uncentered(width):
-    x, dz = leaf(random(3, width).float().to(DEVICE) + 1), random(3, width, seed=1).float().to(DEVICE)
-    norm = make(ADANORM, width, centered=False)
+def test_wider_rows_are_left_to_torch():
+    assert type(make(ADANORM, 16_385)(leaf(random(1, 16_385).float().to(DEVICE))).grad_fn).__name__ != "_FusedBackward"
+
+
+def test_uncentered():
+    x, dz = leaf(random(3, 100).float().to(DEVICE) + 1), random(3, 100, seed=1).float().to(DEVICE)
+    norm = make(ADANORM, 100, centered=False)
     z, plain = norm(x), norm.compute(x)
     assert type(z.grad_fn).__name__ == "_FusedBackward"
     torch.testing.assert_close(z, plain)
@@ -78,7 +82,7 @@ def test_uncentered(width):
 
 
 @NORM
-@pytest.mark.parametrize("row", [[1e18] * 1000, [1e18, *[0.0] * 40], [0.0] * 4, [1e19] * 20_000], ids=str)
+@pytest.mark.parametrize("row", [[1e18] * 1000, [1e18, *[0.0] * 40], [0.0] * 4, [1e19] * 2000], ids=str)
 def test_finite_wherever_torch_is(norm, row):
     x = leaf(torch.tensor([row], device=DEVICE))
     z = make(norm, len(row), EPS)(x)
