@@ -32,13 +32,10 @@ __all__ = [
     "NormRow",
     "NormSchedule",
     "NormScheduleCallback",
-    "OutputComparison",
-    "OutputDifference",
     "Report",
     "WatchNormsCallback",
     "__version__",
     "calibrate_k",
-    "compare_outputs",
     "fold_affine",
     "inspect_model",
     "is_patched",
@@ -57,10 +54,7 @@ if TYPE_CHECKING:
     from .diagnostics import (
         NormLog,
         NormRecord,
-        OutputComparison,
-        OutputDifference,
         WatchNormsCallback,
-        compare_outputs,
         watch_norms,
     )
     from .diagnostics import plots as plots
@@ -79,8 +73,7 @@ __getattr__, __dir__ = lazily(
     {
         "calibration": "KReport NormRange calibrate_k",
         "detection": "NormInfo",
-        "diagnostics": "NormLog NormRecord OutputComparison OutputDifference WatchNormsCallback compare_outputs plots "
-        "watch_norms",
+        "diagnostics": "NormLog NormRecord WatchNormsCallback plots watch_norms",
         "folding": "Fold FoldReport FoldedNorm fold_affine",
         "modeling_adanorm": "AdaNorm DetachNorm DyT LayerNormSimple NoNorm __version__ modeling_adanorm",
         "norms": "register_norm",

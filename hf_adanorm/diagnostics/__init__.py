@@ -1,4 +1,4 @@
-"""Show what norms do to activations and gradients, and where two models differ."""
+"""Show what norms do to activations and gradients."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,6 @@ from hf_adanorm._lazy import lazily
 if TYPE_CHECKING:
     from . import plots
     from .log import NormLog, NormRecord
-    from .outputs import OutputComparison, OutputDifference, compare_outputs
     from .watch import WatchNormsCallback, watch_norms
 
 # The plots' colors need neither the Trainer's callbacks nor transformers.
@@ -15,7 +14,6 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "log": "NormLog NormRecord",
-        "outputs": "OutputComparison OutputDifference compare_outputs",
         "plots": "plots",
         "watch": "WatchNormsCallback watch_norms",
     },

@@ -7,9 +7,8 @@ for color-blind readers), style and marker.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -39,9 +38,6 @@ LABELS = {
     "grad_input_var": "variance of gradient at input, per row (loss²)",
 }
 DEPTH = "norm, in the order of the forward pass"
-
-Curve = Sequence[float] | Mapping[int, float] | Tensor
-"""Values at steps 1, 2, ..., or by step."""
 
 
 def _figure(ax: Axes | None = None, columns: int = 1) -> tuple[Figure, Any]:
@@ -89,15 +85,6 @@ def _logs(logs: NormLog | Mapping[str, NormLog]) -> Mapping[str, NormLog]:
         if not log.records:
             raise ValueError(f"the log{f' {label!r}' if label else ''} is empty: no step was recorded")
     return logs
-
-
-def _one_log(log: NormLog, function: str, several: str) -> NormLog:
-    """Return the log, checked. `function` is the caller, and `several` what takes several logs, for the error."""
-    if not isinstance(log, NormLog):
-        raise TypeError(
-            f"{function} takes one log, such as logs['AdaNorm'], got {type(log).__name__}; {several} compares several"
-        )
-    return _logs(log)[""]
 
 
 def _chosen(log: NormLog, field: str, steps: tuple[int, int] | None) -> Tensor:
@@ -168,7 +155,12 @@ def plot_gradients(logs: NormLog | Mapping[str, NormLog], *, steps: tuple[int, i
 def plot_theorem(log: NormLog, *, steps: tuple[int, int] | None = None) -> Figure:
     """Plot Theorem 1 for one model: `|mean|` (left) and variance (right) of the gradient at each norm's output, at its
     input, and at its input as it would be with mean and variance detached. Arguments and errors as in `plot_depth`."""
-    log = _one_log(log, "plot_theorem", "plot_gradients")
+    if not isinstance(log, NormLog):
+        raise TypeError(
+            f"plot_theorem takes one log, such as logs['AdaNorm'], got {type(log).__name__}; plot_gradients compares "
+            "several"
+        )
+    log = _logs(log)[""]
     figure, panels = _figure(columns=2)
     places = {"output": "at the output", "detached": "at the input, if detached", "input": "at the input"}
     for ax, kind, what in zip(panels, ("mean", "var"), ("|mean|", "variance"), strict=True):
@@ -180,75 +172,6 @@ def plot_theorem(log: NormLog, *, steps: tuple[int, int] | None = None) -> Figur
         unit = "loss" if kind == "mean" else "loss²"
         _finish(ax, DEPTH, f"{what} of gradient, per row ({unit})", "best" if kind == "mean" else None)
     return figure
-
-
-def plot_heatmap(log: NormLog, field: str = "grad_input_var", *, ax: Axes | None = None) -> Figure:
-    """Plot one statistic over steps (x) and depth (y); brighter is larger. Arguments and errors as in `plot_depth`."""
-    log = _one_log(log, "plot_heatmap", "plot_depth")
-    figure, ax = _figure(ax)
-    from matplotlib.colors import LogNorm
-
-    values = log.values(field).T
-    positive = values[values > 0]
-    scale = None
-    if len(positive) and not field.startswith(("share", "input")):
-        scale = LogNorm(float(positive.min()), float(positive.max()) * (1 + 1e-9))
-    edges = (_edges(log.steps), _edges(range(1, len(values) + 1)))
-    mesh = ax.pcolormesh(*edges, values.numpy(), norm=scale, cmap="cividis")
-    figure.colorbar(mesh, ax=ax).set_label(LABELS[field], fontsize=9)
-    _finish(ax, "training step", DEPTH)
-    ax.grid(visible=False)
-    return figure
-
-
-def _edges(centers: Sequence[int]) -> list[float]:
-    """Return the borders of cells around `centers`: half-way between neighbors, and as far beyond the ends."""
-    if len(centers) == 1:
-        return [centers[0] - 0.5, centers[0] + 0.5]
-    middle = [(a + b) / 2 for a, b in itertools.pairwise(centers)]
-    return [2 * centers[0] - middle[0], *middle, 2 * centers[-1] - middle[-1]]
-
-
-def plot_losses(
-    curves: Mapping[str, Curve],
-    *,
-    reference: float | None = None,
-    smooth: int = 1,
-    ylabel: str = "training loss (nats)",
-    ax: Axes | None = None,
-) -> Figure:
-    """Plot losses over training steps, one line per label.
-
-    Args:
-        curves: for each label the losses of steps 1, 2, ..., or a mapping from step to loss.
-        reference: a level to compare with, such as the loss before the patch, drawn as a thin line.
-        smooth: average over this many neighboring values (fewer at the ends); 1 does not smooth.
-        ylabel: the label of the y axis, with its unit.
-        ax: the Axes to draw into; None makes a new figure.
-
-    Raises:
-        ValueError: no curve, an empty one, or `smooth` below 1.
-        ImportError: matplotlib is not installed.
-    """
-    if smooth < 1:
-        raise ValueError(f"smooth must be at least 1, got {smooth}")
-    if not curves or (empty := [label for label, curve in curves.items() if not len(curve)]):
-        raise ValueError(f"the curve {empty[0]!r} is empty" if curves else "expected at least one curve, got none")
-    figure, ax = _figure(ax)
-    for index, (label, curve) in enumerate(curves.items()):
-        pairs = curve.items() if isinstance(curve, Mapping) else enumerate(map(float, curve), start=1)
-        steps, values = zip(*pairs, strict=True)
-        ax.plot(steps, _smoothed(values, smooth), label=label, **_style(index, marked=len(values) <= 25))
-    if reference is not None:
-        ax.axhline(reference, color="#555555", linewidth=0.8, linestyle=":", label="before the patch")
-    _finish(ax, "training step", ylabel, "best")
-    return figure
-
-
-def _smoothed(values: Sequence[float], window: int) -> list[float]:
-    half = window // 2
-    near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in near]
 
 
 def plot_phi(

@@ -46,7 +46,7 @@ def test_runs_from_top_to_bottom_offline(committed, monkeypatch):
     shown = "\n".join(texts(notebook))
     assert shown.count("validation accuracy") == 4
     pictures = [o for cell in code_cells(notebook) for o in cell.outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) == 6
+    assert len(pictures) == 5
     assert shown.count("True") == 2  # unpatching and reloading
 
 

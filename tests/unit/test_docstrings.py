@@ -14,7 +14,7 @@ import pytest
 
 import hf_adanorm
 
-SHOWN = ["patch_model", "inspect_model", "unpatch_model", "AdaNorm", "watch_norms", "compare_outputs"]
+SHOWN = ["patch_model", "inspect_model", "unpatch_model", "AdaNorm", "watch_norms"]
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(hf_adanorm.__path__, "hf_adanorm.")

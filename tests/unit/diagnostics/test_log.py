@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import pytest
-
 from hf_adanorm.diagnostics.log import FIELDS, NormLog, NormRecord
 
 
@@ -24,13 +22,6 @@ def test_one_is_not_many():
     assert str(log(1)).startswith("Model: 1 norm, 1 step recorded\n")
     assert str(log(1, 2, norms=2)).startswith("Model: 2 norms, 2 steps recorded (averages over steps)\n")
     assert str(log()) == "Model: 0 norms, 0 steps recorded"
-
-
-@pytest.mark.parametrize(("steps", "norms"), [((1,), 3), ((1, 5), 1), ((7,), 1), ((1, 2, 9), 2)])
-def test_a_heatmap_shows_every_step_and_norm(steps, norms):
-    plots = pytest.importorskip("matplotlib") and pytest.importorskip("hf_adanorm.diagnostics.plots")
-    mesh = plots.plot_heatmap(log(*steps, norms=norms)).axes[0].collections[0]
-    assert mesh.get_array().shape == (norms, len(steps))
 
 
 def test_the_html_holds_all_numbers():

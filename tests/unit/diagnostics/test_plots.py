@@ -39,8 +39,6 @@ def all_figures(log):
         "depth": plots.plot_depth(log),
         "gradients": plots.plot_gradients({"AdaNorm": log, "DetachNorm": log}),
         "theorem": plots.plot_theorem(log),
-        "heatmap": plots.plot_heatmap(log),
-        "losses": plots.plot_losses({"drop": [3.0, 2.0, 1.0], "fold": {1: 2.5, 3: 1.5}}, reference=2.4),
         "phi": plots.plot_phi(log),
     }
 
@@ -91,19 +89,6 @@ def test_steps_choose_what_is_shown(log):
         plots.plot_depth(log, steps=(100, 200))
 
 
-def test_heatmap_has_a_cell_for_every_norm_and_step(log):
-    figure = plots.plot_heatmap(log, "grad_output_var")
-    assert figure.axes[0].collections[0].get_array().shape == (4, 3)
-    assert figure.axes[1].get_ylabel() == plots.LABELS["grad_output_var"]
-
-
-def test_losses_are_smoothed_without_moving_them():
-    line = plots.plot_losses({"a": [1.0, 4.0, 1.0, 4.0, 1.0]}, smooth=3).axes[0].get_lines()[0]
-    assert list(line.get_ydata()) == pytest.approx([2.5, 2.0, 3.0, 2.0, 2.5])
-    line = plots.plot_losses({"a": {10: 1.0, 20: 2.0}}).axes[0].get_lines()[0]
-    assert list(line.get_xdata()) == [10, 20]
-
-
 def test_phi_and_its_marks():
     ax = plots.plot_phi(C=2.0, k=0.25).axes[0]
     phi, z = ax.get_lines()[:2]
@@ -122,8 +107,8 @@ def test_phi_takes_a_log_or_activations(log):
     assert shares[-1] == pytest.approx(1 / 3)
 
 
-def test_lines_differ_in_more_than_color():
-    ax = plots.plot_losses({name: [1.0, 2.0] for name in "abcdefg"}).axes[0]
+def test_lines_differ_in_more_than_color(log):
+    ax = plots.plot_depth(dict.fromkeys("abcdefg", log)).axes[0]
     looks = [(line.get_marker(), str(line._dash_pattern)) for line in ax.get_lines()]
     assert len(set(looks)) == 7
     assert len({line.get_color() for line in ax.get_lines()}) == 7
@@ -144,19 +129,15 @@ def test_bad_input_is_named(log):
     with watch_norms(nn.LayerNorm(4)) as empty:
         pass
     with pytest.raises(ValueError, match="is empty"):
-        plots.plot_heatmap(empty)
+        plots.plot_depth(empty)
     with pytest.raises(TypeError, match="expected a NormLog"):
         plots.plot_depth([1, 2])
     with pytest.raises(TypeError, match=r"plot_theorem takes one log, such as logs\['AdaNorm'\], got dict; plot_grad"):
         plots.plot_theorem({"AdaNorm": log})
-    with pytest.raises(TypeError, match=r"plot_heatmap takes one log, .* got dict; plot_depth compares several"):
-        plots.plot_heatmap({"AdaNorm": log})
     with pytest.raises(TypeError, match=r"plot_phi takes one log, .* or a tensor of values of y, got dict"):
         plots.plot_phi({"AdaNorm": log})
     with pytest.raises(ValueError, match="no statistic 'loss'"):
         plots.plot_depth(log, "loss")
-    with pytest.raises(ValueError, match="'a' is empty"):
-        plots.plot_losses({"a": []})
     with pytest.raises(ValueError, match="C and k must be > 0"):
         plots.plot_phi(k=0.0)
 
@@ -164,6 +145,4 @@ def test_bad_input_is_named(log):
 def test_without_matplotlib_the_error_names_the_extra(log, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
-        plots.plot_losses({"a": [1.0]})
-    with pytest.raises(ImportError, match=r"pip install matplotlib"):
-        plots.plot_heatmap(log)
+        plots.plot_depth(log)
