@@ -1,4 +1,4 @@
-"""The command line: `hf-adanorm inspect | norms | patch | fold | unpatch | card | run`.
+"""The command line: `hf-adanorm inspect | norms | patch | fold | unpatch | run`.
 
 An error is one line on stderr and exit code 2. `--json` prints one JSON object on stdout. Tokens come from `hf auth
 login` or HF_TOKEN; no option takes one.
@@ -159,20 +159,6 @@ def unpatch(args: Namespace) -> None:
     _finish(args, model, left, "stock norms")
 
 
-def card(args: Namespace) -> None:
-    """Write or update the model card of a saved model.
-
-    In an existing card, only our section changes, and empty entries of the front matter.
-    """
-    from . import write_model_card
-
-    names = ("model_id", "base_model", "dataset_name", "dataset_split", "command", "license")
-    given = {name: getattr(args, name) for name in names}
-    results = dict(args.result or ()) or None
-    written = write_model_card(args.name, datasets=args.dataset, results=results, tags=args.tag, **given)
-    _print_json({"card": str(written)}) if args.json else print(written)
-
-
 def run(args: Namespace) -> Callable[[], Any]:
     """Run the command of another package with hf_adanorm imported.
 
@@ -205,14 +191,6 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _result(text: str) -> tuple[str, float]:
-    metric, _, value = text.partition("=")
-    try:
-        return metric, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form METRIC=VALUE, such as accuracy=0.77") from None
-
-
 _SETTING = "setting: "  # begins the names of parsed settings, so that they differ from those of options
 _OPTIONS: dict[str, dict[str, Any]] = {
     "norm": {
@@ -232,22 +210,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "tolerance": {"type": float, "help": HELP["tolerance"]},
     "revision": {"help": "a branch, tag or commit of the repository"},
     "architecture": {"metavar": "CLASS", "help": "the transformers class to load; by default that of the config"},
-    "gguf-file": {"metavar": "FILE", "help": "the GGUF file in NAME_OR_PATH to load"},
     "trust-remote-code": {"action": "store_true", "help": "run the author's files in the checkpoint, such as norms"},
     "push-to-hub": {"metavar": "ID", "help": "push the result to this repository"},
     "private": {"action": "store_true", "help": "make that repository private if it is new"},
-    "model-id": {"metavar": "ID", "help": "the name of the model on the Hub"},
-    "base-model": {"metavar": "ID", "help": "the id of the model that was patched"},
-    "dataset": {"action": "append", "metavar": "ID", "help": "the Hub id of training data; repeatable"},
-    "dataset-name": {"metavar": "NAME", "help": "a readable name of the data of the results"},
-    "dataset-split": {"metavar": "SPLIT", "help": "the split of the results, such as test"},
-    "result": {"action": "append", "type": _result, "metavar": "METRIC=VALUE", "help": "a result; repeatable"},
-    "command": {"help": "the command line that made the model"},
-    "license": {"help": "the license; by default that of the base model"},
-    "tag": {"action": "append", "help": "a further tag; repeatable"},
     "json": {"action": "store_true", "help": "print one JSON object"},
 }
-_SOURCE = ("revision", "architecture", "gguf-file", "trust-remote-code")
+_SOURCE = ("revision", "architecture", "trust-remote-code")
 _SELECTION = ("include", "exclude", "layers", "targets")
 _FOLD, _PUSH = ("unfoldable", "tied", "tolerance"), ("push-to-hub", "private")
 _COMMANDS: dict[Callable[[Namespace], Any], tuple[str, ...]] = {
@@ -256,10 +224,6 @@ _COMMANDS: dict[Callable[[Namespace], Any], tuple[str, ...]] = {
     patch: ("norm", "eps", "centered", *_SELECTION, "affine", *_FOLD, *_SOURCE, *_PUSH, "json"),
     fold: (*_FOLD, *_SOURCE, *_PUSH, "json"),
     unpatch: ("revision", "trust-remote-code", "json"),
-    card: (
-        *("model-id", "base-model", "dataset", "dataset-name", "dataset-split", "result", "command", "license", "tag"),
-        "json",
-    ),
     run: (),
 }
 
@@ -361,14 +325,8 @@ def main(argv: list[str] | None = None) -> None:
 def _source(args: Namespace) -> Any:
     from .conversion import Source
 
-    given = vars(args)
-    return Source(
-        name=args.name,
-        revision=args.revision,
-        gguf_file=given.get("gguf_file"),
-        architecture=given.get("architecture"),
-        trust_remote_code=args.trust_remote_code,
-    )
+    architecture = getattr(args, "architecture", None)
+    return Source(args.name, args.revision, architecture, trust_remote_code=args.trust_remote_code)
 
 
 def _selection(args: Namespace) -> dict[str, Any]:

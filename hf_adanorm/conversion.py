@@ -36,14 +36,13 @@ NOT_COPIED = (
 FOLDERS_NOT_COPIED = ("onnx", "openvino", "coreml", "flax", "tf", "original", "runs", "logs", "checkpoint-*", ".*")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Source:
     """The checkpoint that a command reads."""
 
     name: str
     """A Hub id or a folder."""
     revision: str | None = None
-    gguf_file: str | None = None
     architecture: str | None = None
     """The transformers class to load; by default the one that the config names."""
     trust_remote_code: bool = False
@@ -57,7 +56,6 @@ def load_config(source: Source) -> PreTrainedConfig:
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -65,12 +63,10 @@ def load_config(source: Source) -> PreTrainedConfig:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         disable_progress_bars()
-    name, gguf_file = source.name, source.gguf_file
-    _check_folder(name, gguf_file or "config.json")
+    name = source.name
+    _check_folder(name)
     try:
-        config = AutoConfig.from_pretrained(
-            name, revision=source.revision, **({"gguf_file": gguf_file} if gguf_file else {})
-        )
+        config = AutoConfig.from_pretrained(name, revision=source.revision)
     except OSError as error:
         if Path(name).is_dir():
             raise
@@ -81,9 +77,6 @@ def load_config(source: Source) -> PreTrainedConfig:
     if source.architecture is not None:
         config.architectures = [source.architecture]
         model_class(config)
-    elif gguf_file:
-        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-        config.architectures = config.architectures or ([names] if isinstance(names, str) else None)
     return config  # type: ignore[no-any-return]
 
 
@@ -101,21 +94,17 @@ def _import_classes(source: Source, config: PreTrainedConfig) -> None:
             remember(get_class_from_dynamic_module(reference, source.name, revision=source.revision))
 
 
-def _check_folder(name: str, wanted: str) -> None:
-    """Raise FileNotFoundError if `name` is a path without the wanted file, naming where the model may be."""
+def _check_folder(name: str) -> None:
+    """Raise FileNotFoundError if `name` is a path without a config.json, naming where the model may be."""
     folder = Path(name)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
             raise FileNotFoundError(f"{name}: no such folder")
         return
-    if (folder / wanted).is_file():
-        return
-    hint = ""
-    if found := sorted(file.name for file in folder.glob("*.gguf")):
-        hint = f"; it contains {', '.join(found)}: give --gguf-file {found[0]}"
-    elif inner := sorted(path.parent.name for path in folder.glob("*/config.json")):
-        hint = f"; its subfolder {inner[0]} does: give {folder / inner[0]}"
-    raise FileNotFoundError(f"{name} has no {wanted}{hint}")
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; its subfolder {inner[0]} does: give {folder / inner[0]}" if inner else ""
+        raise FileNotFoundError(f"{name} has no config.json{hint}")
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -145,29 +134,22 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_model(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
-    """Load the model in the dtype of its checkpoint; weights from GGUF are unpacked to float32.
+    """Load the model in the dtype of its checkpoint.
 
     Raises:
         ValueError: the checkpoint lacks weights other than those of norms, which start from gain 1 and bias 0.
     """
-    import torch
     import transformers
 
     cls = model_class(config)
-    options: dict[str, Any] = {"config": config, "dtype": "auto"}
-    if source.gguf_file:
-        how = getattr(transformers, "GgufConfig", None)  # newer releases may keep the weights packed
-        options = {"gguf_file": source.gguf_file, "dtype": torch.float32}
-        options |= {"quantization_config": how(dequantize=True)} if how is not None else {}
     whole = cls if cls is transformers.AutoModel else _that_ignores_nothing(cls)
-    model, info = whole.from_pretrained(source.name, revision=source.revision, output_loading_info=True, **options)
+    model, info = whole.from_pretrained(
+        source.name, revision=source.revision, config=config, dtype="auto", output_loading_info=True
+    )
     if whole is not cls:
         model.__class__ = cls
-    if (quantizer := getattr(model, "hf_quantizer", None)) is not None and source.gguf_file:
-        quantizer.remove_quantization_config(model)  # transformers would refuse to save the model
     _refuse_missing(source.name, model, info["missing_keys"])
-    if not source.gguf_file:
-        source.unused = _read_tensors(source, sorted(info["unexpected_keys"]))
+    source.unused = _read_tensors(source, sorted(info["unexpected_keys"]))
     return model  # type: ignore[no-any-return]
 
 
@@ -226,18 +208,9 @@ def refuse_unused(source: Source) -> None:
 
 def save_model(model: PreTrainedModel, source: Source, folder: Path) -> list[str]:
     """Save the model with all that belongs to it. Return the files of the source that were not copied."""
-    if source.gguf_file:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source.name, revision=source.revision, gguf_file=source.gguf_file)
-        tokenizer.save_pretrained(folder)
-        left = []
-    else:
-        left = copy_files(source.name, source.revision, folder)
-    if source.unused:
-        model.save_pretrained(folder, state_dict={**model.state_dict(), **source.unused})
-    else:
-        model.save_pretrained(folder)
+    left = copy_files(source.name, source.revision, folder)
+    more: dict[str, Any] = {"state_dict": {**model.state_dict(), **source.unused}} if source.unused else {}
+    model.save_pretrained(folder, **more)
     return left
 
 

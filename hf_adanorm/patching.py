@@ -129,7 +129,7 @@ def patch_model(
             warn_of_dropped(plan, change)
         apply_plan(plan)
         if report is not None:
-            mark_folded(model, report.names("folded", "approximated"), weightless=False)
+            mark_folded(model, report.names("folded", "approximated"))
     return model
 
 

@@ -130,8 +130,7 @@ def fold_affine(
     loaded without this package as if it were the stock one. `patch_model(model, ..., affine="fold")` also swaps.
 
     If no layer gets a bias and no eps changes, the result is a stock model with gains 1 and biases 0 (`is_stock` of
-    the report), which any engine for this architecture loads. The config then lists the folded norms (`folded_norms`),
-    and sets `flashnorm_folded` if no norm of the model needs its weight any more.
+    the report), which any engine for this architecture loads. The config lists the folded norms (`folded_norms`).
 
     The model runs twice, or three times with `"calibrate"`, always in evaluation mode.
 
@@ -162,21 +161,9 @@ def fold_affine(
             write_specs(model)
             still_tied = report.untied and any(getattr(c, "tie_word_embeddings", False) for c in configs_of(model))
             is_stock = not report.protect and not still_tied and resolved_spec(model) is None
-            mark_folded(model, report.names("folded", "approximated"), weightless=is_stock and _is_weightless(model))
+            mark_folded(model, report.names("folded", "approximated"))
             report = replace(report, is_stock=is_stock)
     return report
-
-
-def _is_weightless(model: nn.Module) -> bool:
-    """Return whether every norm as wide as the hidden states is an RMSNorm whose weight is 1."""
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
-    norms = [(module, info) for _, module, info in iter_norms(model) if info.normalized_shape in ((width,), ())]
-    return bool(norms) and all(
-        info.kind == "rmsnorm"
-        and not (info.bias_name or info.gain_offset)
-        and (info.gain_name is None or bool((getattr(module, info.gain_name) == 1).all()))
-        for module, info in norms
-    )
 
 
 def fold_norms(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         write_model_card,
     )
     from .files import TEMPORARY, leads_outside, write_file
-    from .marks import WEIGHTLESS, WEIGHTLESS_TAG, folded_norms, mark_folded
+    from .marks import folded_norms, mark_folded
     from .spec import (
         all_configs,
         configs_of,
@@ -34,7 +34,7 @@ __getattr__, __dir__ = lazily(
     {
         "card": "CARD_NAME describes read_card read_config renewed_card write_model_card",
         "files": "TEMPORARY leads_outside write_file",
-        "marks": "WEIGHTLESS WEIGHTLESS_TAG folded_norms mark_folded",
+        "marks": "folded_norms mark_folded",
         "spec": "all_configs configs_of left_by_folds own_configs plain_modules resolved_spec swapped_norms "
         "write_specs",
         "travel": "CodeReport inspect_code",

@@ -168,7 +168,6 @@ def render_card(config: Mapping[str, Any], *, existing: str | None = None, chat:
     data.license = data.license or given["license"] or _license_of(base_model)
     data.pipeline_tag = data.pipeline_tag or task
     own = ["hf_adanorm", *norms] if specs else ["hf_adanorm"] * folded
-    own += ["weightless-rmsnorm"] * bool(config.get("flashnorm_folded"))
     data.tags = _united(data.tags, own, given["tags"]) or None
     if datasets:
         data.datasets = _united(data.datasets, datasets)

@@ -45,7 +45,7 @@ from hf_adanorm.spec import AdaNormSpec, NormGroup
 
 from . import card, travel
 from .files import write_file
-from .marks import folded_norms, refresh_marks
+from .marks import folded_norms
 from .spec import all_configs, differences, has_spec, in_words, refresh_specs, refuse_loose_norms, spec_in_file
 from .travel import own_file
 
@@ -167,20 +167,12 @@ def _in_second_place(folder: Path) -> Iterator[None]:
 
 
 def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
-    how = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if getattr(how, "quant_method", "") == "gguf" and has_spec(model.config):
-        raise ValueError(
-            "transformers cannot save a model that was loaded from GGUF. If its weights are unpacked (loaded with "
-            "GgufConfig(dequantize=True)), call model.hf_quantizer.remove_quantization_config(model) first. The "
-            "command line does both: hf-adanorm patch NAME OUT --gguf-file FILE"
-        )
     folder, saving = Path(bound.arguments["save_directory"]), _Saving(model.config)
     token = _SAVING.set(saving)
     try:
         refuse_loose_norms(model)
         with _in_second_place(folder):
             refresh_specs(model)
-            refresh_marks(model)
             saving.config = model.config
         if has_spec(model.config):
             _classes_of(model.config)

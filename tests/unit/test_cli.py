@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
 )
@@ -341,17 +340,6 @@ def test_dropped_gains_are_warned_of_in_one_line(stock: Path, run: Run, tmp_path
     assert err.count("\n") == 1
 
 
-def test_card_writes_results_into_the_card(stock: Path, run: Run, tmp_path: Path) -> None:
-    run("patch", stock, tmp_path / "out")
-    data = ["--dataset", "a/b", "--dataset-split", "test"]
-    code, out, _ = run("card", tmp_path / "out", "--result", "accuracy=0.5", *data, "--json")
-    assert code == 0
-    card = ModelCard.load(json.loads(out)["card"])
-    assert [(r.metric_type, r.metric_value, r.dataset_split) for r in card.data.eval_results] == [
-        ("accuracy", 0.5, "test")
-    ]
-
-
 def test_a_norm_of_the_users_own_with_its_settings(stock: Path, derf: Path, run: Run, tmp_path: Path) -> None:
     code, out, err = run("patch", "--alpha", "0.7", stock, tmp_path / "out", "--norm", f"{derf}:Derf")
     assert (code, err) == (0, "")
@@ -465,8 +453,6 @@ def test_run_warns_about_programs_that_start_new_processes(run: Run) -> None:
             "--alpha is not an option of hf-adanorm patch or a setting",
         ),
         (["patch", "{stock}", "{tmp}/out", "--includ", "x"], "did you mean '--include'?"),
-        (["card", "{tmp}"], "config.json does not exist"),
-        (["card", "{stock}", "--result", "accuracy"], "METRIC=VALUE"),
         (["nope"], "invalid choice: 'nope'"),
     ],
 )
@@ -510,7 +496,7 @@ def test_nothing_half_written_is_left_when_saving_fails(
 def test_without_arguments_the_help_is_printed(run: Run) -> None:
     code, _, err = run()
     assert code == 2
-    assert all(command in err for command in ("inspect", "patch", "card"))
+    assert all(command in err for command in ("inspect", "patch", "fold"))
 
 
 def test_fold_writes_a_plain_stock_model_and_says_so(run: Run, tmp_path: Path) -> None:
@@ -528,68 +514,3 @@ def test_fold_writes_a_plain_stock_model_and_says_so(run: Run, tmp_path: Path) -
     code, out, _ = run("fold", tmp_path / "source", tmp_path / "kept")
     assert code == 0
     assert "the weight of lm_head is tied to model.embed_tokens" in out
-
-
-def write_gguf(path: Path, model: torch.nn.Module) -> None:
-    """A LLaMA with its tokenizer, as llama.cpp names their parts."""
-    gguf = pytest.importorskip("gguf")
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*map(chr, range(33, 31 + config.vocab_size)), "AB", "CD"])
-    writer.add_token_merges(["A B", "C D"])  # two: older transformers take a list of one for its element
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    there = {
-        "embed_tokens": "token_embd",
-        "layers": "blk",
-        "norm": "output_norm",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
-        "self_attn.o_proj": "attn_output",
-        **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
-    }
-    for name, parameter in model.named_parameters():
-        for ours, theirs in there.items():
-            name = re.sub(rf"(?<=\.){re.escape(ours)}(?=\.)", theirs, name)
-        writer.add_tensor(name.removeprefix("model."), parameter.detach().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_model_from_gguf_is_inspected_patched_and_saved(run: Run, tmp_path: Path) -> None:
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    write_gguf(source / "tiny.gguf", tied_llama())
-    from_gguf = ("--gguf-file", "tiny.gguf", "--targets", "rmsnorm")
-    code, inspected, _ = run("inspect", source, *from_gguf, "--json")
-    assert (code, len(json.loads(inspected)["norms"])) == (0, 5)
-    how = ("--norm", "layernorm-simple", "--affine", "fold", "--tied", "untie", "--json")
-    code, patched, _ = run("patch", source, out, *from_gguf, *how)
-    assert (code, json.loads(patched)["swapped"]) == (0, 5)
-    model, ids = (
-        AutoModelForCausalLM.from_pretrained(source, gguf_file="tiny.gguf", dtype=torch.float32),
-        torch.arange(4, 12)[None],
-    )
-    with torch.no_grad():
-        again = AutoModelForCausalLM.from_pretrained(out)
-        assert is_patched(again)
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(out)("ABC", add_special_tokens=False).input_ids == [98, 34]
-
-
-def test_a_folder_of_gguf_names_the_option_that_reads_it(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "model.Q4_1.gguf").touch()
-    code, _, err = run("inspect", tmp_path)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "give --gguf-file model.Q4_1.gguf" in err

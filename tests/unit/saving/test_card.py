@@ -225,14 +225,14 @@ def test_the_limits_are_those_of_the_model(left: dict[str, Any], lost: str) -> N
     assert "size mismatch" not in folded
 
 
-def test_a_stock_model_gets_a_card_with_its_results_and_a_folded_one_the_tag_of_the_hub() -> None:
+def test_a_stock_model_gets_a_card_with_its_results_and_a_folded_one_our_tag() -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     stock = render_card(config, results={"accuracy": 0.5}, dataset_name="local files")
     assert ModelCard(stock).data.tags is None
     assert "| local files | accuracy | 0.5 |" in stock
     assert "## Norms" not in stock
-    folded = render_card({**config, "folded_norms": ["norm"], "flashnorm_folded": True})
-    assert ModelCard(folded).data.tags == ["hf_adanorm", "weightless-rmsnorm"]
+    folded = render_card({**config, "folded_norms": ["norm"]})
+    assert ModelCard(folded).data.tags == ["hf_adanorm"]
     assert "trust_remote_code" not in folded
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, BertModel, GPT2Config, GPT2Model
+from transformers import AutoModel, BertModel
 
 from hf_adanorm import is_patched, patch_model, unpatch_model
 from hf_adanorm.saving import card, install
@@ -124,14 +124,3 @@ def test_another_json_file_of_a_stock_config_takes_nothing_away(tmp_path: Path) 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     tiny().config.to_json_file(tmp_path / "stock_reference.json")
     assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
-
-
-def test_the_error_for_a_model_from_gguf_names_the_way_to_save_it(tmp_path: Path) -> None:
-    quantizer_gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
-    model = patch_model(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)))
-    model.hf_quantizer = quantizer_gguf.GgufHfQuantizer(quantizer_gguf.GgufConfig(dequantize=True))
-    with pytest.raises(ValueError, match="remove_quantization_config"):
-        model.save_pretrained(tmp_path)
-    model.hf_quantizer.remove_quantization_config(model)
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_file()
