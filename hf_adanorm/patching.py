@@ -26,7 +26,7 @@ from .norms import STOCK, check_complete, check_settings, computes_n, resolve_no
 from .options import CHOICES
 from .replaced import learned_affine, replaced_by
 from .report import Report
-from .saving import left_by_folds, mark_folded, plain_modules, swapped_norms, write_specs
+from .saving import left_by_folds, mark_folded, swapped_norms, write_specs
 from .selection import Patterns, check_layers, layer_positions
 from .swapping import (
     Options,
@@ -172,7 +172,7 @@ def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
         replace_modules(model, restored(model, swapped))
         restore_fused_path(model)
         write_specs(model)  # loading needs to know the biases that a fold added
-        if num_biases := len(left_by_folds(dict(plain_modules(model)))[0]):
+        if num_biases := len(left_by_folds(model)[0]):
             change.warn(
                 f"{num_biases} linear layers keep the bias that a fold added: import hf_adanorm before you load the "
                 "saved model, or transformers drops these biases with only a warning"

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         configs_of,
         left_by_folds,
         own_configs,
-        plain_modules,
         resolved_spec,
         swapped_norms,
         write_specs,
@@ -35,8 +34,7 @@ __getattr__, __dir__ = lazily(
         "card": "CARD_NAME describes read_card read_config renewed_card write_model_card",
         "files": "TEMPORARY leads_outside write_file",
         "marks": "folded_norms mark_folded",
-        "spec": "all_configs configs_of left_by_folds own_configs plain_modules resolved_spec swapped_norms "
-        "write_specs",
+        "spec": "all_configs configs_of left_by_folds own_configs resolved_spec swapped_norms write_specs",
         "travel": "CodeReport inspect_code",
         "wrapping": "when_imported",
     },

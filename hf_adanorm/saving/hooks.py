@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from hf_adanorm.modeling_adanorm import NOTICE, apply_spec, is_swapped, notice_h
 from hf_adanorm.norms import classes_from_folder, find_classes
 from hf_adanorm.norms import remember as remember_class
 from hf_adanorm.replaced import remember
-from hf_adanorm.spec import AdaNormSpec, NormGroup
+from hf_adanorm.spec import AdaNormSpec
 
 from . import card, travel
 from .files import write_file
@@ -320,21 +320,14 @@ def load_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: Boun
     folder, model = Path(bound.arguments["resume_from_checkpoint"]), trainer.accelerator.unwrap_model(trainer.model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapter = folder / "adapter_config.json"
-    known, spec = spec_in_file(adapter if adapter.is_file() else folder / CONFIG_NAME)
-    differing = differences(spec or AdaNormSpec(), model) if known else []
     callbacks = [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "schedule")]
+    # A schedule sets its settings before the first step.
     scheduled = {name for callback in callbacks for name in getattr(callback.schedule, "pairs", ())}
-    if differing := [one for one in differing if _without(one[2], scheduled) != _without(one[3], scheduled)]:
+    spec = spec_in_file(adapter if adapter.is_file() else folder / CONFIG_NAME)
+    if spec is not None and (differing := differences(spec, model, scheduled)):
         message = f"training resumes with other norms than the checkpoint in {folder} was saved with"
-        warnings.warn(f"{message}. {in_words(differing, model)}", stacklevel=6)
+        warnings.warn(f"{message}: {in_words(differing, model)}", stacklevel=6)
     return original(trainer)
-
-
-def _without(value: Any, names: set[str]) -> Any:
-    """Return a side of a difference without these settings, which a schedule sets before the first step."""
-    if not isinstance(value, NormGroup):
-        return value
-    return replace(value, settings={key: setting for key, setting in value.settings.items() if key not in names})
 
 
 def get_decay_parameter_names(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> list[str]:

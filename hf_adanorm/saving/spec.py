@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,26 +45,21 @@ def has_spec(config: PreTrainedConfig) -> bool:
     return any(getattr(part, "adanorm", None) is not None for part in all_configs(config))
 
 
-def all_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield `config` and every config nested in it (encoder and decoder, text and vision, ...)."""
-    seen: set[int] = set()
+def all_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return `config` and every config nested in it (encoder and decoder, text and vision, ...)."""
+    found = {id(config): config}
     waiting = [config]
-    while waiting:
-        current = waiting.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        waiting.extend(value for value in vars(current).values() if isinstance(value, PreTrainedConfig))
+    for current in waiting:  # which grows
+        nested = {id(value): value for value in vars(current).values() if isinstance(value, PreTrainedConfig)}
+        waiting += [value for key, value in nested.items() if key not in found]
+        found |= nested
+    return list(found.values())
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    found: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, PreTrainedConfig):
-                found.update((id(config), config) for config in all_configs(value))
-    return list(found.values())
+    values = [value for module in model.modules() for value in vars(module).values()]
+    outer = {id(value): value for value in values if isinstance(value, PreTrainedConfig)}
+    return list({id(config): config for value in outer.values() for config in all_configs(value)}.values())
 
 
 def own_configs(model: nn.Module) -> None:
@@ -79,44 +74,27 @@ def own_configs(model: nn.Module) -> None:
 
 def write_specs(model: nn.Module) -> None:
     """Set `config.adanorm` of the model and of every nested model with its own config. A part, such as the vision
-    tower, then saves and loads like the whole. The configs become the model's own."""
+    tower, then saves and loads like the whole. The configs become the model's own, without our `auto_map` entries."""
     own_configs(model)
-    owners: dict[int, list[PreTrainedModel]] = {}
-    for module in model.modules():  # parents come first: the first owner of a config is its outermost
-        if isinstance(module, PreTrainedModel):
-            outer = owners.setdefault(id(module.config), [])
-            if not any(module is inner for owner in outer for inner in owner.modules()):
-                outer.append(module)
-    resolved = [(models, [resolved_spec(part) for part in models]) for models in owners.values()]
-    if not any(is_swapped(module) for module in model.modules()):
-        clear_specs(model)
-    for models, specs in resolved:
-        if specs[0] is None:
-            models[0].config.__dict__.pop("adanorm", None)
-        elif all(spec == specs[0] for spec in specs):
-            models[0].config.adanorm = specs[0].to_dict()
+    specs: dict[int, AdaNormSpec | None] = {}
+    for part in model.modules():  # parents come first: a config belongs to the outermost model that has it
+        if isinstance(part, PreTrainedModel) and id(part.config) not in specs:
+            specs[id(part.config)] = resolved_spec(part)
+    for config in configs_of(model):
+        auto_map = vars(config).pop("auto_map", None) or {}
+        if kept := {key: reference for key, reference in auto_map.items() if not own_file(reference)}:
+            config.auto_map = kept
+        vars(config).pop("adanorm", None)
+        if (spec := specs.get(id(config))) is not None:
+            config.adanorm = spec.to_dict()
 
 
 def refresh_specs(model: PreTrainedModel) -> None:
     """Update `config.adanorm` to the norms of `model`. It can be out of date if a part was patched or unpatched by
     itself, or if a norm was swapped by hand."""
     data = getattr(model.config, "adanorm", None)
-    if data is None and not any(is_swapped(module) for module in model.modules()):
-        return
-    if data is None or not describes(AdaNormSpec.from_dict(data), model):
+    if differences(AdaNormSpec() if data is None else AdaNormSpec.from_dict(data), model):
         write_specs(model)
-
-
-def clear_specs(model: nn.Module) -> None:
-    """Remove `config.adanorm` and our `auto_map` entries from every config of the model."""
-    for config in configs_of(model):
-        config.__dict__.pop("adanorm", None)
-        auto_map = getattr(config, "auto_map", None) or {}
-        kept = {key: ref for key, ref in auto_map.items() if not own_file(ref)}
-        if kept:
-            config.auto_map = kept
-        else:
-            config.__dict__.pop("auto_map", None)
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -142,84 +120,61 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return walk("", model)
 
 
-def spec_in_file(path: Path) -> tuple[bool, AdaNormSpec | None]:
-    """Return whether a config.json or adapter_config.json can be read, and the spec in it."""
+def spec_in_file(path: Path) -> AdaNormSpec | None:
+    """Return the spec in a config.json or adapter_config.json, an empty one for stock norms; None if it cannot be
+    read."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         data = data.get("adanorm") or (data.get("auto_mapping") or {}).get("adanorm")
-        return True, None if data is None else AdaNormSpec.from_dict(data)
+        return AdaNormSpec() if data is None else AdaNormSpec.from_dict(data)
     except (OSError, ValueError, TypeError, AttributeError):
-        return False, None
+        return None
 
 
-def describes(spec: AdaNormSpec, model: nn.Module) -> bool:
-    """Tell whether `spec` builds the norms that `model` has, except for names of another head."""
-    return not differences(spec, model)
+Differences = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+"""By the name of a module: what is wanted and what is here, each {} for a stock module."""
 
 
-def differences(spec: AdaNormSpec, model: nn.Module) -> list[tuple[str, str, Any, Any]]:
-    """Return how `model` differs from one built with `spec`, as (kind, name of the module, wanted, here). The kind is
-    "norm", with its settings, "bias" or "eps" of a fold. None stands for what one side does not have."""
-    wanted, actual = _settings_by_name(spec, model), resolved_spec(model)
-    here = {} if actual is None else _settings_by_name(actual, model)
-    keys = dict.fromkeys([*wanted, *here])
-    return [(*key, wanted.get(key), here.get(key)) for key in keys if wanted.get(key) != here.get(key)]
+def differences(spec: AdaNormSpec, model: nn.Module, ignored: Collection[str] = ()) -> Differences:
+    """Return how `model` differs from one built with `spec`, except in the `ignored` settings. Names of another head
+    do not count."""
+    wanted, actual = _settings_by_name(spec, model, ignored), resolved_spec(model)
+    here = {} if actual is None else _settings_by_name(actual, model, ignored)
+    sides = {name: (wanted.get(name, {}), here.get(name, {})) for name in {**wanted, **here}}
+    return {name: (one, other) for name, (one, other) in sides.items() if one != other}
 
 
-def in_words(differing: list[tuple[str, str, Any, Any]], model: nn.Module) -> str:
-    """Describe `differences` in sentences, with every setting that differs on both sides."""
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for kind, name, wanted, here in differing:
-        grouped.setdefault((_side(kind, wanted, here), _side(kind, here, wanted)), []).append(name)
-    parts = []
-    for (wanted, here), names in list(grouped.items())[:3]:
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        parts.append(f"it needs {wanted} at {', '.join(names[:2])}{more}; this {type(model).__name__} has {here}")
-    return ". ".join(part[0].upper() + part[1:] for part in parts)
+def in_words(differing: Differences, model: nn.Module) -> str:
+    """Describe `differences`: how many there are, and all settings that differ in the first."""
+
+    def side(own: dict[str, Any], other: dict[str, Any]) -> str:
+        settings = [f"{key}={value}" for key, value in own.items() if key not in other or other[key] != value]
+        return ", ".join(settings) or "its stock module"
+
+    name, (wanted, here) = next(iter(differing.items()))
+    more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+    return f"{name}{more} needs {side(wanted, here)}; this {type(model).__name__} has {side(here, wanted)}"
 
 
-def _side(kind: str, value: Any, other: Any) -> str:
-    """Describe one side of a difference, with every setting that differs."""
-    if kind != "norm":
-        return f"the {kind} of a fold" + (f", {value:g}" if kind == "eps" else "") if value else f"its stock {kind}"
-    if value is None:
-        return "its stock norms"
-    settings, others = _flat(value), {} if other is None or other.norm != value.norm else _flat(other)
-    if others:
-        settings = {key: settings.get(key) for key in {**settings, **others} if settings.get(key) != others.get(key)}
-    return ", ".join([value.norm, *(f"{key}={value}" for key, value in settings.items())])
-
-
-def _flat(group: NormGroup) -> dict[str, Any]:
-    data = group.to_dict()
-    return {
-        **data.pop("settings", {}),
-        **{key: value for key, value in data.items() if key not in ("norm", "modules")},
-    }
-
-
-def _settings_by_name(spec: AdaNormSpec, model: nn.Module) -> dict[tuple[str, str], Any]:
+def _settings_by_name(spec: AdaNormSpec, model: nn.Module, ignored: Collection[str]) -> dict[str, dict[str, Any]]:
     named = find_modules(model, spec.names(), plain_modules(model))
-    found: dict[tuple[str, str], Any] = {}
+    found: dict[str, dict[str, Any]] = {name: {"bias": True} for pattern in spec.biases for name in named[pattern]}
+    found |= {name: {"eps": value} for pattern, value in spec.eps.items() for name in named[pattern]}
     for group in spec.groups:
         for name, module in (pair for pattern in group.modules for pair in named[pattern].items()):
-            source = source_of(module) or module
-            eps = source_settings(source).get("eps") if group.eps is None else group.eps
             # The shape and the layout follow from the architecture, whether or not they are spelled out.
-            found["norm", name] = dataclasses.replace(
-                group,
-                modules=(),
-                eps=eps,
-                centered=group.centered is not False,
-                normalized_shape=None,
-                channels_first=None,
-            )
-    found |= {("bias", name): True for pattern in spec.biases for name in named[pattern]}
-    return found | {("eps", name): value for pattern, value in spec.eps.items() for name in named[pattern]}
+            found[name] = {
+                "norm": group.norm,
+                **{key: value for key, value in group.settings.items() if key not in ignored},
+                "eps": source_settings(source_of(module) or module).get("eps") if group.eps is None else group.eps,
+                "centered": group.centered is not False,
+                "output_dtype": group.output_dtype,
+            }
+    return found
 
 
 def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
-    """Return the spec of what is swapped in `model`, with one group per set of settings."""
+    """Return the spec of what is swapped in `model`, with one group per set of settings; None for a stock model."""
     groups: dict[NormGroup, list[str]] = {}
     classes: dict[str, dict[str, Any]] = {}
     modules = dict(plain_modules(model))
@@ -233,10 +188,14 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
             centered=None if module.centered else False,
             **_overrides(module),
         )
-        if (entry := entry_of(module)) is not None and classes.setdefault(module.norm_name, entry) != entry:
-            raise ValueError(f"two classes of this model are called {module.norm_name!r}: name one with register_norm")
         groups.setdefault(group, []).append(name)
-    biases, eps = left_by_folds(modules)
+        if module.inner is not module:
+            entry = _class_entry(cast(Any, type(module.inner)))
+            if classes.setdefault(module.norm_name, entry) != entry:
+                raise ValueError(
+                    f"two classes of this model are called {module.norm_name!r}: name one with register_norm"
+                )
+    biases, eps = left_by_folds(model)
     if not groups and not biases and not eps:
         return None
     spelled = spec_names(model, modules)
@@ -245,11 +204,17 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
         by_template.setdefault(number_template(name), set()).add(name)
 
     def patterns(names: list[str]) -> tuple[str, ...]:
-        starred = _with_stars([spelled[name] for name in names], by_template)
-        found = find_modules(model, starred, modules.items())
+        """Return the names in a spec, with `*` for numbers where every module of such a name is meant."""
+        chosen = {spelled[name] for name in names}
+        templates = dict.fromkeys(number_template(spelled[name]) for name in names)
+        found = find_modules(model, templates, modules.items())
         # A renaming may ask for a certain number, which "*" does not match (RF-DETR).
-        short = [pattern for pattern in starred if found[pattern] and found[pattern].keys() <= set(names)]
-        reached = {name for pattern in short for name in found[pattern]}
+        short = [
+            template
+            for template in templates
+            if by_template[template] <= chosen and found[template] and found[template].keys() <= set(names)
+        ]
+        reached = {name for template in short for name in found[template]}
         return (*short, *(spelled[name] for name in names if name not in reached))
 
     return AdaNormSpec(
@@ -275,28 +240,20 @@ def spec_names(model: nn.Module, modules: dict[str, Any]) -> dict[str, str]:
     return {name: key if [*found[key]] == [name] else own[name] for name, key in keys.items()}
 
 
-def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
+def left_by_folds(model: nn.Module) -> tuple[list[str], dict[str, float]]:
     """Return the linear layers that a fold gave a bias, and the stock norms whose eps it adjusted, with that eps.
 
-    Both the marks of modules and the configs count: a module may be replaced later, such as by quantization, and its
-    mark is lost with it.
+    Both the marks of modules and the model's config count: a module may be replaced later, such as by quantization,
+    and its mark is lost with it.
     """
+    modules = dict(plain_modules(model))
     biases = {name for name, module in modules.items() if ADDED_BIAS in module.__dict__}
     eps = {name: 0.0 for name, module in modules.items() if ADJUSTED_EPS in module.__dict__}
-    seen: set[int] = set()
-    for outer, model in modules.items():  # parents come first: a config belongs to the outermost model that has it
-        data = getattr(model.config, "adanorm", None) if isinstance(model, PreTrainedModel) else None
-        if data is None or id(model.config) in seen:
-            continue
-        seen.add(id(model.config))
+    if (data := getattr(getattr(model, "config", None), "adanorm", None)) is not None:
         spec = AdaNormSpec.from_dict(data)
-        if not (spec.biases or spec.eps):
-            continue
-        here = f"{outer}." if outer else ""
-        inner = {name.removeprefix(here): module for name, module in modules.items() if name.startswith(here)}
-        named = find_modules(model, spec.names(), inner.items())
-        biases |= {here + name for pattern in spec.biases for name in named[pattern]}
-        eps |= {here + name: value for pattern, value in spec.eps.items() for name in named[pattern]}
+        named = find_modules(model, [*spec.biases, *spec.eps], modules.items())
+        biases |= {name for pattern in spec.biases for name in named[pattern]}
+        eps |= {name: value for pattern, value in spec.eps.items() for name in named[pattern]}
     return (
         [name for name, module in modules.items() if name in biases and getattr(module, "bias", None) is not None],
         {
@@ -305,11 +262,6 @@ def left_by_folds(modules: dict[str, Any]) -> tuple[list[str], dict[str, float]]
             if name in eps and not is_swapped(module)
         },
     )
-
-
-def entry_of(module: SwappedNorm) -> dict[str, Any] | None:
-    """Return what the spec says of the author's class of a norm; None for a built-in norm."""
-    return None if module.inner is module else _class_entry(cast(Any, type(module.inner)))
 
 
 @functools.cache  # as the files were when the class was first swapped in
@@ -332,36 +284,10 @@ def _overrides(module: SwappedNorm) -> dict[str, Any]:
 
 def refuse_loose_norms(model: nn.Module) -> None:
     """Raise ValueError for a norm of a registered class that was put into the model by hand, which no spec names."""
-    classes = tuple(known_classes())
-    held = {id(module.inner) for module in model.modules() if is_swapped(module)}
+    held = {id(module.inner) for _, module in swapped_norms(model)}
     for name, module in model.named_modules():
-        if classes and type(module) in classes and id(module) not in held:
+        if type(module) in known_classes() and id(module) not in held:
             raise ValueError(
                 f"{name} is a {type(module).__name__} that was put in by hand, and the saved model would load without "
                 f"it: use patch_model(model, {type(module).__name__}, include={name!r})"
             )
-
-
-def _with_stars(names: list[str], by_template: dict[str, set[str]]) -> list[str]:
-    """Return the names with `*` for a number wherever the model has no other module of such a name."""
-    out: list[str] = []
-    grouped: dict[str, list[str]] = {}
-    for name in names:
-        grouped.setdefault(number_template(name), []).append(name)
-    for template, members in grouped.items():
-        out += _star(template.split("."), members, by_template[template])
-    return out
-
-
-def _star(pattern: list[str], members: list[str], everything: set[str]) -> list[str]:
-    """Return `pattern` if it matches only the members. Otherwise write out its first number, and so on."""
-    if len(members) == len(everything):
-        return [".".join(pattern)]
-    position = pattern.index("*")
-    out: list[str] = []
-    for number in dict.fromkeys(name.split(".")[position] for name in members):
-        fixed = [*pattern[:position], number, *pattern[position + 1 :]]
-        mine = [name for name in members if name.split(".")[position] == number]
-        rest = {name for name in everything if name.split(".")[position] == number}
-        out += _star(fixed, mine, rest)
-    return out

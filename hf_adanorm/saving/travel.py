@@ -8,11 +8,12 @@ points to the entry file. transformers finds the files by regular expressions, s
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from transformers.dynamic_module_utils import get_relative_imports
 
 import hf_adanorm.holder
 from hf_adanorm import modeling_adanorm
@@ -22,29 +23,25 @@ from hf_adanorm.spec import AdaNormSpec
 from .files import leads_outside, write_file
 
 LOADER, ENTRY = "modeling_adanorm.py", "modeling_adanorm_with_classes.py"
-# As in transformers.dynamic_module_utils.get_relative_imports.
-_SEEN = re.compile(r"^\s*import\s+\.(\S+)\s*$|^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
-
-
-def entry_file(classes: Mapping[str, type]) -> str:
-    """Return the text of the entry file for the author's norms, by name."""
-    return _entry_text({name: (files_of(cls)[0].stem, cls.__name__) for name, cls in classes.items()})
 
 
 def _entry_text(homes: Mapping[str, tuple[str, str]]) -> str:
-    """Return the entry file for norms by name, given the module and the class of each: holder.py, then the norms."""
-    imports = sorted({f"from .{file} import {cls}" for file, cls in homes.values()})
+    """Return the entry file for the author's norms by name, given the file and the class of each: holder.py, then the
+    norms."""
+    imports = sorted({f"from .{file.removesuffix('.py')} import {cls}" for file, cls in homes.values()})
     named = ", ".join(f'"{name}": {cls}' for name, (_, cls) in sorted(homes.items()))
-    holder = Path(hf_adanorm.holder.__file__).read_text(encoding="utf-8")
     lines = [
+        Path(hf_adanorm.holder.__file__).read_text(encoding="utf-8"),
         "# Written by hf_adanorm: the norms of this model.",
         "from .modeling_adanorm import model_classes",
         *imports,
+        "",
+        f"__getattr__ = model_classes(__name__, held({{{named}}}))",
     ]
-    return "\n".join([f"{holder}\n", *lines, "", f"__getattr__ = model_classes(__name__, held({{{named}}}))", ""])
+    return "\n".join(lines) + "\n"
 
 
-def check_classes(entries: Mapping[str, Mapping[str, object]]) -> dict[str, type]:
+def check_classes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
     """Return the classes of a spec whose files can travel.
 
     Raises:
@@ -59,54 +56,49 @@ def check_classes(entries: Mapping[str, Mapping[str, object]]) -> dict[str, type
     classes = find_classes(entries)
     by_name: dict[str, Path] = {}
     for name, cls in classes.items():
-        files = files_of(cls)
         if "." in cls.__qualname__:
             raise ValueError(
                 f"the norm {name!r} cannot be saved: {cls.__qualname__} must stand at the top of its file"
             )
-        for path in files:
+        for path in files_of(cls):
             if not path.stem.isidentifier() or path.name in (LOADER, ENTRY, "__init__.py"):
                 raise ValueError(f"the norm {name!r} cannot be saved: rename {path.name}, a name that has another use")
             other = by_name.setdefault(path.name, path)
-            if other != path and digest(other) != digest(path):
+            if digest(other) != digest(path):
                 raise ValueError(f"two files of this model's norms are called {path.name}: {other} and {path}")
             check_file(name, path)
     return classes
 
 
 def check_file(name: str, path: Path) -> None:
-    """Raise ValueError, naming the line, for a file of a norm that could not be loaded where hf_adanorm is missing."""
-    for line, why in _obstacles(path):
+    """Raise ValueError, naming the line, for a file of a norm that could not be loaded from a saved model's folder."""
+
+    def refuse(line: int, why: str) -> NoReturn:
         raise ValueError(f"the norm {name!r} cannot be saved: {path}, line {line}: {why}")
 
-
-def _obstacles(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file that would not work, or not be seen, in the folder of a saved model."""
     text = path.read_text(encoding="utf-8")
-    found = {}
+    found: dict[str, int] = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level:
             if node.level > 1 or not node.module or "." in node.module:
-                yield node.lineno, "write `from .name import ...`, with the file name.py in the same folder"
-            elif not path.with_name(f"{node.module}.py").is_file():
-                yield node.lineno, f"there is no {node.module}.py in the same folder"
-            else:
-                found[node.lineno] = node.module
+                refuse(node.lineno, "write `from .name import ...`, with the file name.py in the same folder")
+            if not path.with_name(f"{node.module}.py").is_file():
+                refuse(node.lineno, f"there is no {node.module}.py in the same folder")
+            found[node.module] = node.lineno
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
             for top in (name.partition(".")[0] for name in names):
                 if top == "hf_adanorm":
-                    yield node.lineno, "import hf_adanorm: the file must work where hf_adanorm is missing"
-                elif path.with_name(f"{top}.py").is_file() or (path.parent / top / "__init__.py").is_file():
-                    yield node.lineno, f"import {top}, a file in the same folder: write `from .{top} import ...`"
-    seen = {}
-    for match in _SEEN.finditer(text):
-        line = text.count("\n", 0, match.end()) + 1
-        seen[line] = match[1] or match[2]
-    for line in sorted(seen.keys() - found.keys()):
-        yield line, "transformers takes this text for an import: rewrite it"
-    for line in sorted(found.keys() - seen.keys()):
-        yield line, "transformers does not see this import: write `from .name import` on one line of its own"
+                    refuse(node.lineno, "import hf_adanorm: the file must work where hf_adanorm is missing")
+                if path.with_name(f"{top}.py").is_file() or (path.parent / top / "__init__.py").is_file():
+                    refuse(node.lineno, f"import {top}, a file in the same folder: write `from .{top} import ...`")
+    seen = get_relative_imports(path)  # those whose files transformers copies
+    for module in seen:
+        if module not in found:
+            refuse(text[: text.index(f".{module}")].count("\n") + 1, "transformers takes this text for an import")
+    for module, line in found.items():
+        if module not in seen:
+            refuse(line, "transformers does not see this import: write `from .name import` on one line of its own")
 
 
 def own_file(reference: Any) -> str:
@@ -118,31 +110,27 @@ def own_file(reference: Any) -> str:
 def write_code(folder: Path, classes: Mapping[str, type]) -> str:
     """Write the code of a model with these norms of the author's; return the module that `auto_map` points to."""
     write_file(folder / LOADER, Path(modeling_adanorm.__file__).read_bytes())
-    for cls in classes.values():
-        for path in files_of(cls):
-            if (folder / path.name).resolve() != path.resolve():
-                write_file(folder / path.name, path.read_bytes())
-    if classes:
-        write_file(folder / ENTRY, entry_file(classes))
-        return Path(ENTRY).stem
-    (folder / ENTRY).unlink(missing_ok=True)
-    return Path(LOADER).stem
+    files = {name: files_of(cls) for name, cls in classes.items()}
+    for path in (path for paths in files.values() for path in paths):
+        if (folder / path.name).resolve() != path.resolve():
+            write_file(folder / path.name, path.read_bytes())
+    if not classes:
+        (folder / ENTRY).unlink(missing_ok=True)
+        return Path(LOADER).stem
+    write_file(
+        folder / ENTRY, _entry_text({name: (files[name][0].name, cls.__name__) for name, cls in classes.items()})
+    )
+    return Path(ENTRY).stem
 
 
 def remove_code(folder: Path) -> bool:
     """Remove our files from the folder of a model that is not patched any more, and return whether there were any."""
-    own = _first_line(Path(modeling_adanorm.__file__))
-    target = folder / LOADER
-    if not target.is_file() or _first_line(target) != own:
+    title = Path(modeling_adanorm.__file__).read_bytes().partition(b"\n")[0]
+    if not (folder / LOADER).is_file() or not (folder / LOADER).read_bytes().startswith(title):
         return False
-    target.unlink()
-    (folder / ENTRY).unlink(missing_ok=True)
+    for name in (LOADER, ENTRY):
+        (folder / name).unlink(missing_ok=True)
     return True
-
-
-def _first_line(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.readline()
 
 
 @dataclass(frozen=True)
@@ -167,21 +155,20 @@ def inspect_code(folder: Path, spec: AdaNormSpec | None = None) -> CodeReport:
         folder: the folder of a saved model.
         spec: what its config.json says.
     """
-    loader, entry = folder / LOADER, folder / ENTRY
-    files = {
-        path.name: digest(path)
-        for path in sorted(folder.glob("*.py"))
-        if path.name not in (LOADER, ENTRY) and not leads_outside(path, folder)
-    }
     classes = {} if spec is None else spec.classes
-    expected = {name: sha for entry in classes.values() for name, sha in entry["files"].items()}
-    sha = digest(loader) if loader.is_file() else ""
-    ours = digest(Path(modeling_adanorm.__file__))
-    ours_entry = _entry_text({name: (str(e["file"]).removesuffix(".py"), e["class"]) for name, e in classes.items()})
+    entry_text = _entry_text({name: (entry["file"], entry["class"]) for name, entry in classes.items()})
+
+    def compare(path: Path, ours: bytes) -> str:
+        return "none" if not path.is_file() else "ours" if path.read_bytes() == ours else "modified"
+
     return CodeReport(
-        loader="none" if not sha else "ours" if sha == ours else "modified",
-        loader_sha256=sha,
-        entry="none" if not entry.is_file() else "ours" if entry.read_text("utf-8") == ours_entry else "modified",
-        files=files,
-        expected=expected,
+        loader=compare(folder / LOADER, Path(modeling_adanorm.__file__).read_bytes()),
+        loader_sha256=digest(folder / LOADER) if (folder / LOADER).is_file() else "",
+        entry=compare(folder / ENTRY, entry_text.encode()),
+        files={
+            path.name: digest(path)
+            for path in sorted(folder.glob("*.py"))
+            if path.name not in (LOADER, ENTRY) and not leads_outside(path, folder)
+        },
+        expected={name: sha for entry in classes.values() for name, sha in entry["files"].items()},
     )

@@ -1,4 +1,4 @@
-"""PEFT on patched models, and adapters that remember the norms of their base."""
+"""PEFT on patched models, and adapters that record the norms of their base."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import pickle
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,28 @@ from tests.zoo.round_trip import ROUNDING, SWAPS, build, difference, inputs, nor
 pytestmark = pytest.mark.filterwarnings("ignore:the trained gains and biases:UserWarning")
 
 LORA = {"r": 4, "target_modules": ["query", "value"], "init_lora_weights": False}
+ADANORM = SWAPS["adanorm"]
 HOLE = "saved without its base"
+OTHER_NORMS = "trained on a base with other norms"
 
 
-def base(swap: str = "adanorm") -> PreTrainedModel:
-    return patch_model(build("bert"), **SWAPS[swap])
+def base(swap: str = "adanorm", **options: Any) -> PreTrainedModel:
+    return patch_model(build("bert"), **{**SWAPS[swap], **options})
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForMaskedLM.from_pretrained(folder)
+
+
+def same_outputs(one: Any, other: Any) -> bool:
+    return difference(run(one, inputs("bert")), run(other, inputs("bert"))) <= ROUNDING
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
 
 
 @pytest.fixture
@@ -52,10 +71,6 @@ def stray(tmp_path: Path) -> Path:
     return tmp_path / "stray"
 
 
-def load(folder: Path) -> Any:
-    return AutoModelForMaskedLM.from_pretrained(folder)
-
-
 # ---------------------------------------------------------------------------------------------- LoRA as it should work
 
 
@@ -66,57 +81,31 @@ def test_lora_trains_on_a_patched_model() -> None:
     loss.backward()
     gradients = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert gradients == {name for name, _ in model.named_parameters() if "lora_B" in name}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer.step()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert model(**batch, labels=batch["input_ids"]).loss < loss
 
 
-def test_adapter_of_a_saved_base_goes_and_comes_back_in_silence(saved_base: Path, tmp_path: Path) -> None:
-    model = get_peft_model(load(saved_base), LoraConfig(**LORA))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+@pytest.mark.parametrize("to_save", [None, ["transform"]], ids=["", "modules_to_save with a norm inside"])
+def test_adapter_of_a_saved_base_goes_and_comes_back_in_silence(
+    to_save: list[str] | None, saved_base: Path, tmp_path: Path
+) -> None:
+    model = get_peft_model(load(saved_base), LoraConfig(**LORA, modules_to_save=to_save))
+    if to_save:  # the head, its swapped norm included, becomes the adapter's own copy
+        with torch.no_grad():
+            model.base_model.model.cls.predictions.transform.modules_to_save["default"].dense.weight.mul_(1.5)
+    with silence():
         model.save_pretrained(tmp_path / "adapter")
         again = PeftModel.from_pretrained(load(saved_base), tmp_path / "adapter")
     assert norms(again) == norms(model)
-    for found in (again, peft.AutoPeftModel.from_pretrained(tmp_path / "adapter")):  # the base by its name
-        assert difference(run(found, inputs("bert")), run(model, inputs("bert"))) <= ROUNDING
-
-
-def test_merged_model_saves_and_loads_as_a_patched_model(saved_base: Path, tmp_path: Path) -> None:
-    model = get_peft_model(load(saved_base), LoraConfig(**LORA))
+    by_name = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    assert same_outputs(again, model)
+    assert same_outputs(by_name, model)
     expected = run(model, inputs("bert"))
-    merged = model.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    again, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values()), info
-    assert norms(again) == norms(base())
-    assert difference(run(again, inputs("bert")), expected) < 1e-5
-
-
-def test_modules_to_save_with_norms_inside(saved_base: Path, tmp_path: Path) -> None:
-    """The head, its swapped norm included, becomes the adapter's own copy."""
-    config = LoraConfig(**LORA, modules_to_save=["transform"])
-    model = get_peft_model(load(saved_base), config)
-    with torch.no_grad():
-        model.base_model.model.cls.predictions.transform.modules_to_save["default"].dense.weight.mul_(1.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        model.save_pretrained(tmp_path / "adapter")
-        again = PeftModel.from_pretrained(load(saved_base), tmp_path / "adapter")
-    assert len(norms(again)) == 7
-    assert difference(run(again, inputs("bert")), run(model, inputs("bert"))) <= ROUNDING
-    again.merge_and_unload().save_pretrained(tmp_path / "merged")
-    assert norms(load(tmp_path / "merged")) == norms(base())
-
-
-def test_norms_themselves_in_modules_to_save(tmp_path: Path) -> None:
-    """LayerNorms under training are wrapped; patched behind PEFT's back they save under their own names."""
-    model = get_peft_model(build("bert"), LoraConfig(**LORA, modules_to_save=["LayerNorm"]))
-    patch_model(model, **SWAPS["adanorm"])
-    assert len(norms(model)) == 12
-    assert resolved_spec(model.base_model.model) == resolved_spec(base())
-    model.merge_and_unload().save_pretrained(tmp_path)
-    assert norms(load(tmp_path)) == norms(base())
+    assert norms(merged) == norms(base())
+    assert difference(run(merged, inputs("bert")), expected) < 1e-5
 
 
 def test_two_adapters_on_one_patched_base(saved_base: Path, tmp_path: Path) -> None:
@@ -128,7 +117,7 @@ def test_two_adapters_on_one_patched_base(saved_base: Path, tmp_path: Path) -> N
     for name in ("default", "other"):
         model.set_adapter(name)
         again.set_adapter(name)
-        assert difference(run(again, inputs("bert")), run(model, inputs("bert"))) <= ROUNDING
+        assert same_outputs(again, model)
 
 
 @pytest.mark.skipif(
@@ -142,197 +131,164 @@ def test_two_adapters_on_one_patched_base(saved_base: Path, tmp_path: Path) -> N
 def test_adapters_through_transformers_own_methods(saved_base: Path, tmp_path: Path) -> None:
     model = load(saved_base)
     model.add_adapter(LoraConfig(**LORA))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with silence():
         model.save_pretrained(tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    mapping = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["auto_mapping"]
+    assert mapping["base_model_class"] == "BertForMaskedLM"  # which AutoPeftModel reads
     again = load(saved_base)
     again.load_adapter(str(tmp_path / "adapter"))
-    assert difference(run(again, inputs("bert")), run(model, inputs("bert"))) <= ROUNDING
-    direct = load(tmp_path / "adapter")  # the base by its name in the adapter's config
-    assert difference(run(direct, inputs("bert")), run(model, inputs("bert"))) <= ROUNDING
+    assert same_outputs(again, model)
+    assert same_outputs(load(tmp_path / "adapter"), model)  # the base by its name in the adapter's config
 
 
 def test_ln_tuning_says_that_swapped_norms_have_nothing_to_tune() -> None:
-    model = base()
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"LN tuning has nothing to tune in this BertForMaskedLM: all 6 norms"):
-        get_peft_model(model, LNTuningConfig(target_modules=["LayerNorm"]))
-    with pytest.raises(ValueError, match="nothing to tune"):
-        get_peft_model(model, LNTuningConfig(target_modules=".*LayerNorm"))
-    assert [type(module) for module in model.modules()] == before
-    some = patch_model(build("bert"), layers=[0])
-    with pytest.warns(UserWarning, match=r"2 of the norms that this adapter is to train were swapped"):
-        get_peft_model(some, LNTuningConfig(target_modules=["LayerNorm"]))
-    with pytest.warns(UserWarning, match=r"6 of the norms that this adapter is to train were swapped"):
-        get_peft_model(base(), LoraConfig(**LORA, modules_to_save=["LayerNorm"]))
+    with pytest.warns(UserWarning, match=r"6 swapped norms of this BertForMaskedLM have no gain and bias to tune"):
+        get_peft_model(base(), LNTuningConfig(target_modules=["LayerNorm"]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no gain and bias")
+        get_peft_model(patch_model(build("bert"), "dyt"), LNTuningConfig(target_modules=["LayerNorm"]))
 
 
 # ------------------------------------------------------------------------------------------- patching under an adapter
 
 
-def test_patch_after_lora_uses_the_names_of_the_object_passed() -> None:
-    model = get_peft_model(build("bert"), LoraConfig(**LORA))
-    patch_model(model, **SWAPS["adanorm"], include="base_model.model.bert.embeddings.LayerNorm")
-    assert set(norms(model)) == {"base_model.model.bert.embeddings.LayerNorm"}
-
-
-def test_patch_after_lora_writes_the_bases_spec(tmp_path: Path) -> None:
-    model = get_peft_model(build("bert"), LoraConfig(**LORA))
-    assert patch_model(model, **SWAPS["adanorm"]) is model
+@pytest.mark.parametrize("to_save", [None, ["LayerNorm"]])
+def test_patch_after_lora_writes_the_bases_spec(to_save: list[str] | None, tmp_path: Path) -> None:
+    """Norms in modules_to_save are wrapped. Patched behind PEFT's back, they save under their own names."""
+    model = get_peft_model(build("bert"), LoraConfig(**LORA, modules_to_save=to_save))
+    assert patch_model(model, **ADANORM) is model
     inner = model.get_base_model()
-    assert inner.config.adanorm == base().config.adanorm
     assert model.config is inner.config
+    assert inner.config.adanorm == base().config.adanorm
+    assert resolved_spec(inner) == resolved_spec(base())
     merged = model.merge_and_unload()
-    expected = run(merged, inputs("bert"))
     merged.save_pretrained(tmp_path)
-    assert difference(run(load(tmp_path), inputs("bert")), expected) <= ROUNDING
+    assert same_outputs(load(tmp_path), merged)
 
 
-def test_unpatch_under_an_adapter_is_bit_for_bit() -> None:
+def test_patch_after_lora_uses_the_names_of_the_object_passed_and_unpatch_is_bit_for_bit() -> None:
     model = get_peft_model(build("bert"), LoraConfig(**LORA))
     expected = run(model, inputs("bert"))
-    unpatch_model(patch_model(model))
-    assert not is_patched(model)
+    patch_model(model, **ADANORM, include="base_model.model.bert.embeddings.LayerNorm")
+    assert set(norms(model)) == {"base_model.model.bert.embeddings.LayerNorm"}
+    assert not is_patched(unpatch_model(model))
     assert difference(run(model, inputs("bert")), expected) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- closing the hole
 
 
-def test_adapter_of_a_base_patched_in_memory_warns_and_carries_the_spec(stray: Path) -> None:
-    config = json.loads((stray / "adapter_config.json").read_text())
-    assert config["auto_mapping"]["adanorm"] == base().config.adanorm
-    assert config["auto_mapping"]["base_model_class"] == "BertForMaskedLM"
-
-
-def test_warning_names_the_base_that_the_adapter_will_be_put_on(tmp_path: Path) -> None:
-    build("bert").save_pretrained(tmp_path / "stock")
-    model = get_peft_model(patch_model(load(tmp_path / "stock")), LoraConfig(**LORA, task_type="FEATURE_EXTRACTION"))
-    with pytest.warns(UserWarning, match=r"the base that it names, '.*stock', does not have these norms") as caught:
-        model.save_pretrained(tmp_path / "adapter")
-    assert len([w for w in caught if HOLE in str(w.message)]) == 1
-
-
-def test_attaching_it_to_a_stock_base_raises_before_anything_is_attached(stray: Path) -> None:
-    model = build("bert")
-    before = [type(m) for m in model.modules()]
-    with pytest.raises(
-        ValueError, match=r"adanorm, C=1\.3, k=0\.07.*BertForMaskedLM has its stock norms.*patch_model"
-    ):
-        PeftModel.from_pretrained(model, stray)
-    assert [type(m) for m in model.modules()] == before
-
-
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "found"),
     [
-        (SWAPS["layernorm-simple"], "trained on a base with other norms"),
-        (SWAPS["none"], "trained on a base with other norms"),
-        ({**SWAPS["adanorm"], "layers": [0]}, "trained on a base with other norms"),
-        (
-            {**SWAPS["adanorm"], "C": 1.2},
-            r"needs adanorm, C=1\.3 at bert\.embeddings\.LayerNorm, .* and 4 more; .* has adanorm, C=1\.2\.",
-        ),
-        ({**SWAPS["adanorm"], "eps": 1e-5}, r"needs adanorm, eps=0\.001 at .* has adanorm, eps=1e-05\."),
-        ({**SWAPS["adanorm"], "centered": False}, r"needs adanorm, centered=True at .* has adanorm, centered=False\."),
+        (None, r"embeddings\.LayerNorm \(and 5 more\) needs norm=adanorm, C=1\.3, k=0\.07.*has its stock module"),
+        ({"swap": "layernorm-simple"}, r"needs norm=adanorm, C=1\.3.*has norm=layernorm-simple"),
+        ({"layers": [0]}, r"and 3 more\) needs norm=adanorm, .* has its stock module"),
+        ({"C": 1.2}, r"needs C=1\.3; this BertForMaskedLM has C=1\.2\."),
+        ({"eps": 1e-5}, r"needs eps=0\.001; .* has eps=1e-05\."),
+        ({"centered": False}, r"needs centered=True; .* has centered=False\."),
     ],
 )
-def test_attaching_it_to_a_base_with_other_norms_raises(options: dict[str, Any], told: str, stray: Path) -> None:
-    with pytest.raises(ValueError, match=told):
-        PeftModel.from_pretrained(patch_model(build("bert"), **options), stray)
-
-
-def test_biases_and_eps_of_a_fold_are_named(tmp_path: Path) -> None:
-    def folded() -> PreTrainedModel:
-        model = patch_model(build("bert"), **SWAPS["adanorm"], layers=[0])
-        model.bert.encoder.layer[1].output.LayerNorm.__dict__[ADJUSTED_EPS] = True
-        model.bert.encoder.layer[1].output.dense.__dict__[ADDED_BIAS] = True
-        return model
-
-    with pytest.warns(UserWarning, match=HOLE):
-        get_peft_model(folded(), LoraConfig(**LORA)).save_pretrained(tmp_path)
-    told = (
-        r"needs the bias of a fold at bert\.encoder\.layer\.1\.output\.dense; .* has its stock bias\. It needs the eps"
-    )
-    with pytest.raises(ValueError, match=told):
-        PeftModel.from_pretrained(patch_model(build("bert"), **SWAPS["adanorm"], layers=[0]), tmp_path)
-
-
-@pytest.mark.parametrize("trainable", [False, True])
-def test_an_adapter_of_the_stock_base_on_a_patched_one_is_said(trainable: bool, tmp_path: Path) -> None:
-    build("bert").save_pretrained(tmp_path / "stock")
-    get_peft_model(load(tmp_path / "stock"), LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
-    model = patch_model(load(tmp_path / "stock"), **SWAPS["adanorm"])
-    with pytest.warns(UserWarning, match=r"'.*stock' has other norms: It needs its stock norms at bert.*k=0\.07"):
-        PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=trainable)
-    with pytest.warns(UserWarning, match="has other norms"):
-        patch_model(load(tmp_path / "stock"), **SWAPS["adanorm"]).load_adapter(str(tmp_path / "adapter"))
-
-
-def test_an_adapter_without_a_record_is_told_from_one_of_this_base(saved_base: Path, tmp_path: Path) -> None:
-    """An adapter trained without hf_adanorm, on a base loaded by trust, has no record either."""
-    get_peft_model(load(saved_base), LoraConfig(**LORA)).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for name, warns in ((config["base_model_name_or_path"], False), ("nobody/nowhere", True), (None, True)):
-        changed = {**config, "auto_mapping": None, "base_model_name_or_path": name}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            PeftModel.from_pretrained(load(saved_base), tmp_path)
-            PeftModel.from_pretrained(build("bert"), tmp_path)
-        told = [str(w.message) for w in caught if "may not belong" in str(w.message)]
-        assert len(told) == warns
-        assert all("cannot be read here" in line for line in told)
-
-
-def test_attaching_it_to_a_base_with_these_norms_works(stray: Path) -> None:
+def test_attaching_it_to_a_base_with_other_norms_raises_before_anything_is_attached(
+    options: dict[str, Any] | None, found: str, stray: Path
+) -> None:
+    model = build("bert") if options is None else base(**options)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=f"{OTHER_NORMS}: .*{found}"):
+        PeftModel.from_pretrained(model, stray)
+    assert [type(module) for module in model.modules()] == before
     assert is_patched(PeftModel.from_pretrained(base(), stray))
 
 
+@pytest.mark.parametrize(
+    ("place", "mark", "what"), [("dense", ADDED_BIAS, "bias=True"), ("LayerNorm", ADJUSTED_EPS, "eps=1e-12")]
+)
+def test_biases_and_eps_of_a_fold_count(place: str, mark: str, what: str, tmp_path: Path) -> None:
+    folded = base(layers=[0])
+    folded.get_submodule(f"bert.encoder.layer.1.output.{place}").__dict__[mark] = True
+    with pytest.warns(UserWarning, match=HOLE):
+        get_peft_model(folded, LoraConfig(**LORA)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"output\.{place} needs {what}; .* has its stock module"):
+        PeftModel.from_pretrained(base(layers=[0]), tmp_path)
+
+
 def test_attaching_it_by_the_other_ways_raises_too(stray: Path) -> None:
-    with pytest.raises(ValueError, match="other norms"):
+    with pytest.raises(ValueError, match=OTHER_NORMS):
         build("bert").load_adapter(str(stray))
     model = get_peft_model(build("bert"), LoraConfig(**LORA))
-    with pytest.raises(ValueError, match="other norms"):
+    with pytest.raises(ValueError, match=OTHER_NORMS):
         model.load_adapter(stray, adapter_name="stray")
     assert list(model.peft_config) == ["default"]
 
 
-def test_another_head_on_the_same_base_counts_as_the_same(tmp_path: Path, saved_base: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(saved_base)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        get_peft_model(model, LoraConfig(**LORA, task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
-    again = AutoModelForSequenceClassification.from_pretrained(saved_base)
-    assert is_patched(PeftModel.from_pretrained(again, tmp_path / "adapter"))
+def test_the_warning_names_the_base_that_the_adapter_will_be_put_on(tmp_path: Path) -> None:
+    build("bert").save_pretrained(tmp_path / "stock")
+    model = get_peft_model(patch_model(load(tmp_path / "stock")), LoraConfig(**LORA, task_type="FEATURE_EXTRACTION"))
+    with pytest.warns(UserWarning, match=rf"{HOLE}, and the base that it names, '.*stock', does not have") as caught:
+        model.save_pretrained(tmp_path / "adapter")
+    assert len([w for w in caught if HOLE in str(w.message)]) == 1
 
 
-def test_prompt_tuning_is_guarded_as_well(tmp_path: Path) -> None:
-    model = patch_model(build("gpt2"))
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+def test_an_adapter_without_a_record_is_told_from_one_of_this_base(saved_base: Path, tmp_path: Path) -> None:
+    """One trained on a stock base has no record, nor has one trained without hf_adanorm on a base loaded by trust."""
+    build("bert").save_pretrained(tmp_path / "stock")
+    get_peft_model(load(saved_base), LoraConfig(**LORA)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for name, warns in (
+        (str(saved_base), False),
+        (str(tmp_path / "stock"), True),
+        ("nobody/nowhere", True),
+        (None, True),
+    ):
+        changed = {**config, "auto_mapping": None, "base_model_name_or_path": name}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            PeftModel.from_pretrained(load(saved_base), tmp_path, is_trainable=True)
+            load(saved_base).load_adapter(str(tmp_path))
+            PeftModel.from_pretrained(build("bert"), tmp_path)
+        assert len([w for w in caught if f"its base {name!r} has other norms" in str(w.message)]) == 2 * warns
+
+
+def test_another_head_on_the_same_base_counts_as_the_same(saved_base: Path, tmp_path: Path) -> None:
+    def make() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(saved_base)
+
+    with silence():
+        get_peft_model(make(), LoraConfig(**LORA, task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    assert is_patched(PeftModel.from_pretrained(make(), tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (lambda: build("gpt2"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
+            LoraConfig(r=2, target_modules=["0"]),
+        ),
+    ],
+    ids=["prompt tuning", "plain module"],
+)
+def test_other_methods_and_modules_are_guarded_as_well(make: Callable[[], Any], config: Any, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=HOLE):
-        get_peft_model(model, config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="other norms"):
-        PeftModel.from_pretrained(build("gpt2"), tmp_path)
+        get_peft_model(patch_model(make()), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=OTHER_NORMS):
+        PeftModel.from_pretrained(make(), tmp_path)
 
 
 def test_patch_after_the_adapter_is_seen_at_save(tmp_path: Path) -> None:
-    model = get_peft_model(build("bert"), LoraConfig(**LORA))
-    patch_model(model, **SWAPS["adanorm"])
+    config = LoraConfig(**LORA)
+    model = get_peft_model(build("bert"), config)
+    patch_model(model, **ADANORM)
     with pytest.warns(UserWarning, match=HOLE):
         model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="other norms"):
+    with pytest.raises(ValueError, match=OTHER_NORMS):
         PeftModel.from_pretrained(build("bert"), tmp_path)
     unpatch_model(model)
     model.save_pretrained(tmp_path)
     assert not is_patched(PeftModel.from_pretrained(build("bert"), tmp_path))
-
-
-def test_one_config_object_serves_patched_and_stock_models_alike() -> None:
-    config = LoraConfig(**LORA)
-    assert is_patched(get_peft_model(base(), config))
-    assert not is_patched(get_peft_model(build("bert"), config))
+    assert is_patched(get_peft_model(base(), config))  # one config object serves patched and stock models alike
 
 
 def test_stock_adapters_are_saved_as_ever(tmp_path: Path) -> None:
@@ -347,26 +303,6 @@ def test_stock_adapters_are_saved_as_ever(tmp_path: Path) -> None:
     assert all((tmp_path / "with" / n).read_bytes() == (tmp_path / "without" / n).read_bytes() for n in names)
 
 
-def test_copies_and_pickles_of_an_adapted_model_keep_the_guard(tmp_path: Path) -> None:
-    model = get_peft_model(base(), LoraConfig(**LORA))
-    for i, twin in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
-        with pytest.warns(UserWarning, match=HOLE):
-            twin.save_pretrained(tmp_path / str(i))
-        config = json.loads((tmp_path / str(i) / "adapter_config.json").read_text())
-        assert config["auto_mapping"]["adanorm"] == base().config.adanorm
-
-
-def test_adapter_on_a_plain_module(tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
-
-    config = LoraConfig(r=2, target_modules=["0"])
-    with pytest.warns(UserWarning, match=r"saved without its base.*names no base"):
-        get_peft_model(patch_model(make()), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Sequential has its stock norms"):
-        PeftModel.from_pretrained(make(), tmp_path)
-
-
 def test_absent_peft_stays_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_FINDER, "waiting", {"peft": print})
     monkeypatch.setattr(sys, "meta_path", [_FINDER])
@@ -374,35 +310,39 @@ def test_absent_peft_stays_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _FINDER.find_spec("json") is None
 
 
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.filterwarnings(f"ignore:.*{HOLE}")
+def test_copies_and_pickles_of_an_adapted_model_keep_the_record(twin: Callable[[Any], Any], tmp_path: Path) -> None:
+    twin(get_peft_model(base(), LoraConfig(**LORA))).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["auto_mapping"]["adanorm"] == base().config.adanorm
+
+
 # ------------------------------------------------------------------------------------------------------------- folds
 
 
-def adapter_of(model: Any, folder: Path) -> Path:
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(folder)
-    return folder
+def test_an_adapter_belongs_to_the_fold_that_it_was_trained_on(tmp_path: Path) -> None:
+    def adapter_of(model: Any, name: str) -> Path:
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(tmp_path / name)
+        return tmp_path / name
 
+    def make() -> Any:
+        return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
 
-def test_an_adapter_trained_before_a_fold_is_reported_when_it_is_attached_afterwards(tmp_path: Path) -> None:
     model = fold_models.build("llama")
-    adapter = adapter_of(copy.deepcopy(model), tmp_path / "adapter")
-    fold_affine(model)
-    with pytest.warns(UserWarning, match=r"may not belong to this base, whose norms were folded \(layers.0.input"):
-        PeftModel.from_pretrained(model, adapter)
-
-
-def test_an_adapter_trained_on_a_folded_base_goes_with_that_base_alone(tmp_path: Path) -> None:
-    model = fold_models.build("llama")
+    earlier = adapter_of(copy.deepcopy(model), "earlier")
     fold_affine(model)
     model.save_pretrained(tmp_path / "base")
-    folded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="this adapter")
-        adapter = adapter_of(folded, tmp_path / "adapter")
-        PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), adapter)
-    with pytest.raises(ValueError, match="the norms folded here are none"):
+    with pytest.warns(UserWarning, match="may not belong to this LlamaForCausalLM"):
+        PeftModel.from_pretrained(make(), earlier)
+    with silence():
+        adapter = adapter_of(make(), "adapter")
+        PeftModel.from_pretrained(make(), adapter)
+    with pytest.raises(ValueError, match=r"layers\.0\.input_layernorm \(and 4 more\) needs folded=True"):
         PeftModel.from_pretrained(fold_models.build("llama"), adapter)
-    with pytest.warns(UserWarning, match="which was folded in memory"):
-        adapter_of(model, tmp_path / "stray")
+    with pytest.warns(UserWarning, match=HOLE):
+        adapter_of(model, "stray")
 
 
 @pytest.mark.parametrize("targets", [["model.norm"], ["lm_head"]])

@@ -49,7 +49,8 @@ def bert() -> Any:
 
 def written(folder: Path, code: str = NORMS) -> type:
     folder.mkdir(exist_ok=True)
-    (folder / "helpers.py").write_text(HELPERS)
+    for name in ("helpers", "more"):
+        (folder / f"{name}.py").write_text(HELPERS)
     (folder / "my_norms.py").write_text(code)
     return load_class(str(folder / "my_norms.py"), "BoundedRMSNorm")
 
@@ -139,7 +140,8 @@ def test_two_folders_with_other_files_of_the_same_name_do_not_mix(tmp_path: Path
         ("import hf_adanorm", "must work where hf_adanorm is missing"),
         ("from hf_adanorm import AdaNorm", "must work where hf_adanorm is missing"),
         ("from .nowhere import x", "there is no nowhere.py"),
-        ('"""Or\n    from .helpers import it"""', "takes this text for an import"),
+        ('"""Or\n    from .nowhere import it"""', "takes this text for an import"),
+        ("pass; from .more import x", "transformers does not see this import"),
     ],
 )
 def test_what_could_not_be_loaded_elsewhere_is_refused_with_its_line(line: str, why: str, tmp_path: Path) -> None:
