@@ -310,7 +310,7 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
     """Upload a folder and return the address of the repository. The repository's card is kept; see `card.py`."""
     from huggingface_hub import HfApi
 
-    from .saving import CARD_NAME, read_card, read_config, renewed_card, write_file, write_model_card
+    from .saving import CARD_NAME, read_card, read_config, renew_card, write_file, write_model_card
 
     api = HfApi(library_name="hf_adanorm")
     ignore: list[str] = []
@@ -319,9 +319,8 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if api.file_exists(repo_id, CARD_NAME):
             try:
-                theirs = read_card(Path(api.hf_hub_download(repo_id, CARD_NAME)))
-                text = renewed_card(theirs, read_config(folder), model_id=repo_id)
-                write_file(folder / CARD_NAME, text or "")
+                write_file(folder / CARD_NAME, read_card(Path(api.hf_hub_download(repo_id, CARD_NAME))) or "")
+                renew_card(folder, read_config(folder), model_id=repo_id)
             except ValueError as error:
                 warnings.warn(f"the card of {repo_id} is unchanged: {error}", stacklevel=2)
                 ignore = [CARD_NAME]

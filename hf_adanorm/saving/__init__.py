@@ -10,7 +10,7 @@ if TYPE_CHECKING:
         describes,
         read_card,
         read_config,
-        renewed_card,
+        renew_card,
         write_model_card,
     )
     from .files import TEMPORARY, leads_outside, write_file
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "card": "CARD_NAME describes read_card read_config renewed_card write_model_card",
+        "card": "CARD_NAME describes read_card read_config renew_card write_model_card",
         "files": "TEMPORARY leads_outside write_file",
         "marks": "folded_norms mark_folded",
         "spec": "all_configs configs_of left_by_folds own_configs resolved_spec swapped_norms write_specs",

@@ -8,7 +8,6 @@ empty entries of the front matter.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -34,7 +33,7 @@ PROJECT = ""
 BEGIN = "<!-- hf_adanorm: begin. write_model_card replaces the text between these two markers. -->"
 END = "<!-- hf_adanorm: end -->"
 CARD_NAME = "README.md"
-_PLACEHOLDER = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+_FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 # The Hub's name of a task -> the Auto class that serves it, and the middle of the name of its table in modeling_auto.
 _TASKS = {
@@ -111,24 +110,18 @@ def render_card(config: Mapping[str, Any], *, existing: str | None = None, chat:
     """Return the card of a model with the given config.json.
 
     Args:
-        existing: the card to update, if there is one.
+        existing: the card to update, if there is one. Of an empty form (`is_form`) only the front matter stays.
         chat: whether the tokenizer has a chat template.
         **details: arguments of `write_model_card`.
     """
-    bound = inspect.signature(write_model_card).bind(None, **details)
-    bound.apply_defaults()
-    given = bound.arguments
-    specs = _specs(config)
-    rows = _rows(specs)
+    given = {**(write_model_card.__kwdefaults__ or {}), **details}
+    specs, architecture, card = _specs(config), _architecture(config), _parse(existing)
+    rows, data = _rows(specs), card.data
     norms = list(dict.fromkeys(row["norm"] for row in rows))
-    folded = bool(config.get("folded_norms"))
-    architecture = _architecture(config)
-    card = _parse(existing)
-    data = card.data
     if existing is not None and describes(existing, config) is False:
         _forget_model(data)
     task = given["task"] or data.pipeline_tag or _task(config, architecture)
-    base_model = given["base_model"] or data.base_model
+    base_model = given["base_model"] or next(iter(_united(data.base_model)), None)
     datasets = list(given["datasets"] or ())
     data_names = [given["dataset_name"]] if given["dataset_name"] else datasets
     made_up = ["-".join([part, *norms]).rpartition("/")[2] for part in (base_model, architecture) if part]
@@ -141,11 +134,11 @@ def render_card(config: Mapping[str, Any], *, existing: str | None = None, chat:
         base_model=base_model if _is_id(base_model) else None,
         biases=any(spec.biases for spec in specs.values()),
         chat=chat,
-        command=without_folders(given["command"]),
+        command=without_folders(given["command"] or ""),
         data=_cell(", ".join(data_names)),
         digest=_digest(specs),
         eps=any(spec.eps for spec in specs.values()),
-        folded=folded,
+        folded=bool(config.get("folded_norms")),
         name=given["model_id"] or "path/or/id-of-this-model",
         norms=norms,
         project=PROJECT,
@@ -157,48 +150,46 @@ def render_card(config: Mapping[str, Any], *, existing: str | None = None, chat:
         where=_cell(" ".join([*data_names[:1], *([f"({split})"] if split else [])]) or "-"),
     )
     section = section.replace(BEGIN, "").replace(END, "").strip()  # our markers stay ours, whatever a config contains
-    if existing is None:
+    if existing is None or is_form(existing):
         card.text = f"\n# {title}\n\n{BEGIN}\n{END}\n"
     for heading in made_up:
         card.text = card.text.replace(f"# {heading}\n\n{BEGIN}", f"# {title}\n\n{BEGIN}")
-    card.text = _replace_section(card.text, f"{BEGIN}\n{section}\n{END}")
+    card.text = _replace_section(card.text, section)
 
     data.library_name = data.library_name or "transformers"
-    data.base_model = base_model
+    data.base_model = given["base_model"] or data.base_model
     data.license = data.license or given["license"] or _license_of(base_model)
     data.pipeline_tag = data.pipeline_tag or task
-    own = ["hf_adanorm", *norms] if specs else ["hf_adanorm"] * folded
-    data.tags = _united(data.tags, own, given["tags"]) or None
+    own = ["hf_adanorm"] if specs or config.get("folded_norms") else []
+    data.tags = _united(data.tags, own, norms, given["tags"]) or None
     if datasets:
         data.datasets = _united(data.datasets, datasets)
     if results:
         data.metrics = _united(data.metrics, results)
         data.model_name = data.model_name or title
         where = data_names[0] if data_names else "unknown"
-        fresh = [
-            EvalResult(
-                task_type=task or "other",
-                dataset_type=datasets[0] if datasets else re.sub(r"[^\w.-]+", "-", where),
-                dataset_name=where,
-                dataset_split=split,
-                metric_type=metric,
-                metric_value=value,
-            )
-            for metric, value in results.items()
-        ]
+        kind = datasets[0] if datasets else re.sub(r"[^\w.-]+", "-", where)
+        fresh = [EvalResult(task or "other", kind, where, *result, dataset_split=split) for result in results.items()]
         old = [row for row in data.eval_results or [] if not any(row.is_equal_except_value(new) for new in fresh)]
         data.eval_results = [*old, *fresh]
     return str(card)
 
 
-def renewed_card(existing: str | None, config: Mapping[str, Any], model_id: str | None = None) -> str | None:
-    """Return the card to push over an `existing` one: our section describes the model with the given config, or is
-    removed if that model has no swapped norms."""
-    if existing is not None and describes(existing, config) is not False:
-        return existing
-    if not _specs(config):
-        return None if existing is None else without_section(existing)
-    return render_card(config, existing=existing, model_id=model_id)
+def renew_card(folder: Path, config: Mapping[str, Any], **details: Any) -> None:
+    """Bring our section of the folder's card up to date with the given config, and write a card where there is none.
+
+    A section that describes the model stays as it is. That of a model without swapped norms is removed.
+    """
+    path = folder / CARD_NAME
+    text = read_card(path)
+    old = None if text is None or is_form(text) else text
+    if old is not None and describes(old, config) is not False:
+        return
+    if _specs(config):
+        more = {} if old is None else {"base_model": None}  # an existing card knows its own
+        write_file(path, render_card(config, existing=text, **{**details, **more}))
+    elif old is not None and (stripped := without_section(old)) != old:
+        write_file(path, stripped)
 
 
 def describes(text: str, config: Mapping[str, Any]) -> bool | None:
@@ -217,21 +208,16 @@ def without_section(text: str) -> str:
     return str(card)
 
 
-def is_placeholder(text: str) -> bool:
-    """Check whether transformers generated the card, for want of another."""
-    return _PLACEHOLDER in text and BEGIN not in text
+def is_form(text: str) -> bool:
+    """Check whether transformers wrote the card, an empty form, for want of another."""
+    return _FORM in text and BEGIN not in text
 
 
-def card_tags(text: str) -> list[str]:
-    """Return the tags in a card's front matter."""
-    return _united(_parse(text).data.tags)
-
-
-def with_tags(text: str, tags: Sequence[str]) -> str:
-    """Return a card with further tags."""
+def with_tags_of(form: str, text: str) -> str:
+    """Return a card with the tags of the form that transformers wrote in its place."""
+    card, tags = _parse(text), _united(_parse(form).data.tags)
     if not tags:
         return text
-    card = _parse(text)
     card.data.tags = _united(card.data.tags, tags)
     return str(card)
 
@@ -272,10 +258,8 @@ def base_model_of(config: PreTrainedConfig) -> str | None:
     return name if _is_id(name) and not Path(name).exists() else None
 
 
-def without_folders(command: str | None) -> str | None:
+def without_folders(command: str) -> str:
     """Return a command line without the folders of the machine that it ran on."""
-    if command is None:
-        return None
     return re.sub(r"(?<![\w.:/-])(?:~|[A-Za-z]:)?/(?:[^\s/'\"]+/)*(?=[^\s/])", "", command).replace("```", "` ` `")
 
 
@@ -370,14 +354,9 @@ def _parse(text: str | None) -> Any:
 
 def _replace_section(text: str, section: str) -> str:
     if (BEGIN in text) != (END in text) or text.count(BEGIN) > 1 or text.find(BEGIN) > text.find(END):
-        raise ValueError(
-            f"{CARD_NAME} must contain both markers of hf_adanorm's section once and in order: restore them, or "
-            "delete what is left of the section"
-        )
-    if BEGIN not in text:
-        return f"{text.rstrip()}\n\n{section}\n"
-    start, end = text.index(BEGIN), text.index(END) + len(END)
-    return text[:start] + section + text[end:]
+        raise ValueError(f"{CARD_NAME} must contain both markers of hf_adanorm's section once and in order")
+    before, _, rest = text.partition(BEGIN) if BEGIN in text else (f"{text.rstrip()}\n\n", "", f"{END}\n")
+    return f"{before}{BEGIN}\n{section}\n{END}{rest.partition(END)[2]}"
 
 
 def _is_id(name: Any) -> bool:

@@ -33,7 +33,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import CONFIG_NAME
-from transformers.utils.hub import cached_file
 
 from hf_adanorm import modeling_adanorm
 from hf_adanorm.holder import held
@@ -89,7 +88,7 @@ def to_json_file(original: Callable[..., Any], config: PreTrainedConfig, bound: 
         if path.name == CONFIG_NAME:
             with _in_second_place(path.parent):
                 if travel.remove_code(path.parent):
-                    _remove_card_section(path.parent)
+                    card.renew_card(path.parent, {})
         return result
     classes = _classes_of(config)
     own = copy.deepcopy(config)  # auto_map belongs to the folder, not to the model in memory
@@ -186,7 +185,8 @@ def save_pretrained(original: Callable[..., Any], model: PreTrainedModel, bound:
         if saving.saved is not None:
             with _in_second_place(folder):
                 _keep_out_of_the_index(folder)
-                _write_card(folder, saving.saved, saving)
+                config = saving.saved
+                card.renew_card(folder, config.to_dict(), base_model=card.base_model_of(config))
     finally:
         _SAVING.reset(token)
     for note in saving.notes:
@@ -258,58 +258,21 @@ def _keep_out_of_the_index(folder: Path) -> None:
             write_file(path, json.dumps({**index, "weight_map": kept}, indent=2, sort_keys=True) + "\n")
 
 
-def _write_card(folder: Path, config: PreTrainedConfig, saving: _Saving) -> None:
-    """Write a card where there is none, after all else is saved. Note if an existing one describes other norms."""
-    path = folder / card.CARD_NAME
-    text = card.read_card(path)
-    if text is None:
-        write_file(path, card.render_card(config.to_dict(), base_model=card.base_model_of(config)))
-    elif card.describes(text, config.to_dict()) is False:
-        saving.notes.append(
-            f"the model card in {folder} describes other norms than the model that is saved there now; "
-            f"hf_adanorm.write_model_card({str(folder)!r}) brings its section up to date"
-        )
-
-
 def upload_modified_files(original: Callable[..., Any], model: PreTrainedModel, bound: BoundArguments) -> Any:
     """Renew the card before a push: transformers has just replaced the folder's by that of the repository, or by an
     empty form."""
-    folder = Path(bound.arguments["working_dir"])
+    folder, saving, repo_id = Path(bound.arguments["working_dir"]), _SAVING.get(), bound.arguments["repo_id"]
+    path = folder / card.CARD_NAME
     with _in_second_place(folder):
         if has_spec(model.config):
             _keep_out_of_the_index(folder)
-        if (folder / CONFIG_NAME).is_file():  # not beside an adapter alone
-            _write_card_to_push(folder, bound.arguments["repo_id"], model.config)
+        if (folder / CONFIG_NAME).is_file() and (text := card.read_card(path)) is not None:  # not an adapter alone
+            if card.is_form(text) and saving is not None and saving.user_card is not None:
+                write_file(path, card.with_tags_of(text, saving.user_card))
+            base = card.base_model_of(model.config)
+            base = None if base == repo_id else base
+            card.renew_card(folder, card.read_config(folder), model_id=repo_id, base_model=base)
     return original(model)
-
-
-def _write_card_to_push(folder: Path, repo_id: str, config: PreTrainedConfig) -> None:
-    path, saving = folder / card.CARD_NAME, _SAVING.get()
-    text = card.read_card(path)
-    if text is None:
-        return
-    if not (has_spec(config) and card.is_placeholder(text)):
-        renewed = card.renewed_card(text, card.read_config(folder), model_id=repo_id)
-        if renewed is not None and renewed != text:
-            write_file(path, renewed)
-        return
-    tags = card.card_tags(text)
-    if saving is not None and saving.user_card is not None and not card.is_placeholder(saving.user_card):
-        text = card.with_tags(saving.user_card, tags)
-    else:
-        base = card.base_model_of(config)
-        base = base if base != repo_id else None
-        with suppress(OSError):  # its license is in its card
-            cached_file(base, card.CARD_NAME) if base else None
-        text = card.render_card(card.read_config(folder), model_id=repo_id, base_model=base, tags=tags)
-    write_file(path, text)
-
-
-def _remove_card_section(folder: Path) -> None:
-    path = folder / card.CARD_NAME
-    text = card.read_card(path)
-    if text is not None and (stripped := card.without_section(text)) != text:
-        write_file(path, stripped)
 
 
 # ------------------------------------------------------------------------------------------------------- the Trainer
@@ -340,29 +303,20 @@ def get_decay_parameter_names(original: Callable[..., Any], trainer: Any, bound:
 def create_model_card(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
     result = original(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    folder = Path(trainer.args.output_dir)
     # Not for an adapter around a patched base: what it saves is no patched model.
-    if trainer.is_world_process_zero() and isinstance(model, PreTrainedModel) and has_spec(model.config):
-        path = Path(trainer.args.output_dir) / card.CARD_NAME
-        with _in_second_place(path.parent):
-            own = copy.deepcopy(model.config)
-            module = (travel.ENTRY if _classes_of(model.config) else travel.LOADER).removesuffix(".py")
-            own.auto_map = _auto_map(model.config, module)
-            model_id = getattr(trainer, "hub_model_id", None)
-            write_file(path, card.render_card(own.to_dict(), existing=card.read_card(path), model_id=model_id))
+    if trainer.is_world_process_zero() and isinstance(model, PreTrainedModel) and (folder / CONFIG_NAME).is_file():
+        with _in_second_place(folder):
+            if has_spec(model.config):
+                card.write_model_card(folder, model_id=getattr(trainer, "hub_model_id", None))
     return result
 
 
 def push_from_checkpoint(original: Callable[..., Any], trainer: Any, bound: BoundArguments) -> Any:
     """Put our code and card into the folder first: the Trainer copies only files that it knows from the checkpoint."""
-    checkpoint = Path(bound.arguments["checkpoint_folder"])
+    checkpoint, folder = Path(bound.arguments["checkpoint_folder"]), Path(trainer.args.output_dir)
     if trainer.is_world_process_zero() and (checkpoint / travel.LOADER).is_file():
-        output_dir = Path(trainer.args.output_dir)
-        with _in_second_place(output_dir):
-            travel.write_code(output_dir, _classes_of(trainer.accelerator.unwrap_model(trainer.model).config))
-            text = card.read_card(output_dir / card.CARD_NAME)
-            renewed = card.renewed_card(
-                card.read_card(checkpoint / card.CARD_NAME) if text is None else text, card.read_config(checkpoint)
-            )
-            if renewed != text:
-                write_file(output_dir / card.CARD_NAME, renewed or "")
+        with _in_second_place(folder):
+            travel.write_code(folder, _classes_of(trainer.accelerator.unwrap_model(trainer.model).config))
+            card.renew_card(folder, card.read_config(checkpoint))
     return original(trainer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from hf_adanorm import patch_model, unpatch_model, write_model_card
-from hf_adanorm.saving.card import BEGIN, END, render_card, renewed_card, without_section
+from hf_adanorm.saving.card import BEGIN, END, render_card, renew_card, without_section
 from tests.integration.hub_client import build
 from tests.integration.hub_server import HubServer
 from tests.zoo.tiny_text import make_tokenizer
@@ -27,14 +26,16 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_saving_leaves_an_existing_card_alone_and_warns_when_it_tells_of_other_norms(saved: Path) -> None:
-    before = (saved / "README.md").read_bytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        build("detachnorm").save_pretrained(saved)
-    with pytest.warns(UserWarning, match="describes other norms"):
-        build("adanorm").save_pretrained(saved)
-    assert (saved / "README.md").read_bytes() == before
+def test_saving_renews_our_section_only_for_other_norms(saved: Path) -> None:
+    text = (saved / "README.md").read_text().replace("DetachNorm computes", "changed") + "\nA remark.\n"
+    (saved / "README.md").write_text(text)
+    build("detachnorm").save_pretrained(saved)
+    assert (saved / "README.md").read_text() == text
+    build("adanorm").save_pretrained(saved)
+    text = (saved / "README.md").read_text()
+    assert "changed" not in text
+    assert "AdaNorm computes" in text
+    assert text.endswith("\nA remark.\n")
 
 
 def test_a_card_that_a_save_wrote_is_what_write_model_card_writes(saved: Path) -> None:
@@ -115,11 +116,19 @@ def test_refreshing_replaces_our_section_only(saved: Path) -> None:
 def test_a_card_brought_up_to_another_model_loses_the_scores_and_tags_of_the_one_before(
     saved: Path, norm: str | None
 ) -> None:
-    before = write_model_card(saved, datasets=["a/b"], results={"accuracy": 0.5}, tags=["mine"]).read_text()
+    path = write_model_card(saved, datasets=["a/b"], results={"accuracy": 0.5}, tags=["mine"])
     model = unpatch_model(build()) if norm is None else build(norm)
-    data = ModelCard(renewed_card(before, model.config.to_dict())).data
+    renew_card(saved, model.config.to_dict())
+    data = ModelCard(path.read_text()).data
     assert data.eval_results is None
     assert data.tags == (["mine"] if norm is None else ["mine", "hf_adanorm", norm])
+
+
+def test_a_base_model_may_be_a_list(saved: Path) -> None:
+    (saved / "README.md").write_text("---\nbase_model:\n- org/one\n- org/two\n---\n# Mine\n")
+    card = ModelCard(write_model_card(saved).read_text())
+    assert card.data.base_model == ["org/one", "org/two"]
+    assert "made from [org/one]" in card.text
 
 
 def test_a_card_without_front_matter_gains_one(saved: Path) -> None:
