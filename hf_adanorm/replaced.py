@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,17 +16,15 @@ GIVEN_EPS = "_adanorm_given_eps"  # in the __dict__ of a swapped norm whose eps 
 _GAINS, _BIASES = ("dyt_gain", "gain", "weight"), ("dyt_bias", "bias")
 
 
+@dataclass
 class Replaced:
-    """A replaced norm. It is no submodule: it has no part in the state dict, and moves only when it is put back.
+    """A replaced norm. It is no submodule: it has no part in the state dict, and moves only when it is put back."""
 
-    Args:
-        module: the norm.
-        has_values: whether its gain and bias are those of the model. After a reload they are not.
-        around_was_trainable: whether the parameters next to it were trainable when it was replaced.
-    """
-
-    def __init__(self, module: nn.Module, has_values: bool = False, around_was_trainable: bool = True) -> None:
-        self.module, self.has_values, self.around_was_trainable = module, has_values, around_was_trainable
+    module: nn.Module
+    has_values: bool = False
+    """Whether its gain and bias are those of the model. After a reload they are not."""
+    around_was_trainable: bool = True
+    """Whether the parameters next to it were trainable when it was replaced."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replaced:
         return Replaced(copy.deepcopy(self.module, memo), self.has_values, self.around_was_trainable)
@@ -45,14 +44,12 @@ def remember(new: nn.Module, source: nn.Module, **known: bool) -> None:
 
 def replaced_by(module: nn.Module) -> Replaced | None:
     """Return what `module` replaced; None for a norm that was put in by hand."""
-    found: Replaced | None = module.__dict__.get(_KEY)
-    return found
+    return module.__dict__.get(_KEY)
 
 
 def source_of(module: nn.Module) -> nn.Module | None:
     """Return the norm that `module` replaced; None for a norm that was put in by hand."""
-    found = replaced_by(module)
-    return None if found is None else found.module
+    return getattr(replaced_by(module), "module", None)
 
 
 def learned_affine(norm: SwappedNorm) -> dict[str, Tensor]:

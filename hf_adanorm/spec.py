@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from .modeling_adanorm import FORMAT, NORM_CLASSES, __version__, check, is_name, read_spec
@@ -33,8 +33,7 @@ class NormGroup:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the group as JSON types."""
-        given = {item.name: getattr(self, item.name) for item in fields(self)}
-        given = {key: value for key, value in given.items() if value not in (None, {})}
+        given = {key: value for key, value in vars(self).items() if value not in (None, {})}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
@@ -74,8 +73,6 @@ class AdaNormSpec:
         Raises:
             TypeError, ValueError: for anything that `to_dict` does not write, and for a higher format.
         """
-        if isinstance(data, AdaNormSpec):
-            return data
         classes = data.get("classes") if isinstance(data, dict) else None
         spec = read_spec(data, classes if isinstance(classes, dict) else ())
         for name, entry in spec["classes"].items():
@@ -85,14 +82,9 @@ class AdaNormSpec:
             )
             what = f"class {name!r} of config.adanorm needs a name that is not built in, a class, file and files"
             check(fine and name not in NORM_CLASSES, what, entry)
-        known = [item.name for item in fields(NormGroup)]
-        groups: list[dict[str, Any]] = [
-            {key: tuple(v) if isinstance(v, list) else v for key, v in group.items() if key in known}
+        given: list[dict[str, Any]] = [
+            {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
             for group in spec["groups"]
         ]
-        return cls(
-            groups=tuple(NormGroup(**group) for group in groups),
-            biases=tuple(spec["biases"]),
-            eps=spec["eps"],
-            classes=spec["classes"],
-        )
+        groups, biases = tuple(NormGroup(**group) for group in given), tuple(spec["biases"])
+        return cls(groups=groups, biases=biases, eps=spec["eps"], classes=spec["classes"])

@@ -47,19 +47,17 @@ def has_spec(config: PreTrainedConfig) -> bool:
 
 def all_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """Return `config` and every config nested in it (encoder and decoder, text and vision, ...)."""
-    found = {id(config): config}
-    waiting = [config]
-    for current in waiting:  # which grows
-        nested = {id(value): value for value in vars(current).values() if isinstance(value, PreTrainedConfig)}
-        waiting += [value for key, value in nested.items() if key not in found]
-        found |= nested
-    return list(found.values())
+    found = [config]
+    for current in found:  # which grows
+        nested = [value for value in vars(current).values() if isinstance(value, PreTrainedConfig)]
+        found += [value for value in nested if not any(value is known for known in found)]
+    return found
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    values = [value for module in model.modules() for value in vars(module).values()]
-    outer = {id(value): value for value in values if isinstance(value, PreTrainedConfig)}
-    return list({id(config): config for value in outer.values() for config in all_configs(value)}.values())
+    values = {id(value): value for module in model.modules() for value in vars(module).values()}
+    outer = [value for value in values.values() if isinstance(value, PreTrainedConfig)]
+    return list({id(config): config for value in outer for config in all_configs(value)}.values())
 
 
 def own_configs(model: nn.Module) -> None:
@@ -181,20 +179,12 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
     for name, module in modules.items():
         if not is_swapped(module):
             continue
-        group = NormGroup(
-            norm=module.norm_name,
-            modules=(),
-            settings=module.settings(),
-            centered=None if module.centered else False,
-            **_overrides(module),
-        )
+        group = NormGroup(norm=module.norm_name, modules=(), settings=module.settings(), **_layout(module))
         groups.setdefault(group, []).append(name)
         if module.inner is not module:
             entry = _class_entry(cast(Any, type(module.inner)))
             if classes.setdefault(module.norm_name, entry) != entry:
-                raise ValueError(
-                    f"two classes of this model are called {module.norm_name!r}: name one with register_norm"
-                )
+                raise ValueError(f"two classes are called {module.norm_name!r}: give one a name with register_norm")
     biases, eps = left_by_folds(model)
     if not groups and not biases and not eps:
         return None
@@ -217,12 +207,9 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
         reached = {name for template in short for name in found[template]}
         return (*short, *(spelled[name] for name in names if name not in reached))
 
-    return AdaNormSpec(
-        groups=tuple(dataclasses.replace(group, modules=patterns(names)) for group, names in groups.items()),
-        biases=patterns(biases),
-        eps={spelled[name]: value for name, value in eps.items()},
-        classes=classes,
-    )
+    named = tuple(dataclasses.replace(group, modules=patterns(names)) for group, names in groups.items())
+    adjusted = {spelled[name]: value for name, value in eps.items()}
+    return AdaNormSpec(groups=named, biases=patterns(biases), eps=adjusted, classes=classes)
 
 
 def spec_names(model: nn.Module, modules: dict[str, Any]) -> dict[str, str]:
@@ -254,14 +241,9 @@ def left_by_folds(model: nn.Module) -> tuple[list[str], dict[str, float]]:
         named = find_modules(model, [*spec.biases, *spec.eps], modules.items())
         biases |= {name for pattern in spec.biases for name in named[pattern]}
         eps |= {name: value for pattern, value in spec.eps.items() for name in named[pattern]}
-    return (
-        [name for name, module in modules.items() if name in biases and getattr(module, "bias", None) is not None],
-        {
-            name: source_settings(module).get("eps", eps[name])
-            for name, module in modules.items()
-            if name in eps and not is_swapped(module)
-        },
-    )
+    layers = [name for name, layer in modules.items() if name in biases and getattr(layer, "bias", None) is not None]
+    norms = {name: norm for name, norm in modules.items() if name in eps and not is_swapped(norm)}
+    return layers, {name: source_settings(norm).get("eps", eps[name]) for name, norm in norms.items()}
 
 
 @functools.cache  # as the files were when the class was first swapped in
@@ -271,15 +253,15 @@ def _class_entry(cls: Any) -> dict[str, Any]:
     return {"class": cls.__name__, "file": file, "files": {path.name: digest(path) for path in files}}
 
 
-def _overrides(module: SwappedNorm) -> dict[str, Any]:
-    """Return the settings that loading cannot read off the stock norm: all, for a norm that was put in by hand."""
+def _layout(module: SwappedNorm) -> dict[str, Any]:
+    """Return the layout as far as loading cannot read it off the stock norm: all, for a norm put in by hand."""
     source = source_of(module)
     readable = {} if source is None else source_settings(source)
-    found = {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
-    found = {key: value for key, value in found.items() if readable.get(key) != value}
-    if GIVEN_EPS in module.__dict__ or (source is not None and ADJUSTED_EPS in source.__dict__):  # not the config's
-        found["eps"] = module.eps
-    return {**found, "output_dtype": module.output_dtype}
+    if GIVEN_EPS in module.__dict__ or ADJUSTED_EPS in vars(source or module):  # not the config's
+        readable.pop("eps", None)
+    own = {key: getattr(module, key) for key in ("eps", "normalized_shape", "channels_first")}
+    changed = {key: value for key, value in own.items() if readable.get(key) != value}
+    return {**changed, "centered": None if module.centered else False, "output_dtype": module.output_dtype}
 
 
 def refuse_loose_norms(model: nn.Module) -> None:

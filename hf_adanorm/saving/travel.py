@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,32 +49,32 @@ def check_classes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
     """
     for name, entry in entries.items():
         if not entry["files"]:
-            raise ValueError(
-                f"the norm {name!r} cannot be saved: its class {entry['class']} is defined in {entry['file']}, not "
-                "in a file of its own. Move it to a file such as my_norms.py and import it from there"
-            )
+            where = f"{entry['class']} is defined in {entry['file']}, not in a file of its own"
+            _refuse(name, f"{where}. Move it to a file such as my_norms.py and import it from there")
     classes = find_classes(entries)
     by_name: dict[str, Path] = {}
     for name, cls in classes.items():
         if "." in cls.__qualname__:
-            raise ValueError(
-                f"the norm {name!r} cannot be saved: {cls.__qualname__} must stand at the top of its file"
-            )
+            _refuse(name, f"{cls.__qualname__} must stand at the top of its file")
         for path in files_of(cls):
             if not path.stem.isidentifier() or path.name in (LOADER, ENTRY, "__init__.py"):
-                raise ValueError(f"the norm {name!r} cannot be saved: rename {path.name}, a name that has another use")
+                _refuse(name, f"rename {path.name}, a name that has another use")
             other = by_name.setdefault(path.name, path)
             if digest(other) != digest(path):
-                raise ValueError(f"two files of this model's norms are called {path.name}: {other} and {path}")
+                _refuse(name, f"two files of this model's norms are called {path.name}: {other} and {path}")
             check_file(name, path)
     return classes
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise ValueError(f"the norm {name!r} cannot be saved: {why}")
 
 
 def check_file(name: str, path: Path) -> None:
     """Raise ValueError, naming the line, for a file of a norm that could not be loaded from a saved model's folder."""
 
     def refuse(line: int, why: str) -> NoReturn:
-        raise ValueError(f"the norm {name!r} cannot be saved: {path}, line {line}: {why}")
+        _refuse(name, f"{path}, line {line}: {why}")
 
     text = path.read_text(encoding="utf-8")
     found: dict[str, int] = {}
@@ -117,9 +117,8 @@ def write_code(folder: Path, classes: Mapping[str, type]) -> str:
     if not classes:
         (folder / ENTRY).unlink(missing_ok=True)
         return Path(LOADER).stem
-    write_file(
-        folder / ENTRY, _entry_text({name: (files[name][0].name, cls.__name__) for name, cls in classes.items()})
-    )
+    homes = {name: (files[name][0].name, cls.__name__) for name, cls in classes.items()}
+    write_file(folder / ENTRY, _entry_text(homes))
     return Path(ENTRY).stem
 
 
@@ -139,22 +138,17 @@ class CodeReport:
 
     loader: str
     """"ours" if modeling_adanorm.py is the one of this hf_adanorm, byte for byte; "modified" if not; "none"."""
-    loader_sha256: str = ""
-    entry: str = "none"
+    loader_sha256: str
+    entry: str
     """The same for the entry file that joins the loader and the author's classes."""
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str]
     """The author's own files and their SHA-256: what trust_remote_code=True executes besides the loader."""
-    expected: dict[str, str] = field(default_factory=dict)
+    expected: dict[str, str]
     """The author's files that config.json names, and the SHA-256 that they had when the model was saved."""
 
 
 def inspect_code(folder: Path, spec: AdaNormSpec | None = None) -> CodeReport:
-    """Describe the code in a folder, without executing it.
-
-    Args:
-        folder: the folder of a saved model.
-        spec: what its config.json says.
-    """
+    """Describe the code in the folder of a saved model, whose config.json has this spec, without executing it."""
     classes = {} if spec is None else spec.classes
     entry_text = _entry_text({name: (entry["file"], entry["class"]) for name, entry in classes.items()})
 
