@@ -51,12 +51,7 @@ if TYPE_CHECKING:
     from . import modeling_adanorm as modeling_adanorm
     from .calibration import KReport, NormRange, calibrate_k
     from .detection import NormInfo
-    from .diagnostics import (
-        NormLog,
-        NormRecord,
-        WatchNormsCallback,
-        watch_norms,
-    )
+    from .diagnostics import NormLog, NormRecord, WatchNormsCallback, watch_norms
     from .diagnostics import plots as plots
     from .folding import Fold, FoldedNorm, FoldReport, fold_affine
     from .modeling_adanorm import AdaNorm, DetachNorm, DyT, LayerNormSimple, NoNorm, __version__

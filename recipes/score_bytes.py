@@ -39,15 +39,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from common.progress import with_time_left
 from common.saved import device_and_autocast, load_saved
-from tasks.bytes import (
-    Windows,
-    check_reads_bytes,
-    collate_windows,
-    has_memory,
-    read_bytes,
-    stream_bits,
-    window_bits,
-)
+from tasks.bytes import Windows, check_reads_bytes, collate_windows, has_memory, read_bytes, stream_bits, window_bits
 
 
 @torch.inference_mode()

@@ -11,10 +11,5 @@ if TYPE_CHECKING:
 
 # The plots' colors need neither the Trainer's callbacks nor transformers.
 __getattr__, __dir__ = lazily(
-    __name__,
-    {
-        "log": "NormLog NormRecord",
-        "plots": "plots",
-        "watch": "WatchNormsCallback watch_norms",
-    },
+    __name__, {"log": "NormLog NormRecord", "plots": "plots", "watch": "WatchNormsCallback watch_norms"}
 )

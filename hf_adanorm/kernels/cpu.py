@@ -40,10 +40,7 @@ _FLAGS = (
 _GCC_FLAGS = ("-fvariable-expansion-in-unroller", "--param", "max-variable-expansions-in-unroller=4")
 _CAPABILITY_FLAGS = {  # what torch found the CPU capable of, when it is an x86
     "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-        "-mprefer-vector-width=512",
-    ),
+    "AVX512": (*("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"), "-mprefer-vector-width=512"),
 }
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _MIN_PARALLEL = 32_768  # elements: below, waking threads up costs more than they save (torch's own grain size)

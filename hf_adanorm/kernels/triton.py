@@ -37,17 +37,7 @@ def enable(on: bool = True) -> None:
 
 @triton.jit
 def _forward(
-    x_ptr,
-    z_ptr,
-    stats_ptr,
-    rows,
-    H,
-    eps,
-    C,
-    k,
-    CENTERED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x_ptr, z_ptr, stats_ptr, rows, H, eps, C, k, CENTERED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, WIDTH)[None, :]

@@ -5,25 +5,10 @@ from typing import TYPE_CHECKING
 from hf_adanorm._lazy import lazily
 
 if TYPE_CHECKING:
-    from .card import (
-        CARD_NAME,
-        describes,
-        read_card,
-        read_config,
-        renew_card,
-        write_model_card,
-    )
+    from .card import CARD_NAME, describes, read_card, read_config, renew_card, write_model_card
     from .files import TEMPORARY, leads_outside, write_file
     from .marks import folded_norms, mark_folded
-    from .spec import (
-        all_configs,
-        configs_of,
-        left_by_folds,
-        own_configs,
-        resolved_spec,
-        swapped_norms,
-        write_specs,
-    )
+    from .spec import all_configs, configs_of, left_by_folds, own_configs, resolved_spec, swapped_norms, write_specs
     from .travel import CodeReport, inspect_code
     from .wrapping import when_imported
 

@@ -16,9 +16,7 @@ from .wrapping import unwrap_methods, when_imported, wrap_method
 
 # By module: the method, the function that wraps it, and the arguments that this function reads.
 WRAPPED: dict[str, list[tuple[str, ...]]] = {
-    "transformers.configuration_utils": [
-        ("PreTrainedConfig.to_json_file", "hooks.to_json_file", "json_file_path"),
-    ],
+    "transformers.configuration_utils": [("PreTrainedConfig.to_json_file", "hooks.to_json_file", "json_file_path")],
     "transformers.modeling_utils": [
         ("PreTrainedModel.post_init", "hooks.post_init"),
         ("PreTrainedModel.save_pretrained", "hooks.save_pretrained", "save_directory"),

@@ -46,13 +46,7 @@ class StepPlan:
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        *,
-        seed: int,
-        num_processes: int = 1,
-        accumulation: int = 1,
+        self, lengths: Sequence[int], batch_size: int, *, seed: int, num_processes: int = 1, accumulation: int = 1
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.seed = seed

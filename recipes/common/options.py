@@ -63,9 +63,7 @@ def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=positive, default=32)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     parser.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="execute the Python files in the model's folder",
+        "--trust_remote_code", action="store_true", help="execute the Python files in the model's folder"
     )
     parser.add_argument("--quiet", action="store_true", help="print no result")
     return parser

@@ -38,10 +38,7 @@ def train_joint_bpe(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, *punctuation])
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=list(SPECIAL),
-        show_progress=False,
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() > vocab_size:  # the trainer keeps all characters

@@ -153,11 +153,7 @@ def bert() -> tuple[BertForMaskedLM, dict[str, Tensor]]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
     config = BertConfig(
-        vocab_size=512,
-        attn_implementation="eager",
-        hidden_dropout_prob=0,
-        attention_probs_dropout_prob=0,
-        **sizes,
+        vocab_size=512, attn_implementation="eager", hidden_dropout_prob=0, attention_probs_dropout_prob=0, **sizes
     )
     tokens = torch.randint(5, 512, (16, 64)).to(DEVICE)
     return patch_model(BertForMaskedLM(config)).to(DEVICE), {"input_ids": tokens, "labels": tokens}

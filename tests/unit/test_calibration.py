@@ -12,10 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from hf_adanorm import (
-    calibrate_k,
-    patch_model,
-)
+from hf_adanorm import calibrate_k, patch_model
 from hf_adanorm.running import dummy_inputs
 from tests.zoo.fold_models import build
 

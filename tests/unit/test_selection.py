@@ -10,15 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import (
-    BartConfig,
-    BartModel,
-    BertConfig,
-    BertModel,
-    FalconMambaModel,
-    PreTrainedModel,
-    Qwen3Model,
-)
+from transformers import BartConfig, BartModel, BertConfig, BertModel, FalconMambaModel, PreTrainedModel, Qwen3Model
 
 from hf_adanorm import inspect_model, patch_model
 from hf_adanorm.selection import match_layers, match_names

@@ -12,12 +12,7 @@ SPEC = AdaNormSpec(groups=(GROUP,), biases=("head",), eps={"norm": 1e-3})
 def test_it_becomes_json_types_and_back() -> None:
     data = SPEC.to_dict()
     assert data["groups"] == [
-        {
-            "norm": "adanorm",
-            "modules": ["encoder.layer.*.norm"],
-            "settings": {"k": 0.05},
-            "normalized_shape": [8],
-        }
+        {"norm": "adanorm", "modules": ["encoder.layer.*.norm"], "settings": {"k": 0.05}, "normalized_shape": [8]}
     ]
     assert AdaNormSpec.from_dict(data) == SPEC
     assert SPEC.names() == ["encoder.layer.*.norm", "head", "norm"]

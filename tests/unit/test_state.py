@@ -88,10 +88,7 @@ IDS = {"input_ids": torch.arange(VOCAB).view(5, 8)}
 CALLS = {
     "evaluating": (lambda m: run(m), ()),
     "calibrate_k": (lambda m: calibrate_k(m, [IDS]), ()),
-    "fold_affine": (
-        lambda m: fold_affine(m, inputs=IDS),
-        ("norm.weight", "norm.bias", "head.weight", "head.bias"),
-    ),
+    "fold_affine": (lambda m: fold_affine(m, inputs=IDS), ("norm.weight", "norm.bias", "head.weight", "head.bias")),
 }
 
 

@@ -16,14 +16,7 @@ from torch.nn.utils import parametrize
 from transformers import DebertaConfig, DebertaModel
 
 import hf_adanorm
-from hf_adanorm import (
-    Fold,
-    fold_affine,
-    inspect_model,
-    is_patched,
-    patch_model,
-    unpatch_model,
-)
+from hf_adanorm import Fold, fold_affine, inspect_model, is_patched, patch_model, unpatch_model
 from hf_adanorm.running import dummy_inputs
 from hf_adanorm.swapping import Change
 from tests.zoo.fold_models import build

@@ -5,16 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.options import OptionError
-from comparison.variants import (
-    canonical,
-    folder_name,
-    in_order,
-    join,
-    known_settings,
-    public_name,
-    split,
-    title_of,
-)
+from comparison.variants import canonical, folder_name, in_order, join, known_settings, public_name, split, title_of
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.arc_standard import (
-    NULL,
-    ROOT,
-    Encoded,
-    States,
-    is_projective,
-    oracle,
-    parse,
-    training_examples,
-)
+from tasks.arc_standard import NULL, ROOT, Encoded, States, is_projective, oracle, parse, training_examples
 
 SHIFT = 0
 

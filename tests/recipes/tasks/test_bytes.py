@@ -13,15 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.options import OptionError
-from tasks.bytes import (
-    Memory,
-    Segments,
-    StreamPlan,
-    Windows,
-    byte_tokenizer,
-    check_reads_bytes,
-    read_bytes,
-)
+from tasks.bytes import Memory, Segments, StreamPlan, Windows, byte_tokenizer, check_reads_bytes, read_bytes
 from tasks.data import DataError
 from tests.recipes.tiny_configs import TINY_TRANSFORMER_XL, transformer_xl
 

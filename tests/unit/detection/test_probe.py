@@ -166,13 +166,7 @@ class TwoAxes(nn.Module):
 
 def test_a_users_layernorm_is_recognized_without_a_telling_name() -> None:
     info = recognize(Written())
-    assert info == NormInfo(
-        kind="layernorm",
-        normalized_shape=(WIDTH,),
-        eps=2.5e-4,
-        gain_name="a_2",
-        bias_name="b_2",
-    )
+    assert info == NormInfo(kind="layernorm", normalized_shape=(WIDTH,), eps=2.5e-4, gain_name="a_2", bias_name="b_2")
 
 
 @pytest.mark.parametrize(("cls", "reason"), [(Unbiased, "unbiased"), (EpsOutside, "eps is not added to the variance")])

@@ -10,22 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
-from hf_adanorm import (
-    AdaNorm,
-    DetachNorm,
-    LayerNormSimple,
-    NoNorm,
-    WatchNormsCallback,
-    patch_model,
-    watch_norms,
-)
+from hf_adanorm import AdaNorm, DetachNorm, LayerNormSimple, NoNorm, WatchNormsCallback, patch_model, watch_norms
 from hf_adanorm.diagnostics.log import FIELDS, HISTOGRAM_BINS, INPUT_FIELDS
 from tests.zoo.classifier import batch, bert
 from tests.zoo.processes import together

@@ -121,8 +121,7 @@ def test_two_adapters_on_one_patched_base(saved_base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.7"),
-    reason="load_adapter of transformers < 5.7 reads no weights",
+    Version(transformers.__version__) < Version("5.7"), reason="load_adapter of transformers < 5.7 reads no weights"
 )
 @pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
