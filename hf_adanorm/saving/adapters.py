@@ -28,6 +28,7 @@ from typing import Any
 from torch import nn
 from transformers.utils.hub import cached_file
 
+from hf_adanorm.modeling_adanorm import check, is_name
 from hf_adanorm.spec import AdaNormSpec
 
 from .marks import FOLDED, folded_norms
@@ -135,8 +136,10 @@ def _attach(config: Any, model: nn.Module) -> None:
 def _differences(record: Mapping[str, Any], model: nn.Module) -> Differences:
     """Return how `model` differs from a base with this record, which a stranger may have written."""
     spec = AdaNormSpec() if record.get(KEY) is None else AdaNormSpec.from_dict(record[KEY])
-    recorded, here = set(map(str, record.get(FOLDED) or ())), set(folded_norms(model))
-    folds = {name: ({"folded": name in recorded}, {"folded": name in here}) for name in sorted(recorded ^ here)}
+    recorded, here = record.get(FOLDED) or [], folded_norms(model)
+    check(isinstance(recorded, list) and all(map(is_name, recorded)), "folded_norms must be a list of names", recorded)
+    changed = sorted({*recorded} ^ {*here})
+    folds = {name: ({"folded": name in recorded}, {"folded": name in here}) for name in changed}
     return {**differences(spec, model), **folds}
 
 

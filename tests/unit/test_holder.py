@@ -46,15 +46,13 @@ def test_a_full_size_weight_does_not_pass_as_that_of_a_stock_norm() -> None:
 
 def test_memory_that_comes_late_is_filled_with_the_values_of_a_new_norm() -> None:
     norm = build(device="meta").to_empty(device="cpu")
-    for tensor in (*norm.parameters(), *norm.buffers()):
+    tensors = dict((*norm.named_parameters(), *norm.named_buffers()))
+    for tensor in tensors.values():
         tensor.detach().fill_(99.0)
     norm.norm.weight._is_hf_initialized = True  # as that of a checkpoint
     norm.reset_parameters()
-    assert {name: tensor.unique().tolist() for name, tensor in (*norm.named_parameters(), *norm.named_buffers())} == {
-        "norm.weight": [99.0],
-        "weight": [1.0],
-        "norm.seven": [7.0],
-    }
+    found = {name: tensor.unique().tolist() for name, tensor in tensors.items()}
+    assert found == {"norm.weight": [99.0], "weight": [1.0], "norm.seven": [7.0]}
 
 
 def test_an_error_of_the_authors_constructor_says_what_was_being_built() -> None:
@@ -63,7 +61,7 @@ def test_an_error_of_the_authors_constructor_says_what_was_being_built() -> None
             super().__init__(normalized_shape, eps, shift=shift / 2)
 
     with pytest.raises(TypeError, match="unsupported operand") as caught:
-        patch_model(nn.Sequential(nn.LayerNorm(3)), Halved, shift="x")
+        held({"halved": Halved})["halved"](normalized_shape=3, shift="x")
     assert caught.value.__notes__ == ["while building Halved(shift='x')"]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 
 from hf_adanorm import AdaNormSpec, patch_model, register_norm, unpatch_model
@@ -103,17 +102,19 @@ def test_it_loads_by_stock_calls_by_trust_and_without_the_package_again_and_agai
     assert torch.equal(unpatch_model(by_trust).encoder.layer[0].output.LayerNorm.weight, learned)
 
 
-def test_a_stock_load_where_the_class_is_not_known_or_was_changed_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"files": {"my_norms.py": "0" * 64}}, r"saved with another version of my_norms\.py"),
+        ({"class": "Unknown"}, r"the class Unknown of my_norms\.py: import my_norms and call register_norm"),
+    ],
+)
+def test_a_stock_load_without_the_class_says_what_to_do(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
     trained(tmp_path / "code").save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    entry = config["adanorm"]["classes"]["BoundedRMSNorm"]
-    entry["files"]["helpers.py"] = "0" * 64
+    config["adanorm"]["classes"]["BoundedRMSNorm"].update(changed)
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"saved with another version of my_norms\.py"):
-        BertModel.from_pretrained(tmp_path / "saved")
-    entry["class"] = "Unknown"
-    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"the class Unknown of my_norms\.py: import my_norms and call register_norm"):
+    with pytest.raises(ValueError, match=told):
         BertModel.from_pretrained(tmp_path / "saved")
 
 
@@ -156,19 +157,12 @@ def test_what_could_not_be_loaded_elsewhere_is_refused_with_its_line(line: str, 
     assert not (tmp_path / "saved" / "config.json").exists()
 
 
-class Here(nn.Module):
-    def __init__(self, normalized_shape: int, eps: float = 1e-5) -> None:
-        super().__init__()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
 def test_a_class_without_a_file_works_in_memory_and_is_refused_on_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Here, "__module__", "__main__")
-    model = patch_model(bert(), Here)
+    cls = written(tmp_path / "code")
+    monkeypatch.setattr(cls, "__module__", "__main__")
+    model = patch_model(bert(), cls)
     output(model)
     with pytest.raises(ValueError, match=r"Move it to a file such as my_norms\.py"):
         model.save_pretrained(tmp_path)
@@ -179,23 +173,22 @@ def test_a_norm_of_a_registered_class_that_was_put_in_by_hand_is_refused_on_savi
     register_norm("bounded", cls)
     model = bert()
     model.embeddings.LayerNorm = cls(16)
-    with pytest.raises(
-        ValueError, match=r"embeddings\.LayerNorm is a BoundedRMSNorm .* include='embeddings.LayerNorm'"
-    ):
+    told = r"embeddings\.LayerNorm is a BoundedRMSNorm .* include='embeddings.LayerNorm'"
+    with pytest.raises(ValueError, match=told):
         model.save_pretrained(tmp_path / "saved")
 
 
 def test_the_report_tells_our_loader_from_a_changed_one_and_names_the_authors_files(tmp_path: Path) -> None:
-    model = trained(tmp_path / "code")
-    model.save_pretrained(tmp_path / "saved")
+    model, saved = trained(tmp_path / "code"), tmp_path / "saved"
+    model.save_pretrained(saved)
     spec = AdaNormSpec.from_dict(model.config.adanorm)
-    report = inspect_code(tmp_path / "saved", spec)
+    report = inspect_code(saved, spec)
     assert (report.loader, report.entry) == ("ours", "ours")
     assert report.files == report.expected
     assert set(report.files) == {"helpers.py", "my_norms.py"}
     for name in ("modeling_adanorm.py", "modeling_adanorm_with_classes.py", "my_norms.py"):
-        (tmp_path / "saved" / name).write_text((tmp_path / "saved" / name).read_text() + "\nimport os\n")
-    report = inspect_code(tmp_path / "saved", spec)
+        (saved / name).write_text((saved / name).read_text() + "\nimport os\n")
+    report = inspect_code(saved, spec)
     assert (report.loader, report.entry) == ("modified", "modified")
     assert report.files != report.expected
     assert inspect_code(tmp_path / "code").loader == "none"
