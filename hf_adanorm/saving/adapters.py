@@ -39,19 +39,16 @@ _BASE, _LOADED = "_adanorm_base", "_adanorm_loaded"  # outside the fields that P
 
 
 class _Base:
-    """The base that an adapter's config belongs to. A pickle of it has only the record."""
+    """The base that an adapter's config belongs to. A copy or pickle of it has only the record."""
 
     def __init__(self, model: nn.Module | None, record: dict[str, Any]) -> None:
         self.model = (lambda: None) if model is None else weakref.ref(model)
         self._record = record
 
     def record(self) -> dict[str, Any]:
-        """Return the record of the base as it is now, or as it was when this was pickled or the base deleted."""
+        """Return the record of the base as it is now, or as it was when this was copied or the base deleted."""
         model = self.model()
         return self._record if model is None else _record_of(model)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Base, (None, self.record())

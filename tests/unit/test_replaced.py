@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import transformers
 from transformers import BertForMaskedLM
 
 from hf_adanorm import Fold, is_patched, patch_model, unpatch_model
-from hf_adanorm.replaced import source_of
 from tests.zoo.round_trip import build
 
 IDS = torch.arange(8)[None]
@@ -41,13 +38,6 @@ def test_gains_are_trainable_as_the_layers_around_them_are(before: bool, after: 
     model.bert.encoder.layer[1].requires_grad_(False)
     found = {name: p.requires_grad for name, p in unpatch_model(model).named_parameters()}
     assert found == {name: after and "encoder.layer.1" not in name for name in found}
-
-
-def test_a_copy_keeps_the_replaced_norm_and_a_pickle_its_class_only() -> None:
-    norm = last(patch_model(build("bert")))
-    copied, pickled = copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))
-    assert torch.equal(source_of(copied).weight, source_of(norm).weight)  # type: ignore[union-attr,arg-type]
-    assert source_of(pickled).weight.is_meta  # type: ignore[union-attr]
 
 
 def test_an_untied_head_is_saved_after_its_embeddings_were_resized(tmp_path: Path) -> None:

@@ -28,8 +28,6 @@ from .helpers import scaled
 class BoundedRMSNorm(nn.Module):
     def __init__(self, normalized_shape, eps=1e-5, *, alpha=0.5, shift=0.0):
         super().__init__()
-        if not alpha > 0:
-            raise ValueError(f"alpha must be > 0, got {alpha}")
         self.weight = nn.Parameter(torch.full((normalized_shape,), 0.3))
         self.alpha = nn.Parameter(torch.tensor([alpha]))
         self.shift = shift
