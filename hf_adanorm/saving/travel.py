@@ -42,11 +42,7 @@ def _entry_text(homes: Mapping[str, tuple[str, str]]) -> str:
 
 
 def check_classes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
-    """Return the classes of a spec whose files can travel.
-
-    Raises:
-        ValueError: a class or a file could not be loaded where hf_adanorm is missing. The message names the line.
-    """
+    """Return the classes of a spec. Raise ValueError for one that could not be loaded where hf_adanorm is missing."""
     for name, entry in entries.items():
         if not entry["files"]:
             where = f"{entry['class']} is defined in {entry['file']}, not in a file of its own"
