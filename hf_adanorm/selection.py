@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from .detection import NormInfo, is_stack, iter_norms, off_stream, reads_values, recognize
+from .detection import NormInfo, is_stack, iter_norms, off_stream, recognize
 from .modeling_adanorm import is_swapped, short_repr
 from .replaced import source_of
 from .report import NormRow
@@ -50,7 +50,7 @@ def choose_norms(
         for name, module, info in iter_norms(model)
     ]
     for row in rows:
-        if reason := _obstacle(model, row, targets):
+        if reason := _obstacle(row, targets):
             row.cause, row.reason = "obstacle", reason
     in_reach = [row for row in rows if not row.cause]
     names = [row.name for row in in_reach]
@@ -81,7 +81,7 @@ def choose_norms(
     return rows
 
 
-def _obstacle(model: nn.Module, row: NormRow, targets: str) -> str:
+def _obstacle(row: NormRow, targets: str) -> str:
     """Return the reason why no `include` can choose this norm, or an empty string."""
     if row.kind == "other":
         return row.info.reason
@@ -89,11 +89,6 @@ def _obstacle(model: nn.Module, row: NormRow, targets: str) -> str:
         return f"{'an RMSNorm' if row.kind == 'rmsnorm' else 'a LayerNorm'}, which targets={row.kind!r} swaps"
     if not row.name:
         return "it is the norm itself, and a swap replaces modules inside a model: make the new norm directly"
-    parent_name, _, key = row.name.rpartition(".")
-    tensors = [*row.module._parameters, *row.module._buffers]
-    if not row.is_swapped and reads_values(model.get_submodule(parent_name), key, tensors):
-        parent = type(model.get_submodule(parent_name)).__name__
-        return f"{parent} reads its {' and '.join(tensors)} in some modes and does not call it: a swap has no effect"
     return ""
 
 

@@ -1,9 +1,9 @@
 """Find the formula that a module computes by running a copy of it. The module itself is never run or changed.
 
-The copy gets random float32 parameters. It runs on the CPU, or on the module's own device if its code needs that. The
-module may be on the meta device. Global random state, autocast and default devices have no effect. A least-squares
-fit of the copy's output to the normalized input gives gain and bias per channel, which are matched with the parameters
-by value. The eps is measured on inputs of ever smaller variance.
+The copy gets random float32 parameters, and runs on the CPU, or on the module's own device if its code needs that.
+Global random state, autocast and default devices have no effect. A least-squares fit of the output to the normalized
+input gives gain and bias per channel, which are matched with the parameters by value. The eps is measured on inputs
+of ever smaller variance.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 import inspect
 import math
 import types
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,12 +66,8 @@ def own_forward(module: nn.Module) -> Any:
 
 def extra_inputs(module: nn.Module) -> list[str]:
     """Return the names of the inputs of forward after the first."""
-    try:
-        parameters = list(inspect.signature(type(module).forward).parameters.values())
-    except (TypeError, ValueError):
-        return []
-    takes = [p.name for p in parameters[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return takes[1:]
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][2:]  # without self
 
 
 def reason_for_other(module: nn.Module) -> str:
@@ -93,21 +88,21 @@ def reason_for_other(module: nn.Module) -> str:
 
 def probe(module: nn.Module) -> NormInfo:
     """Run a copy with random parameters and return the formula that it computes."""
-    if extra := extra_inputs(module):
-        return other(f"its forward takes further inputs ({', '.join(extra)})")
+    if extra_inputs(module):
+        return other(reason_for_other(module))
     own = own_forward(module)
     if own is not None and getattr(own, "__self__", None) is not module:
         return other("its forward was replaced on this instance")
-    devices = {t.device for t in (*module.parameters(), *module.buffers())} - {torch.device("cpu")}
-    own_device = next((d for d in devices if d.type != "meta"), None)
+    tensors = (*module.parameters(), *module.buffers())
+    own_device = next((t.device for t in tensors if t.device.type not in ("cpu", "meta")), None)
     info, error = _probe_on(module, torch.device("cpu"))
     if info is None and own_device is not None:  # kernels that only exist there
         info, error = _probe_on(module, own_device)
-    if info is not None:
-        return info
-    if error is not None:
-        return other(f"unrecognized: its forward on random input raised {error}")
-    return other(reason_for_other(module))
+    if info is None:
+        return other(
+            f"unrecognized: its forward on random input raised {error}" if error else reason_for_other(module)
+        )
+    return info
 
 
 def _probe_on(module: nn.Module, device: torch.device) -> tuple[NormInfo | None, str | None]:
@@ -121,31 +116,23 @@ def _probe_on(module: nn.Module, device: torch.device) -> tuple[NormInfo | None,
         torch.device(device),
         torch.autocast(device.type, enabled=False),
     ):
-        try:
-            clone, tensors = _random_copy(module, device, generator)
-        except Exception as e:  # user code: whatever it raises is the reason
-            return None, f"{type(e).__name__}: {e}"
+        clone = _random_copy(module, device, generator)
         ran = False
         for shape, first, last in _layouts(module):
             x = _random_rows(shape, generator).to(device)
             try:
                 y = clone.forward(x)
-            except Exception as e:
+            except Exception as e:  # user code: whatever it raises is the reason
                 error = error or f"{type(e).__name__}: {str(e)[:120]}"
                 continue
             ran = True
-            if not isinstance(y, Tensor):
-                return other(f"it returns a {type(y).__name__}, not one tensor"), None
-            if y.shape != x.shape:
-                continue
-            info = _match(clone, x, y, first, last, tensors)
-            if info is not None:
+            if isinstance(y, Tensor) and y.shape == x.shape and (info := _match(clone, x, y, first, last)):
                 return info, None
     return None, None if ran else error
 
 
-def _random_copy(module: nn.Module, device: torch.device, generator: torch.Generator) -> tuple[Any, dict[str, Tensor]]:
-    """Return a copy without hooks, and its random float32 parameters (in 0.5 .. 1.5). The source may be on meta."""
+def _random_copy(module: nn.Module, device: torch.device, generator: torch.Generator) -> Any:
+    """Return a copy without hooks, with random float32 parameters (0.5 .. 1.5). The source may be on meta."""
     cls: Any = source_class(module)
     clone = cls.__new__(cls)
     nn.Module.__init__(clone)
@@ -157,7 +144,6 @@ def _random_copy(module: nn.Module, device: torch.device, generator: torch.Gener
             clone.__dict__[key] = copy.deepcopy(value)
         except Exception:  # e.g. a handle that cannot be copied: share it
             clone.__dict__[key] = value
-    tensors: dict[str, Tensor] = {}
     shapes = tensor_shapes(module)
     sizes = {shape for key, shape in shapes.items() if key not in module._buffers}
     clone._parameters.update(dict.fromkeys(module._parameters))
@@ -167,19 +153,18 @@ def _random_copy(module: nn.Module, device: torch.device, generator: torch.Gener
         if buffer is not None and (shape not in (sizes or {shape}) or not buffer.is_floating_point()):
             value = torch.ones_like(buffer, device=device) if buffer.is_meta else buffer.detach().to(device).clone()
         else:
-            value = tensors[key] = (torch.rand(shape, generator=generator, device="cpu") + 0.5).to(device)
+            value = (torch.rand(shape, generator=generator, device="cpu") + 0.5).to(device)
         if buffer is not None:
             clone._buffers[key] = value
         else:
             clone._parameters[key] = nn.Parameter(value, requires_grad=False)
     for key, child in module._modules.items():
         if key != "parametrizations":
-            clone._modules[key] = None if child is None else _random_copy(child, device, generator)[0]
+            clone._modules[key] = None if child is None else _random_copy(child, device, generator)
     clone.training = False
     if (own := own_forward(module)) is not None:
         clone.__dict__["forward"] = types.MethodType(own.__func__, clone)
-    clone._forward_hooks = OrderedDict()
-    return clone, tensors
+    return clone
 
 
 def _widths(module: nn.Module) -> list[tuple[int, ...]]:
@@ -228,12 +213,11 @@ def _normalized(x: Tensor, axes: tuple[int, ...], centered: bool) -> tuple[Tenso
     return x / square.sqrt(), square
 
 
-def _match(clone: Any, x: Tensor, y: Tensor, first: int, last: int, tensors: dict[str, Tensor]) -> NormInfo | None:
+def _match(clone: Any, x: Tensor, y: Tensor, first: int, last: int) -> NormInfo | None:
     """Fit y = a * N(x) + b for each choice of normalized axes; axes [first, last) carry `a` and `b`."""
     y = y.double()
     scale = max(1.0, float(y.abs().max()))
     rows = [i for i in range(x.ndim) if not first <= i < last]
-    trailing = last == x.ndim
     for count in range(last - first, 0, -1):
         axes = tuple(range(last - count, last))
         for centered in (True, False):
@@ -247,27 +231,19 @@ def _match(clone: Any, x: Tensor, y: Tensor, first: int, last: int, tensors: dic
             formula = "LayerNorm" if centered else "RMSNorm"
             if count < last - first:
                 return other(f"a multi-head {formula}: over the last axis of {size}, with a gain for all")
-            return _describe(clone, x, a, b, axes, centered, not trailing, tensors)
+            return _describe(clone, x, a, b, axes, centered)
     return None
 
 
-def _describe(
-    clone: Any,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    axes: tuple[int, ...],
-    centered: bool,
-    channels_first: bool,
-    tensors: dict[str, Tensor],
-) -> NormInfo:
+def _describe(clone: Any, x: Tensor, a: Tensor, b: Tensor, axes: tuple[int, ...], centered: bool) -> NormInfo:
     """Match the fitted gain and bias with the parameters, measure eps, and describe the norm."""
     size = tuple(x.shape[i] for i in axes)
     formula = "LayerNorm" if centered else "RMSNorm"
     gain_name = bias_name = None
     offset = 0.0
     fitted = [t.double().reshape(size) for t in (a, b)]
-    own = {k: t.double() for k, t in tensors.items() if tuple(t.shape) == size}
+    tensors = (*clone.named_parameters(recurse=False), *clone.named_buffers(recurse=False))
+    own = {name: tensor.double() for name, tensor in tensors if tuple(tensor.shape) == size}
 
     def close(left: Tensor, right: Tensor | float) -> bool:
         return bool(((left - right).abs() < 2e-3).all())
@@ -280,11 +256,7 @@ def _describe(
         if close(fitted[1], value):
             bias_name = key
     if gain_name is None and not close(fitted[0], 1.0):
-        n = math.prod(size)
-        factor = fitted[0] * math.sqrt(n / (n - 1))
-        unbiased = any(bool(((factor - v).abs() < 3e-4).all()) for v in (*own.values(), torch.ones(size)))
-        why = "divides by the unbiased standard deviation" if unbiased else "scales by something else than its gain"
-        return other(f"close to {formula}, but it {why}")
+        return other(f"close to {formula}, but it scales by something else than its gain")
     if bias_name is None and not close(fitted[1], 0.0):
         return other(f"close to {formula}, but it adds something else than its bias")
     if not _widths(clone):
@@ -296,7 +268,7 @@ def _describe(
         kind="layernorm" if centered else "rmsnorm",
         normalized_shape=size,
         eps=eps,
-        channels_first=channels_first,
+        channels_first=axes[-1] != x.ndim - 1,
         gain_offset=offset,
         gain_name=gain_name,
         bias_name=bias_name,

@@ -16,13 +16,10 @@ widths.
 from __future__ import annotations
 
 import contextlib
-import dis
-import inspect
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from statistics import mode
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,8 +33,6 @@ from .probe import NormInfo
 _PER_HEAD = "it acts per head"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-_HARMLESS = {"dtype", "device", "shape", "requires_grad", "is_meta"}
-"""What code may read of a norm's tensor without depending on its values."""
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -62,32 +57,12 @@ def off_stream(model: nn.Module, norms: Sequence[tuple[str, nn.Module, NormInfo]
     if not undecided:
         return {}
     seen = _observe(model, undecided)
-    widths = _stream_widths(model, places)
     reasons = dict.fromkeys((place.name for place in places), "")
     for place in undecided:
-        reasons[place.name] = _verdict(seen[place.form], place) if place.form in seen else _by_width(place, widths)
+        reasons[place.name] = _verdict(seen[place.form], place) if place.form in seen else _by_width(place, places)
     # Plain networks normalize the outputs of linear layers.
     streams = {place.stack for place in places if not reasons[place.name] or reasons[place.name].startswith(_PER_HEAD)}
     return {place.name: reasons[place.name] for place in undecided if reasons[place.name] and place.stack in streams}
-
-
-def reads_values(parent: nn.Module, key: str, tensors: Sequence[str]) -> bool:
-    """Return whether a method of `parent` reads values of its norm `self.<key>` without calling the norm.
-
-    FalconMamba passes `self.dt_layernorm.weight` to a fused kernel in training mode. A swapped norm there would act in
-    evaluation mode only. Reads of `weight.dtype` and the like are harmless.
-    """
-    if type(parent).__module__.startswith("torch."):  # the fast path of TransformerEncoderLayer, which swaps turn off
-        return False
-    for method in dir(type(parent)):
-        code = getattr(inspect.unwrap(getattr(type(parent), method, None)), "__code__", None)  # type: ignore[arg-type]
-        if code is None or key not in code.co_names or method == "__init__":
-            continue
-        names = [(step.opname, step.argval) for step in dis.get_instructions(code)]
-        for (_, first), ((opname, second), (_, third)) in zip(names, pairwise(names[1:]), strict=False):
-            if first == key and second in tensors and opname.startswith("LOAD") and third not in _HARMLESS:
-                return True
-    return False
 
 
 # ----------------------------------------------------------------------------------------------------- the structure
@@ -174,20 +149,12 @@ def _is_linear(module: nn.Module) -> bool:
     return (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(module, "nf")
 
 
-def _stream_widths(model: nn.Module, places: Sequence[_Place]) -> dict[str, int]:
-    """Return the width of the stream in each stack: the most common one among norms directly inside a layer."""
-    widths: dict[str, Counter[int]] = {}
-    for place in places:
-        if place.owner is place.layer:
-            widths.setdefault(place.stack, Counter())[place.width] += 1
-    return {stack: counts.most_common(1)[0][0] for stack, counts in widths.items()}
-
-
-def _by_width(place: _Place, widths: Mapping[str, int]) -> str:
-    width = widths.get(place.stack)
-    if width is None or place.width == width:
+def _by_width(place: _Place, places: Sequence[_Place]) -> str:
+    """Compare with the width of the stream: the most common one among norms directly inside a layer of the stack."""
+    widths = [other.width for other in places if other.stack == place.stack and other.owner is other.layer]
+    if not widths or place.width == mode(widths):
         return ""
-    return f"its width is {place.width}, that of the residual stream {width}"
+    return f"its width is {place.width}, that of the residual stream {mode(widths)}"
 
 
 # ------------------------------------------------------------------------------------------------- one forward pass

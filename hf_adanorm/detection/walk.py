@@ -2,14 +2,14 @@
 
 Names do not suffice: `T5LayerNorm` is an RMSNorm, `NoNorm` does not normalize, `ConvNextLayerNorm` works on either
 layout. A candidate is a small module with parameters shaped like a gain and a bias, or with a class named like a norm.
-Each candidate is copied with random parameters. The copy runs on random input, and its output is compared with
+A copy of each candidate runs on random input (see `probe.py`), and its output is compared with
 
     y = a * (x - mean) / sqrt(var + eps) + b        LayerNorm
     y = a * x / sqrt(mean(x^2) + eps) + b           RMSNorm
 
-over the trailing axes or over axis 1 (see `probe.py`). `nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep their
-forward need no run, and large modules are never run. A module that is named like a norm and computes neither formula
-gets `kind="other"` and a reason.
+over the trailing axes or over axis 1. `nn.LayerNorm`, `nn.RMSNorm` and subclasses that keep their forward need no run,
+and large modules are never run. A module that is named like a norm and computes neither formula gets `kind="other"`
+and a reason.
 """
 
 from __future__ import annotations
@@ -95,34 +95,29 @@ def _recognize(module: nn.Module, name: str, cache: dict[Any, NormInfo | None]) 
     if is_swapped(module):
         return _of_swapped(module)
     cls = source_class(module)
-    info: NormInfo | None
     if isinstance(module, _OTHER_NORMS):
         return other(reason_for_other(module))
     if cls.__module__.startswith("torch.") and not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return None  # torch's own modules have no further norms
     if (info := _of_torch_norm(module)) is not None:
         return info
-    parametrized = parametrize.is_parametrized(module)
     children = [child for key, child in module._modules.items() if child is not None and key != "parametrizations"]
     named = bool(_NORM_LIKE.search(cls.__name__)) or hasattr(module, "normalized_shape")
     if any(True for child in children for _ in child.parameters()) or (
         named and any(_recognize(child, "", cache) for child in children)
     ):
-        return _of_container(module, children, cache) if named else None
+        return _of_container(module, cache) if named else None
     if not (named or _NORM_LIKE.search(name.rpartition(".")[2])) and not _has_affine_shape(module):
         return None
     if sum(math.prod(shape) for shape in tensor_shapes(module).values()) > MAX_NUMEL:
         return None
     key = _cache_key(module)
-    if key in cache:
-        return cache[key]
-    info = probe(module)
-    claims = bool(_NORM_ENDING.search(cls.__name__)) or hasattr(module, "normalized_shape")
-    if info.kind == "other" and not claims and not info.reason.startswith(("close to", "LayerNorm", "RMSNorm")):
-        cache[key] = None
-        return None
-    cache[key] = info = replace(info, parametrized=parametrized)
-    return info
+    if key not in cache:
+        info = replace(probe(module), parametrized=parametrize.is_parametrized(module))
+        claims = bool(_NORM_ENDING.search(cls.__name__)) or hasattr(module, "normalized_shape")
+        is_near = info.kind != "other" or info.reason.startswith(("close to", "LayerNorm", "RMSNorm"))
+        cache[key] = info if claims or is_near else None
+    return cache[key]
 
 
 def _of_swapped(module: Any) -> NormInfo:
@@ -144,15 +139,8 @@ def _of_torch_norm(module: nn.Module) -> NormInfo | None:
     is_rmsnorm = isinstance(module, nn.RMSNorm) and cls.forward is nn.RMSNorm.forward
     if not (is_layernorm or is_rmsnorm) or own_forward(module) is not None:
         return None
-    parametrized = parametrize.is_parametrized(module)
-    computed = {
-        f"{key}_{ending}" for key in ("weight", "bias") for ending in ("v", "orig")
-    } & module._parameters.keys()
-    if not parametrized and (
-        computed or any(isinstance(module.__dict__.get(key), Tensor) for key in ("weight", "bias"))
-    ):
-        reason = "its weight is computed from other parameters (weight_norm, spectral_norm or the like)"
-        return other(reason)
+    if any(isinstance(module.__dict__.get(key), Tensor) for key in ("weight", "bias")):  # it is no parameter then
+        return other("its weight is computed from other parameters (weight_norm, spectral_norm or the like)")
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     eps: float | None = module.eps  # type: ignore[assignment]
     if eps is None:  # nn.RMSNorm's default
@@ -163,31 +151,28 @@ def _of_torch_norm(module: nn.Module) -> NormInfo | None:
         eps=float(eps),
         gain_name=None if weight is None else "weight",
         bias_name=None if bias is None else "bias",
-        parametrized=parametrized,
+        parametrized=parametrize.is_parametrized(module),
     )
 
 
-def _of_container(module: nn.Module, children: list[nn.Module], cache: dict[Any, NormInfo | None]) -> NormInfo | None:
+def _of_container(module: nn.Module, cache: dict[Any, NormInfo | None]) -> NormInfo | None:
     """Describe a module with children that hold parameters; it is never run.
 
     A norm inside is listed instead of it, except that a conditioned norm is listed, too.
     """
     if _is_conditioned(module, cache):
-        extra = ", ".join(extra_inputs(module))
-        return other(f"a conditioned norm: gain and bias are computed from {extra}")
-    if not _NORM_ENDING.search(type(module).__name__) or sum(1 for _ in module.modules()) > 12:
+        return other(f"a conditioned norm: gain and bias are computed from {', '.join(extra_inputs(module))}")
+    inside = list(module.modules())[1:]
+    if not _NORM_ENDING.search(type(module).__name__) or len(inside) > 11:
         return None
-    for child in module.modules():
-        if child is not module and _recognize(child, "", cache) is not None:
-            return None
-    return other(reason_for_other(module))
+    return None if any(_recognize(child, "", cache) for child in inside) else other(reason_for_other(module))
 
 
 def _is_conditioned(module: nn.Module, cache: dict[Any, NormInfo | None]) -> bool:
     """Return whether the class is named like a norm, holds a norm and a linear layer, and takes further inputs."""
-    if not _NORM_LIKE.search(type(module).__name__) or not module._modules or not extra_inputs(module):
+    children = list(module.children())
+    if not children or not _NORM_LIKE.search(type(module).__name__) or not extra_inputs(module):
         return False
-    children = [child for child in module._modules.values() if child is not None]
     if not any(hasattr(child, "in_features") and hasattr(child, "out_features") for child in children):
         return False
     infos = (_recognize(child, "", cache) for child in children)
@@ -196,7 +181,7 @@ def _is_conditioned(module: nn.Module, cache: dict[Any, NormInfo | None]) -> boo
 
 def _has_affine_shape(module: nn.Module) -> bool:
     """Return whether it has one or two one-dimensional parameters of one size: a gain, perhaps a bias."""
-    shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in module._parameters.values() if p is not None]
+    shapes = [shape for name, shape in tensor_shapes(module).items() if name not in module._buffers]
     return 1 <= len(shapes) <= 2 and len(set(shapes)) == 1 and len(shapes[0]) == 1 and shapes[0][0] > 1
 
 

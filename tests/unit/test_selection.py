@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BartConfig, BartModel, BertConfig, BertModel, FalconMambaModel, PreTrainedModel, Qwen3Model
+from transformers import BartConfig, BartModel, BertConfig, BertModel, PreTrainedModel, Qwen3Model
 
 from hf_adanorm import inspect_model, patch_model
 from hf_adanorm.selection import match_layers, match_names
@@ -197,14 +197,6 @@ def test_how_query_norms_are_reached(options: dict[str, Any], count: int) -> Non
 def test_include_that_targets_leave_out_names_targets() -> None:
     with pytest.raises(ValueError, match="an RMSNorm, which targets='rmsnorm' swaps"):
         patch_model(tiny(Qwen3Model), include=["input_layernorm"], targets="layernorm")
-
-
-@pytest.mark.parametrize("options", [{"targets": "all"}, {"include": "*"}])
-def test_norms_whose_weight_a_kernel_reads_are_never_swapped(options: dict[str, Any]) -> None:
-    model = tiny(FalconMambaModel, state_size=4)
-    assert chosen(model, **options) == {"norm_f", "layers.0.norm", "layers.1.norm"}
-    with pytest.raises(ValueError, match="FalconMambaMixer reads its weight in some modes and does not call it"):
-        patch_model(model, include="b_layernorm")
 
 
 @pytest.mark.parametrize("option", [{"targets": "layer_norm"}, {"norm": "ada"}, {"affine": "keep"}])
