@@ -88,9 +88,7 @@ def calibrate_k(
     check_number("k", k, inclusive=False)
     check_number("margin", margin, inclusive=False)
     if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches must be a list of batches, each {{argument name: tensor, ...}}, got {type(batches).__name__}"
-        )
+        raise TypeError(f"batches must be a list of batches, got {type(batches).__name__}")
     norms = [(name, module, info) for name, module, info in iter_norms(model) if info.kind != "other"]
     current: Mapping[str, Any] = {}
     found: dict[str, list[float]] = {}  # name -> max, min, entries falling, entries negative, entries
@@ -98,17 +96,14 @@ def calibrate_k(
     def watch(name: str, info: Any, x: Tensor) -> None:
         x = (x.movedim(1, -1) if info.channels_first else x).detach().float()
         shape = info.normalized_shape
-        norm = F.layer_norm if info.kind == "layernorm" else F.rms_norm
-        y = norm(x, shape, eps=info.eps)
+        y = (F.layer_norm if info.kind == "layernorm" else F.rms_norm)(x, shape, eps=info.eps)
         real = real_rows(model, name, current, y.shape[: -len(shape)])
         y = y if real is None else y[real]
         if not y.numel():
             return
         seen = found.setdefault(name, [-math.inf, math.inf, 0.0, 0.0, 0.0])
-        high, low = float(y.max()), float(y.min())
-        if math.isnan(high):  # Python's max() below would skip it
-            high = math.inf
-        seen[0], seen[1] = max(seen[0], high), min(seen[1], low)
+        high = float(y.max().nan_to_num(math.inf))  # max() would skip a NaN
+        seen[:2] = max(seen[0], high), min(seen[1], float(y.min()))
         seen[2] += float((y > 0.5 / k).sum())
         seen[3] += float((y > 1 / k).sum())
         seen[4] += y.numel()
@@ -127,11 +122,11 @@ def calibrate_k(
         raise ValueError("batches is empty: calibrate_k needs at least one batch of real data")
     if not found:
         raise ValueError(f"no norm of {type(model).__name__} ran on these batches")
-    for name, (high, low, *_) in found.items():
-        if not (math.isfinite(high) and math.isfinite(low)):
+    ranges = []
+    for name, (high, low, falling, negative, entries) in found.items():
+        if not math.isfinite(high):
             raise ValueError(f"{name} met NaN or infinity on these batches: look at the weights and the inputs first")
-    return KReport(
-        tuple(
+        ranges.append(
             NormRange(
                 name=name,
                 largest=high,
@@ -140,7 +135,5 @@ def calibrate_k(
                 share_negative=negative / entries,
                 k=min(k, margin / max(abs(high), abs(low), 1e-12)),
             )
-            for name, (high, low, falling, negative, entries) in found.items()
-        ),
-        k,
-    )
+        )
+    return KReport(tuple(ranges), k)

@@ -76,29 +76,15 @@ def first_accepted(
     if given is None and getattr(model, "config", None) is None:
         raise ValueError("a model without a config needs inputs={argument name: tensor, ...}")
     error: Exception | None = None
-    made: dict[tuple[int, ...], None] = {}  # (batch, length) of what the model's modules return
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 3:
-            made[tuple(output.shape[:2])] = None
-
     for rows, kind in ((2, ""), (1, ""), (2, "video"), (2, "text")) if given is None else ((0, ""),):
         try:
             inputs: dict[str, Any] = dict(_build(model, rows, kind) if given is None else given)
-            made.clear()
-            for candidate in _with_masks(model, inputs, hidden_states, made):
-                if given is None:
-                    _end_before_padding(model, candidate.values)
+            for candidate in _with_masks(model, inputs, hidden_states):
                 try:
-                    with hooked(module.register_forward_hook(note) for module in model.modules()):
-                        return run(candidate)
-                except MemoryError:
-                    raise
+                    return run(candidate)
                 except Exception as exception:  # of whatever kind the model makes of inputs that do not fit
                     last = exception
             raise last
-        except MemoryError:
-            raise
         except Exception as exception:
             error = error or exception
     tried = "dummy inputs" if given is None else f"inputs={{{', '.join(map(str, given))}}}"
@@ -193,8 +179,6 @@ def _build(model: nn.Module, rows: int, kind: str = "") -> dict[str, Any]:
         raise ValueError(f"no dummy inputs are known for a model whose main input is {main!r}")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _token_ids(config, rows, generator)
-    if "bbox" in accepted and "input_ids" in inputs:
-        inputs["bbox"] = torch.zeros(*inputs["input_ids"].shape, 4, dtype=torch.int64)
     parameter = next(model.parameters())
     return {
         name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
@@ -210,19 +194,6 @@ def quick_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
         except Exception:  # a config that lacks what it takes
             continue
         yield inputs
-
-
-def _end_before_padding(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Move the end token of the first row to the last position that is not padding: some heads look for it."""
-    pad = getattr(model.config, "pad_token_id", None)
-    for key, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
-        if key not in inputs or mask not in inputs:
-            continue
-        ids = inputs[key] = inputs[key].clone()
-        real = int(inputs[mask][0].sum())
-        ids[0, real - 1] = ids[0, -1].clone()
-        if isinstance(pad, int) and pad >= 0 and real < ids.shape[1]:
-            ids[0, real:] = pad
 
 
 # ------------------------------------------------------------------------------------------------------ padding masks
@@ -242,29 +213,21 @@ PADDING_MASKS = {
 }
 
 
-def _with_masks(
-    model: nn.Module, inputs: Mapping[str, Any], hidden_states: bool, made: Mapping[tuple[int, ...], None]
-) -> Iterator[Inputs]:
+def _with_masks(model: nn.Module, inputs: Mapping[str, Any], hidden_states: bool) -> Iterator[Inputs]:
     """Yield `inputs` with every padding mask that the model takes, unless they have one that masks something; then
-    with masks of other shapes and types, with fewer, and with none. The likeliest come first. `made` holds shapes of
-    hidden states that the model reached before it failed on a mask."""
+    with masks of other shapes and types, with fewer, and with none. The likeliest come first."""
     parameters = inspect.signature(model.forward).parameters
     options = {name: masks for name in PADDING_MASKS if name in parameters and (masks := _masks(name, inputs))}
-    asked = {}
-    if hidden_states and _returns_hidden_states(model, parameters) and "output_hidden_states" not in inputs:
-        asked = {"output_hidden_states": True}
-        yield Inputs({**inputs, **{name: masks[0] for name, masks in options.items()}, **asked}, [])
+    asked = {"output_hidden_states": True} if hidden_states else {}
+    if asked:
+        yield Inputs({**asked, **inputs, **{name: masks[0] for name, masks in options.items()}}, [])
     for choice in itertools.islice(itertools.product(*options.values()), 6):
         yield Inputs({**inputs, **dict(zip(options, choice, strict=True))}, [])
-    for shape in list(made)[:4] if options else ():
-        device = next(iter(options.values()))[0].device
-        yield from (Inputs({**inputs, **dict.fromkeys(options, mask)}, []) for mask in _paddings(shape, device))
     for left_out in options if len(options) > 1 else ():
         yield Inputs({**inputs, **{n: masks[0] for n, masks in options.items() if n != left_out}}, [left_out])
     if options:
-        yield Inputs({**inputs, **asked}, list(options))
-        if asked:
-            yield Inputs(dict(inputs), list(options))
+        yield Inputs({**asked, **inputs}, list(options))
+        yield Inputs(dict(inputs), list(options))
 
 
 def _masks(name: str, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -290,15 +253,6 @@ def _paddings(shape: Sequence[int], device: torch.device) -> Iterator[Tensor]:
         mask[-1, ..., :at_start] = 0
         mask[0, ..., shape[-1] - part :] = 0
         yield from (mask, mask.bool())
-
-
-def _returns_hidden_states(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Return whether the model can be asked for hidden states."""
-    if not hasattr(model, "config"):
-        return False
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    recorded = (getattr(module, "_can_record_outputs", None) or () for module in model.modules())
-    return "output_hidden_states" in parameters or (takes_any and any("hidden_states" in names for names in recorded))
 
 
 def real_rows(model: nn.Module, name: str, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:

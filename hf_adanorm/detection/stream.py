@@ -314,8 +314,6 @@ def _observe(model: nn.Module, undecided: Sequence[_Place]) -> dict[Any, _Sight]
         try:
             with contextlib.suppress(_DecidedError), hooked(watch.hooks()), evaluating(model), watch:
                 model(**inputs)
-        except MemoryError:
-            raise
         except Exception:  # any kind, from inputs that do not fit
             pass
         if watch.wanted <= sights.keys():

@@ -11,7 +11,8 @@ adds), and sums of the two. For a post-norm fold, the next norm must be the only
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -129,7 +130,7 @@ def norm_rows(model: nn.Module, name: str, info: NormInfo, inputs: Mapping[str, 
     """Return a copy of a norm's output as (rows, channels), without padding."""
     if info.channels_first:
         output = output.movedim(1, -1)
-    flat = output.detach().reshape(-1, torch.Size(info.normalized_shape).numel())
+    flat = output.detach().reshape(-1, math.prod(info.normalized_shape))
     real = real_rows(model, name, inputs, output.shape[: -len(info.normalized_shape)])
     return flat.clone() if real is None else flat[real.reshape(-1)]
 
@@ -178,8 +179,8 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.model, self.norms, self.folder = model, norms, folder
         self.seen = Watched(inputs=inputs)
         self.shadows = Shadows()
-        self.muted = 0  # how many norms and linear maps are running: their own operations are not watched
         self.numbers = itertools.count()
+        self.muted = 0  # how many norms and linear maps are running: their own operations are not watched
         self.stack: list[str] = []
         self.own_storage = {
             storage_of(parameter): name
@@ -240,11 +241,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.muted or not isinstance(output, Tensor):
             return
         if (info := self.norms.get(name)) is not None:
-            channel = torch.arange(torch.Size(info.normalized_shape).numel(), device=output.device)
-            channel = channel.view(info.normalized_shape)
-            if info.channels_first and channel.ndim == 1:
-                channel = channel.view(-1, *[1] * (output.ndim - 2))
-            self.shadows.begin(output, ("norm", name), channel)
+            channel = torch.arange(math.prod(info.normalized_shape), device=output.device)
+            shape = (-1, *[1] * (output.ndim - 2)) if info.channels_first else info.normalized_shape
+            self.shadows.begin(output, ("norm", name), channel.view(shape))
             self.seen.uses.setdefault(name, [])
             if self.folder is not None:
                 self.muted += 1
@@ -262,14 +261,15 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note which watched sum a norm reads, or -1. Any other watched tensor that it reads cannot be folded."""
         read = -1
         for tensor in tensors_in(arguments):
-            for source, trace in self.shadows.of(tensor).items():
+            traces = self.shadows.of(tensor)
+            if not traces:  # it may share the memory of a watched one
+                self.spoil([tensor], "another norm")
+            for source, trace in traces.items():
                 if source[0] == "sum" and trace.whole() and not trace.unsure:
                     read = int(source[1])
                     self.seen.sum_readers[read].append(name)
                 else:
                     self.use(source, OtherUse("another norm", name))
-            if not self.shadows.of(tensor):  # it may share the memory of a watched one
-                self.spoil([tensor], "another norm")
         self.seen.norm_reads.setdefault(name, []).append(read)
 
     def enter_linear(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
@@ -295,9 +295,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- operations --------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, follow the watched tensors that it reads, and note reads of a linear map's weight."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -311,33 +309,24 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if owner is not None:
                 where = repr(self.stack[-1]) if self.stack and self.stack[-1] else "the model's own forward"
                 self.seen.weight_readers.setdefault(owner, f"{func.overloadpacket.__name__} in {where}")
-        if any(map(self.shadows.touches, inputs)):
-            self.follow(func, args, kwargs, out, inputs)
-        return out
-
-    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]) -> None:
-        packet = func.overloadpacket
+        if not any(map(self.shadows.touches, inputs)):
+            return out
         lost = self.shadows.follow(func, args, kwargs, out, inputs)
+        may_be_residual = func.overloadpacket is aten.add and not kwargs and len(args) == len(inputs) == 2
         if lost is not None:
-            self.lose(lost, packet.__name__)
-            return
-        may_be_residual = packet is aten.add and not kwargs and len(args) == len(inputs) == 2
-        if not (may_be_residual and self.add(inputs, out)):
-            self.spoil(inputs, packet.__name__)
+            self.lose(lost, func.overloadpacket.__name__)
+        elif not (may_be_residual and self.add(inputs, out)):
+            self.spoil(inputs, func.overloadpacket.__name__)
+        return out
 
     def add(self, inputs: list[Tensor], out: Tensor) -> bool:
         """Record a residual connection: a norm's output plus a linear layer's. Return whether this sum is one."""
-        norm, branch = inputs
-        if not any(kind == "norm" for kind, _ in self.shadows.of(norm)):
-            norm, branch = branch, norm
-        of_norm, of_branch = self.shadows.of(norm), self.shadows.of(branch)
-        if len(of_norm) != 1 or len(of_branch) != 1 or norm.shape != branch.shape or norm is branch:
+        found = sorted(((s, t) for x in inputs for s, t in self.shadows.of(x).items()), key=lambda pair: pair[0])
+        if [kind for (kind, _), _ in found] != ["linear", "norm"] or not all(map(self.shadows.of, inputs)):
             return False
-        (source, trace), (other, branch_trace) = *of_norm.items(), *of_branch.items()
+        (other, branch_trace), (source, trace) = found
         whole = all(t.whole() and not t.unsure for t in (trace, branch_trace))
-        if (source[0], other[0]) != ("norm", "linear") or not whole:
-            return False
-        if not torch.equal(trace.channel, branch_trace.channel):
+        if not whole or not torch.equal(trace.channel, branch_trace.channel):  # also if one is broadcast
             return False
         total = len(self.seen.sum_readers)
         self.use(source, AddUse(other[1], total, trace.dropout, branch_trace.dropout))
@@ -359,10 +348,6 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen.outputs = sample(output)
 
 
-_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d"}
-_DROPOUTS |= {"feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
-
-
 class _SeeDropout(TorchFunctionMode):
     """Notice dropout one level above the dispatcher, which it never reaches in evaluation mode."""
 
@@ -370,23 +355,19 @@ class _SeeDropout(TorchFunctionMode):
         super().__init__()
         self.watcher = watcher
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name not in _DROPOUTS:
+        if "dropout" not in name:
             return out
         given = args[0] if args else kwargs["input"]
         rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
         if "alpha" in name:
             self.watcher.spoil([given], name)  # not linear in training
-        found = self.watcher.shadows.of(given)
-        if "alpha" in name or rate == 0 or not found:
-            return out
-        out = out.view_as(out)  # a tensor of its own, so that other readers of `given` stay free of the mark
-        self.watcher.shadows.add(out, {source: replace(trace, dropout=True) for source, trace in found.items()})
+        elif rate and (found := self.watcher.shadows.of(given)):
+            out = out.view_as(out)  # a tensor of its own, so that other readers of `given` stay free of the mark
+            self.watcher.shadows.add(out, {source: replace(trace, dropout=True) for source, trace in found.items()})
         return out
 
 

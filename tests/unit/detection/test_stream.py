@@ -138,6 +138,7 @@ def test_the_pass_ends_when_nothing_is_left_to_decide() -> None:
         layer.register_forward_hook(lambda module, args, output: ran.append(module))
     in_branches(model)
     assert ran == [model.layers[0]]
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_no_pass_where_the_structure_tells() -> None:
