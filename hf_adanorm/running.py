@@ -179,6 +179,8 @@ def _build(model: nn.Module, rows: int, kind: str = "") -> dict[str, Any]:
         raise ValueError(f"no dummy inputs are known for a model whose main input is {main!r}")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _token_ids(config, rows, generator)
+    if "bbox" in accepted and "input_ids" in inputs:
+        inputs["bbox"] = torch.zeros(*inputs["input_ids"].shape, 4, dtype=torch.int64)
     parameter = next(model.parameters())
     return {
         name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
