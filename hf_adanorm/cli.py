@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .norms import did_you_mean, norm_names, parse_value, resolve_norm, settings_of, title_of
+from .norms import did_you_mean, norm_names, parse_value, resolve_norm, settings_of
 from .options import CHOICES, HELP
 
 # Programs that start new processes, which do not import what this process imported.
@@ -78,7 +78,7 @@ def norms(args: Namespace) -> None:
         _print_json(plain)
         return
     for name, (cls, settings) in found.items():
-        about = next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), title_of(name))
+        about = next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), cls.__name__)
         print(f"{name}\n    {about}")
         for key, value in settings.items():
             also = f", {_option('no_' + key)}" if isinstance(value, bool) else ""

@@ -34,14 +34,7 @@ BUILT_IN = {
     "dyt": "DyT",
 }
 """The class of each built-in norm in `modeling_adanorm.py`, by name."""
-TITLES = {
-    "layernorm": "LayerNorm",
-    "adanorm": "AdaNorm",
-    "layernorm-simple": "LayerNorm-simple",
-    "detachnorm": "DetachNorm",
-    "none": "w/o Norm",
-    "dyt": "DyT",
-}
+TITLES = {"layernorm": "LayerNorm", **BUILT_IN, "layernorm-simple": "LayerNorm-simple", "none": "w/o Norm"}
 """Names for tables and plots."""
 STOCK = "layernorm"  # accepted wherever norms are named: the model's own norms
 NAME_CUTOFF = 0.8  # for did_you_mean: "adanrom" is a misspelling, but "rmsnorm" means another norm, not "layernorm"
@@ -61,25 +54,17 @@ def register_norm(name: str, cls: type) -> None:
         cls: an `nn.Module` whose constructor takes `(normalized_shape, eps, ...)`.
 
     Raises:
-        TypeError: `cls` is not such a class.
-        ValueError: the name is that of a built-in norm, of another class, or contains other characters.
+        TypeError, ValueError: `cls` is not such a class; a name of another norm, or with other characters.
     """
     check_class(cls)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name):
         raise ValueError(f"name must consist of letters, digits, '-', '_' and '.', such as 'derf', got {name!r}")
     if name in BUILT_IN or name == STOCK:
         raise ValueError(f"{name!r} is the name of a built-in norm: choose another one")
-    known = _REGISTERED.get(name)
-    if known is not None and known is not cls and not _is_reload(known, cls):
-        raise ValueError(
-            f"{name!r} is already the name of {known.__module__}.{known.__qualname__}: choose another one"
-        )
+    old, new = (f"{each.__module__}.{each.__qualname__}" for each in (_REGISTERED.get(name, cls), cls))
+    if old != new:  # a notebook cell or `importlib.reload` may make the class once more
+        raise ValueError(f"{name!r} is already the name of {old}: choose another one")
     _REGISTERED[name] = cls
-
-
-def _is_reload(old: type, new: type) -> bool:
-    """Tell whether a notebook cell or `importlib.reload` made the class once more."""
-    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
 
 
 def norm_names() -> list[str]:
@@ -93,11 +78,6 @@ def name_of(cls: type) -> str:
     if isinstance(own, str) and own in BUILT_IN:
         return own
     return next((name for name, known in _REGISTERED.items() if known is cls), cls.__name__)
-
-
-def title_of(norm: str) -> str:
-    """Return the name of a norm for tables and plots."""
-    return TITLES.get(norm, _REGISTERED[norm].__name__ if norm in _REGISTERED else norm)
 
 
 def did_you_mean(value: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -117,20 +97,17 @@ def resolve_norm(norm: Any) -> tuple[type, dict[str, Any]]:
         norm: a name, a class, a `functools.partial` of a class with keyword arguments, or a text as in `parse_norm`.
 
     Raises:
-        TypeError: `norm` is none of these, or the class is not a norm.
-        ValueError: an unknown name; the message suggests the nearest one.
-        FileNotFoundError: the file that a text names does not exist.
+        TypeError, ValueError, FileNotFoundError: no norm, an unknown name or setting, a missing file.
     """
     settings: dict[str, Any] = {}
     if isinstance(norm, functools.partial):
         if norm.args:
             raise TypeError(f"functools.partial of a norm takes keyword arguments only, got {norm.args!r}")
         settings, norm = dict(norm.keywords), norm.func
+    if isinstance(norm, str) and ":" in norm:
+        norm, settings = parse_norm(norm)
     if isinstance(norm, str):
-        if ":" in norm:
-            norm, settings = parse_norm(norm)
-        if isinstance(norm, str):
-            norm = _class_of(norm)
+        norm = _class_of(norm)
     if not isinstance(norm, type):
         raise TypeError(f"norm must be a name, a class or a functools.partial of a class, got {norm!r:.100}")
     if norm.__name__ not in BUILT_IN.values() or not hasattr(norm, "is_adanorm_module"):
@@ -146,9 +123,8 @@ def _class_of(name: str) -> type:
         raise ValueError(f"{name!r} names a file without a class: write {name}:CLASS")
     if name not in _REGISTERED:
         known = [*norm_names(), STOCK]
-        shown = name if len(name) <= 60 else f"{name[:57]}..."
         raise ValueError(
-            f"norm must be one of {known}, a class, or a text such as 'my_norms.py:Derf', got {shown!r}"
+            f"norm must be one of {known}, a class, or a text such as 'my_norms.py:Derf', got {name[:60]!r}"
             f"{did_you_mean(name, known, cutoff=NAME_CUTOFF)}"
         )
     return _REGISTERED[name]
@@ -164,8 +140,7 @@ def parse_norm(text: str) -> tuple[str | type, dict[str, Any]]:
         text: "NAME", "FILE.py:CLASS" or "PACKAGE.MODULE:CLASS", each with ":SETTING=VALUE" as often as needed.
 
     Raises:
-        ValueError: the text has another form, or the module has no such class.
-        FileNotFoundError: the file does not exist.
+        ValueError, FileNotFoundError: the text has another form, or there is no such class or file.
     """
     parts = re.split(r":(?![\\/])", text)  # not the colon of a drive letter
     first = 1 + (len(parts) > 1 and "=" not in parts[1] and parts[0] not in norm_names())
@@ -180,14 +155,12 @@ def parse_norm(text: str) -> tuple[str | type, dict[str, Any]]:
 
 def parse_value(text: str) -> Any:
     """Return the value of a setting as command lines give it: a number, true, false, null, or else a text."""
-    words = {"true": True, "false": False, "null": None, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
+    words = {"true": "True", "false": "False", "null": "None", "none": "None"}
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(words.get(text.lower(), text))
     except (ValueError, SyntaxError):
         return text
-    return value if isinstance(value, (int, float, str)) else text
+    return value if isinstance(value, (int, float, str, type(None))) else text
 
 
 def load_class(where: str, name: str) -> type:
@@ -222,10 +195,8 @@ def load_class(where: str, name: str) -> type:
 
 
 # What a constructor takes besides its settings.
-_RESERVED = (
-    *("normalized_shape", "eps", "centered", "channels_first", "output_dtype", "device", "dtype"),
-    *("training", "norm", "weight"),
-)
+_RESERVED = {"normalized_shape", "eps", "centered", "channels_first", "output_dtype"}
+_RESERVED |= {"device", "dtype", "training", "norm", "weight"}
 
 
 def settings_of(cls: type) -> dict[str, Any]:
@@ -262,11 +233,14 @@ def check_class(cls: Any) -> None:
 
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"a norm must be a class derived from torch.nn.Module, got {cls!r:.100}")
-    if issubclass(cls, (nn.LayerNorm, nn.RMSNorm)) and cls.__init__ in (nn.LayerNorm.__init__, nn.RMSNorm.__init__):
-        raise TypeError(f"{cls.__name__} is torch's own norm; use norm='layernorm' to keep the norms of the model")
+    if cls.__module__.partition(".")[0] == "torch" or cls.__init__ in (nn.LayerNorm.__init__, nn.RMSNorm.__init__):
+        raise TypeError(
+            f"{cls.__name__} is a class of torch: use norm='layernorm' to keep the norms of the model, or write a "
+            "class of your own, in a file such as my_norms.py"
+        )
     parameters = list(inspect.signature(cls).parameters.values())
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)}
-    if not named or parameters[0].name not in named or not ({"eps"} <= named and parameters[1].name == "eps"):
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
+    if named[1:2] != ["eps"]:
         raise TypeError(
             f"the constructor of {cls.__name__} must begin with (normalized_shape, eps, ...), followed by settings as "
             f"keyword-only parameters; it takes {inspect.signature(cls)}"
@@ -276,10 +250,6 @@ def check_class(cls: Any) -> None:
         raise TypeError(f"{extra[0]} of {cls.__name__} must be keyword-only (put it after a `*`) to be a setting")
     if name_of(cls) in (*BUILT_IN, STOCK):
         raise ValueError(f"the class {cls.__name__!r} has the name of a built-in norm: give it another one")
-    if cls.__module__.partition(".")[0] == "torch":
-        raise TypeError(
-            f"{cls.__name__} is a class of torch: use it in a class of your own, in a file such as my_norms.py"
-        )
 
 
 def check_settings(cls: type, settings: Mapping[str, Any]) -> None:
@@ -304,13 +274,6 @@ def check_value(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, a truth value or a text, got {value!r:.100}")
     elif not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}: JSON has no other")
-
-
-def check_complete(cls: type, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if a setting without a default is missing."""
-    for name, default in settings_of(cls).items():
-        if default is inspect.Parameter.empty and name not in settings:
-            raise ValueError(f"the setting {name!r} of {name_of(cls)!r} has no default: pass {name}=...")
 
 
 # -------------------------------------------------------------------------------- the classes of saved models
@@ -354,23 +317,21 @@ def find_classes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
 def _find_class(name: str, entry: Mapping[str, Any]) -> type:
     candidates = [_REGISTERED[name]] if name in _REGISTERED else []
     candidates += [cls for cls in known_classes() if cls.__name__ == entry["class"] and cls not in candidates]
-    other = None
     for cls in candidates:
         files = files_of(cls)
         if files and {path.name: digest(path) for path in files} == entry["files"]:
             return cls
-        other = other or cls
-    how = (
-        f"import {entry['file'].removesuffix('.py')} and call register_norm({name!r}, {entry['class']}), or load "
-        "with trust_remote_code=True, which executes the files in the model's folder"
-    )
-    if other is not None:
+    file, trust = entry["file"], "load with trust_remote_code=True, which executes the files in the model's folder"
+    if candidates:
+        known = f"{candidates[0].__module__}.{candidates[0].__qualname__}"
         raise ValueError(
-            f"the norm {name!r} of this model was saved with another version of {entry['file']} than that of "
-            f"{other.__module__}.{other.__qualname__}. Use the version that it was saved with, or load with "
-            "trust_remote_code=True, which executes the files in the model's folder"
+            f"the norm {name!r} of this model was saved with another version of {file} than that of {known}. "
+            f"Use the version that it was saved with, or {trust}"
         )
-    raise ValueError(f"this model uses the norm {name!r}, the class {entry['class']} of {entry['file']}: {how}")
+    raise ValueError(
+        f"this model uses the norm {name!r}, the class {entry['class']} of {file}: import {file.removesuffix('.py')} "
+        f"and call register_norm({name!r}, {entry['class']}), or {trust}"
+    )
 
 
 def digest(path: Path) -> str:
@@ -385,13 +346,8 @@ def files_of(cls: type) -> list[Path]:
         return []
     files = [Path(found)]
     for path in files:
-        for name in _relative_imports(path):
-            if (near := path.with_name(f"{name}.py")).is_file() and near not in files:
-                files.append(near)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and "." not in node.module:
+                near = path.with_name(f"{node.module}.py")
+                files += [near] if near.is_file() and near not in files else []
     return files
-
-
-def _relative_imports(path: Path) -> list[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module]
-    return [node.module for node in nodes if node.module and "." not in node.module]

@@ -1,13 +1,6 @@
 """Swap the norms of a model, put the replaced ones back, and list them: the public calls.
 
-`patch_model` plans which norm becomes what, checks the whole plan, and only then replaces modules:
-
-1. `iter_norms` lists the norms by what they compute. `targets`, `include`, `exclude` and `layers` choose among them.
-2. Every chosen norm gets its `NormGroup`. It contains what loading cannot read off the stock module, such as an eps in
-   the code, so that loading decides nothing.
-3. The modules are replaced. Each keeps the one that it replaced, for `unpatch_model`.
-4. Every config in the model becomes the model's own copy, as two models may share one. It gets the resolved spec of
-   the part of the model that it describes.
+`patch_model` plans which norm becomes what, checks the whole plan, and only then replaces modules (`swapping.py`).
 """
 
 from __future__ import annotations
@@ -22,23 +15,13 @@ from .affine import fold, warn_of_dropped
 from .detection import check_module
 from .folding import Fold
 from .modeling_adanorm import is_swapped, replace_modules
-from .norms import STOCK, check_complete, check_settings, computes_n, resolve_norm
+from .norms import STOCK, check_settings, computes_n, resolve_norm
 from .options import CHOICES
 from .replaced import learned_affine, replaced_by
 from .report import Report
 from .saving import left_by_folds, mark_folded, swapped_norms, write_specs
-from .selection import Patterns, check_layers, layer_positions
-from .swapping import (
-    Options,
-    all_or_nothing,
-    apply_plan,
-    check_choice,
-    choose,
-    make_plan,
-    refuse_wrapped,
-    restore_fused_path,
-    restored,
-)
+from .selection import Patterns, Selection, check_choice, choose_norms, layer_positions
+from .swapping import Options, all_or_nothing, apply_plan, make_plan, refuse_wrapped, restore_fused_path, restored
 
 Targets = Literal["auto", "layernorm", "rmsnorm", "all"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -101,20 +84,16 @@ def patch_model(
     if not isinstance(affine, Fold):
         check_choice("affine", affine, CHOICES["affine"])
         affine = Fold() if affine == "fold" else affine
-    choice: dict[str, Any] = {
-        "include": include,
-        "exclude": exclude,
-        "layers": check_layers(layers),
-        "targets": targets,
-    }
+    choice: dict[str, Any] = {"include": include, "exclude": exclude, "layers": layers, "targets": targets}
     if norm == STOCK:
         if settings or eps is not None or centered is not None or affine != "drop":
             raise ValueError('norm="layernorm" puts the replaced norms back; it takes include, exclude and layers')
-        return _restore(model, Options(**choice))
+        refuse_wrapped(model)
+        chosen = {row.name for row in choose_norms(model, Selection(**choice)) if row.chosen}
+        return _put_back(model, [(name, module) for name, module in swapped_norms(model) if name in chosen])
     cls, given = resolve_norm(norm)
     settings = {**given, **settings}
     check_settings(cls, settings)
-    check_complete(cls, settings)
     options = Options(cls=cls, settings=settings, eps=eps, centered=centered, **choice)
     if affine != "drop" and not computes_n(cls):
         raise ValueError(
@@ -156,23 +135,15 @@ def unpatch_model(model: ModelT) -> ModelT:
     return _put_back(model, swapped)
 
 
-def _restore(model: ModelT, options: Options) -> ModelT:
-    """Put back the replaced norms that the options choose, if any."""
-    refuse_wrapped(model)
-    chosen = {row.name for row in choose(model, options) if row.chosen}
-    swapped = [(name, module) for name, module in swapped_norms(model) if name in chosen]
-    return _put_back(model, swapped) if swapped else model
-
-
 def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
     kept = [replaced_by(module) for _, module in swapped]
     lost = [old is None or not old.has_values for old in kept]
     fresh = sum(gone and not learned_affine(norm) for gone, (_, norm) in zip(lost, swapped, strict=True))
     with all_or_nothing(model, [old.module for old in kept if old is not None], stacklevel=5) as change:
-        replace_modules(model, restored(model, swapped))
+        replace_modules(model, {id(norm): restored(norm) for _, norm in swapped})
         restore_fused_path(model)
         write_specs(model)  # loading needs to know the biases that a fold added
-        if num_biases := len(left_by_folds(model)[0]):
+        if swapped and (num_biases := len(left_by_folds(model)[0])):
             change.warn(
                 f"{num_biases} linear layers keep the bias that a fold added: import hf_adanorm before you load the "
                 "saved model, or transformers drops these biases with only a warning"
@@ -219,12 +190,12 @@ def inspect_model(
         (5, 320)
     """
     check_module(model)
-    options = Options(include=include, exclude=exclude, layers=check_layers(layers), targets=targets)
-    rows = tuple(choose(model, options))
+    selection = Selection(include=include, exclude=exclude, layers=layers, targets=targets)
+    rows = tuple(choose_norms(model, selection))
     positions = layer_positions(model, [row.name for row in rows])
     return Report(
         model_class=type(model).__name__,
         rows=rows,
-        asked=options != Options(),
+        asked=selection != Selection(),
         num_layers=max((size for _, size in positions.values()), default=0),
     )

@@ -114,16 +114,11 @@ def _dyt_from_norm(cls: Any, /, norm: Any, **settings: Any) -> Any:
     return new
 
 
-def complete(module: Any) -> None:
-    """Add the methods to the classes of one copy of `modeling_adanorm.py`."""
-    for name, method in vars(_Norm).items():
-        if (callable(method) or isinstance(method, property)) and name != "__init__":
-            setattr(module.SwappedNorm, name, method)
-    module.DyT.from_norm = classmethod(_dyt_from_norm)
-
-
 def complete_all() -> None:
     """Add the methods to every copy of `modeling_adanorm.py` that is loaded, that of a saved model as well."""
+    methods = {key: value for key, value in vars(_Norm).items() if callable(value) or isinstance(value, property)}
     for name, module in list(sys.modules.items()):
         if name.rpartition(".")[2] == "modeling_adanorm" and hasattr(module, "SwappedNorm"):
-            complete(module)
+            for key, method in methods.items():
+                setattr(module.SwappedNorm, key, method)
+            module.DyT.from_norm = classmethod(_dyt_from_norm)

@@ -23,23 +23,21 @@ class Replaced:
     module: nn.Module
     has_values: bool = False
     """Whether its gain and bias are those of the model. After a reload they are not."""
-    around_was_trainable: bool = True
-    """Whether the parameters next to it were trainable when it was replaced."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replaced:
-        return Replaced(copy.deepcopy(self.module, memo), self.has_values, self.around_was_trainable)
+        return Replaced(copy.deepcopy(self.module, memo), self.has_values)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickle holds no tensors of the replaced norm, only its class and attributes.
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in self.module.parameters()
         }
-        return Replaced, (copy.deepcopy(self.module, memo), False, self.around_was_trainable)
+        return Replaced, (copy.deepcopy(self.module, memo),)
 
 
-def remember(new: nn.Module, source: nn.Module, **known: bool) -> None:
+def remember(new: nn.Module, source: nn.Module, has_values: bool = False) -> None:
     """Keep `source` beside `new`, or what `source` itself replaced."""
-    new.__dict__[_KEY] = source.__dict__.get(_KEY) if is_swapped(source) else Replaced(source, **known)
+    new.__dict__[_KEY] = source.__dict__.get(_KEY) if is_swapped(source) else Replaced(source, has_values)
 
 
 def replaced_by(module: nn.Module) -> Replaced | None:

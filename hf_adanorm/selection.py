@@ -13,33 +13,46 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from .detection import NormInfo, is_stack, iter_norms, off_stream, recognize
 from .modeling_adanorm import is_swapped, short_repr
+from .norms import did_you_mean
+from .options import CHOICES
 from .replaced import source_of
 from .report import NormRow
 
 Patterns = str | Sequence[str] | None
-_KINDS = {
-    "auto": ("layernorm", "rmsnorm"),
-    "all": ("layernorm", "rmsnorm"),
-    "layernorm": ("layernorm",),
-    "rmsnorm": ("rmsnorm",),
-}
 
 
-def choose_norms(
-    model: nn.Module,
-    *,
-    include: Patterns = None,
-    exclude: Patterns = None,
-    layers: tuple[int, ...] | None = None,
-    targets: str = "auto",
-) -> list[NormRow]:
+def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        hint = did_you_mean(value, choices)
+        raise ValueError(f"{option} must be one of {list(choices)}, got {short_repr(value)}{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which norms a call means: options of `patch_model`, checked. Wrong ones raise TypeError or ValueError."""
+
+    include: Patterns = None
+    exclude: Patterns = None
+    layers: Iterable[int] | int | None = None
+    targets: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("targets", self.targets, CHOICES["targets"])
+        _check_patterns("include", self.include)
+        _check_patterns("exclude", self.exclude)
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+
+
+def choose_norms(model: nn.Module, selection: Selection) -> list[NormRow]:
     """Return every norm of the model, with the reason for those that are not chosen.
 
     Raises:
@@ -50,18 +63,21 @@ def choose_norms(
         for name, module, info in iter_norms(model)
     ]
     for row in rows:
-        if reason := _obstacle(row, targets):
+        if reason := _obstacle(row, selection.targets):
             row.cause, row.reason = "obstacle", reason
     in_reach = [row for row in rows if not row.cause]
     names = [row.name for row in in_reach]
+    include, layers = selection.include, selection.layers
     try:
         included = match_names("include", include, names)
-        excluded = match_names("exclude", exclude, names)
+        excluded = match_names("exclude", selection.exclude, names)
     except ValueError as error:
-        raise ValueError(f"{error}{_out_of_reach([include, exclude], rows)}") from None
-    in_layers = None if layers is None else match_layers(model, layers, names)
+        given = [*_each(include), *_each(selection.exclude)]
+        beyond = [f" ({r.name}: {r.reason})" for p in given for r in rows if r.reason and _matches(p, r.name)]
+        raise ValueError(f"{error}{beyond[0] if beyond else ''}") from None
+    in_layers = names if layers is None else match_layers(model, cast(tuple[int, ...], layers), names)
     in_branch: dict[str, str] = {}
-    if targets == "auto" and include is None:
+    if selection.targets == "auto" and include is None:
         in_branch = off_stream(model, [(row.name, row.module, row.info) for row in in_reach])
     for row in in_reach:
         inside = getattr(row.info, "inside", "")
@@ -69,7 +85,7 @@ def choose_norms(
             row.cause, row.reason = "option", "exclude"
         elif include is not None and row.name not in included:
             row.cause, row.reason = "option", "not in include"
-        elif in_layers is not None and row.name not in in_layers:
+        elif row.name not in in_layers:
             row.cause, row.reason = "option", "not in layers"
         elif inside and row.name not in included:
             row.cause = "branch"
@@ -85,7 +101,7 @@ def _obstacle(row: NormRow, targets: str) -> str:
     """Return the reason why no `include` can choose this norm, or an empty string."""
     if row.kind == "other":
         return row.info.reason
-    if row.kind not in _KINDS[targets]:
+    if targets not in ("auto", "all", row.kind):
         return f"{'an RMSNorm' if row.kind == 'rmsnorm' else 'a LayerNorm'}, which targets={row.kind!r} swaps"
     if not row.name:
         return "it is the norm itself, and a swap replaces modules inside a model: make the new norm directly"
@@ -100,20 +116,10 @@ def _kind(module: nn.Module, info: NormInfo) -> str:
     return info.kind
 
 
-def _out_of_reach(options: Sequence[Patterns], rows: Sequence[NormRow]) -> str:
-    """Return the reason why a norm that a pattern matches cannot be chosen, or an empty string."""
-    for pattern in (pattern for patterns in options for pattern in _each(patterns)):
-        for row in rows:
-            if row.cause == "obstacle" and _matches(pattern, row.name):
-                return f" ({row.name}: {row.reason})"
-    return ""
-
-
 # ------------------------------------------------------------------------------------------------------- patterns
 
 
-def check_patterns(option: str, patterns: Patterns) -> None:
-    """Raise TypeError or ValueError unless `patterns` is a string, a list of strings or None."""
+def _check_patterns(option: str, patterns: Patterns) -> None:
     if patterns is None or isinstance(patterns, str):
         return
     if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
@@ -151,11 +157,8 @@ def match_names(option: str, patterns: Patterns, names: Sequence[str]) -> set[st
             raise ValueError(f"{option}: {short_repr(pattern)} is not a regular expression: {error}") from None
         matched = {name for name in names if regex.fullmatch(name)}
         if not matched:
-            hint = ""
-            if any(_matches(f"re:{pattern}", name) for name in names):
-                hint = f" It matches as a regular expression: write {short_repr('re:' + pattern)}."
             closest = _closest(pattern, names)
-            raise ValueError(f"{option}: {short_repr(pattern)} matches the ending of no norm's name.{hint} {closest}")
+            raise ValueError(f"{option}: {short_repr(pattern)} matches the ending of no norm's name. {closest}")
         found |= matched
     return found
 
@@ -171,8 +174,7 @@ def _closest(pattern: str, names: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------------- layers
 
 
-def check_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
-    """Return `layers` as a tuple of integers. Raises TypeError or ValueError for anything else."""
+def _checked_layers(layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
     if layers is None:
         return None
     given: tuple[Any, ...] = tuple(layers) if isinstance(layers, Iterable) else (layers,)

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .modeling_adanorm import LAYOUT, is_swapped
+from .modeling_adanorm import is_swapped
 from .norms import check_value, did_you_mean
-from .selection import Patterns, match_names
-
-SHAPES = ("linear", "cosine")
+from .selection import Patterns, check_choice, match_names
+from .state import State
 
 
 def set_norm(model: nn.Module, *, include: Patterns = None, **settings: Any) -> list[str]:
@@ -48,22 +47,16 @@ def set_norm(model: nn.Module, *, include: Patterns = None, **settings: Any) -> 
     norms = _choose(model, include, settings)
     if all(settings.items() <= norm.settings().items() for norm in norms.values()):
         return list(norms)
-    checked: dict[Any, tuple[Any, Any]] = {}
-    planned = []
+    planned = {}
     for name, norm in norms.items():
-        key = (type(norm.inner), *(getattr(norm, part) for part in LAYOUT), *sorted(norm.settings().items(), key=str))
-        if key not in checked:
-            checked[key] = norm.fresh(), norm.fresh(**settings)
-            _refuse_starts(name, *checked[key], settings)
-        planned.append((norm, checked[key][1]))
-    before = [(module, dict(vars(module))) for norm, _ in planned for module in norm.modules()]
+        planned[norm] = norm.fresh(**settings)
+        _refuse_starts(name, norm.fresh(), planned[norm], settings)
+    before = State(*planned)
     try:
-        for norm, new in planned:
+        for norm, new in planned.items():
             norm.adopt(new, settings)
     except BaseException:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        before.restore()
         raise
     return list(norms)
 
@@ -73,20 +66,16 @@ def _choose(model: nn.Module, include: Patterns, settings: Mapping[str, Any]) ->
     swapped = {name: module for name, module in model.named_modules() if is_swapped(module)}
     if not swapped:
         raise ValueError(f"this {type(model).__name__} has no swapped norms: call patch_model first")
-    chosen = match_names("include", include, list(swapped)) if include is not None else set()
-    known = {key for norm in swapped.values() for key in norm.settings()}
-    found = {}
-    for name, norm in swapped.items():
-        missing = [key for key in settings if key not in norm.settings()]
-        if name in chosen and missing:
-            own = f"its settings are {sorted(norm.settings())}" if norm.settings() else "it has no settings"
-            raise ValueError(f"{name} is {norm.norm_name!r}, which has no setting {missing[0]!r}: {own}")
-        if name in chosen or (include is None and not missing):
-            found[name] = norm
-    if not found:
-        unknown = next((key for key in settings if key not in known), next(iter(settings)))
+    if include is not None:
+        chosen = match_names("include", include, list(swapped))
+        swapped = {name: norm for name, norm in swapped.items() if name in chosen}
+    found = {name: norm for name, norm in swapped.items() if settings.keys() <= norm.settings().keys()}
+    if not found or (include is not None and found != swapped):
+        name, norm = next(item for item in swapped.items() if item[0] not in found)
+        own = norm.settings()
+        missing = next(key for key in settings if key not in own)
         raise ValueError(
-            f"no norm of this model has the setting {unknown!r}; it has {sorted(known)}{did_you_mean(unknown, known)}"
+            f"{name} ({norm.norm_name}) has no setting {missing!r}; it has {sorted(own)}{did_you_mean(missing, own)}"
         )
     return found
 
@@ -104,6 +93,10 @@ def _refuse_starts(name: str, old: Any, new: Any, settings: Mapping[str, Any]) -
         which = lost[0] if lost else ", ".join(settings)
         why = "only starts a parameter" if starts else f"is not kept as an attribute by {type(new.inner).__name__}"
         raise ValueError(f"{which} of {name} ({new.norm_name}) {why}: it can be set in patch_model, not afterwards")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class NormSchedule:
@@ -132,23 +125,14 @@ class NormSchedule:
         if not settings:
             raise ValueError("a schedule needs at least one setting, such as k=(0.0, 0.1)")
         for name, pair in settings.items():
-            numbers = isinstance(pair, (tuple, list)) and all(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-                for value in pair
-            )
-            if not numbers or len(pair) != 2:
-                raise TypeError(
-                    f"{name} must be a pair of numbers (first, last), such as (0.0, 0.1), got {pair!r:.80}"
-                )
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_finite, pair)):
+                raise TypeError(f"{name} must be a pair of numbers, such as (0.0, 0.1), got {pair!r:.80}")
         for name, value in (("begin", begin), ("over", over)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number of updates (int) or a fraction (float), got {value!r:.80}")
-            if not value >= 0 or (isinstance(value, float) and not value <= 1):
+            if not _is_finite(value) or value < 0 or (isinstance(value, float) and value > 1):
                 raise ValueError(
-                    f"{name} must be an int >= 0 (updates) or a float in 0..1 (a fraction), got {value!r}"
+                    f"{name} must be an int >= 0 (updates) or a float in 0..1 (a fraction), got {value!r:.80}"
                 )
-        if shape not in SHAPES:
-            raise ValueError(f"shape must be one of {list(SHAPES)}, got {shape!r:.80}{did_you_mean(shape, SHAPES)}")
+        check_choice("shape", shape, ("linear", "cosine"))
         self.begin, self.over, self.shape, self.include = begin, over, shape, include
         self.pairs = {name: (float(first), float(last)) for name, (first, last) in settings.items()}
 

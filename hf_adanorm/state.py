@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import sys
 import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,10 +74,9 @@ class State:
         while True:
             try:
                 self._restore()
+                break
             except KeyboardInterrupt as error:
                 interrupt = error
-            else:
-                break
         if interrupt is not None:
             raise interrupt
 
@@ -146,8 +145,7 @@ def storage_of(tensor: Tensor) -> int:
 def random_states(model: nn.Module) -> Iterator[None]:
     """Run the block with torch's generators at seed 0. Restore those of torch, numpy and Python afterwards."""
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=devices):
             for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
@@ -155,8 +153,7 @@ def random_states(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _inside(value: Any) -> Iterator[Any]:

@@ -33,16 +33,13 @@ from .modeling_adanorm import (
     is_swapped,
     make_norm,
     replace_modules,
-    short_repr,
     source_settings,
 )
 from .norms import did_you_mean, name_of, settings_of
 from .norms import remember as remember_class
-from .options import CHOICES
 from .replaced import GIVEN_EPS, learned_affine, remember, replaced_by
-from .report import NormRow
 from .saving import write_specs
-from .selection import Patterns, check_patterns, choose_norms
+from .selection import Selection, choose_norms
 from .spec import NormGroup
 from .state import State
 
@@ -78,34 +75,20 @@ def all_or_nothing(model: nn.Module, others: Sequence[nn.Module] = (), stackleve
 # ----------------------------------------------------------------------------------------------------------- the plan
 
 
-def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise TypeError or ValueError unless `value` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        hint, error = ("", TypeError) if not isinstance(value, str) else (did_you_mean(value, choices), ValueError)
-        raise error(f"{option} must be one of {list(choices)}, got {short_repr(value)}{hint}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Selection):
     """The checked options of one call: which norms, and what they become."""
 
     cls: type[nn.Module] = NORM_CLASSES["adanorm"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     eps: float | None = None
     centered: bool | None = None
-    include: Patterns = None
-    exclude: Patterns = None
-    layers: tuple[int, ...] | None = None
-    targets: str = "auto"
 
     def __post_init__(self) -> None:
-        check_choice("targets", self.targets, CHOICES["targets"])
+        super().__post_init__()
         if self.eps is not None:
             check_number("eps", self.eps)
-        if self.centered is not None:
-            check(isinstance(self.centered, bool), "centered must be True or False", self.centered)
-        check_patterns("include", self.include)
-        check_patterns("exclude", self.exclude)
+        check(type(self.centered) in (bool, type(None)), "centered must be True or False", self.centered)
 
     @property
     def norm(self) -> str:
@@ -120,19 +103,15 @@ class Options:
         if self.eps is not None:
             overrides["eps"] = float(self.eps)
         centered = self.centered if self.centered is not None else info.kind == "layernorm"
-        settings = {
-            # A mapping has a value for each norm; those that it does not list take the default.
-            key: value.get(name) if isinstance(value, Mapping) else value
-            for key, value in self.settings.items()
-            if not isinstance(value, Mapping) or name in value
-        }
-        rule = None if is_swapped(source) else output_rule(source, info)
+        # A mapping has a value for each norm; those that it does not list take the default.
+        own = {key: value for key, value in self.settings.items() if not isinstance(value, Mapping)}
+        own |= {k: value[name] for k, value in self.settings.items() if isinstance(value, Mapping) and name in value}
         group = NormGroup(
             norm=self.norm,
             modules=(),
             centered=None if centered else False,
-            settings={key: plain_value(value) for key, value in settings.items()},
-            output_dtype=rule,
+            settings={key: plain_value(value) for key, value in own.items()},
+            output_dtype=None if is_swapped(source) else output_rule(source, info),
             **overrides,
         )
         make_norm(source, vars(group), held({self.norm: self.cls}))  # the constructor checks the values
@@ -170,19 +149,18 @@ def output_rule(source: nn.Module, info: NormInfo) -> str | None:
 
 @dataclass
 class Plan:
-    """What a call will do: `swaps` in the order of the model, and all norms of the model as `rows`."""
+    """What a call will do: `swaps` in the order of the model."""
 
     model: nn.Module
     options: Options
-    rows: list[NormRow]
     swaps: list[tuple[str, nn.Module, NormInfo, NormGroup]] = field(default_factory=list)
 
 
 def make_plan(model: nn.Module, options: Options) -> Plan:
     """Choose the norms and check that each can be swapped. Changes nothing; raises what `patch_model` raises."""
     refuse_wrapped(model)
-    plan = Plan(model=model, options=options, rows=choose(model, options))
-    for row in plan.rows:
+    plan, rows = Plan(model, options), choose_norms(model, options)
+    for row in rows:
         if not row.chosen:
             continue
         if getattr(row.info, "parametrized", False):
@@ -191,7 +169,7 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
                 f"torch.nn.utils.parametrize.remove_parametrizations first, or exclude={[row.name]!r}"
             )
         plan.swaps.append((row.name, row.module, row.info, options.group(row.name, row.module, row.info)))
-    known = {row.name for row in plan.rows}
+    known = {row.name for row in rows}
     for key, value in options.settings.items():
         for name in value if isinstance(value, Mapping) else ():
             if name not in known:
@@ -199,7 +177,7 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
                     f"{key} has a value for {name!r}, which is no norm of the model{did_you_mean(name, known)}"
                 )
     if not plan.swaps:
-        skipped = next((f" ({row.name}: {row.reason})" for row in plan.rows if row.reason), "")
+        skipped = next((f" ({row.name}: {row.reason})" for row in rows if row.reason), "")
         raise ValueError(
             f"{type(model).__name__} has no norm to swap with targets={options.targets!r}{skipped}. "
             "inspect_model(model) lists every norm"
@@ -207,21 +185,8 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
     return plan
 
 
-def choose(model: nn.Module, options: Options) -> list[NormRow]:
-    """Return every norm of the model, with the reason for those that the options do not choose."""
-    return choose_norms(
-        model, include=options.include, exclude=options.exclude, layers=options.layers, targets=options.targets
-    )
-
-
-_WRAPPERS = {
-    "DataParallel",
-    "DeepSpeedEngine",
-    "DistributedDataParallel",
-    "FSDPModule",
-    "FullyShardedDataParallel",
-    "OptimizedModule",
-}
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"}
+_WRAPPERS |= {"DeepSpeedEngine", "OptimizedModule"}
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -254,8 +219,7 @@ def apply_plan(plan: Plan) -> None:
     """Replace the modules and write the specs. Nothing before the first replacement changes the model."""
     fallback = next((t for t in plan.model.parameters() if t.is_floating_point()), None)
     replacements: dict[int, nn.Module] = {}
-    trainable = _trainable_around(plan.model, [name for name, *_ in plan.swaps])
-    for name, module, info, group in plan.swaps:
+    for _, module, info, group in plan.swaps:
         if is_as(module, group) and type(module.inner) is plan.options.cls:
             continue
         new = make_norm(module, vars(group), held({group.norm: plan.options.cls}))
@@ -263,7 +227,7 @@ def apply_plan(plan: Plan) -> None:
             new.to(device=fallback.device, dtype=fallback.dtype)  # a norm without tensors does not say where it lives
         _inherit(new, module, info, plan.options.cls, group)
         _carry_hooks(module, new)
-        remember(new, module, has_values=True, around_was_trainable=trainable[name])
+        remember(new, module, has_values=True)
         if ADJUSTED_EPS in module.__dict__ and is_swapped(module) and new.eps == module.eps:
             new.__dict__[ADJUSTED_EPS] = True
         if plan.options.eps is not None:
@@ -356,46 +320,11 @@ def _affine_of(info: NormInfo | None) -> list[tuple[str, str, float]]:
     return [(key, name, offset) for key, name, offset in both if name is not None]
 
 
-def _trainable_around(model: nn.Module, names: Sequence[str]) -> dict[str, bool]:
-    """Return for each norm whether the parameters next to it, in the nearest module that has others, are trainable."""
-    inside = [f"{name}." for name in names]
-    counts: dict[str, tuple[int, int]] = {}
-    for name, parameter in model.named_parameters():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        parts = name.split(".")[:-1]
-        for end in range(len(parts) + 1):
-            total, free = counts.get(place := ".".join(parts[:end]), (0, 0))
-            counts[place] = (total + 1, free + parameter.requires_grad)
-    found = {}
-    for name in names:
-        place = name
-        while place and place not in counts:
-            place = place.rpartition(".")[0]
-        found[name] = counts.get(place, (0, 1))[1] > 0
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------ unpatching
 
 
-def restored(model: nn.Module, swapped: Sequence[tuple[str, SwappedNorm]]) -> dict[int, nn.Module]:
-    """Return the module that each swapped norm replaced, on its device and in its dtype, by the id of the norm.
-
-    Gains and biases that a norm has learned go back into it. It is frozen, or made trainable, if the parameters around
-    it were in the meantime.
-    """
-    trainable = _trainable_around(model, [name for name, _ in swapped])
-    found = {}
-    for name, module in swapped:
-        kept = replaced_by(module)
-        found[id(module)] = source = _restored(module)
-        if kept is not None and kept.around_was_trainable != trainable[name]:
-            source.requires_grad_(trainable[name])
-    return found
-
-
-def _restored(module: SwappedNorm) -> nn.Module:
+def restored(module: SwappedNorm) -> nn.Module:
+    """Return the norm that `module` replaced, on its device and in its dtype, with the gain and bias learned since."""
     kept = replaced_by(module)
     if kept is None:  # a norm that the user put there by hand
         source: nn.Module = nn.LayerNorm(module.normalized_shape, eps=module.eps)
@@ -404,12 +333,10 @@ def _restored(module: SwappedNorm) -> nn.Module:
         if ADJUSTED_EPS in module.__dict__:  # by a fold, after the swap
             source.__dict__.update(dict.fromkeys({"eps", "variance_epsilon"} & source.__dict__.keys(), module.eps))
             source.__dict__[ADJUSTED_EPS] = True
-    weight = module.weight
-    if kept is None or not kept.has_values:
-        if any(p.is_meta for p in source.parameters()) and not weight.is_meta:
-            source = source.to_empty(device=weight.device)
-        _reset_affine(source)
-    _put_back(learned_affine(module), source)
+    weight, empty = module.weight, kept is None or not kept.has_values
+    if empty and any(p.is_meta for p in source.parameters()) and not weight.is_meta:
+        source = source.to_empty(device=weight.device)
+    _fill_affine(source, learned_affine(module), empty)
     if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
         source.to(device=weight.device, dtype=weight.dtype)
     source.train(module.training)
@@ -417,17 +344,14 @@ def _restored(module: SwappedNorm) -> nn.Module:
 
 
 @torch.no_grad()
-def _reset_affine(norm: nn.Module) -> None:
-    """Set gain 1 and bias 0, in whatever form the norm stores them: a gain stored as an offset from 1 becomes 0."""
-    known = {name: float(key == "gain") - offset for key, name, offset in _affine_of(recognize(norm))}
-    for name, parameter in norm.named_parameters():
-        parameter.fill_(known.get(name, 1.0))
-
-
-@torch.no_grad()
-def _put_back(affine: dict[str, Tensor], source: nn.Module) -> None:
-    """Write the gain and bias that a swapped norm has learned into the norm that it replaced."""
-    for key, name, offset in _affine_of(recognize(source)):
+def _fill_affine(norm: nn.Module, affine: dict[str, Tensor], empty: bool) -> None:
+    """Write gain and bias in whatever form the norm stores them; 1 and 0 where an empty norm has no others."""
+    if empty:
+        for parameter in norm.parameters():
+            parameter.fill_(1.0)
+    for key, name, offset in _affine_of(recognize(norm)):
+        target = getattr(norm, name)
         if key in affine:
-            target = getattr(source, name)
             target.copy_(affine[key].float().sub(offset).view_as(target))
+        elif empty:
+            target.fill_((key == "gain") - offset)

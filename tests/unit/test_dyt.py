@@ -18,8 +18,6 @@ from hf_adanorm.modeling_adanorm import DyT
 from tests.zoo.processes import Scripts
 from tests.zoo.round_trip import build, inputs
 
-ROOT = Path(__file__).parents[2]
-
 
 def patched(case: str = "bert") -> Any:
     with warnings.catch_warnings():
@@ -175,13 +173,3 @@ def test_reports_and_watching_know_it() -> None:
     with watch_norms(model) as log:
         model.train()(**inputs("bert")).logits.sum().backward()
     assert {record.norm for record in log.records} == {"dyt"}
-
-
-def test_recipes_and_comparisons_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from common.options import PatchOptions, parse_options
-    from comparison.paper import COLUMNS, TITLES, paper_score
-
-    assert parse_options(PatchOptions, ["--norm", "dyt"]).norm == "dyt"
-    assert TITLES["dyt"] == "DyT"
-    assert {paper_score(column, "dyt") for column in COLUMNS} == {"-"}

@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor, nn
 
 from hf_adanorm import AdaNorm, patch_model, register_norm, set_norm
-from hf_adanorm.norms import norm_names, parse_norm, resolve_norm, settings_of, title_of
+from hf_adanorm.norms import norm_names, parse_norm, resolve_norm, settings_of
 
 
 class Base(nn.Module):
@@ -57,7 +57,7 @@ def test_a_setting_without_default_must_be_given() -> None:
     assert model[0].settings() == {"scale": 3}
     for norm in (functools.partial(Demanding, scale=3), f"{__name__}:Demanding:scale=3"):
         assert patch_model(nn.Sequential(nn.LayerNorm(4)), norm)[0].settings() == {"scale": 3}
-    with pytest.raises(ValueError, match=r"'scale' of 'Demanding' has no default: pass scale="):
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'scale'"):
         patch_model(nn.Sequential(nn.LayerNorm(4)), Demanding)
 
 
@@ -110,10 +110,10 @@ def test_a_file_is_a_package_of_its_folder(tmp_path: Path) -> None:
         (3, TypeError, "a name, a class"),
         ("my_norms.py", ValueError, "write my_norms.py:CLASS"),
         (nn.LayerNorm, TypeError, "norm='layernorm'"),
-        (nn.Linear, TypeError, r"\(normalized_shape, eps, ...\)"),
+        (type("Line", (nn.Linear,), {}), TypeError, r"\(normalized_shape, eps, ...\)"),
         (type("adanorm", (Derived,), {}), ValueError, "'adanorm' has the name of a built-in norm"),
         (type("layernorm", (Derived,), {}), ValueError, "the name of a built-in norm"),
-        (nn.BatchNorm1d, TypeError, "a class of torch: use it in a class of your own"),
+        (nn.BatchNorm1d, TypeError, "a class of torch: .* a class of your own"),
         (functools.partial(Derived, 8), TypeError, "keyword arguments only"),
         (functools.partial(Derived, shfit=1), ValueError, "did you mean 'shift'"),
     ],
@@ -135,7 +135,6 @@ def test_a_registered_name_is_known_and_built_in_names_are_not_given_away() -> N
     register_norm("derived-norm", Derived)
     assert resolve_norm("derived-norm") == (Derived, {})
     assert "derived-norm" in norm_names()
-    assert title_of("derived-norm") == "Derived"
     with pytest.raises(ValueError, match="built-in"):
         register_norm("adanorm", Derived)
     with pytest.raises(ValueError, match="already the name of"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import time
 import warnings
 from typing import Any
@@ -170,11 +169,9 @@ def test_a_deep_copy_is_independent_and_can_be_unpatched() -> None:
     unpatch_model(twin)
     assert is_patched(model)
     assert not is_patched(twin)
-    assert all(torch.equal(a, b) for a, b in zip(stock.state_dict().values(), twin.state_dict().values(), strict=True))
-    unpatch_model(model)
-    assert all(
-        torch.equal(a, b) for a, b in zip(stock.state_dict().values(), model.state_dict().values(), strict=True)
-    )
+    for other in (twin, unpatch_model(model)):
+        values = zip(stock.state_dict().values(), other.state_dict().values(), strict=True)
+        assert all(torch.equal(one, two) for one, two in values)
 
 
 def test_shared_norm_instance_stays_shared() -> None:
@@ -187,32 +184,18 @@ def test_shared_norm_instance_stays_shared() -> None:
     assert model["a"][0] is model["b"][1] is norm
 
 
-@pytest.mark.parametrize("how", ["pickle", "torch.save"])
-def test_pickle_and_torch_save(how: str) -> None:
+def test_a_pickle_computes_the_same_and_leaves_the_model_as_it_was() -> None:
     model = patch_model(build("bert"), **SWAPS["adanorm"])
     buffer = io.BytesIO()
-    if how == "pickle":
-        again = pickle.loads(pickle.dumps(model))
-    else:
-        torch.save(model, buffer)
-        buffer.seek(0)
-        again = torch.load(buffer, weights_only=False)
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
     assert norms(again) == norms(model)
     torch.testing.assert_close(again(**inputs("bert")).logits, model(**inputs("bert")).logits)
     with pytest.warns(UserWarning, match="6 of 6 norms.*gain 1 and bias 0"):
         unpatch_model(again)
     assert torch.equal(again.bert.embeddings.LayerNorm.weight, torch.ones(32))
     assert torch.equal(again.bert.embeddings.LayerNorm.bias, torch.zeros(32))
-
-
-def test_pickle_holds_no_tensors_of_the_replaced_norms() -> None:
-    model = nn.Sequential(nn.LayerNorm(100_000))
-    assert len(pickle.dumps(patch_model(model))) < 20_000
-
-
-def test_pickling_leaves_the_model_ready_to_be_unpatched() -> None:
-    model = patch_model(build("bert"))
-    pickle.dumps(model)
     unpatch_model(model)
     assert torch.equal(model.bert.embeddings.LayerNorm.weight, build("bert").bert.embeddings.LayerNorm.weight)
 
@@ -237,18 +220,6 @@ def test_unpatch_after_reload_warns_once_and_gives_gain_1_bias_0(tmp_path: Any) 
 def test_unpatch_of_a_stock_model_raises() -> None:
     with pytest.raises(ValueError, match="no swapped norm"):
         unpatch_model(tiny())
-
-
-def test_training_in_between_leaves_the_kept_gains_alone() -> None:
-    model, stock = build("bert").train(), build("bert")
-    patch_model(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-    model(**inputs("bert"), labels=inputs("bert")["input_ids"]).loss.backward()
-    optimizer.step()
-    unpatch_model(model)
-    for name, module in stock.named_modules():
-        if isinstance(module, nn.LayerNorm):
-            assert torch.equal(model.get_submodule(name).weight, module.weight)
 
 
 def test_not_a_module_raises() -> None:

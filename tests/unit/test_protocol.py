@@ -46,11 +46,3 @@ def test_the_factor_of_the_backward_pass_is_that_of_autograd() -> None:
     assert LayerNormSimple(6).backward_factor(y) is None
     assert NoNorm(6).backward_factor(y) is None
     assert torch.tensor(DyT(6).backward_factor(y)).isnan()
-
-
-def test_dyt_starts_from_a_norm() -> None:
-    norm = torch.nn.LayerNorm(4)
-    torch.nn.init.uniform_(norm.weight)
-    new = DyT.from_norm(norm, alpha=0.7)
-    assert torch.equal(new.dyt_gain, norm.weight)
-    assert new.dyt_alpha.tolist() == pytest.approx([0.7])

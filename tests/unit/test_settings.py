@@ -65,7 +65,7 @@ def test_it_changes_the_norms_that_are_meant() -> None:
         ("adanorm", {"k": -1}, ValueError, "k must be .* >= 0, got -1"),
         ("adanorm", {"k": "much"}, ValueError, "k must be a finite number"),
         ("adanorm", {"C": 2.0, "k": math.nan}, ValueError, "k must be"),
-        ("adanorm", {"kk": 1}, ValueError, "no norm of this model has the setting 'kk'.*did you mean 'k'"),
+        ("adanorm", {"kk": 1}, ValueError, "has no setting 'kk'.*did you mean 'k'"),
         ("adanorm", {"k": 0.1, "include": "nowhere"}, ValueError, "include"),
         ("adanorm", {}, ValueError, "at least one setting"),
         ("detachnorm", {"detach_variance": False, "detach_mean": False}, ValueError, "nothing is detached"),
