@@ -136,6 +136,8 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 
 def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
+    if not swapped:
+        return model
     kept = [replaced_by(module) for _, module in swapped]
     lost = [old is None or not old.has_values for old in kept]
     fresh = sum(gone and not learned_affine(norm) for gone, (_, norm) in zip(lost, swapped, strict=True))
@@ -143,7 +145,7 @@ def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
         replace_modules(model, {id(norm): restored(norm) for _, norm in swapped})
         restore_fused_path(model)
         write_specs(model)  # loading needs to know the biases that a fold added
-        if swapped and (num_biases := len(left_by_folds(model)[0])):
+        if num_biases := len(left_by_folds(model)[0]):
             change.warn(
                 f"{num_biases} linear layers keep the bias that a fold added: import hf_adanorm before you load the "
                 "saved model, or transformers drops these biases with only a warning"

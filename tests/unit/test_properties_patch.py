@@ -16,6 +16,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel, ViTConfig, ViTModel
 
 from hf_adanorm import Fold, patch_model, unpatch_model
+from tests.zoo.pictures import picture, same
 
 CASES = 400
 outcomes: Counter[str] = Counter()
@@ -44,23 +45,6 @@ def run(model: PreTrainedModel) -> torch.Tensor:
         if model.config.model_type == "vit":
             return model(pixel_values=torch.linspace(-1, 1, 192).view(1, 3, 8, 8)).last_hidden_state
         return model(input_ids=torch.arange(8)[None])[0]
-
-
-def state(model: nn.Module) -> tuple[Any, ...]:
-    """Everything that a refused call must leave as it was, in a form to compare."""
-    return (
-        [(name, type(module)) for name, module in model.named_modules()],
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        model.config.to_dict(),
-    )
-
-
-def assert_same_state(model: nn.Module, before: tuple[Any, ...]) -> None:
-    modules, tensors, config = state(model)
-    assert modules == before[0]
-    assert tensors.keys() == before[1].keys()
-    assert all(torch.equal(tensors[name], before[1][name]) for name in tensors)
-    assert config == before[2]
 
 
 positive = st.floats(1e-3, 10)
@@ -125,7 +109,7 @@ def expected_norms(model: PreTrainedModel, arguments: dict[str, Any]) -> list[st
 def test_it_does_what_was_asked_or_changes_nothing(call: tuple[str, dict[str, Any], str | None]) -> None:
     kind, arguments, spoilt = call
     model = copy.deepcopy(build(kind))
-    before, names = state(model), [] if spoilt else expected_norms(model, arguments)
+    before, names = picture(model), [] if spoilt else expected_norms(model, arguments)
     arguments = dict(arguments)
     norm = arguments.pop("norm")
     with warnings.catch_warnings():
@@ -137,7 +121,7 @@ def test_it_does_what_was_asked_or_changes_nothing(call: tuple[str, dict[str, An
             message = str(raised.value)
             assert len(message) > 15
             assert len(message) < 1000
-            assert_same_state(model, before)
+            assert same(picture(model), before)
             return
         patch_model(model, norm, **arguments)
     swapped = {name: m for name, m in model.named_modules() if getattr(m, "is_adanorm_module", False)}
@@ -150,7 +134,7 @@ def test_it_does_what_was_asked_or_changes_nothing(call: tuple[str, dict[str, An
     output = run(model)
     assert output.isfinite().all()
     unpatch_model(model)
-    assert_same_state(model, before)
+    assert same(picture(model), before)
     outcomes["swapped and undone"] += 1
 
 
@@ -163,13 +147,13 @@ def test_it_does_what_was_asked_or_changes_nothing(call: tuple[str, dict[str, An
 )
 def test_a_fold_keeps_the_function_or_changes_nothing(kind: str, norm: str, unfoldable: str, C: float) -> None:
     model = copy.deepcopy(build(kind))
-    before, output = state(model), run(model)
+    before, output = picture(model), run(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             patch_model(model, norm, affine=Fold(unfoldable=unfoldable), C=C)
         except ValueError:
-            assert_same_state(model, before)
+            assert same(picture(model), before)
             outcomes["refused"] += 1
             return
     outcomes["folded"] += 1

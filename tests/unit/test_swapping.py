@@ -19,30 +19,11 @@ from hf_adanorm import Fold, fold_affine, inspect_model, is_patched, patch_model
 from hf_adanorm.running import dummy_inputs
 from hf_adanorm.swapping import Change
 from tests.zoo.fold_models import build
+from tests.zoo.pictures import picture, same
 from tests.zoo.round_trip import SWAPS, inputs, norms, tiny
 
 transformers.logging.set_verbosity_error()
 PACKAGE = str(Path(hf_adanorm.__file__).parent)
-
-
-def picture(model: nn.Module) -> dict[str, Any]:
-    """All that a call might leave behind: tensors, modules and their plain attributes, hooks, flags, the config."""
-    seen: dict[str, Any] = {f"tensor {key}": value.clone() for key, value in model.state_dict().items()}
-    for name, module in model.named_modules():
-        seen[f"module {name}"] = type(module)
-        for key, value in vars(module).items():
-            if isinstance(value, (bool, int, float, str, type(None))):
-                seen[f"attribute {name} {key}"] = value
-            elif "hooks" in key:
-                seen[f"hooks {name} {key}"] = len(value)
-    return seen | {"config": model.config.to_dict()}
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.allclose(value, other[key], rtol=1e-6, atol=0.0) if isinstance(value, Tensor) else value == other[key]
-        for key, value in one.items()
-    )
 
 
 def interrupted(call: Callable[[], Any], error: BaseException, at: int) -> int:
