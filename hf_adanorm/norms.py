@@ -199,16 +199,12 @@ _RESERVED = {"normalized_shape", "eps", "centered", "channels_first", "output_dt
 _RESERVED |= {"device", "dtype", "training", "norm", "weight"}
 
 
-def settings_of(cls: type) -> dict[str, Any]:
+@functools.lru_cache(maxsize=64)  # a state dict asks once per norm
+def settings_of(cls: type) -> Mapping[str, Any]:
     """Return the settings of a norm class with their defaults: the keyword-only parameters of its constructor.
 
     `**kwargs` hands on to the base class. A setting without a default has `inspect.Parameter.empty`.
     """
-    return dict(_settings(cls))
-
-
-@functools.lru_cache(maxsize=64)  # a state dict asks once per norm
-def _settings(cls: type) -> dict[str, Any]:
     found: dict[str, Any] = {}  # of the constructors from `cls` up, as far as each passes **kwargs on
     for base in cls.__mro__:
         if "__init__" not in vars(base) or base.__module__.startswith("torch.nn"):
@@ -257,8 +253,8 @@ def check_settings(cls: type, settings: Mapping[str, Any]) -> None:
     known = settings_of(cls)
     for name, value in settings.items():
         if name not in known:
-            valid = f"its settings are {sorted(known)}" if known else "it has no settings"
-            raise ValueError(f"{name!r} is not a setting of {name_of(cls)!r}: {valid}{did_you_mean(name, known)}")
+            hint = did_you_mean(name, known)
+            raise ValueError(f"{name!r} is not a setting of {name_of(cls)!r}, which has {sorted(known)}{hint}")
         for item in value.values() if isinstance(value, Mapping) else [value]:
             check_value(name, item)
 
@@ -307,11 +303,11 @@ def find_classes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
         ValueError: the class is not known here, or its file has another content than the one that was saved.
     """
     from_folder = _FROM_FOLDER.get()
-    if from_folder is not None:
-        if lost := entries.keys() - from_folder.keys():
-            raise ValueError(f"the folder's own code does not provide the norm {min(lost)!r}: it was changed by hand")
-        return {name: from_folder[name] for name in entries}
-    return {name: _find_class(name, entry) for name, entry in entries.items()}
+    if from_folder is None:
+        return {name: _find_class(name, entry) for name, entry in entries.items()}
+    if lost := entries.keys() - from_folder.keys():
+        raise ValueError(f"the folder's own code does not provide the norm {min(lost)!r}: it was changed by hand")
+    return {name: from_folder[name] for name in entries}
 
 
 def _find_class(name: str, entry: Mapping[str, Any]) -> type:

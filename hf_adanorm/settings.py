@@ -83,16 +83,10 @@ def _choose(model: nn.Module, include: Patterns, settings: Mapping[str, Any]) ->
 def _refuse_starts(name: str, old: Any, new: Any, settings: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting that shows in a tensor, or in nothing, once the norm is built."""
     tensors = zip(old.state_dict(keep_vars=True).items(), new.state_dict(keep_vars=True).values(), strict=True)
-    starts = any(
-        one.shape != other.shape or not torch.equal(one, other)
-        for (key, one), other in tensors
-        if not key.endswith("_extra_state")
-    )
-    lost = [key for key in settings if key not in vars(new.inner)]
-    if starts or lost:
-        which = lost[0] if lost else ", ".join(settings)
-        why = "only starts a parameter" if starts else f"is not kept as an attribute by {type(new.inner).__name__}"
-        raise ValueError(f"{which} of {name} ({new.norm_name}) {why}: it can be set in patch_model, not afterwards")
+    starts = any(not torch.equal(a, b) for (key, a), b in tensors if not key.endswith("_extra_state"))
+    if starts or not settings.keys() <= vars(new.inner).keys():
+        why = "only starts a parameter" if starts else f"is no attribute of {type(new.inner).__name__}"
+        raise ValueError(f"{', '.join(settings)} of {name} {why}: it can be set in patch_model, not afterwards")
 
 
 def _is_finite(value: Any) -> bool:

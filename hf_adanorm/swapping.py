@@ -142,9 +142,7 @@ def output_rule(source: nn.Module, info: NormInfo) -> str | None:
         narrow, wide = returned(torch.float32, torch.float16), returned(torch.float16, torch.float32)
     except Exception:  # the norm needs more than its input
         return None
-    if wide != torch.float32:
-        return None
-    return "weight" if narrow == torch.float16 else "promote"
+    return None if wide != torch.float32 else "weight" if narrow == torch.float16 else "promote"
 
 
 @dataclass
@@ -160,28 +158,21 @@ def make_plan(model: nn.Module, options: Options) -> Plan:
     """Choose the norms and check that each can be swapped. Changes nothing; raises what `patch_model` raises."""
     refuse_wrapped(model)
     plan, rows = Plan(model, options), choose_norms(model, options)
-    for row in rows:
-        if not row.chosen:
-            continue
+    for row in (row for row in rows if row.chosen):
         if getattr(row.info, "parametrized", False):
             raise ValueError(
-                f"{row.name} is under torch.nn.utils.parametrize: replacing it would lose the parametrization. Call "
+                f"{row.name} is under torch.nn.utils.parametrize, which a swap would lose: call "
                 f"torch.nn.utils.parametrize.remove_parametrizations first, or exclude={[row.name]!r}"
             )
         plan.swaps.append((row.name, row.module, row.info, options.group(row.name, row.module, row.info)))
     known = {row.name for row in rows}
-    for key, value in options.settings.items():
-        for name in value if isinstance(value, Mapping) else ():
-            if name not in known:
-                raise ValueError(
-                    f"{key} has a value for {name!r}, which is no norm of the model{did_you_mean(name, known)}"
-                )
+    named = {name: key for key, value in options.settings.items() if isinstance(value, Mapping) for name in value}
+    for name in named.keys() - known:
+        hint = did_you_mean(name, known)
+        raise ValueError(f"{named[name]} has a value for {name!r}, which is no norm of the model{hint}")
     if not plan.swaps:
         skipped = next((f" ({row.name}: {row.reason})" for row in rows if row.reason), "")
-        raise ValueError(
-            f"{type(model).__name__} has no norm to swap with targets={options.targets!r}{skipped}. "
-            "inspect_model(model) lists every norm"
-        )
+        raise ValueError(f"no norm to swap with targets={options.targets!r}{skipped}; see inspect_model(model)")
     return plan
 
 
@@ -193,12 +184,11 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Raise TypeError unless `model` is a module, ValueError if DDP, FSDP or the like already wraps it."""
     check_module(model)
     for module in model.modules():
-        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), "")
-        if not wrapper and getattr(module, "_compiled_call_impl", None) is not None:
-            wrapper = "torch.compile"
-        if wrapper:
+        wrappers = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS]
+        wrappers += ["torch.compile"] if getattr(module, "_compiled_call_impl", None) is not None else []
+        if wrappers:
             raise ValueError(
-                f"{type(module).__name__} is already wrapped ({wrapper}): change the norms before "
+                f"{type(module).__name__} is already wrapped ({wrappers[0]}): change the norms before "
                 "accelerator.prepare, DDP, FSDP, DeepSpeed or torch.compile"
             )
 
@@ -254,24 +244,16 @@ def restore_fused_path(model: nn.Module) -> None:
 
 
 def _carry_hooks(source: nn.Module, new: nn.Module) -> None:
-    for key in (
-        *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-        *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-    ):
-        new.__dict__[key] = source.__dict__[key]
-    _carry_dispatch_hook(source, new)
-
-
-def _carry_dispatch_hook(source: nn.Module, new: nn.Module) -> None:
-    """Give `new` the devices of accelerate's `device_map`, whose hook moves inputs and offloaded weights. The new norm
-    has no weight to load. The old one keeps its hook, which knows where its values are."""
-    hook = getattr(source, "_hf_hook", None)
-    if hook is None:
+    """Give `new` the hooks of calls, and the devices of accelerate's `device_map`, whose hook moves inputs and offloaded
+    weights. The new norm has no weight to load. The old one keeps its hook, which knows where its values are."""
+    for key in vars(nn.Module()):
+        if "hook" in key and "state_dict" not in key:
+            new.__dict__[key] = source.__dict__[key]
+    if (hook := getattr(source, "_hf_hook", None)) is None:
         return
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # noqa: PLC0415, need not be there
 
-    device = getattr(hook, "execution_device", None)
-    same = getattr(hook, "io_same_device", False)
+    device, same = getattr(hook, "execution_device", None), getattr(hook, "io_same_device", False)
     if device is not None:
         new.to_empty(device=device) if new.weight.is_meta else new.to(device)
         new.weight.fill_(1.0)  # type: ignore[operator]
@@ -288,12 +270,9 @@ def _inherit(new: SwappedNorm, source: nn.Module, info: NormInfo, cls: type[nn.M
             setattr(new.inner.get_submodule(owner), key, parameter)
     elif hasattr(cls, "from_norm"):
         made = cls.from_norm(_stand_in(source, info), **group.settings)
-        for name, tensor in (*new.inner.named_parameters(), *new.inner.named_buffers()):
-            value = made.state_dict().get(name)
-            if value is not None and not value.is_meta and (new.inner is not new or name != "weight"):
-                tensor.copy_(value)
-    own = list(source.parameters())
-    if own and not any(parameter.requires_grad for parameter in own):
+        if not new.weight.is_meta:
+            new.inner.load_state_dict(made.state_dict(), strict=False)
+    if {parameter.requires_grad for parameter in source.parameters()} == {False}:
         new.requires_grad_(False)
     new._is_hf_initialized = not new.weight.is_meta
 
