@@ -244,7 +244,7 @@ def restore_fused_path(model: nn.Module) -> None:
 
 
 def _carry_hooks(source: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hooks of calls, and the devices of accelerate's `device_map`, whose hook moves inputs and weights.
+    """Give `new` the hooks of calls, and the devices of accelerate's `device_map`, whose hook moves inputs.
     The new norm has no weight to load. The old one keeps its hook, which knows where its values are."""
     for key in vars(nn.Module()):
         if "hook" in key and "state_dict" not in key:
