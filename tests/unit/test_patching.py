@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import time
 import warnings
 from typing import Any
@@ -198,6 +199,11 @@ def test_a_pickle_computes_the_same_and_leaves_the_model_as_it_was() -> None:
     assert torch.equal(again.bert.embeddings.LayerNorm.bias, torch.zeros(32))
     unpatch_model(model)
     assert torch.equal(model.bert.embeddings.LayerNorm.weight, build("bert").bert.embeddings.LayerNorm.weight)
+
+
+def test_pickle_holds_no_tensors_of_the_replaced_norms() -> None:
+    model = nn.Sequential(nn.LayerNorm(100_000))
+    assert len(pickle.dumps(patch_model(model))) < 20_000
 
 
 # ---------------------------------------------------------------------------------------------------------- unpatching
