@@ -199,12 +199,16 @@ _RESERVED = {"normalized_shape", "eps", "centered", "channels_first", "output_dt
 _RESERVED |= {"device", "dtype", "training", "norm", "weight"}
 
 
-@functools.lru_cache(maxsize=64)  # a state dict asks once per norm
 def settings_of(cls: type) -> Mapping[str, Any]:
     """Return the settings of a norm class with their defaults: the keyword-only parameters of its constructor.
 
     `**kwargs` hands on to the base class. A setting without a default has `inspect.Parameter.empty`.
     """
+    return _settings(cls)
+
+
+@functools.lru_cache(maxsize=64)  # a state dict asks once per norm
+def _settings(cls: type) -> Mapping[str, Any]:
     found: dict[str, Any] = {}  # of the constructors from `cls` up, as far as each passes **kwargs on
     for base in cls.__mro__:
         if "__init__" not in vars(base) or base.__module__.startswith("torch.nn"):
