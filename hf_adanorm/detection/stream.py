@@ -311,11 +311,9 @@ def _observe(model: nn.Module, undecided: Sequence[_Place]) -> dict[Any, _Sight]
     sights: dict[Any, _Sight] = {}
     for inputs in quick_inputs(model):
         watch = _Watch(undecided, sights)
-        try:
-            with contextlib.suppress(_DecidedError), hooked(watch.hooks()), evaluating(model), watch:
-                model(**inputs)
-        except Exception:  # any kind, from inputs that do not fit
-            pass
+        # Inputs that do not fit raise errors of any kind.
+        with contextlib.suppress(Exception), hooked(watch.hooks()), evaluating(model), watch:
+            model(**inputs)
         if watch.wanted <= sights.keys():
             break
     return sights

@@ -43,6 +43,8 @@ def test_proposed_k_reaches_the_spec_norm_by_norm(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch_model(model, "adanorm", k=report.k)
+    with pytest.raises(ValueError, match="k has a value for 'embeddings', which is no norm of the model"):
+        patch_model(model, "adanorm", k={"embeddings": 0.1})
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     ks = {name: module.k for name, module in again.named_modules() if getattr(module, "is_adanorm_module", False)}
@@ -50,27 +52,22 @@ def test_proposed_k_reaches_the_spec_norm_by_norm(tmp_path: Path) -> None:
     assert len(set(ks.values())) == 5
 
 
-def test_calibrate_k_and_a_k_per_norm_refuse_bad_input() -> None:
-    model = build("bert-cls")
-    with pytest.raises(ValueError, match="at least one batch"):
-        calibrate_k(model, [])
-    with pytest.raises(ValueError, match="margin must be a finite number > 0"):
-        calibrate_k(model, [dummy_inputs(model)], margin=0.0)
-    with pytest.raises(ValueError, match="k has a value for 'embeddings', which is no norm of the model"):
-        patch_model(model, "adanorm", k={"embeddings": 0.1})
+IDS = torch.ones(1, 4, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
-    ("batches", "error", "said"),
+    ("batches", "options", "error", "said"),
     [
-        ({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, TypeError, "batches must be a list of batches"),
-        (7, TypeError, "batches must be a list of batches"),
-        ([torch.ones(1, 4)], TypeError, "a batch must be"),
+        ([], {}, ValueError, "at least one batch"),
+        ([{"input_ids": IDS}], {"margin": 0.0}, ValueError, "margin must be a finite number > 0"),
+        ({"input_ids": IDS}, {}, TypeError, "batches must be a list of batches"),
+        (7, {}, TypeError, "batches must be a list of batches"),
+        ([IDS], {}, TypeError, "a batch must be"),
     ],
 )
-def test_calibration_names_what_is_no_batch(batches: Any, error: type[Exception], said: str) -> None:
+def test_calibrate_k_refuses_bad_input(batches: Any, options: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        calibrate_k(build("bert-cls"), batches)
+        calibrate_k(build("bert-cls"), batches, **options)
 
 
 def test_calibration_refuses_norms_that_met_nan() -> None:
