@@ -48,10 +48,9 @@ def patch_model(
     Args:
         model: any transformers model or plain `nn.Module`, on any device, also the meta device. Not yet wrapped by
             DDP, FSDP, DeepSpeed or `torch.compile`.
-        norm: the norm to swap in. A name (`"adanorm"`, `"layernorm-simple"`, `"detachnorm"`, `"dyt"`, `"none"`, or one
-            given to `register_norm`), a class, or a `functools.partial` of a class. A class of your own is an
-            `nn.Module` whose constructor takes `(normalized_shape, eps, ...)`. Its keyword-only parameters are its
-            settings. `"layernorm"` puts the replaced norms back.
+        norm: a name (`"adanorm"`, `"layernorm-simple"`, `"detachnorm"`, `"dyt"`, `"none"`, or one given to
+            `register_norm`), an `nn.Module` class whose constructor takes `(normalized_shape, eps, ...)` and settings
+            as keyword-only parameters, or a `functools.partial` of it. `"layernorm"` puts the replaced norms back.
         include: only these norms: a pattern or a list of them. A pattern is the ending of names in
             `model.named_modules()`. `*` matches anything between two dots, and at the end everything below:
             `"encoder.layer.1.*"`. `re:` starts a regular expression for the whole name.
@@ -139,8 +138,8 @@ def _put_back(model: ModelT, swapped: list[tuple[str, Any]]) -> ModelT:
     if not swapped:
         return model
     kept = [replaced_by(module) for _, module in swapped]
-    lost = [old is None or not old.has_values for old in kept]
-    fresh = sum(gone and not learned_affine(norm) for gone, (_, norm) in zip(lost, swapped, strict=True))
+    lost = [norm for (_, norm), old in zip(swapped, kept, strict=True) if old is None or not old.has_values]
+    fresh = sum(not learned_affine(norm) for norm in lost)
     with all_or_nothing(model, [old.module for old in kept if old is not None], stacklevel=5) as change:
         replace_modules(model, {id(norm): restored(norm) for _, norm in swapped})
         restore_fused_path(model)

@@ -27,6 +27,7 @@ from hf_adanorm import (
     unpatch_model,
     watch_norms,
 )
+from hf_adanorm.modeling_adanorm import is_swapped
 from tests.zoo.round_trip import CASES, SWAPS, build, difference, inputs, norms, run, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:the trained gains and biases:UserWarning")
@@ -69,7 +70,7 @@ def test_patched_model_computes_what_its_formula_says() -> None:
 
 
 def test_second_call_changes_only_what_it_matches() -> None:
-    model = patch_model(tiny(), "adanorm", C=1.3)
+    model = patch_model(tiny(), "adanorm", C=1.3, eps=1e-3)
     untouched = {
         name: module for name, module in model.named_modules() if isinstance(module, AdaNorm) and ".0." not in name
     }
@@ -80,6 +81,7 @@ def test_second_call_changes_only_what_it_matches() -> None:
     }
     for name, module in untouched.items():
         assert model.get_submodule(name) is module
+    assert {module.eps for module in model.modules() if is_swapped(module)} == {1e-3}
 
 
 def test_same_call_twice_changes_nothing() -> None:
@@ -114,12 +116,6 @@ def test_a_norm_inside_a_swapped_norm_belongs_to_it() -> None:
     with watch_norms(model) as log:
         model(torch.arange(4)[None])[0].square().sum().backward()
     assert sorted(log.names) == sorted(rows)
-
-
-def test_second_call_keeps_eps_of_the_swapped_norm_unless_told() -> None:
-    model = patch_model(tiny(), "adanorm", eps=1e-3)
-    patch_model(model, "layernorm-simple")
-    assert {m.eps for m in model.modules() if isinstance(m, LayerNormSimple)} == {1e-3}
 
 
 def test_a_call_with_another_value_changes_it() -> None:
@@ -228,11 +224,6 @@ def test_unpatch_of_a_stock_model_raises() -> None:
         unpatch_model(tiny())
 
 
-def test_not_a_module_raises() -> None:
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got dict"):  # noqa: RUF043
-        patch_model({})  # type: ignore[type-var]
-
-
 # ---------------------------------------------------------------------------------------------------- plain nn.Modules
 
 
@@ -249,9 +240,11 @@ def test_plain_module_is_patched_and_its_state_dict_restores_it() -> None:
         make().load_state_dict(model.state_dict(), strict=False)
 
 
-def test_a_model_that_is_a_norm_itself_raises() -> None:
+def test_a_model_that_is_a_norm_itself_or_no_module_raises() -> None:
     with pytest.raises(ValueError, match="is the norm itself"):
         patch_model(nn.LayerNorm(4))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
+        patch_model({})  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("norm", SWAPS)

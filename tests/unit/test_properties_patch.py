@@ -81,8 +81,6 @@ def calls(draw: st.DrawFn) -> tuple[str, dict[str, Any], str | None]:
     others = {"C", "k", "detach_mean"} - own.get(arguments["norm"], set())
     for name in draw(st.lists(st.sampled_from(sorted(GOOD.keys() - others)), unique=True, max_size=4)):
         arguments[name] = draw(GOOD[name])
-    if arguments["norm"] == "none":
-        arguments.pop("affine", None)
     spoilt = draw(st.none() | st.sampled_from(sorted(BAD)))
     if spoilt in ("C", "k"):
         arguments["norm"] = "adanorm"

@@ -151,12 +151,6 @@ def test_stack_at_the_root_of_the_model(stack: Any) -> None:
     assert chosen(model, layers=[-1]) == {"2.0"}
 
 
-def test_layers_go_together_with_include() -> None:
-    assert chosen(bert(), layers=[1], include=["attention.output.LayerNorm"]) == {
-        "encoder.layer.1.attention.output.LayerNorm"
-    }
-
-
 def tiny(model_class: Any, **fields: Any) -> PreTrainedModel:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     return model_class(model_class.config_class(**{**sizes, "num_key_value_heads": 2, "vocab_size": 19, **fields}))
