@@ -28,8 +28,8 @@ PACKAGE = str(Path(hf_adanorm.__file__).parent)
 
 
 def interrupted(call: Callable[[], Any], at: int) -> int:
-    """Run `call`, with a KeyboardInterrupt at the line `at` that it passes in the package (0: nowhere). Return how many
-    lines it passes."""
+    """Run `call`, with a KeyboardInterrupt at the line `at` that it passes in the package (0: nowhere). Return how
+    many lines it passes."""
     count = 0
 
     def trace(frame: Any, event: str, _: Any) -> Any:
