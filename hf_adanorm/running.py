@@ -82,9 +82,13 @@ def first_accepted(
             for candidate in _with_masks(model, inputs, hidden_states):
                 try:
                     return run(candidate)
+                except MemoryError:
+                    raise
                 except Exception as exception:  # of whatever kind the model makes of inputs that do not fit
                     last = exception
             raise last
+        except MemoryError:
+            raise
         except Exception as exception:
             error = error or exception
     tried = "dummy inputs" if given is None else f"inputs={{{', '.join(map(str, given))}}}"

@@ -4,8 +4,8 @@
 2. `all_or_nothing(model)` opens the change that contains a patch, a fold, or their undoing. It notes how every module
    is put together. `keep` copies the few tensors that a fold overwrites.
 3. `apply_plan` replaces the modules and writes the specs.
-4. Warnings come last. Whatever is raised until then undoes everything, such as a KeyboardInterrupt, or a warning that
-   a filter turns into an error.
+4. Warnings come last. Whatever is raised until then undoes everything, such as a KeyboardInterrupt, a MemoryError, or
+   a warning that a filter turns into an error.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ widths.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -311,9 +310,13 @@ def _observe(model: nn.Module, undecided: Sequence[_Place]) -> dict[Any, _Sight]
     sights: dict[Any, _Sight] = {}
     for inputs in quick_inputs(model):
         watch = _Watch(undecided, sights)
-        # Inputs that do not fit raise errors of any kind.
-        with contextlib.suppress(Exception), hooked(watch.hooks()), evaluating(model), watch:
-            model(**inputs)
+        try:
+            with hooked(watch.hooks()), evaluating(model), watch:
+                model(**inputs)
+        except MemoryError:
+            raise
+        except Exception:
+            pass
         if watch.wanted <= sights.keys():
             break
     return sights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,9 +26,9 @@ transformers.logging.set_verbosity_error()
 PACKAGE = str(Path(hf_adanorm.__file__).parent)
 
 
-def interrupted(call: Callable[[], Any], at: int) -> int:
-    """Run `call`, with a KeyboardInterrupt at the line `at` that it passes in the package (0: nowhere). Return how
-    many lines it passes."""
+def interrupted(call: Callable[[], Any], error: BaseException, at: int) -> int:
+    """Run `call` and raise `error` at the line number `at` that it goes through in the package (0: nowhere); the lines
+    gone through."""
     count = 0
 
     def trace(frame: Any, event: str, _: Any) -> Any:
@@ -39,15 +38,16 @@ def interrupted(call: Callable[[], Any], at: int) -> int:
         if event == "line":
             count += 1
             if count == at:
-                raise KeyboardInterrupt
+                raise error
         return trace
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sys.settrace(trace)
         try:
-            with contextlib.suppress(KeyboardInterrupt):
-                call()
+            call()
+        except type(error):
+            pass
         finally:
             sys.settrace(None)
     return count
@@ -71,17 +71,18 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
 }
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["interrupt", "memory"])
 @pytest.mark.parametrize("name", CALLS)
-def test_wherever_a_call_is_stopped_it_is_undone_or_done(name: str) -> None:
+def test_wherever_a_call_is_stopped_it_is_undone_or_done(name: str, error: BaseException) -> None:
     make, call = CALLS[name]
     model = make().train()
     before = picture(model)
-    lines = interrupted(lambda: call(model), 0)
+    lines = interrupted(lambda: call(model), error, 0)
     done, undone = picture(model), 0
     assert not same(before, done)
     for at in {lines * step // 8 for step in range(1, 8)} | {lines - 3, lines - 30}:
         model = make().train()
-        interrupted(lambda: call(model), max(at, 1))  # noqa: B023
+        interrupted(lambda: call(model), error, max(at, 1))  # noqa: B023
         now = picture(model)
         assert same(now, before) or same(now, done), at
         undone += same(now, before)
