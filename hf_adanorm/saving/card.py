@@ -7,6 +7,7 @@ empty entries of the front matter.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -33,7 +34,10 @@ PROJECT = ""
 BEGIN = "<!-- hf_adanorm: begin. write_model_card replaces the text between these two markers. -->"
 END = "<!-- hf_adanorm: end -->"
 CARD_NAME = "README.md"
-_FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+_FORM = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 
 # The Hub's name of a task -> the Auto class that serves it, and the middle of the name of its table in modeling_auto.
 _TASKS = {
@@ -209,8 +213,13 @@ def without_section(text: str) -> str:
 
 
 def is_form(text: str) -> bool:
-    """Check whether transformers wrote the card, an empty form, for want of another."""
-    return _FORM in text and BEGIN not in text
+    """Check whether the card is the empty form that transformers writes for want of another, as nobody edited it."""
+    return _FORM in text and _parse(text).text.split() == _form()
+
+
+@functools.cache
+def _form() -> Any:
+    return ModelCard.from_template(ModelCardData(), model_description=_FORM).text.split()
 
 
 def with_tags_of(form: str, text: str) -> str:

@@ -7,7 +7,7 @@
    `modeling_adanorm.py` is written beside it. So `trust_remote_code=True` works without hf_adanorm. Saving an
    unpatched model removes both.
 3. `PreTrainedModel.save_pretrained` and the upload that ends a push: a patched model without a model card gets one.
-   An existing card stays unchanged, except for a section that describes other norms than those of the pushed model.
+   An existing card stays unchanged, except for a section that describes other norms.
 4. Methods of `Trainer`, once it is imported. The card that it writes gets the section, and the pushes of checkpoints
    the files of 2. Resuming from a checkpoint with other norms warns.
 5. Four methods of PEFT, once it is imported: see adapters.py.

@@ -10,6 +10,7 @@ import pytest
 import transformers
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from transformers.utils.hub import create_and_tag_model_card
 
 from hf_adanorm import patch_model, unpatch_model, write_model_card
 from hf_adanorm.saving.card import BEGIN, END, render_card, renew_card, without_section
@@ -122,6 +123,20 @@ def test_a_card_brought_up_to_another_model_loses_the_scores_and_tags_of_the_one
     data = ModelCard(path.read_text()).data
     assert data.eval_results is None
     assert data.tags == (["mine"] if norm is None else ["mine", "hf_adanorm", norm])
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_only_an_empty_form_of_transformers_is_replaced(tmp_path: Path, edited: bool) -> None:
+    with HubServer(tokens={}) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        form = str(create_and_tag_model_card("me/new", tags=["mine"]))
+    (tmp_path / "README.md").write_text(form.replace("[More Information Needed]", "My notes.") if edited else form)
+    before = (tmp_path / "README.md").read_text()
+    build().save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert (text == before) is edited
+    assert (BEGIN in text) is not edited
+    assert "mine" in ModelCard(text).data.tags
 
 
 def test_a_base_model_may_be_a_list(saved: Path) -> None:
