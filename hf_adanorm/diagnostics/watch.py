@@ -34,7 +34,7 @@ from hf_adanorm.detection import NormInfo, check_module, iter_norms
 from hf_adanorm.modeling_adanorm import check_number, is_swapped
 from hf_adanorm.norms import computes_n
 
-from .log import FORWARD_FIELDS, HISTOGRAM_BINS, HISTOGRAM_RANGE, INPUT_FIELDS, OUTPUT_FIELDS, NormLog, NormRecord
+from .log import FIELDS, HISTOGRAM_BINS, HISTOGRAM_RANGE, NormLog, NormRecord
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -379,7 +379,7 @@ class _Watcher:
                 ]
             num_rows = sum(rows for rows, _ in watched.sums["output"])
             means = (*found["output"], *found.get("input", (math.nan, math.nan)))
-            statistics = dict(zip((*FORWARD_FIELDS, *OUTPUT_FIELDS, *INPUT_FIELDS), means, strict=True))
+            statistics = dict(zip(FIELDS, means, strict=True))
             self.log.records.append(
                 NormRecord(step=self.step, name=watched.name, norm=watched.norm, num_rows=num_rows, **statistics)
             )
