@@ -68,6 +68,8 @@ def test_depth_shows_the_median_over_steps(log):
         torch.tensor(line.get_ydata()), log.values("grad_output_var").nanmedian(0).values, check_dtype=False
     )
     assert list(line.get_xdata()) == [1, 2, 3, 4]
+    scales = [plots.plot_depth(log, field).axes[0].get_yscale() for field in ("grad_output_var", "share_falling")]
+    assert scales == ["log", "linear"]
 
 
 def test_several_norms_share_a_picture(log):

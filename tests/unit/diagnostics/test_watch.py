@@ -443,12 +443,13 @@ def watched_together(folder: Path) -> None:
     rank = dist.get_rank()
     wrapped = nn.parallel.DistributedDataParallel(bert("adanorm").train())
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-3)
-    with watch_norms(wrapped, every=2) as log:
+    with watch_norms(wrapped, every=2, histogram=True) as log:
         for step in range(3):
             wrapped(**batch(10 * step + rank, 2 + 2 * rank)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    found = {"hooks": num_hooks(wrapped), "own": log.to_rows(), "merged": log.gather().to_rows()}
+    counts = [[int(h.sum()) for h in part.histograms.values()] for part in (log, log.gather())]
+    found = {"hooks": num_hooks(wrapped), "own": log.to_rows(), "merged": log.gather().to_rows(), "counts": counts}
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -457,6 +458,8 @@ def test_distributed_processes_record_their_rows_and_join_them(tmp_path):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["hooks"] == 0
     assert first["merged"] == second["merged"]
+    for one, other, both in zip(first["counts"][0], second["counts"][0], first["counts"][1], strict=True):
+        assert both == one + other > one
     assert [row["name"] for row in first["own"]] == [row["name"] for row in first["merged"]]
     assert {row["step"] for row in first["own"]} == {1, 3}
     assert not any(row["name"].startswith("module.") for row in first["own"])
