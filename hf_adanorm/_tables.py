@@ -37,6 +37,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def number_template(name: str) -> str:
     """Return the name of a module with `*` for each number.
 
@@ -44,6 +49,24 @@ def number_template(name: str) -> str:
     'encoder.layer.*.norm'
     """
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+class Printed:
+    """A report that prints as a table, and shows as one in a notebook."""
+
+    def _parts(self) -> tuple[str, Row, Sequence[Row], Sequence[str]]:
+        """Return a summary, the header and the rows of the table, and sentences that follow it."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        summary, header, rows, notes = self._parts()
+        return "\n".join(filter(None, [summary, text_table(header, rows) if rows else "", *notes]))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        summary, header, rows, notes = self._parts()
+        return html_table(header, rows, " ".join([summary, *notes]))
 
 
 def text_table(header: Row, rows: Sequence[Row], width: int | None = None) -> str:
@@ -88,24 +111,14 @@ def _block(lines: Sequence[Row], widths: Sequence[int], columns: Sequence[int]) 
     return "\n".join(out)
 
 
-def html_table(header: Row, rows: Sequence[Row], summary: str = "", more: Sequence[tuple[str, str]] = ()) -> str:
-    """Return a table for a notebook. A click on a heading sorts it, and a long one scrolls.
-
-    Args:
-        summary: a sentence above it.
-        more: (what it is, text) of parts that open with a click.
-    """
+def html_table(header: Row, rows: Sequence[Row], summary: str = "") -> str:
+    """Return a table for a notebook below a summary. A click on a heading sorts it, and a long one scrolls."""
     head = "".join(f'<th onclick="{SORT}">{html.escape(name)}</th>' for name in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    parts = "".join(
-        f"<details><summary>{html.escape(title)}</summary><pre style='color:inherit;background:transparent'>"
-        f"{html.escape(text)}</pre></details>"
-        for title, text in more
-    )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
-    return f'{_STYLE}<p>{html.escape(summary)}</p><div class="hf-adanorm">{table}</div>{parts}'
+    return f'{_STYLE}<p>{html.escape(summary)}</p><div class="hf-adanorm">{table}</div>'
 
 
 def _cell(text: str) -> str:
-    is_number = text[:1].isdigit() or (text[:1] in "+-." and text[1:2].isdigit())
-    return f"<td{' class=number' if is_number and ' ' not in text else ''}>{html.escape(text)}</td>"
+    is_number = " " not in text and text.lstrip("+-.")[:1].isdigit()
+    return f"<td{' class=number' if is_number else ''}>{html.escape(text)}</td>"

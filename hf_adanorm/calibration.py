@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ._tables import html_table, text_table
+from ._tables import Printed, Row
 from .detection import check_module, iter_norms
 from .modeling_adanorm import check_number
 from .running import SLOW_BAR, evaluating, hooked, real_rows
@@ -36,8 +36,8 @@ class NormRange:
     """The proposed k, `margin / max |y|`, at most the one asked for."""
 
 
-@dataclass(frozen=True)
-class KReport:
+@dataclass(frozen=True, repr=False)
+class KReport(Printed):
     """The result of `calibrate_k`; prints as a table."""
 
     norms: tuple[NormRange, ...]
@@ -50,18 +50,12 @@ class KReport:
         """The proposed k of each norm, as `patch_model(model, "adanorm", k=...)` takes it."""
         return {norm.name: norm.k for norm in self.norms}
 
-    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    def _parts(self) -> tuple[str, Row, list[Row], list[str]]:
         head = ("norm", "min y", "max y", f"y > {0.5 / self.asked:g}", f"y > {1 / self.asked:g}", "proposed k")
-        values = [(n.smallest, n.largest, n.share_falling, n.share_negative, n.k) for n in self.norms]
         formats = (".1f", ".1f", ".3%", ".3%", ".4f")
-        rows = [tuple(map(format, row, formats)) for row in values]
-        return head, [(norm.name, *row) for norm, row in zip(self.norms, rows, strict=True)]
-
-    def __str__(self) -> str:
-        return text_table(*self._table())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
+        values = [(n.smallest, n.largest, n.share_falling, n.share_negative, n.k) for n in self.norms]
+        rows = [(n.name, *map(format, row, formats)) for n, row in zip(self.norms, values, strict=True)]
+        return "", head, rows, []
 
 
 @torch.no_grad()

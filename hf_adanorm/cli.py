@@ -17,17 +17,13 @@ import shlex
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .norms import did_you_mean, norm_names, parse_value, resolve_norm, settings_of
 from .options import CHOICES, HELP
-
-# Programs that start new processes, which do not import what this process imported.
-LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "ray", "horovodrun")
-
 
 # -------------------------------------------------------------------------------------------------------- the commands
 
@@ -47,23 +43,18 @@ def inspect(args: Namespace) -> None:
     spec = AdaNormSpec.from_dict(data) if data else None
     code = inspect_code(folder, spec) if folder.is_dir() else None
     try:
-        report = inspect_model(empty_model(config), **_selection(args))
+        report = inspect_model(empty_model(config), **_chosen(args, _SELECTION))
         text, found = str(report), report.to_dict()
     except ValueError:
         if spec is None or not spec.classes:
             raise
         # The classes are in the folder's code, which inspect does not run: the spec alone says what is swapped.
-        lines = [f"{group.norm} {group.settings}: {', '.join(group.modules)}" for group in spec.groups]
-        text, found = (
-            "\n".join(["norms of the folder's own code, which inspect does not run:", *lines]),
-            {"adanorm": data},
-        )
+        text, found = "norms of the folder's own code, which inspect does not run:", {"adanorm": data}
+        text += "".join(f"\n{group.norm} {group.settings}: {', '.join(group.modules)}" for group in spec.groups)
     if args.json:
-        _print_json({"model": args.name, "code": code and dataclasses.asdict(code), **found})
-        return
-    print(text)
-    if code is not None:
-        print("".join(f"{line}\n" for line in _describe(code)), end="")
+        print(json.dumps({"model": args.name, "code": code and dataclasses.asdict(code), **found}))
+    else:
+        print("\n".join([text, *(_describe(code) if code is not None else ())]))
 
 
 def norms(args: Namespace) -> None:
@@ -75,7 +66,7 @@ def norms(args: Namespace) -> None:
     required = inspection.Parameter.empty
     if args.json:
         plain = {name: {k: None if v is required else v for k, v in own.items()} for name, (_, own) in found.items()}
-        _print_json(plain)
+        print(json.dumps(plain))
         return
     for name, (cls, settings) in found.items():
         about = next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), cls.__name__)
@@ -92,30 +83,25 @@ def patch(args: Namespace) -> None:
     setting of the norm, such as --k 0.05; `hf-adanorm norms` lists the settings of each norm.
     """
     from . import Fold, inspect_model, patch_model
-    from .conversion import check_push, empty_model, load_config, load_model, new_folder, refuse_unused
 
     cls, settings = resolve_norm(args.norm)
     settings |= {key.removeprefix(_SETTING): value for key, value in vars(args).items() if key.startswith(_SETTING)}
-    how, affine = _fold(args), args.affine
-    if affine == "drop" and how != Fold():
+    how = Fold(**_chosen(args, _FOLD))
+    if args.affine == "drop" and how != Fold():
         raise ValueError("--unfoldable, --tied and --tolerance go with --affine fold, got --affine drop")
-    check_push(args.push_to_hub)
-    source = _source(args)
-    config = load_config(source)
-    options = {**settings, **_selection(args), "eps": args.eps, "centered": args.centered}
-    with new_folder(args.out) as folder:
-        # Find a wrong option before the weights are loaded. A fold runs the model, which a meta model cannot do.
+    options = {**settings, **_chosen(args, ("eps", "centered", *_SELECTION))}
+
+    def check(empty: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patch_model(empty_model(config), cls, **options)
-        model = load_model(source, config)
-        if affine == "fold":
-            refuse_unused(source)
-        patch_model(model, cls, **options, affine=how if affine == "fold" else "drop")
-        num_swapped = inspect_model(model).num_swapped
-        left = _save(model, source, folder)
-    text = f"{num_swapped} norms swapped for {args.norm}"
-    _finish(args, model, left, text, norm=args.norm, swapped=num_swapped)
+            patch_model(empty, cls, **options)  # a fold runs the model, which a meta model cannot do
+
+    def change(model: Any) -> tuple[str, dict[str, Any]]:
+        patch_model(model, cls, **options, affine=how if args.affine == "fold" else "drop")
+        swapped = inspect_model(model).num_swapped
+        return f"{swapped} norms swapped for {args.norm}", {"norm": args.norm, "swapped": swapped}
+
+    _convert(args, check, change, folds=args.affine == "fold")
 
 
 def fold(args: Namespace) -> None:
@@ -124,20 +110,14 @@ def fold(args: Namespace) -> None:
     Where no bias had to be added, the result is a plain stock model, which every engine loads.
     """
     from . import fold_affine
-    from .conversion import check_push, load_config, load_model, new_folder, refuse_unused
 
-    how = _fold(args)
-    check_push(args.push_to_hub)
-    source = _source(args)
-    config = load_config(source)
-    with new_folder(args.out) as folder:
-        model = load_model(source, config)
-        refuse_unused(source)
-        report = fold_affine(model, **vars(how))
-        left = _save(model, source, folder)
-    counts: dict[str, Any] = {action: len(report.names(action)) for action in ("folded", "approximated", "kept")}
-    counts |= {"untied": report.untied, "difference": report.difference, "stock": report.is_stock}
-    _finish(args, model, left, str(report), **counts)
+    def change(model: Any) -> tuple[str, dict[str, Any]]:
+        report = fold_affine(model, **_chosen(args, _FOLD))
+        counts = {action: len(report.names(action)) for action in ("folded", "approximated", "kept")}
+        more = {"untied": report.untied, "difference": report.difference, "stock": report.is_stock}
+        return str(report), counts | more
+
+    _convert(args, None, change, folds=True)
 
 
 def unpatch(args: Namespace) -> None:
@@ -146,32 +126,29 @@ def unpatch(args: Namespace) -> None:
     A saved model does not contain the gains and biases from before the patch: they start from 1 and 0.
     """
     from . import is_patched, unpatch_model
-    from .conversion import empty_model, load_config, load_model, new_folder
 
-    source = _source(args)
-    config = load_config(source)
-    if not is_patched(empty_model(config)):
-        raise ValueError(f"{args.name} has no swapped norms: there is nothing to undo")
-    with new_folder(args.out) as folder:
-        model = load_model(source, config)
+    def check(empty: Any) -> None:
+        if not is_patched(empty):
+            raise ValueError(f"{args.name} has no swapped norms: there is nothing to undo")
+
+    def change(model: Any) -> tuple[str, dict[str, Any]]:
         unpatch_model(model)
-        left = _save(model, source, folder)
-    _finish(args, model, left, "stock norms")
+        return "stock norms", {}
+
+    _convert(args, check, change)
 
 
 def run(args: Namespace) -> Callable[[], Any]:
     """Run the command of another package with hf_adanorm imported.
 
     The command then loads patched models, for example: hf-adanorm run transformers serve my-model. It runs in this
-    process. Forked workers inherit the import. Launchers start new processes, which do not: write `import hf_adanorm`
-    in the script that they run.
+    process. Forked workers inherit the import. Launchers such as torchrun start new processes, which do not: write
+    `import hf_adanorm` in the script that they run.
     """
     found = {entry.name: entry for entry in metadata.entry_points(group="console_scripts")}
     tool = args.tool
     if tool not in found:
         raise ValueError(f"{tool!r} is not a command of an installed Python package{did_you_mean(tool, found)}")
-    if tool in LAUNCHERS:
-        _show_warning(f"{tool} starts new processes, which do not import hf_adanorm: import it in your script")
 
     def start() -> Any:
         importlib.import_module("hf_adanorm")
@@ -223,7 +200,7 @@ _COMMANDS: dict[Callable[[Namespace], Any], tuple[str, ...]] = {
     norms: ("json",),
     patch: ("norm", "eps", "centered", *_SELECTION, "affine", *_FOLD, *_SOURCE, *_PUSH, "json"),
     fold: (*_FOLD, *_SOURCE, *_PUSH, "json"),
-    unpatch: ("revision", "trust-remote-code", "json"),
+    unpatch: (*_SOURCE, *_PUSH, "json"),
     run: (),
 }
 
@@ -235,14 +212,13 @@ def parse(argv: list[str]) -> Namespace:
         ValueError: what the command line gets wrong, in one line.
     """
     parser = _Parser(prog="hf-adanorm", description="Swap the norms of transformers models.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=_version() if "--version" in argv else "")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('hf-adanorm')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     made = {}
     for function, options in _COMMANDS.items():
         text = inspection.getdoc(function) or ""
-        command = commands.add_parser(
-            function.__name__, help=text.partition("\n")[0], description=text, allow_abbrev=False
-        )
+        about = {"help": text.partition("\n")[0], "description": text}
+        command = commands.add_parser(function.__name__, **about, allow_abbrev=False)
         command.set_defaults(function=function)
         if function is norms:
             command.add_argument("norm", nargs="*", metavar="NORM", help="such as my_norms.py:Derf; by default all")
@@ -278,9 +254,8 @@ def _add_settings(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     cls, _ = resolve_norm(first.parse_known_args(argv)[0].norm)
     for key, default in settings_of(cls).items():
         if _option(key) not in parser._option_string_actions:
-            kind: dict[str, Any] = {"type": parse_value}
-            if isinstance(default, bool):
-                kind = {"action": argparse.BooleanOptionalAction}
+            is_flag = isinstance(default, bool)
+            kind: Any = {"action": argparse.BooleanOptionalAction} if is_flag else {"type": parse_value}
             parser.add_argument(_option(key), dest=_SETTING + key, default=argparse.SUPPRESS, **kind)
 
 
@@ -288,17 +263,9 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _version() -> str:
-    try:
-        return f"hf-adanorm {metadata.version('hf-adanorm')}"
-    except metadata.PackageNotFoundError:  # run from a folder, not installed
-        return f"hf-adanorm {importlib.import_module('hf_adanorm').__version__}"
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run a command and end with SystemExit: 0, 2 after an error, or 1 if nobody reads the output any more."""
     show_warning, warnings.showwarning = warnings.showwarning, _show_warning
-    code: Any = 0
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         start = args.function(args)
@@ -314,8 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     finally:
         warnings.showwarning = show_warning
-    if start is not None:  # another program: its errors and exit codes are its own
-        code = start()
+    code = start() if start is not None else 0  # another program: its errors and exit codes are its own
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -325,61 +291,64 @@ def main(argv: list[str] | None = None) -> None:
 def _source(args: Namespace) -> Any:
     from .conversion import Source
 
-    architecture = getattr(args, "architecture", None)
-    return Source(args.name, args.revision, architecture, trust_remote_code=args.trust_remote_code)
+    return Source(args.name, args.revision, args.architecture, args.trust_remote_code)
 
 
-def _selection(args: Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _SELECTION}
-
-
-def _fold(args: Namespace) -> Any:
-    from . import Fold
-
-    return Fold(unfoldable=args.unfoldable, tied=args.tied, tolerance=args.tolerance)
+def _chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
 
 
 def _describe(code: Any) -> Iterator[str]:
     """Describe the code in a model's folder, which trust_remote_code=True executes, in lines."""
-    version = importlib.import_module("hf_adanorm").__version__
+    loader = f"the loader of hf_adanorm {importlib.import_module('hf_adanorm').__version__}"
     if code.loader == "ours":
-        yield f"modeling_adanorm.py: the loader of hf_adanorm {version}, unmodified"
+        yield f"modeling_adanorm.py: {loader}, unmodified"
     elif code.loader == "modified":
-        yield (
-            f"modeling_adanorm.py: NOT the loader of hf_adanorm {version}. Another version wrote it, or it was "
-            f"changed: read it before you load with trust_remote_code=True (SHA-256 {code.loader_sha256})"
-        )
+        yield f"modeling_adanorm.py: NOT {loader}: read it before you load it (SHA-256 {code.loader_sha256})"
     if code.entry == "modified":
         yield "the entry file that config.json names was changed by hand: read it before you load it"
     for file, sha in code.files.items():
-        known = code.expected.get(file)
-        state = (
-            "not part of the model" if known is None else "as saved" if known == sha else "CHANGED since it was saved"
+        saved = {None: "not part of the model", sha: "as saved"}.get(
+            code.expected.get(file), "CHANGED since it was saved"
         )
-        yield f"{file}: code of the model's author, {state} (SHA-256 {sha})"
+        yield f"{file}: code of the model's author, {saved} (SHA-256 {sha})"
 
 
-def _save(model: Any, source: Any, folder: Path) -> list[str]:
-    """Save the model with its card, which shows this command line. Return the files that were not copied."""
-    from . import write_model_card
-    from .conversion import save_model
+def _convert(
+    args: Namespace,
+    check: Callable[[Any], None] | None,
+    change: Callable[[Any], tuple[str, dict[str, Any]]],
+    *,
+    folds: bool = False,
+) -> None:
+    """Load a model, change it, save it with all that belongs to it, push it if asked, and print what was done.
 
-    left = [name for name in save_model(model, source, folder) if not (folder / name).exists()]
-    base = source.name if not Path(source.name).exists() else None
-    write_model_card(folder, base_model=base, command=shlex.join(["hf-adanorm", *sys.argv[1:]]))
-    return left
+    Args:
+        check: raises for a wrong option; gets the model without weights, before they are loaded.
+        change: changes the model, and returns what it did as text and as data.
+        folds: refuse weights that the model does not use, which a fold would leave wrong.
+    """
+    from . import conversion, write_model_card
 
-
-def _finish(args: Namespace, model: Any, left: list[str], text: str, **more: Any) -> None:
-    """Push the saved model if that was asked for, and print what was done."""
-    from .conversion import push_folder
-
-    repo_id = getattr(args, "push_to_hub", None)
-    url = push_folder(args.out, repo_id, args.private) if repo_id else None
+    conversion.check_push(args.push_to_hub)
+    source = _source(args)
+    config = conversion.load_config(source)
+    with conversion.new_folder(args.out) as folder:
+        if check is not None:
+            check(conversion.empty_model(config))
+        model = conversion.load_model(source, config)
+        if folds:
+            conversion.refuse_unused(source)
+        text, data = change(model)
+        left = [name for name in conversion.save_model(model, source, folder) if not (folder / name).exists()]
+        base = source.name if not Path(source.name).exists() else None
+        write_model_card(folder, base_model=base, command=shlex.join(["hf-adanorm", *sys.argv[1:]]))
+    url = conversion.push_folder(args.out, args.push_to_hub, args.private) if args.push_to_hub else None
+    name = type(model).__name__
     if args.json:
-        _print_json({"out": str(args.out), "class": type(model).__name__, **more, "not_copied": left, "pushed": url})
+        print(json.dumps({"out": str(args.out), "class": name, **data, "not_copied": left, "pushed": url}))
         return
-    print(f"{args.out}: {type(model).__name__}, {text}")
+    print(f"{args.out}: {name}, {text}")
     if left:
         print(f"not copied: {', '.join(left)}")
     if url:
@@ -395,10 +364,6 @@ def _as_options(message: str) -> str:
     names = "|".join(("norm", *HELP))
     message = message.replace("trust_remote_code=True", "--trust-remote-code")
     return re.sub(rf"""\b({names})=(["']?)([\w.-]*\w)\2""", lambda m: f"{_option(m[1])} {m[3]}", message)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ._tables import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,12 +65,16 @@ def load_config(source: Source) -> PreTrainedConfig:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         disable_progress_bars()
-    name = source.name
-    _check_folder(name)
+    name, folder = source.name, Path(source.name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        inner = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]
+        raise FileNotFoundError(f"{name} has no config.json{f'; give {inner[0]}' if inner else ''}")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: no such folder")
     try:
         config = AutoConfig.from_pretrained(name, revision=source.revision)
     except OSError as error:
-        if Path(name).is_dir():
+        if folder.is_dir():
             raise
         message = f"{name} is not a local folder, and the Hub has no such model or cannot be reached: {error}"
         raise OSError(message) from None
@@ -94,19 +100,6 @@ def _import_classes(source: Source, config: PreTrainedConfig) -> None:
             remember(get_class_from_dynamic_module(reference, source.name, revision=source.revision))
 
 
-def _check_folder(name: str) -> None:
-    """Raise FileNotFoundError if `name` is a path without a config.json, naming where the model may be."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-            raise FileNotFoundError(f"{name}: no such folder")
-        return
-    if not (folder / "config.json").is_file():
-        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; its subfolder {inner[0]} does: give {folder / inner[0]}" if inner else ""
-        raise FileNotFoundError(f"{name} has no config.json{hint}")
-
-
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the class that the config names, so that the head is kept, or AutoModel if it names none."""
     import transformers
@@ -116,10 +109,7 @@ def model_class(config: PreTrainedConfig) -> Any:
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     if name:
-        raise ValueError(
-            f"{name} is not a model class of transformers {transformers.__version__}: give --architecture CLASS, such "
-            "as BertForMaskedLM"
-        )
+        raise ValueError(f"{name} is not a model class of transformers: give --architecture CLASS")
     return transformers.AutoModel
 
 
@@ -141,14 +131,22 @@ def load_model(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
     """
     import transformers
 
+    from .detection import iter_norms
+
     cls = model_class(config)
     whole = cls if cls is transformers.AutoModel else _that_ignores_nothing(cls)
-    model, info = whole.from_pretrained(
-        source.name, revision=source.revision, config=config, dtype="auto", output_loading_info=True
-    )
+    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+    model, info = whole.from_pretrained(source.name, revision=source.revision, config=config, **options)
     if whole is not cls:
         model.__class__ = cls
-    _refuse_missing(source.name, model, info["missing_keys"])
+    norms = {norm for norm, _, _ in iter_norms(model)}
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    missing = sorted(info["missing_keys"])
+    if random := [key for key in missing if key.rpartition(".")[0] not in norms and key not in tied]:
+        raise ValueError(
+            f"{source.name} lacks weights that {type(model).__name__} needs, which would be random: {listed(random)}. "
+            "Give the class that the checkpoint was trained as: --architecture CLASS"
+        )
     source.unused = _read_tensors(source, sorted(info["unexpected_keys"]))
     return model  # type: ignore[no-any-return]
 
@@ -158,20 +156,6 @@ def _that_ignores_nothing(cls: Any) -> Any:
     ignored = property(lambda model: set(), lambda model, patterns: None)
     members = {"_keys_to_ignore_on_load_unexpected": ignored, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), members)
-
-
-def _refuse_missing(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    from .detection import iter_norms
-
-    norms = {norm for norm, _, _ in iter_norms(model)}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    random = sorted(key for key in missing if key.rpartition(".")[0] not in norms and key not in tied)
-    if random:
-        shown = ", ".join(random[:3]) + (f" and {len(random) - 3} more" if len(random) > 3 else "")
-        raise ValueError(
-            f"{name} lacks weights that {type(model).__name__} needs, which would be random: {shown}. Give the class "
-            "that the checkpoint was trained as: --architecture CLASS"
-        )
 
 
 def _read_tensors(source: Source, keys: list[str]) -> dict[str, Tensor]:
@@ -190,9 +174,8 @@ def _read_tensors(source: Source, keys: list[str]) -> dict[str, Tensor]:
             found |= {key: tensors.get_tensor(key) for key in set(keys) & set(tensors.keys())}
     if lost := [key for key in keys if key not in found]:
         raise ValueError(
-            f"{source.name} contains weights that the model does not use and that cannot be kept: "
-            f"{', '.join(lost[:3])}. Load it as the class that uses them (--architecture CLASS), or save it "
-            "as safetensors first"
+            f"{source.name} contains weights that the model does not use and that cannot be kept: {listed(lost)}. "
+            "Give the class that uses them (--architecture CLASS), or save it as safetensors first"
         )
     return found
 
@@ -202,7 +185,7 @@ def refuse_unused(source: Source) -> None:
     if unused := [key for key in source.unused if key.endswith(".weight")]:
         raise ValueError(
             f"{source.name} contains weights that the model does not use, which a fold would leave wrong: "
-            f"{', '.join(unused[:3])}. Load it as the class that uses them: --architecture CLASS"
+            f"{listed(unused)}. Give the class that uses them: --architecture CLASS"
         )
 
 
@@ -227,9 +210,7 @@ def copy_files(name: str, revision: str | None, folder: Path) -> list[str]:
     left, outside = [], []
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if not path.is_file() and not path.is_symlink():
-            continue
-        if not _belongs(PurePosixPath(relative.as_posix()), parts):
+        if not (path.is_file() or path.is_symlink()) or not _belongs(relative, parts):
             continue
         if leads_outside(path, source):
             outside.append(str(path))
@@ -264,7 +245,7 @@ def _module_folders(source: Path) -> list[str]:
         return []
 
 
-def _belongs(path: PurePosixPath, module_folders: list[str]) -> bool:
+def _belongs(path: Path, module_folders: list[str]) -> bool:
     if any(path.is_relative_to(folder) for folder in module_folders):
         return True  # with its weights
     if any(fnmatch(part, pattern) for part in path.parts[:-1] for pattern in FOLDERS_NOT_COPIED):
@@ -280,8 +261,6 @@ def new_folder(out: Path) -> Iterator[Path]:
     target = out.resolve()  # a link to an empty folder means that folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
-    if target.is_mount():
-        raise FileExistsError(f"{out} is a mount point, which nothing can be renamed to: give a new folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{TEMPORARY}{target.name}-{secrets.token_hex(8)}"
     temporary.mkdir()
@@ -326,9 +305,8 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
                 ignore = [CARD_NAME]
         elif (folder / CARD_NAME).exists():
             write_model_card(folder, model_id=repo_id)
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Upload model", ignore_patterns=ignore or None
-        )
+        message = "Upload model"
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=ignore)
     except Exception as error:  # errors of the network have no common class
         again = shlex.join(["hf", "upload", repo_id, str(folder), *["--private"] * bool(private)])
         raise OSError(f"{error}; {folder} is complete, and `{again}` pushes it") from error

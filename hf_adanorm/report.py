@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ._tables import counted, html_table, number_template, text_table
+from ._tables import Printed, Row, counted, number_template, text_table
 from .detection import NormInfo
 from .modeling_adanorm import is_swapped
 from .norms import computes_n
@@ -57,8 +57,8 @@ class NormRow:
         return 0 if self.is_swapped else sum(p.numel() for p in self.module.parameters(recurse=False))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Report(Printed):
     """Every norm of a model and what becomes of it. Prints as a table."""
 
     model_class: str
@@ -133,7 +133,7 @@ class Report:
             return "would be swapped"
         return f"not chosen: {row.reason}" if row.reason else "not chosen"
 
-    def table(self) -> list[tuple[str, str, str, str, str]]:
+    def table(self) -> list[tuple[str, ...]]:
         """Return lines of (count, class, computes, status, names). Norms that differ only in numbers share a line.
 
         `*` stands for every number. If only some of them have the status of the line, their numbers follow in
@@ -156,12 +156,13 @@ class Report:
         return out
 
     def _summary(self) -> str:
+        unchosen = sum(not row.is_swapped and row.cause == "option" for row in self.rows)
         parts = [f"{self.num_swapped} swapped ({counted(self.num_removed_parameters, 'parameter')} removed)"]
         if self.num_swappable:
             what = "would be swapped" if self.asked or not self.num_swapped else "not chosen"
             parts.append(f"{self.num_swappable} {what} ({counted(self.num_affine_parameters, 'parameter')})")
-        unchosen = sum(not row.is_swapped and row.cause == "option" for row in self.rows)
-        parts += [f"{unchosen} not chosen"] if unchosen else []
+        if unchosen:
+            parts.append(f"{unchosen} not chosen")
         parts.append(f"{self.num_skipped - unchosen} skipped")
         return f"{self.model_class}: {counted(len(self.rows), 'norm')}, {', '.join(parts)}"
 
@@ -179,20 +180,12 @@ class Report:
             )
         return notes
 
-    def __str__(self) -> str:
-        if not self.rows:
-            return self._summary()
-        return "\n".join([self._summary(), text_table(HEADER, self.table()), *self.notes()])
-
-    __repr__ = __str__
+    def _parts(self) -> tuple[str, Row, list[tuple[str, ...]], list[str]]:
+        return self._summary(), HEADER, self.table(), self.notes()
 
     def every_name(self) -> str:
         """Return a text with one line per norm, under its full name."""
         return text_table(("name", "status"), [(row.name, self.status(row)) for row in self.rows])
-
-    def _repr_html_(self) -> str:
-        notes = [("notes", "\n".join(self.notes()))] if self.notes() else []
-        return html_table(HEADER, self.table(), self._summary(), [*notes, ("every name", self.every_name())])
 
 
 def class_of(norm: nn.Module) -> str:
@@ -202,13 +195,13 @@ def class_of(norm: nn.Module) -> str:
 
 def _numbers(names: list[str]) -> str:
     """Return the numbers in the names, with ranges for consecutive ones."""
-    found = [[part for part in name.split(".") if part.isdigit()] for name in names]
-    ranges: list[list[int]] = []
-    for number in (int(parts[0]) for parts in found):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
+    found = [".".join(part for part in name.split(".") if part.isdigit()) for name in names]
+    if any("." in numbers for numbers in found):
+        return ", ".join(found)
+    ranges: list[list[str]] = []
+    for number in found:
+        if ranges and int(number) == int(ranges[-1][-1]) + 1:
+            ranges[-1][1:] = [number]
         else:
-            ranges.append([number, number])
-    if any(len(parts) != 1 for parts in found):
-        return ", ".join(".".join(parts) for parts in found)
-    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
+            ranges.append([number])
+    return ", ".join(map("-".join, ranges))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_adanorm._tables import counted, html_table, text_table
+from hf_adanorm._tables import Printed, Row, counted
 
 HISTOGRAM_RANGE = (-12.0, 12.0)
 HISTOGRAM_BINS = 96
@@ -62,7 +62,7 @@ class NormRecord:
     """Variance of dl/dx within a row, averaged over rows; at most grad_detached_var where the norm re-scales it."""
 
 
-class NormLog:
+class NormLog(Printed):
     """What `watch_norms` recorded.
 
     Args:
@@ -155,31 +155,17 @@ class NormLog:
         merged.records = [_merge(records) for records in together.values()]
         return merged
 
-    def _table(self) -> list[tuple[str, ...]]:
-        values = {field: self.values(field).nanmean(0).tolist() for field in FIELDS}
-        kinds = {record.name: record.norm for record in self.records}
-        return [
-            (name, kinds[name], *(f"{values[field][i]:.3g}" for field in FIELDS)) for i, name in enumerate(self.names)
-        ]
-
-    def _summary(self) -> str:
+    def _parts(self) -> tuple[str, Row, list[Row], list[str]]:
         counts = f"{counted(len(self.names), 'norm')}, {counted(len(self.steps), 'step')} recorded"
-        return f"{self.model_class}: {counts}{' (averages over steps)' if len(self.steps) > 1 else ''}"
-
-    def __str__(self) -> str:
-        table = self._table()
-        return "\n".join([self._summary(), *([text_table(_HEADER, table), *_about_nan(table)] if table else [])])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        table = self._table()
-        return html_table(_HEADER, table, " ".join([self._summary(), *_about_nan(table)]))
-
-
-def _about_nan(table: list[tuple[str, ...]]) -> list[str]:
-    missing = any("nan" in row[2:] for row in table)
-    return ["nan: nothing to measure; statistics of y need a class with `plain_settings`"] * missing
+        summary = f"{self.model_class}: {counts}{' (averages over steps)' if len(self.steps) > 1 else ''}"
+        kinds = {record.name: record.norm for record in self.records}
+        means = torch.stack([self.values(field).nanmean(0) for field in FIELDS], 1)
+        rows: list[Row] = [
+            (name, kinds[name], *(f"{mean:.3g}" for mean in row))
+            for name, row in zip(self.names, means.tolist(), strict=True)
+        ]
+        note = "nan: nothing to measure; statistics of y need a class with `plain_settings`"
+        return summary, _HEADER, rows, [note] if means.isnan().any() else []
 
 
 def _merge(records: list[NormRecord]) -> NormRecord:

@@ -7,7 +7,6 @@ for color-blind readers), style and marker.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,7 +40,7 @@ DEPTH = "norm, in the order of the forward pass"
 
 
 def _figure(ax: Axes | None = None, columns: int = 1) -> tuple[Figure, Any]:
-    """Return the figure and the Axes to draw into: `ax`, or those of a new figure (a list for several columns)."""
+    """Return the figure and the Axes to draw into: `ax`, or those of a new figure (an array for several columns)."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -50,28 +49,32 @@ def _figure(ax: Axes | None = None, columns: int = 1) -> tuple[Figure, Any]:
         return cast("Figure", ax.get_figure(root=True)), ax
     figure = plt.figure(figsize=(6.0, 3.6) if columns == 1 else (5.1 * columns, 3.6), layout="constrained")
     plt.close(figure)  # pyplot would show it in a notebook once more, beside the value of the cell
-    axes = figure.subplots(1, columns)
-    return figure, axes if columns == 1 else list(axes)
+    return figure, figure.subplots(1, columns)
 
 
-def _finish(ax: Axes, xlabel: str, ylabel: str, legend: Any = None) -> None:
+def _finish(ax: Axes, xlabel: str, ylabel: str, legend: Any = "best") -> None:
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel, fontsize=9 if len(ylabel) > 40 else None)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(visible=True, which="major", linewidth=0.5, alpha=0.35)
-    if legend is not None and len(ax.get_legend_handles_labels()[0]) > 0:
+    if legend and ax.get_legend_handles_labels()[0]:
         ax.legend(loc=legend, fontsize=9, frameon=True, framealpha=0.85, edgecolor="none")
 
 
-def _style(index: int, marked: bool = True) -> dict[str, Any]:
-    style: dict[str, Any] = {
-        "color": COLORS[index % len(COLORS)],
-        "linestyle": LINES[index % len(LINES)],
-        "linewidth": 1.6,
-    }
-    if marked:
-        style |= {"marker": MARKERS[index % len(MARKERS)], "markersize": 4.5}
-    return style
+def _draw(ax: Axes, index: int, label: str, values: Tensor, band: bool = False) -> None:
+    """Draw the median of (steps, norms) over the steps by depth, and the quartiles as a band."""
+    depth = range(1, values.shape[1] + 1)
+    low, middle, high = values.nanquantile(torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype), dim=0)
+    style = _style(index, marker=MARKERS[index % len(MARKERS)], markersize=4.5)
+    ax.plot(depth, middle.numpy(), label=label or None, **style)
+    if band:
+        ax.fill_between(depth, low.numpy(), high.numpy(), color=style["color"], alpha=0.15, linewidth=0)
+    ax.locator_params("x", integer=True)
+
+
+def _style(index: int, **more: Any) -> dict[str, Any]:
+    at = index % len(COLORS)
+    return {"color": COLORS[at], "linestyle": LINES[at], "linewidth": 1.6, **more}
 
 
 def _logs(logs: NormLog | Mapping[str, NormLog]) -> Mapping[str, NormLog]:
@@ -94,14 +97,9 @@ def _chosen(log: NormLog, field: str, steps: tuple[int, int] | None) -> Tensor:
         return values
     kept = [i for i, step in enumerate(log.steps) if steps[0] <= step <= steps[1]]
     if not kept:
-        raise ValueError(
-            f"no step from {steps[0]} to {steps[1]} was recorded; there are {log.steps[0]} to {log.steps[-1]}"
-        )
+        there = f"{log.steps[0]} to {log.steps[-1]}"
+        raise ValueError(f"no step from {steps[0]} to {steps[1]} was recorded; there are {there}")
     return values[kept]
-
-
-def _depth_axis(ax: Axes, count: int) -> None:
-    ax.set_xticks(range(1, count + 1, max(1, math.ceil(count / 14))))
 
 
 def plot_depth(
@@ -125,18 +123,11 @@ def plot_depth(
     """
     logs = _logs(logs)
     figure, ax = _figure(ax)
-    most = 0
     for index, (label, log) in enumerate(logs.items()):
-        values = _chosen(log, field, steps)
-        most = max(most, values.shape[1])
-        depth = range(1, values.shape[1] + 1)
-        low, middle, high = values.nanquantile(torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype), dim=0)
-        ax.plot(depth, middle.numpy(), label=label or None, **_style(index))
-        ax.fill_between(depth, low.numpy(), high.numpy(), color=COLORS[index % len(COLORS)], alpha=0.15, linewidth=0)
+        _draw(ax, index, label, _chosen(log, field, steps), band=True)
     if not field.startswith(("share", "input")):
         ax.set_yscale("log")
-    _depth_axis(ax, most)
-    _finish(ax, DEPTH, LABELS[field], "best")
+    _finish(ax, DEPTH, LABELS[field])
     return figure
 
 
@@ -156,21 +147,16 @@ def plot_theorem(log: NormLog, *, steps: tuple[int, int] | None = None) -> Figur
     """Plot Theorem 1 for one model: `|mean|` (left) and variance (right) of the gradient at each norm's output, at its
     input, and at its input as it would be with mean and variance detached. Arguments and errors as in `plot_depth`."""
     if not isinstance(log, NormLog):
-        raise TypeError(
-            f"plot_theorem takes one log, such as logs['AdaNorm'], got {type(log).__name__}; plot_gradients compares "
-            "several"
-        )
-    log = _logs(log)[""]
+        raise TypeError(f"plot_theorem takes one log, such as logs['AdaNorm'], got {type(log).__name__}")
+    _logs(log)
     figure, panels = _figure(columns=2)
     places = {"output": "at the output", "detached": "at the input, if detached", "input": "at the input"}
     for ax, kind, what in zip(panels, ("mean", "var"), ("|mean|", "variance"), strict=True):
         for index, (where, label) in enumerate(places.items()):
-            values = _chosen(log, f"grad_{where}_{kind}", steps).nanmedian(dim=0).values
-            ax.plot(range(1, len(values) + 1), values.numpy(), label=label, **_style(index))
+            _draw(ax, index, label, _chosen(log, f"grad_{where}_{kind}", steps))
         ax.set_yscale("log")
-        _depth_axis(ax, len(log.names))
-        unit = "loss" if kind == "mean" else "loss²"
-        _finish(ax, DEPTH, f"{what} of gradient, per row ({unit})", "best" if kind == "mean" else None)
+        unit, legend = ("loss", "best") if kind == "mean" else ("loss²", "")
+        _finish(ax, DEPTH, f"{what} of gradient, per row ({unit})", legend)
     return figure
 
 
@@ -199,14 +185,10 @@ def plot_phi(
             raise ValueError("the log has no histograms: record it with watch_norms(..., histogram=True)")
         counts = torch.stack(list(activations.histograms.values())).sum(0)
     elif isinstance(activations, Tensor):
-        counts = torch.histc(
-            activations.detach().double().cpu().clamp(*HISTOGRAM_RANGE), HISTOGRAM_BINS, *HISTOGRAM_RANGE
-        )
+        y = activations.detach().double().cpu().clamp(*HISTOGRAM_RANGE)
+        counts = torch.histc(y, HISTOGRAM_BINS, *HISTOGRAM_RANGE)
     elif activations is not None:
-        raise TypeError(
-            "plot_phi takes one log, such as logs['AdaNorm'], or a tensor of values of y, "
-            f"got {type(activations).__name__}"
-        )
+        raise TypeError(f"plot_phi takes one log or a tensor of values of y, got {type(activations).__name__}")
     figure, ax = _figure(ax)
     low, high = HISTOGRAM_RANGE
     y = torch.linspace(low, high, 481)
@@ -220,15 +202,14 @@ def plot_phi(
         right.spines["top"].set_visible(False)
         ax.set_zorder(right.get_zorder() + 1)
         ax.patch.set_visible(False)
-    ax.plot(y.numpy(), phi.numpy(), label="φ(y) = C (1 - k y)", **_style(0, marked=False))
-    ax.plot(y.numpy(), (phi * y).numpy(), label="z = φ(y) y", **_style(1, marked=False))
+    ax.plot(y.numpy(), phi.numpy(), label="φ(y) = C (1 - k y)", **_style(0))
+    ax.plot(y.numpy(), (phi * y).numpy(), label="z = φ(y) y", **_style(1))
     ax.axhline(0, color="#555555", linewidth=0.6)
     for value, text in ((0.5 / k, "1/(2k)"), (1 / k, "1/k")):
         if value < high:
             ax.axvline(value, color="#555555", linewidth=0.8, linestyle=":")
             ax.text(value, 0.02, f" y = {text}", transform=ax.get_xaxis_transform(), fontsize=9, color="#333333")
-    _finish(
-        ax, "normalized activation y = N(x), in standard deviations", f"value (C = {C:g}, k = {k:g})", "center right"
-    )
+    xlabel = "normalized activation y = N(x), in standard deviations"
+    _finish(ax, xlabel, f"value (C = {C:g}, k = {k:g})", "center right")
     ax.spines["right"].set_visible(counts is not None)
     return figure

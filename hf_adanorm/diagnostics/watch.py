@@ -18,7 +18,6 @@ import functools
 import itertools
 import math
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ def watch_norms(
     A step ends when a `torch.optim` optimizer with parameters of the model steps. Without one, the block is a single
     step unless you call `log.end_step()`. Afterwards the model has no hooks, also after an exception. Gradient
     checkpointing and accumulation work. Under DDP each process records its own rows, and `log.gather()` joins them.
-    Under `torch.compile` the recorded steps run eagerly, with one warning.
+    Under `torch.compile` the recorded steps run eagerly.
 
     Args:
         model: any module with norms.
@@ -107,7 +106,6 @@ class WatchNormsCallback(TrainerCallback):
     def __init__(
         self, trainer: Trainer | None = None, every: int = 10, *, k: float = 0.1, histogram: bool = False
     ) -> None:
-        _check(every, k, 0)
         self.trainer, self.every, self.k, self.histogram = trainer, every, k, histogram
         self.log = None
         self._watcher: _Watcher | None = None
@@ -115,8 +113,6 @@ class WatchNormsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.on_train_end(args, state, control)  # of an interrupted training
         self._watcher = _Watcher(model, self.every, self.k, self.histogram, state.global_step)
-        if getattr(args, "torch_compile", False):
-            self._watcher.warn_of_compile()
         self.log = self._watcher.log
         self._watcher.start()
 
@@ -125,8 +121,7 @@ class WatchNormsCallback(TrainerCallback):
             self._watcher.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        records = self.log.records if self.log is not None else []
-        if self.trainer is None or self.log is None or not records or records[-1].step != state.global_step:
+        if self.trainer is None or self.log is None or state.global_step not in self.log.steps[-1:]:
             return
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # noqa: PLC0415, heavy
 
@@ -144,26 +139,9 @@ class WatchNormsCallback(TrainerCallback):
 # ------------------------------------------------------------------------------------------------------- the watcher
 
 
-def _check(every: int, k: float, start_step: int) -> None:
-    for name, value, minimum in (("every", every, 1), ("start_step", start_step, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    check_number("k", k, inclusive=False)
-
-
+# What training wraps a model in. Their parts are left out of the names of norms.
+_WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        inner = model._modules.get("_orig_mod")
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
-            inner = model._modules.get("module")
-        if inner is None:
-            return model
-        model = inner
 
 
 @dataclass(eq=False)
@@ -184,33 +162,25 @@ class _Watched:
 class _Watcher:
     def __init__(self, model: nn.Module, every: int, k: float, histogram: bool, start_step: int):
         check_module(model)
-        _check(every, k, start_step)
-        self.model = _unwrapped(model)
-        self.every, self.k, self.histogram, self.step = every, float(k), histogram, start_step
-        self.log = NormLog(type(self.model).__name__, every, self.k)
-        self.order: dict[str, int] = {}
-        self.find_norms()
-        if not self.norms:
-            raise ValueError(
-                f"{type(self.model).__name__} has no LayerNorm, RMSNorm or swapped norm to watch; "
-                "inspect_model(model) lists every norm"
-            )
+        check_number("k", k, inclusive=False)
+        for name, value, minimum in (("every", every, 1), ("start_step", start_step, 0)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
         self.parameters = {id(p) for p in model.parameters()}
+        while type(model).__name__ in _WRAPPERS:
+            model = next(model.children())
+        self.model = model
+        self.every, self.k, self.histogram, self.step = every, float(k), histogram, start_step
+        self.log = NormLog(type(model).__name__, every, self.k)
+        self.order: dict[str, int] = {}
         self.optimizer: weakref.ref[Any] | None = None
         self.handles: list[Any] = []
         self.stance: Any = None
-        if any(
-            type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
-            for m in model.modules()
-        ):
-            self.warn_of_compile()
-
-    def warn_of_compile(self) -> None:
-        warnings.warn(
-            f"the model is compiled: watch_norms runs every {self.every}th step without torch.compile, because "
-            "compiled graphs hide what happens inside",
-            stacklevel=5,
-        )
+        self.find_norms()
+        if not self.norms:
+            raise ValueError(f"{type(model).__name__} has no LayerNorm, RMSNorm or swapped norm: see inspect_model")
 
     def find_norms(self) -> None:
         self.norms: list[_Watched] = []
@@ -219,22 +189,16 @@ class _Watcher:
             name = ".".join(part for part in path.split(".") if part not in _WRAPPER_PARTS)
             if info.kind == "other":
                 skipped.append(name)
-                continue
-            kind = str(module.norm_name) if is_swapped(module) else info.kind
-            self.norms.append(_Watched(name, module, info, kind))
+            else:
+                kind = str(module.norm_name) if is_swapped(module) else info.kind
+                self.norms.append(_Watched(name, module, info, kind))
         self.log.skipped = tuple(skipped)
 
     # -- steps -------------------------------------------------------------------------------------------------
 
-    @property
-    def records_next(self) -> bool:
-        """Whether the next step is recorded."""
-        return self.step % self.every == 0
-
     def start(self) -> None:
         self.log._end_step = self.end_step
-        if self.records_next:
-            self.install()
+        self.install()
 
     def stop(self) -> None:
         if any(watched.sums for watched in self.norms):
@@ -255,28 +219,21 @@ class _Watcher:
 
     def end_step(self) -> None:
         self.step += 1
-        if self.handles:
-            self.collect()
-            if self.records_next and not self.is_stale():
-                return
-            self.remove()
-        if self.records_next:
-            self.install()
+        self.collect()
+        self.remove()
+        self.install()
 
     def install(self) -> None:
-        if self.is_stale():
-            self.find_norms()
+        """Add the hooks, if the next step is recorded."""
+        if self.step % self.every:
+            return
+        self.find_norms()  # a patch may have replaced them
         for watched in self.norms:
             before, after = self.make_hooks(watched)
             self.handles.append(watched.module.register_forward_pre_hook(before, with_kwargs=True))
             self.handles.append(watched.module.register_forward_hook(after))
         if "torch._dynamo" in sys.modules:  # without it nothing can have been compiled
             self.stance = torch.compiler.set_stance("force_eager")
-
-    def is_stale(self) -> bool:
-        """Check whether a patch has replaced norms."""
-        modules = set(self.model.modules())
-        return any(watched.module not in modules for watched in self.norms)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -384,8 +341,8 @@ class _Watcher:
                 NormRecord(step=self.step, name=watched.name, norm=watched.norm, num_rows=num_rows, **statistics)
             )
             if "counts" in found:
-                mean = torch.tensor(found["counts"], dtype=torch.float64)
-                counts = mean.mul(len(watched.sums["counts"])).round()
+                counts = torch.tensor(found["counts"], dtype=torch.float64)  # their mean over backward passes
+                counts = counts.mul(len(watched.sums["counts"])).round()
                 self.log.histograms[watched.name] = self.log.histograms.get(watched.name, 0) + counts
             watched.sums = {}
 

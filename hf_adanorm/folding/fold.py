@@ -36,7 +36,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_adanorm._tables import html_table, text_table
+from hf_adanorm._tables import Printed, Row, listed
 from hf_adanorm.detection import iter_norms
 from hf_adanorm.holder import held
 from hf_adanorm.modeling_adanorm import LayerNormSimple, is_swapped, make_norm
@@ -56,8 +56,8 @@ from .write import write
 _HEADER = ("norm", "action", "consumers, or why not")
 
 
-@dataclass(frozen=True)
-class FoldReport:
+@dataclass(frozen=True, repr=False)
+class FoldReport(Printed):
     """The result of a fold; prints as a table."""
 
     norms: tuple[FoldedNorm, ...]
@@ -80,8 +80,8 @@ class FoldReport:
         """Return the names of the norms with one of these actions."""
         return [norm.name for norm in self.norms if norm.action in actions]
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        rows: list[tuple[str, str, str]] = []
+    def _parts(self) -> tuple[str, Row, list[Row], list[str]]:
+        rows: list[Row] = []
         for norm in self.norms:
             detail = norm.reason or ", ".join(norm.consumers)
             if norm.deviation is not None:
@@ -89,30 +89,18 @@ class FoldReport:
             if norm.lost is not None:
                 detail += f" ({norm.lost:.1%} of the output not reproduced)"
             rows.append((norm.name, norm.action, detail))
-        return rows
-
-    def _summary(self) -> str:
         counts = {action: len(self.names(action)) for action in ("folded", "approximated", "kept", "nothing to fold")}
         text = ", ".join(f"{count} {action}" for action, count in counts.items() if count) or "no norms"
         text += f"; largest relative difference of the outputs {self.difference:.1e}"
         if self.changed:
-            text += "; changed: " + ", ".join(
-                f"{path} ({value:.1e})" for path, value in list(self.changed.items())[:4]
-            )
-            text += f" and {len(self.changed) - 4} more" if len(self.changed) > 4 else ""
+            text += "; changed: " + listed([f"{path} ({value:.1e})" for path, value in self.changed.items()], 4)
         if self.added_biases:
             text += f"; {len(self.added_biases)} bias{'es' if len(self.added_biases) > 1 else ''} added"
         for name, count in self.untied.items():
             text += f"; {name} untied ({count:,} parameters more)"
         if self.is_stock:
             text += "; a plain stock model: it loads without hf_adanorm"
-        return text
-
-    def __str__(self) -> str:
-        return f"{text_table(_HEADER, self._rows())}\n{self._summary()}" if self.norms else self._summary()
-
-    def _repr_html_(self) -> str:
-        return html_table(_HEADER, self._rows(), self._summary())
+        return text, _HEADER, rows, []
 
 
 def fold_affine(

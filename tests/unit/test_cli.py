@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,12 +17,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 import hf_adanorm
 from hf_adanorm import is_patched
@@ -36,7 +30,13 @@ from tests.zoo.fold_models import tied_llama
 from tests.zoo.processes import Scripts
 from tests.zoo.tiny_text import make_tokenizer
 
+CLI = [sys.executable, "-m", "hf_adanorm.cli"]
 TOKEN = "hf_token_of_the_loopback_hub"
+DERF = f"{Path(__file__).parents[2]}/recipes/norms/derf.py:Derf"  # a norm of a user's own
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +51,9 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def derf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a user with a norm of their own."""
-    path = tmp_path_factory.mktemp("norms") / "my_norms.py"
-    path.write_text(
-        "import torch\nfrom torch import nn\n\n\nclass Derf(nn.Module):\n"
-        '    """Computes erf(alpha * x)."""\n\n'
-        "    def __init__(self, normalized_shape, eps=1e-5, *, alpha=0.5, device=None, dtype=None):\n"
-        "        super().__init__()\n        self.alpha = alpha\n\n"
-        "    def forward(self, x):\n        return torch.erf(self.alpha * x)\n"
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
 def hub(stock: Path) -> Iterator[HubServer]:
     with HubServer(tokens={TOKEN: "me"}) as server:
-        server.create_repo("org/bert", {path.name: path.read_bytes() for path in stock.iterdir()})
+        server.create_repo("org/bert", contents(stock))
         yield server
 
 
@@ -121,9 +107,7 @@ def test_patch_pushes_model_tokenizer_and_card(hub: HubServer, stock: Path, tmp_
     assert json.loads(done.stdout)["swapped"] == 2
     assert hub.repos["me/patched"].private
     files = hub.repos["me/patched"].files()
-    assert {name: data for name, data in files.items() if not name.startswith(".")} == {
-        path.name: path.read_bytes() for path in out.iterdir()
-    }
+    assert {name: data for name, data in files.items() if not name.startswith(".")} == contents(out)
     assert files["tokenizer.json"] == (stock / "tokenizer.json").read_bytes()
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "org/bert"
@@ -141,9 +125,7 @@ def test_a_folded_stock_model_is_pushed_as_what_it_is(hub: HubServer, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["stock"]
     files = hub.repos["me/folded"].files()
-    assert {name: data for name, data in files.items() if not name.startswith(".")} == {
-        path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
-    }
+    assert {name: data for name, data in files.items() if not name.startswith(".")} == contents(tmp_path / "out")
     assert ModelCard(files["README.md"].decode()).data.pipeline_tag == "text-generation"
 
 
@@ -152,7 +134,7 @@ def test_a_second_push_brings_our_section_of_the_card_up_to_date(
     hub: HubServer, tmp_path: Path, scripts: Scripts, command: list[str]
 ) -> None:
     tied_llama().save_pretrained(tmp_path / "llama")
-    hub.create_repo("org/llama", {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()})
+    hub.create_repo("org/llama", contents(tmp_path / "llama"))
     build("detachnorm").save_pretrained(tmp_path / "before")
     text = (tmp_path / "before" / "README.md").read_text() + "\nA remark.\n"
     hub.create_repo("me/twice", {"README.md": text.encode()})
@@ -182,7 +164,7 @@ def test_a_push_that_fails_names_what_is_complete_and_how_to_push_it(
     done = scripts.run("hf_adanorm.cli", "patch", stock, out, "--push-to-hub", "me/x", HF_TOKEN="hf_wrong")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(f"; {out} is complete, and `hf upload me/x {out}` pushes it")
-    assert is_patched(AutoModelForSequenceClassification.from_pretrained(out))
+    assert is_patched(BertForSequenceClassification.from_pretrained(out))
 
 
 @pytest.mark.parametrize(
@@ -195,14 +177,6 @@ def test_what_would_stop_a_push_is_said_before_the_work(
     assert done.returncode == 2
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_repository_is_one_line_and_code_2(scripts: Scripts) -> None:
-    done = scripts.run("hf_adanorm.cli", "inspect", "org/nothing")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = [line for line in done.stderr.splitlines() if "org/nothing" in line]
-    assert line.startswith("error: ")
 
 
 def test_patching_takes_little_more_memory_than_loading(tmp_path: Path) -> None:
@@ -225,11 +199,9 @@ def test_patching_takes_little_more_memory_than_loading(tmp_path: Path) -> None:
         return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     assert resource.RUSAGE_CHILDREN  # ru_maxrss is what wait4 gives
-    load = "AutoModelForSequenceClassification.from_pretrained('model')"
+    load = "BertForSequenceClassification.from_pretrained('model')"
     touch = f"print(sum(float(p.sum()) for p in {load}.parameters()))"
-    imports = (
-        "import hf_adanorm; from transformers import AutoModelForSequenceClassification; import transformers.models"
-    )
+    imports = "import hf_adanorm; from transformers import BertForSequenceClassification; import transformers.models"
     loading = peak("-c", f"{imports}; {touch}")
     patching = peak("-m", "hf_adanorm.cli", "patch", "model", "out")
     assert patching - loading < 0.3 * size
@@ -238,20 +210,14 @@ def test_patching_takes_little_more_memory_than_loading(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def test_inspect_prints_the_table(stock: Path, run: Run) -> None:
-    code, out, _ = run("inspect", stock)
-    assert code == 0
-    assert out.startswith("BertForSequenceClassification: 5 norms")
-    assert "would be swapped" in out
-
-
 def test_inspect_takes_the_options_of_patch(stock: Path, run: Run) -> None:
     code, out, _ = run("inspect", stock, "--include", "output.LayerNorm", "--layers", "0", "--json")
     assert code == 0
     chosen = [norm["name"] for norm in json.loads(out)["norms"] if norm["chosen"]]
     assert chosen == [f"bert.encoder.layer.0.{part}.LayerNorm" for part in ("attention.output", "output")]
-    code, out, _ = run("inspect", stock, "--exclude", "re:.*attention.*", "--json")
-    assert json.loads(out)["swappable"] == 3
+    code, out, _ = run("inspect", stock, "--exclude", "re:.*attention.*")
+    assert code == 0
+    assert out.startswith("BertForSequenceClassification: 5 norms, 0 swapped (0 parameters removed), 3 would be")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +235,7 @@ def test_patch_writes_a_model_that_stock_calls_load(
     code, out, err = run("patch", stock, tmp_path / "out", *options)
     assert (code, err) == (0, "")
     assert "5 norms swapped" in out
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "out")
     assert is_patched(model)
     assert norm in str(model.bert.embeddings.LayerNorm)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (stock / "tokenizer.json").read_bytes()
@@ -282,7 +248,7 @@ def test_unpatch_gives_a_stock_model(stock: Path, run: Run, tmp_path: Path) -> N
     assert code == 0
     assert "stock norms" in out
     assert "start with gain 1 and bias 0" in err
-    assert not is_patched(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
+    assert not is_patched(BertForSequenceClassification.from_pretrained(tmp_path / "out"))
     assert "modeling_adanorm.py" not in {path.name for path in (tmp_path / "out").iterdir()}
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -297,13 +263,13 @@ def test_errors_name_options_not_arguments() -> None:
 
 
 def test_version_and_help_need_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import hf_adanorm.cli as c; c.main()"
+    code = "import sys; sys.modules.update(torch=None, transformers=None); import hf_adanorm.cli as c; c.main()"
+    version, shown = (
+        subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True).stdout
+        for option in ("--version", "--help")
     )
-    version = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
-    assert version.stdout == f"hf-adanorm {hf_adanorm.__version__}\n"
-    shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
-    assert not re.search(r"\w\.\.\.$", shown.stdout, re.MULTILINE)
+    assert version == f"hf-adanorm {hf_adanorm.__version__}\n"
+    assert not re.search(r"\w\.\.\.$", shown, re.MULTILINE)
 
 
 def test_out_may_be_a_link_to_an_empty_folder(stock: Path, run: Run, tmp_path: Path) -> None:
@@ -311,26 +277,12 @@ def test_out_may_be_a_link_to_an_empty_folder(stock: Path, run: Run, tmp_path: P
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     assert run("patch", stock, tmp_path / "out")[0] == 0
     assert (tmp_path / "out").is_symlink()
-    assert is_patched(AutoModelForSequenceClassification.from_pretrained(tmp_path / "disk"))
-
-
-def test_links_that_lead_out_of_a_folder_are_not_copied(stock: Path, run: Run, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(stock, source)
-    (tmp_path / "secret").write_text("secret")
-    (source / "vocab.extra").symlink_to(tmp_path / "secret")
-    (source / "vocab.same").symlink_to("tokenizer.json")
-    code, _, err = run("patch", source, tmp_path / "out")
-    assert (code, err.count("\n")) == (0, 1)
-    assert "lead out of the folder: " in err
-    assert "vocab.extra" in err
-    assert not (tmp_path / "out" / "vocab.extra").exists()
-    assert (tmp_path / "out" / "vocab.same").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert is_patched(BertForSequenceClassification.from_pretrained(tmp_path / "disk"))
 
 
 def test_dropped_gains_are_warned_of_in_one_line(stock: Path, run: Run, tmp_path: Path) -> None:
     source = tmp_path / "trained"
-    model = AutoModelForSequenceClassification.from_pretrained(stock)
+    model = BertForSequenceClassification.from_pretrained(stock)
     with torch.no_grad():
         model.bert.embeddings.LayerNorm.weight.fill_(2.0)
     model.save_pretrained(source)
@@ -340,27 +292,33 @@ def test_dropped_gains_are_warned_of_in_one_line(stock: Path, run: Run, tmp_path
     assert err.count("\n") == 1
 
 
-def test_a_norm_of_the_users_own_with_its_settings(stock: Path, derf: Path, run: Run, tmp_path: Path) -> None:
-    code, out, err = run("patch", "--alpha", "0.7", stock, tmp_path / "out", "--norm", f"{derf}:Derf")
+def test_a_norm_of_the_users_own_with_its_settings(stock: Path, run: Run, tmp_path: Path) -> None:
+    code, out, err = run("patch", "--alpha", "0.7", stock, tmp_path / "out", "--norm", DERF)
     assert (code, err) == (0, "")
     assert "5 norms swapped" in out
     spec = json.loads((tmp_path / "out" / "config.json").read_text())["adanorm"]
-    assert [group["settings"] for group in spec["groups"]] == [{"alpha": 0.7}]
+    assert [group["settings"] for group in spec["groups"]] == [{"alpha": 0.7, "shift": 0.0}]
     code, out, _ = run("inspect", tmp_path / "out", "--json")
     assert (code, json.loads(out)["code"]["loader"], json.loads(out)["swapped"]) == (0, "ours", 5)
+    with (tmp_path / "out" / "derf.py").open("a") as saved:
+        saved.write("raise SystemExit('was run')\n")
+    done = subprocess.run([*CLI, "inspect", tmp_path / "out"], capture_output=True, text=True)  # a fresh process
+    assert done.returncode == 0, done.stderr
+    assert "Derf {'alpha': 0.7" in done.stdout
+    assert "derf.py: code of the model's author, CHANGED since it was saved" in done.stdout
 
 
 def test_a_checkpoint_with_a_users_norm_is_worked_on_by_trust(
-    stock: Path, derf: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stock: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patched = tmp_path / "patched"
-    run("patch", stock, patched, "--norm", f"{derf}:Derf", "--alpha", "0.7")
+    run("patch", stock, patched, "--norm", DERF, "--alpha", "0.7")
     monkeypatch.setattr("hf_adanorm.norms._USED", [])  # as in another process
     code, _, err = run("unpatch", patched, tmp_path / "out")
     assert (code, "or load with --trust-remote-code" in err) == (2, True)
     code, out, _ = run("unpatch", patched, tmp_path / "out", "--trust-remote-code", "--json")
-    assert (code, json.loads(out)["not_copied"]) == (0, ["my_norms.py"])
-    assert not is_patched(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
+    assert (code, json.loads(out)["not_copied"]) == (0, ["derf.py"])
+    assert not is_patched(BertForSequenceClassification.from_pretrained(tmp_path / "out"))
     code, out, _ = run("patch", patched, tmp_path / "more", "--layers", "0", "--trust-remote-code", "--json")
     assert (code, json.loads(out)["swapped"], json.loads(out)["not_copied"]) == (0, 5, [])
     code, out, _ = run("inspect", tmp_path / "more", "--trust-remote-code", "--json")
@@ -368,8 +326,9 @@ def test_a_checkpoint_with_a_users_norm_is_worked_on_by_trust(
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(stock: Path) -> None:
-    command = [sys.executable, "-m", "hf_adanorm.cli", "inspect", str(stock)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*CLI, "inspect", str(stock)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
@@ -377,13 +336,13 @@ def test_a_reader_that_closes_the_pipe_is_no_error(stock: Path) -> None:
     assert process.returncode == 1
 
 
-def test_norms_lists_the_settings_of_each(derf: Path, run: Run) -> None:
+def test_norms_lists_the_settings_of_each(run: Run) -> None:
     code, out, _ = run("norms", "--json")
     found = json.loads(out)
     assert code == 0
     assert found["adanorm"] == {"C": 1.0, "k": 0.1}
     assert found["layernorm-simple"] == {}
-    _, out, _ = run("norms", f"{derf}:Derf")
+    _, out, _ = run("norms", DERF)
     assert "--alpha  (default: 0.5)" in out
 
 
@@ -398,18 +357,6 @@ def test_inspect_says_whether_the_loader_was_changed(stock: Path, run: Run, tmp_
     assert "hello" not in out
 
 
-def test_inspect_lists_norms_of_a_folder_without_running_its_code(stock: Path, run: Run, tmp_path: Path) -> None:
-    file, out = tmp_path / "own_norm.py", tmp_path / "out"
-    file.write_text((Path("recipes/norms") / "derf.py").read_text(encoding="utf-8"), encoding="utf-8")
-    run("patch", stock, out, "--norm", f"{file}:Derf", "--alpha", "0.7")
-    with (out / "own_norm.py").open("a") as saved:
-        saved.write("raise SystemExit('was run')\n")
-    done = subprocess.run([sys.executable, "-m", "hf_adanorm.cli", "inspect", out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Derf {'alpha': 0.7" in done.stdout
-    assert "own_norm.py: code of the model's author, CHANGED since it was saved" in done.stdout
-
-
 def test_run_starts_a_program_of_another_package_in_this_process(run: Run, capsys: Any) -> None:
     code, out, _ = run("run", "hf", "version")
     assert code == 0
@@ -419,12 +366,6 @@ def test_run_starts_a_program_of_another_package_in_this_process(run: Run, capsy
                               "'transformers'?\n")  # fmt: skip
 
 
-def test_run_warns_about_programs_that_start_new_processes(run: Run) -> None:
-    code, _, err = run("run", "torchrun", "--help")
-    assert code == 0
-    assert err.startswith("warning: torchrun starts new processes, which do not import hf_adanorm")
-
-
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -432,26 +373,16 @@ def test_run_warns_about_programs_that_start_new_processes(run: Run) -> None:
     ("arguments", "message"),
     [
         (["inspect", "./nowhere"], "./nowhere: no such folder"),
-        (["inspect", "outputs/no/where"], "outputs/no/where: no such folder"),
         (["unpatch", "no_where", "{tmp}/out"], "no_where is not a local folder, and the Hub has no such model"),
         (["inspect", "{tmp}"], "has no config.json"),
         (["inspect", "{stock}", "--targets", "both"], "argument --targets: invalid choice: 'both'"),
         (["inspect", "{stock}", "--include", "nope"], "matches the ending of no norm's name"),
-        (["inspect", "{stock}", "--layers", "x"], "argument --layers: invalid int value: 'x'"),
-        (["inspect"], "arguments are required: NAME_OR_PATH"),
         (["inspect", "{stock}", "--nope"], "--nope is not an option of hf-adanorm inspect"),
         (["patch", "{stock}", "{tmp}/out", "--norm", "foo"], "norm must be one of"),
         (["patch", "{stock}", "{tmp}/out", "--C", "-1"], "C must be a finite number > 0"),
         (["patch", "{stock}", "{stock}"], "exists and is not an empty folder"),
-        (
-            ["patch", "{stock}", "{tmp}/out", "--affine", "fold", "--unfoldable", "calibrate"],
-            "invalid choice: 'calibrate'",
-        ),
         (["unpatch", "{stock}", "{tmp}/out"], "has no swapped norms"),
-        (
-            ["patch", "{stock}", "{tmp}/out", "--alpha", "0.7"],
-            "--alpha is not an option of hf-adanorm patch or a setting",
-        ),
+        (["patch", "{stock}", "{tmp}/out", "--alpha", "0.7"], "is not an option of hf-adanorm patch or a setting"),
         (["patch", "{stock}", "{tmp}/out", "--includ", "x"], "did you mean '--include'?"),
         (["nope"], "invalid choice: 'nope'"),
     ],
@@ -470,10 +401,8 @@ def test_errors_are_one_line_and_code_2(
 
 
 def test_a_config_with_a_bad_spec_is_one_line(stock: Path, run: Run, tmp_path: Path) -> None:
-    config = {
-        **json.loads((stock / "config.json").read_text()),
-        "adanorm": {"format": 7, "version": "9.0", "groups": []},
-    }
+    config = json.loads((stock / "config.json").read_text())
+    config["adanorm"] = {"format": 7, "version": "9.0", "groups": []}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, _, err = run("inspect", tmp_path)
     assert code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import torch
@@ -27,6 +28,13 @@ def test_report_counts() -> None:
     report = inspect_model(model)
     assert (report.num_swappable, report.num_swapped, report.num_skipped) == (4, 2, 0)
     assert report.num_removed_parameters == 2 * 64
+    data = json.loads(json.dumps(report.to_dict()))
+    assert (data["swappable"], len(data["norms"])) == (4, 6)
+    page = html.unescape(report._repr_html_())
+    assert all(cell in page for row in report.table() for cell in row)
+    assert report.every_name().count("not chosen") == 4
+    assert "bert.encoder.layer.1.output.LayerNorm" in report.every_name()
+    assert str(inspect_model(nn.Linear(2, 2))) == "Linear: 0 norms, 0 swapped (0 parameters removed), 0 skipped"
 
 
 def test_report_as_text_groups_by_class_and_says_why() -> None:
@@ -52,37 +60,6 @@ def test_after_a_patch_of_some_norms_the_others_read_not_chosen() -> None:
     assert {report.status(row) for row in report.rows if not row.is_swapped} == {"not chosen"}
     assert "4 not chosen" in str(report)
     assert "would be swapped" in str(inspect_model(patch_model(tiny(), layers=[0]), targets="all"))
-
-
-def test_every_name_is_told_on_request() -> None:
-    text = inspect_model(tiny()).every_name()
-    assert text.count("would be swapped") == 6
-    assert "bert.encoder.layer.1.output.LayerNorm" in text
-
-
-def test_report_as_html_holds_the_same_cells_escaped() -> None:
-    class Odd(nn.GroupNorm):
-        pass
-
-    Odd.__name__ = "Odd<b>Norm"
-    html = inspect_model(nn.Sequential(nn.LayerNorm(4), Odd(2, 4)))._repr_html_()
-    assert "<table>" in html
-    assert "would be swapped" in html
-    assert "a group norm" in html
-    assert "Odd&lt;b&gt;Norm" in html
-    assert "<b>" not in html
-
-
-def test_report_as_data_is_json() -> None:
-    data = json.loads(json.dumps(inspect_model(tiny()).to_dict()))
-    assert data["swappable"] == len(data["norms"]) == 6
-    assert data["norms"][0]["name"] == "bert.embeddings.LayerNorm"
-
-
-def test_report_of_a_model_without_norms() -> None:
-    report = inspect_model(nn.Linear(2, 2))
-    assert report.rows == ()
-    assert "0 norms" in str(report)
 
 
 def test_after_a_fold_the_report_says_why_a_norm_was_kept() -> None:

@@ -28,8 +28,8 @@ def test_sentences_are_wrapped_and_names_are_not():
 
 
 def test_html_escapes_and_takes_the_colors_of_the_page():
-    page = html_table(("<a>",), [("<b>",)], "x < y", [("more & more", "<c>")])
-    for raw in ("<a>", "<b>", "x < y", "<c>", "more & more"):
+    page = html_table(("<a>",), [("<b>",)], "x < y & z")
+    for raw in ("<a>", "<b>", "x < y", "y & z"):
         assert raw not in page
     assert "color:inherit" in page
     assert "#fff" not in page

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_adanorm import AdaNorm, DetachNorm, plots, watch_norms
-from hf_adanorm.diagnostics.log import FIELDS, HISTOGRAM_BINS
+from hf_adanorm.diagnostics.log import FIELDS, HISTOGRAM_BINS, NormLog
 
 plt = pytest.importorskip("matplotlib.pyplot", reason="the plots need matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
@@ -84,11 +84,15 @@ def test_several_norms_share_a_picture(log):
     )
 
 
-def test_steps_choose_what_is_shown(log):
-    line = plots.plot_depth(log, steps=(3, 3)).axes[0].get_lines()[0]
-    torch.testing.assert_close(torch.tensor(line.get_ydata()), log.values("grad_input_var")[1], check_dtype=False)
-    with pytest.raises(ValueError, match="no step from 100 to 200 was recorded; there are 1 to 5"):
-        plots.plot_depth(log, steps=(100, 200))
+def test_lines_differ_in_more_than_color_and_show_the_chosen_steps(log):
+    figure, ax = plt.subplots()
+    assert plots.plot_depth(dict.fromkeys("abcdefg", log), steps=(3, 3), ax=ax) is figure
+    lines = ax.get_lines()
+    assert len({(line.get_marker(), str(line._dash_pattern)) for line in lines}) == 7
+    assert len({line.get_color() for line in lines}) == 7
+    torch.testing.assert_close(torch.tensor(lines[0].get_ydata()), log.values("grad_input_var")[1], check_dtype=False)
+    assert set(plots.LABELS) == set(FIELDS)
+    plt.close(figure)
 
 
 def test_phi_and_its_marks():
@@ -109,39 +113,21 @@ def test_phi_takes_a_log_or_activations(log):
     assert shares[-1] == pytest.approx(1 / 3)
 
 
-def test_lines_differ_in_more_than_color(log):
-    ax = plots.plot_depth(dict.fromkeys("abcdefg", log)).axes[0]
-    looks = [(line.get_marker(), str(line._dash_pattern)) for line in ax.get_lines()]
-    assert len(set(looks)) == 7
-    assert len({line.get_color() for line in ax.get_lines()}) == 7
-
-
-def test_a_given_axes_is_drawn_into(log):
-    figure, ax = plt.subplots()
-    assert plots.plot_depth(log, ax=ax) is figure
-    assert len(ax.get_lines()) == 1
-    plt.close(figure)
-
-
-def test_every_field_has_a_label():
-    assert set(plots.LABELS) == set(FIELDS)
-
-
-def test_bad_input_is_named(log):
-    with watch_norms(nn.LayerNorm(4)) as empty:
-        pass
-    with pytest.raises(ValueError, match="is empty"):
-        plots.plot_depth(empty)
-    with pytest.raises(TypeError, match="expected a NormLog"):
-        plots.plot_depth([1, 2])
-    with pytest.raises(TypeError, match=r"plot_theorem takes one log, such as logs\['AdaNorm'\], got dict; plot_grad"):
-        plots.plot_theorem({"AdaNorm": log})
-    with pytest.raises(TypeError, match=r"plot_phi takes one log, .* or a tensor of values of y, got dict"):
-        plots.plot_phi({"AdaNorm": log})
-    with pytest.raises(ValueError, match="no statistic 'loss'"):
-        plots.plot_depth(log, "loss")
-    with pytest.raises(ValueError, match="C and k must be > 0"):
-        plots.plot_phi(k=0.0)
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda log: plots.plot_depth(NormLog("Model", 1, 0.1)), ValueError, "is empty"),
+        (lambda log: plots.plot_depth([1, 2]), TypeError, "expected a NormLog"),
+        (lambda log: plots.plot_theorem({"AdaNorm": log}), TypeError, "plot_theorem takes one log, .*, got dict"),
+        (lambda log: plots.plot_phi({"AdaNorm": log}), TypeError, "plot_phi takes one log or a tensor"),
+        (lambda log: plots.plot_depth(log, "loss"), ValueError, "no statistic 'loss'"),
+        (lambda log: plots.plot_depth(log, steps=(100, 200)), ValueError, "no step from 100 to 200 .* are 1 to 5"),
+        (lambda log: plots.plot_phi(k=0.0), ValueError, "C and k must be > 0"),
+    ],
+)
+def test_bad_input_is_named(log, draw, error, message):
+    with pytest.raises(error, match=message):
+        draw(log)
 
 
 def test_without_matplotlib_the_error_names_the_extra(log, monkeypatch):
