@@ -6,6 +6,7 @@ import html
 import shutil
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 
 Row = Sequence[str]
 
@@ -17,8 +18,7 @@ _STYLE = (
     ".hf-adanorm th,.hf-adanorm td{text-align:left;vertical-align:top;padding:.25em .8em;color:inherit;"
     "border-bottom:1px solid rgba(128,128,128,.35)}"
     ".hf-adanorm th{cursor:pointer;white-space:nowrap;border-bottom-width:2px}"
-    ".hf-adanorm tbody tr:nth-child(even){background:rgba(128,128,128,.12)}"
-    ".hf-adanorm td.number{text-align:right;font-variant-numeric:tabular-nums}</style>"
+    ".hf-adanorm tbody tr:nth-child(even){background:rgba(128,128,128,.12)}</style>"
 )
 # A click on a heading sorts by that column, and back: by numbers where the cells start with one.
 SORT = (
@@ -81,44 +81,34 @@ def text_table(header: Row, rows: Sequence[Row], width: int | None = None) -> st
     c     skipped
     """
     room = width or shutil.get_terminal_size((120, 24)).columns
-    lines = [tuple(header), *map(tuple, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    while (over := sum(widths) + 2 * (len(widths) - 1) - room) > 0:
-        least = [max((len(word) for line in lines for word in line[i].split()), default=0) for i in range(len(widths))]
-        spare = [width - max(_NARROWEST, low) for width, low in zip(widths, least, strict=True)]
-        at = max(range(len(widths)), key=spare.__getitem__)
-        if spare[at] <= 0:
-            break
-        widths[at] -= min(over, spare[at])
-    blocks: list[list[int]] = [[0]]
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for i in sorted(range(len(widths)), key=widths.__getitem__, reverse=True):
+        over = sum(widths) + 2 * (len(widths) - 1) - room
+        least = max(_NARROWEST, *(len(word) for line in lines for word in line[i].split()))
+        widths[i] = max(min(widths[i], least), widths[i] - max(over, 0))
+    blocks = [[0]]
     for i in range(1, len(widths)):
         if len(blocks[-1]) > 1 and sum(widths[j] + 2 for j in blocks[-1]) + widths[i] > room:
             blocks.append([0])
         blocks[-1].append(i)
-    return "\n\n".join(_block(lines, [widths[i] for i in block], block) for block in blocks)
+    return "\n\n".join(_block(lines, {i: widths[i] for i in block}) for block in blocks)
 
 
-def _block(lines: Sequence[Row], widths: Sequence[int], columns: Sequence[int]) -> str:
+def _block(lines: Sequence[Row], widths: dict[int, int]) -> str:
     out = []
-    for number, line in enumerate(lines):
-        cells = [textwrap.wrap(line[i], max(w, 1), break_long_words=False, break_on_hyphens=False) or [""]
-                 for i, w in zip(columns, widths, strict=True)]  # fmt: skip
-        for part in range(max(map(len, cells))):
-            texts = (cell[part] if part < len(cell) else "" for cell in cells)
-            out.append("  ".join(text.ljust(w) for text, w in zip(texts, widths, strict=True)).rstrip())
-        if number == 0:
-            out.append("  ".join("-" * w for w in widths))
+    for line in lines:
+        cells = (textwrap.wrap(line[i], w, break_long_words=False, break_on_hyphens=False) for i, w in widths.items())
+        parts = zip_longest(*cells, fillvalue="")
+        out += ["  ".join(map(str.ljust, part, widths.values())).rstrip() for part in parts]
+        if line is lines[0]:
+            out.append("  ".join("-" * w for w in widths.values()))
     return "\n".join(out)
 
 
 def html_table(header: Row, rows: Sequence[Row], summary: str = "") -> str:
     """Return a table for a notebook below a summary. A click on a heading sorts it, and a long one scrolls."""
     head = "".join(f'<th onclick="{SORT}">{html.escape(name)}</th>' for name in header)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
     return f'{_STYLE}<p>{html.escape(summary)}</p><div class="hf-adanorm">{table}</div>'
-
-
-def _cell(text: str) -> str:
-    is_number = " " not in text and text.lstrip("+-.")[:1].isdigit()
-    return f"<td{' class=number' if is_number else ''}>{html.escape(text)}</td>"

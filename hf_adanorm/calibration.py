@@ -54,7 +54,7 @@ class KReport(Printed):
         head = ("norm", "min y", "max y", f"y > {0.5 / self.asked:g}", f"y > {1 / self.asked:g}", "proposed k")
         formats = (".1f", ".1f", ".3%", ".3%", ".4f")
         values = [(n.smallest, n.largest, n.share_falling, n.share_negative, n.k) for n in self.norms]
-        rows = [(n.name, *map(format, row, formats)) for n, row in zip(self.norms, values, strict=True)]
+        rows: list[Row] = [(n.name, *map(format, row, formats)) for n, row in zip(self.norms, values, strict=True)]
         return "", head, rows, []
 
 

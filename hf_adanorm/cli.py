@@ -217,7 +217,7 @@ def parse(argv: list[str]) -> Namespace:
     made = {}
     for function, options in _COMMANDS.items():
         text = inspection.getdoc(function) or ""
-        about = {"help": text.partition("\n")[0], "description": text}
+        about: dict[str, Any] = {"help": text.partition("\n")[0], "description": text}
         command = commands.add_parser(function.__name__, **about, allow_abbrev=False)
         command.set_defaults(function=function)
         if function is norms:
@@ -336,9 +336,7 @@ def _convert(
     with conversion.new_folder(args.out) as folder:
         if check is not None:
             check(conversion.empty_model(config))
-        model = conversion.load_model(source, config)
-        if folds:
-            conversion.refuse_unused(source)
+        model = conversion.load_model(source, config, folds=folds)
         text, data = change(model)
         left = [name for name in conversion.save_model(model, source, folder) if not (folder / name).exists()]
         base = source.name if not Path(source.name).exists() else None

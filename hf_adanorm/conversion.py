@@ -123,11 +123,12 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return build(config)  # type: ignore[no-any-return]
 
 
-def load_model(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
+def load_model(source: Source, config: PreTrainedConfig, *, folds: bool = False) -> PreTrainedModel:
     """Load the model in the dtype of its checkpoint.
 
     Raises:
-        ValueError: the checkpoint lacks weights other than those of norms, which start from gain 1 and bias 0.
+        ValueError: the checkpoint lacks weights other than those of norms, which start from gain 1 and bias 0; or with
+            `folds` it has unused weights that may read a folded norm.
     """
     import transformers
 
@@ -147,7 +148,13 @@ def load_model(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
             f"{source.name} lacks weights that {type(model).__name__} needs, which would be random: {listed(random)}. "
             "Give the class that the checkpoint was trained as: --architecture CLASS"
         )
-    source.unused = _read_tensors(source, sorted(info["unexpected_keys"]))
+    unused = sorted(info["unexpected_keys"])
+    if folds and (readers := [key for key in unused if key.endswith(".weight")]):
+        raise ValueError(
+            f"{source.name} contains weights that the model does not use, which a fold would leave wrong: "
+            f"{listed(readers)}. Give the class that uses them: --architecture CLASS"
+        )
+    source.unused = _read_tensors(source, unused)
     return model  # type: ignore[no-any-return]
 
 
@@ -178,15 +185,6 @@ def _read_tensors(source: Source, keys: list[str]) -> dict[str, Tensor]:
             "Give the class that uses them (--architecture CLASS), or save it as safetensors first"
         )
     return found
-
-
-def refuse_unused(source: Source) -> None:
-    """Raise ValueError if a fold would leave unused weights that may read a folded norm."""
-    if unused := [key for key in source.unused if key.endswith(".weight")]:
-        raise ValueError(
-            f"{source.name} contains weights that the model does not use, which a fold would leave wrong: "
-            f"{listed(unused)}. Give the class that uses them: --architecture CLASS"
-        )
 
 
 def save_model(model: PreTrainedModel, source: Source, folder: Path) -> list[str]:

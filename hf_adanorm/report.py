@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,7 +147,7 @@ class Report(Printed):
             formula = _FORMULAS[row.kind] if known else "-"
             key = (class_of(row.module), formula, self.status(row), number_template(row.name))
             lines.setdefault(key, []).append(row.name)
-        out = []
+        out: list[tuple[str, ...]] = []
         for (kind, formula, status, pattern), names in lines.items():
             if len(names) == 1:
                 pattern = names[0]
@@ -180,7 +181,7 @@ class Report(Printed):
             )
         return notes
 
-    def _parts(self) -> tuple[str, Row, list[tuple[str, ...]], list[str]]:
+    def _parts(self) -> tuple[str, Row, Sequence[Row], list[str]]:
         return self._summary(), HEADER, self.table(), self.notes()
 
     def every_name(self) -> str:
