@@ -95,9 +95,10 @@ def calibrate_k(
         y = y if real is None else y[real]
         if not y.numel():
             return
+        if not bool(y.isfinite().all()):
+            raise ValueError(f"{name} met NaN or infinity on these batches: look at the weights and the inputs first")
         seen = found.setdefault(name, [-math.inf, math.inf, 0.0, 0.0, 0.0])
-        high = float(y.max().nan_to_num(math.inf))  # max() would skip a NaN
-        seen[:2] = max(seen[0], high), min(seen[1], float(y.min()))
+        seen[:2] = max(seen[0], float(y.max())), min(seen[1], float(y.min()))
         seen[2] += float((y > 0.5 / k).sum())
         seen[3] += float((y > 1 / k).sum())
         seen[4] += y.numel()
@@ -116,18 +117,15 @@ def calibrate_k(
         raise ValueError("batches is empty: calibrate_k needs at least one batch of real data")
     if not found:
         raise ValueError(f"no norm of {type(model).__name__} ran on these batches")
-    ranges = []
-    for name, (high, low, falling, negative, entries) in found.items():
-        if not math.isfinite(high):
-            raise ValueError(f"{name} met NaN or infinity on these batches: look at the weights and the inputs first")
-        ranges.append(
-            NormRange(
-                name=name,
-                largest=high,
-                smallest=low,
-                share_falling=falling / entries,
-                share_negative=negative / entries,
-                k=min(k, margin / max(abs(high), abs(low), 1e-12)),
-            )
+    ranges = (
+        NormRange(
+            name=name,
+            largest=high,
+            smallest=low,
+            share_falling=falling / entries,
+            share_negative=negative / entries,
+            k=min(k, margin / max(abs(high), abs(low), 1e-12)),
         )
+        for name, (high, low, falling, negative, entries) in found.items()
+    )
     return KReport(tuple(ranges), k)

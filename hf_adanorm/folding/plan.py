@@ -329,7 +329,5 @@ def is_plain(cls: type, settings: Mapping[str, Any]) -> bool:
 
 def eps_name(module: nn.Module) -> str | None:
     """Return the attribute in which a norm keeps its eps, or None."""
-    for key in ("eps", "variance_epsilon"):
-        if isinstance(module.__dict__.get(key), float):
-            return key
-    return None
+    keys = ("eps", "variance_epsilon")
+    return next((key for key in keys if isinstance(module.__dict__.get(key), float)), None)
