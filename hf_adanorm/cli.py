@@ -35,10 +35,10 @@ def inspect(args: Namespace) -> None:
     trust_remote_code=True executes.
     """
     from . import AdaNormSpec, inspect_model
-    from .conversion import empty_model, load_config
+    from .conversion import Source, empty_model, load_config
     from .saving import inspect_code
 
-    config = load_config(_source(args))
+    config = load_config(Source(args.name, args.revision, args.architecture, args.trust_remote_code))
     data, folder = getattr(config, "adanorm", None), Path(args.name)
     spec = AdaNormSpec.from_dict(data) if data else None
     code = inspect_code(folder, spec) if folder.is_dir() else None
@@ -170,10 +170,7 @@ class _Parser(argparse.ArgumentParser):
 
 _SETTING = "setting: "  # begins the names of parsed settings, so that they differ from those of options
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "norm": {
-        "default": "adanorm",
-        "help": "a name that `hf-adanorm norms` lists (default: adanorm), or FILE.py:CLASS",
-    },
+    "norm": {"default": "adanorm", "help": "one that `hf-adanorm norms` lists (default: adanorm), or FILE.py:CLASS"},
     "eps": {"type": float, "help": HELP["eps"]},
     "centered": {"action": argparse.BooleanOptionalAction, "help": HELP["centered"]},
     "include": {"action": "append", "metavar": "PATTERN", "help": HELP["include"]},
@@ -212,7 +209,8 @@ def parse(argv: list[str]) -> Namespace:
         ValueError: what the command line gets wrong, in one line.
     """
     parser = _Parser(prog="hf-adanorm", description="Swap the norms of transformers models.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('hf-adanorm')}")
+    version = metadata.version("hf-adanorm") if "--version" in argv else ""  # it may run without being installed
+    parser.add_argument("--version", action="version", version=f"hf-adanorm {version}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     made = {}
     for function, options in _COMMANDS.items():
@@ -288,12 +286,6 @@ def main(argv: list[str] | None = None) -> None:
 # --------------------------------------------------------------------------------------------------------- small parts
 
 
-def _source(args: Namespace) -> Any:
-    from .conversion import Source
-
-    return Source(args.name, args.revision, args.architecture, args.trust_remote_code)
-
-
 def _chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
@@ -331,7 +323,7 @@ def _convert(
     from . import conversion, write_model_card
 
     conversion.check_push(args.push_to_hub)
-    source = _source(args)
+    source = conversion.Source(args.name, args.revision, args.architecture, args.trust_remote_code)
     config = conversion.load_config(source)
     with conversion.new_folder(args.out) as folder:
         if check is not None:

@@ -55,7 +55,6 @@ class Source:
 
 def load_config(source: Source) -> PreTrainedConfig:
     """Return the config of a checkpoint. Raises OSError or ValueError."""
-    from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -64,7 +63,6 @@ def load_config(source: Source) -> PreTrainedConfig:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        disable_progress_bars()
     name, folder = source.name, Path(source.name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         inner = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]

@@ -52,11 +52,6 @@ class NormRow:
         """Whether it is a swapped norm now."""
         return is_swapped(self.module)
 
-    @property
-    def num_affine_parameters(self) -> int:
-        """Parameters that a swap removes."""
-        return 0 if self.is_swapped else sum(p.numel() for p in self.module.parameters(recurse=False))
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Report(Printed):
@@ -89,7 +84,8 @@ class Report(Printed):
     @property
     def num_affine_parameters(self) -> int:
         """Gain and bias parameters that these swaps would remove."""
-        return sum(row.num_affine_parameters for row in self.rows if row.chosen)
+        stock = [row.module for row in self.rows if row.chosen and not row.is_swapped]
+        return sum(p.numel() for module in stock for p in module.parameters(recurse=False))
 
     @property
     def num_removed_parameters(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,13 +19,6 @@ from hf_adanorm._tables import Printed, Row, counted
 
 HISTOGRAM_RANGE = (-12.0, 12.0)
 HISTOGRAM_BINS = 96
-
-FORWARD_FIELDS = ("input_mean", "input_std", "share_negative", "share_falling")
-OUTPUT_FIELDS = ("grad_output_mean", "grad_output_var", "grad_detached_mean", "grad_detached_var")
-INPUT_FIELDS = ("grad_input_mean", "grad_input_var")
-FIELDS = (*FORWARD_FIELDS, *OUTPUT_FIELDS, *INPUT_FIELDS)
-"""The statistics of a `NormRecord`, in order."""
-_HEADER = ("name", "norm", *FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +55,28 @@ class NormRecord:
     """Variance of dl/dx within a row, averaged over rows; at most grad_detached_var where the norm re-scales it."""
 
 
+FIELDS = tuple(entry.name for entry in dataclasses.fields(NormRecord))[4:]
+"""The statistics of a `NormRecord`, in order."""
+_HEADER = ("name", "norm", *FIELDS)
+
+
+@dataclass(eq=False, repr=False)
 class NormLog(Printed):
-    """What `watch_norms` recorded.
+    """What `watch_norms` recorded."""
 
-    Args:
-        model_class, every, k: the name of the model's class, and the arguments of `watch_norms`.
-    """
-
-    def __init__(self, model_class: str, every: int, k: float):
-        self.model_class = model_class
-        self.every = every
-        self.k = k
-        self.records: list[NormRecord] = []
-        """One for each norm and recorded step, in the order in which the norms ran."""
-        self.histograms: dict[str, Tensor] = {}
-        """For each norm, counts of y in 96 bins from -12 to 12 (float64), with `histogram=True`. The outer bins count
-        what is beyond."""
-        self.skipped: tuple[str, ...] = ()
-        """Names of norms that are not watched, because they compute neither LayerNorm nor RMSNorm."""
-        self._end_step: Callable[[], None] | None = None
+    model_class: str
+    """The name of the model's class."""
+    every: int
+    k: float
+    """`every` and k are the arguments of `watch_norms`."""
+    records: list[NormRecord] = field(default_factory=list)
+    """One for each norm and recorded step, in the order in which the norms ran."""
+    histograms: dict[str, Tensor] = field(default_factory=dict)
+    """For each norm, counts of y in 96 bins from -12 to 12 (float64), with `histogram=True`. The outer bins count what
+    is beyond."""
+    skipped: tuple[str, ...] = ()
+    """Names of norms that are not watched, because they compute neither LayerNorm nor RMSNorm."""
+    _end_step: Callable[[], None] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -144,15 +140,17 @@ class NormLog(Printed):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, (self.records, self.histograms))
-        merged = NormLog(self.model_class, self.every, self.k)
-        merged.skipped = self.skipped
+        merged = dataclasses.replace(self, records=[], histograms={}, _end_step=None)
         together: dict[tuple[int, str], list[NormRecord]] = {}
         for records, histograms in parts:
             for record in records:
                 together.setdefault((record.step, record.name), []).append(record)
             for name, counts in histograms.items():
                 merged.histograms[name] = merged.histograms.get(name, 0) + counts
-        merged.records = [_merge(records) for records in together.values()]
+        for same in together.values():
+            rows = sum(record.num_rows for record in same)
+            means = {name: sum(getattr(record, name) * record.num_rows for record in same) / rows for name in FIELDS}
+            merged.records.append(dataclasses.replace(same[0], num_rows=rows, **means))
         return merged
 
     def _parts(self) -> tuple[str, Row, list[Row], list[str]]:
@@ -166,9 +164,3 @@ class NormLog(Printed):
         ]
         note = "nan: nothing to measure; statistics of y need a class with `plain_settings`"
         return summary, _HEADER, rows, [note] if means.isnan().any() else []
-
-
-def _merge(records: list[NormRecord]) -> NormRecord:
-    rows = sum(record.num_rows for record in records)
-    fields = {field: sum(getattr(record, field) * record.num_rows for record in records) / rows for field in FIELDS}
-    return dataclasses.replace(records[0], num_rows=rows, **fields)

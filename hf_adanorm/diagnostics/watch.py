@@ -81,7 +81,7 @@ def watch_norms(
     """
     watcher = _Watcher(model, every, k, histogram, start_step)
     handle = register_optimizer_step_post_hook(watcher.optimizer_stepped)
-    watcher.start()
+    watcher.install()
     try:
         yield watcher.log
     finally:
@@ -103,9 +103,7 @@ class WatchNormsCallback(TrainerCallback):
     log: NormLog | None
     """The log of the last training; None before the first."""
 
-    def __init__(
-        self, trainer: Trainer | None = None, every: int = 10, *, k: float = 0.1, histogram: bool = False
-    ) -> None:
+    def __init__(self, trainer: Trainer | None = None, every: int = 10, *, k: float = 0.1, histogram: bool = False):
         self.trainer, self.every, self.k, self.histogram = trainer, every, k, histogram
         self.log = None
         self._watcher: _Watcher | None = None
@@ -114,7 +112,7 @@ class WatchNormsCallback(TrainerCallback):
         self.on_train_end(args, state, control)  # of an interrupted training
         self._watcher = _Watcher(model, self.every, self.k, self.histogram, state.global_step)
         self.log = self._watcher.log
-        self._watcher.start()
+        self._watcher.install()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._watcher is not None:  # the gradients are still there, whatever kind of optimizer it is
@@ -152,11 +150,12 @@ class _Watched:
     module: Any
     info: NormInfo
     norm: str
-    sums: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
-    """For each part: a number of rows, and a vector of means over these rows, for every backward pass."""
+    sums: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    """For each part: a number of rows, and a vector of sums over these rows."""
 
-    def add(self, part: str, num_rows: int, *values: Tensor) -> None:
-        self.sums.setdefault(part, []).append((num_rows, torch.stack(values) if len(values) > 1 else values[0]))
+    def add(self, part: str, num_rows: int, means: Tensor) -> None:
+        before, sums = self.sums.get(part, (0, torch.zeros_like(means)))
+        self.sums[part] = before + num_rows, sums + num_rows * means
 
 
 class _Watcher:
@@ -174,6 +173,7 @@ class _Watcher:
         self.model = model
         self.every, self.k, self.histogram, self.step = every, float(k), histogram, start_step
         self.log = NormLog(type(model).__name__, every, self.k)
+        self.log._end_step = self.end_step
         self.order: dict[str, int] = {}
         self.optimizer: weakref.ref[Any] | None = None
         self.handles: list[Any] = []
@@ -195,10 +195,6 @@ class _Watcher:
         self.log.skipped = tuple(skipped)
 
     # -- steps -------------------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        self.log._end_step = self.end_step
-        self.install()
 
     def stop(self) -> None:
         if any(watched.sums for watched in self.norms):
@@ -272,7 +268,7 @@ class _Watcher:
 
     @torch.no_grad()
     def input_statistics(self, watched: _Watched, x: Tensor) -> tuple[list[Tensor], Tensor, Any, Tensor | None]:
-        """Return the FORWARD_FIELDS, sigma per row, the factor from dl/d(output) to dl/dy, and the histogram."""
+        """Return the first four of FIELDS, sigma per row, the factor from dl/d(output) to dl/dy, and the histogram."""
         info, module = watched.info, watched.module
         x = _rows(info, x)
         mean, var = _mean_and_var(x)
@@ -308,14 +304,14 @@ class _Watcher:
         mean, var = _mean_and_var(grad)
         mean_y, var_y = (mean, var) if factor is None else _mean_and_var(grad * factor)
         detached = [(mean_y.abs() / sigma).mean(), (var_y / sigma.square()).mean()]
-        watched.add("output", mean.numel(), *forward, mean.abs().mean(), var.mean(), *detached)
+        watched.add("output", mean.numel(), torch.stack([*forward, mean.abs().mean(), var.mean(), *detached]))
         if counts is not None:
             watched.add("counts", 1, counts)
 
     @torch.no_grad()
     def input_gradient(self, watched: _Watched, grad: Tensor) -> None:
         mean, var = _mean_and_var(_rows(watched.info, grad))
-        watched.add("input", mean.numel(), mean.abs().mean(), var.mean())
+        watched.add("input", mean.numel(), torch.stack([mean.abs().mean(), var.mean()]))
 
     # -- the end of a step -------------------------------------------------------------------------------------
 
@@ -325,24 +321,17 @@ class _Watcher:
         ran = sorted((watched for watched in self.norms if watched.sums), key=lambda watched: self.order[watched.name])
         if not ran:
             return
-        vectors = [vector for watched in ran for part in watched.sums.values() for _, vector in part]
+        vectors = [vector for watched in ran for _, vector in watched.sums.values()]
         numbers = iter(torch.cat([vector.to(vectors[0].device) for vector in vectors]).tolist())
         for watched in ran:
-            found: dict[str, list[float]] = {}
-            for part, entries in watched.sums.items():
-                weighted = [[rows * n for n in itertools.islice(numbers, len(vector))] for rows, vector in entries]
-                found[part] = [
-                    sum(column) / sum(rows for rows, _ in entries) for column in zip(*weighted, strict=True)
-                ]
-            num_rows = sum(rows for rows, _ in watched.sums["output"])
-            means = (*found["output"], *found.get("input", (math.nan, math.nan)))
-            statistics = dict(zip(FIELDS, means, strict=True))
-            self.log.records.append(
-                NormRecord(step=self.step, name=watched.name, norm=watched.norm, num_rows=num_rows, **statistics)
-            )
-            if "counts" in found:
-                counts = torch.tensor(found["counts"], dtype=torch.float64)  # their mean over backward passes
-                counts = counts.mul(len(watched.sums["counts"])).round()
+            sums = {part: list(itertools.islice(numbers, len(vector))) for part, (_, vector) in watched.sums.items()}
+            means = {part: [total / watched.sums[part][0] for total in totals] for part, totals in sums.items()}
+            values = (*means["output"], *means.get("input", (math.nan, math.nan)))
+            statistics: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
+            about: dict[str, Any] = {"name": watched.name, "norm": watched.norm, "num_rows": watched.sums["output"][0]}
+            self.log.records.append(NormRecord(step=self.step, **about, **statistics))
+            if "counts" in sums:
+                counts = torch.tensor(sums["counts"], dtype=torch.float64)
                 self.log.histograms[watched.name] = self.log.histograms.get(watched.name, 0) + counts
             watched.sums = {}
 
