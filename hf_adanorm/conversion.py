@@ -257,6 +257,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     target = out.resolve()  # a link to an empty folder means that folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
+    if target.is_mount():
+        raise FileExistsError(f"{out} is a mount point, which nothing can be renamed to: give a new folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{TEMPORARY}{target.name}-{secrets.token_hex(8)}"
     temporary.mkdir()

@@ -80,26 +80,20 @@ def _style(index: int, **more: Any) -> dict[str, Any]:
 def _logs(logs: NormLog | Mapping[str, NormLog]) -> Mapping[str, NormLog]:
     """Return the logs by label, checked."""
     logs = {"": logs} if isinstance(logs, NormLog) else logs
-    if not isinstance(logs, Mapping) or not all(isinstance(log, NormLog) for log in logs.values()):
-        raise TypeError(f"expected a NormLog, or a mapping of labels to NormLogs, got {type(logs).__name__}")
-    if not logs:
-        raise ValueError("expected at least one log, got none")
-    for label, log in logs.items():
-        if not log.records:
-            raise ValueError(f"the log{f' {label!r}' if label else ''} is empty: no step was recorded")
+    if not (isinstance(logs, Mapping) and logs and all(isinstance(log, NormLog) for log in logs.values())):
+        raise TypeError(f"expected a NormLog, or a mapping of labels to NormLogs, got {logs!r:.80}")
     return logs
 
 
 def _chosen(log: NormLog, field: str, steps: tuple[int, int] | None) -> Tensor:
     """Return the values (steps, norms) of the recorded steps between the two given ones, both included."""
-    values = log.values(field)
-    if steps is None:
-        return values
-    kept = [i for i, step in enumerate(log.steps) if steps[0] <= step <= steps[1]]
+    if not log.records:
+        raise ValueError("the log is empty: no step was recorded")
+    first, last = steps or (log.steps[0], log.steps[-1])
+    kept = [i for i, step in enumerate(log.steps) if first <= step <= last]
     if not kept:
-        there = f"{log.steps[0]} to {log.steps[-1]}"
-        raise ValueError(f"no step from {steps[0]} to {steps[1]} was recorded; there are {there}")
-    return values[kept]
+        raise ValueError(f"no step from {first} to {last} was recorded; there are {log.steps[0]} to {log.steps[-1]}")
+    return log.values(field)[kept]
 
 
 def plot_depth(
@@ -134,7 +128,6 @@ def plot_depth(
 def plot_gradients(logs: NormLog | Mapping[str, NormLog], *, steps: tuple[int, int] | None = None) -> Figure:
     """Plot the two quantities of the paper by depth: `|mean|` (left) and variance (right) of the gradient that each
     norm passes on. Arguments and errors as in `plot_depth`."""
-    logs = _logs(logs)
     figure, (left, right) = _figure(columns=2)
     plot_depth(logs, "grad_input_mean", steps=steps, ax=left)
     plot_depth(logs, "grad_input_var", steps=steps, ax=right)
@@ -148,7 +141,6 @@ def plot_theorem(log: NormLog, *, steps: tuple[int, int] | None = None) -> Figur
     input, and at its input as it would be with mean and variance detached. Arguments and errors as in `plot_depth`."""
     if not isinstance(log, NormLog):
         raise TypeError(f"plot_theorem takes one log, such as logs['AdaNorm'], got {type(log).__name__}")
-    _logs(log)
     figure, panels = _figure(columns=2)
     places = {"output": "at the output", "detached": "at the input, if detached", "input": "at the input"}
     for ax, kind, what in zip(panels, ("mean", "var"), ("|mean|", "variance"), strict=True):
