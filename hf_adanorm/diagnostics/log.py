@@ -67,8 +67,9 @@ class NormLog(Printed):
     model_class: str
     """The name of the model's class."""
     every: int
+    """As given to `watch_norms`."""
     k: float
-    """`every` and k are the arguments of `watch_norms`."""
+    """As given to `watch_norms`."""
     records: list[NormRecord] = field(default_factory=list)
     """One for each norm and recorded step, in the order in which the norms ran."""
     histograms: dict[str, Tensor] = field(default_factory=dict)

@@ -166,10 +166,7 @@ def test_options_that_change_nothing_change_nothing(texts, tmp_path, capsys):
         ({"C": 0}, "--norm adanorm: "),
         ({"norm_schedule": "k:0:0.1"}, "--norm_schedule k:0:0.1: expected SETTING:SHAPE:FROM:TO[:OVER], such as"),
         ({"norm_schedule": "k:linear:0.1:-1"}, "--norm_schedule k:linear:0.1:-1: k must be a finite number >= 0"),
-        (
-            {"norm_schedule": "alpha:linear:0:1"},
-            "--norm_schedule alpha:linear:0:1: no norm of this model has the setting 'alpha'",
-        ),
+        ({"norm_schedule": "alpha:linear:0:1"}, "(adanorm) has no setting 'alpha'; it has ['C', 'k']"),
         ({"report_to": "[tensorbord]"}, "--report_to tensorbord: expected all, aim, "),
         ({"output_dir": "/proc/run"}, "--output_dir /proc/run: cannot be written: "),
         ({"batch_size": 0}, "--batch_size must be positive, got 0"),
