@@ -25,13 +25,11 @@ from .swapping import Change, Options, Plan, is_as
 def fold(plan: Plan, change: Change, options: Fold) -> FoldReport:
     """Fold the gains and biases of the norms in the plan, and remove those that cannot be folded from it."""
     _refuse_other_functions(plan)
-    if plan.options.eps is not None:  # equal to the source's own, which a fold may change on the module
-        plan.swaps = [
-            (name, module, info, replace(group, eps=None))
-            if not is_swapped(module) and source_settings(module).get("eps") == group.eps
-            else (name, module, info, group)
-            for name, module, info, group in plan.swaps
-        ]
+    # An eps that the call gives is the module's own, which a fold may change there.
+    plan.swaps = [
+        (name, module, info, replace(group, eps=None) if source_settings(module).get("eps") == group.eps else group)
+        for name, module, info, group in plan.swaps
+    ]
     calibrate = options.unfoldable == "calibrate"
     if not calibrate:
         _refuse_untrue_class(plan)
@@ -41,76 +39,56 @@ def fold(plan: Plan, change: Change, options: Fold) -> FoldReport:
         for name, module, _, group in plan.swaps
         if not is_swapped(module) or (calibrate and computes_n(type(module.inner)) and not is_as(module, group))
     ]
-    report = fold_norms(change, names, options, plan.options) if names else FoldReport(())
+    report = fold_norms(change, names, options, replace(plan.options, eps=None)) if names else FoldReport(())
     kept = [norm for norm in report.norms if norm.action == "kept"]
+    summary = f"norms cannot be folded ({kept[0].name}: {kept[0].reason}, ...)" if kept else ""
     if kept and len(kept) == len(plan.swaps):
-        _raise_nothing_folds(report, plan, options)
+        raise ValueError(f"all {len(kept)} {summary}: another Fold(unfoldable=...) or affine='drop' may help")
+    if kept:
+        change.warn(
+            f"{len(kept)} of {len(report.norms)} {summary} and stay as they are. fold_affine(model) lists all; "
+            "Fold(unfoldable=...) offers other ways"
+        )
     stay = {norm.name for norm in kept}
     plan.swaps = [swap for swap in plan.swaps if swap[0] not in stay]
     if not calibrate:
         plan.swaps = [(*swap[:3], _start(swap[1], swap[3], plan.options)) for swap in plan.swaps]
         _warn_of_start(plan, change)
-    if kept:
-        change.warn(
-            f"{len(kept)} of {len(report.norms)} norms cannot be folded and stay as they are ({kept[0].name}: "
-            f"{kept[0].reason}, ...). fold_affine(model) lists all of them; Fold(unfoldable=...) offers other ways"
-        )
     _warn_of_losses(report, change, options)
     return report
-
-
-def _raise_nothing_folds(report: FoldReport, plan: Plan, options: Fold) -> None:
-    why = report.norms[0]
-    others = [f'Fold(unfoldable="{way}")' for way in ("approximate", "calibrate") if way != options.unfoldable]
-    raise ValueError(
-        f"none of the {len(plan.swaps)} norms can be folded ({why.name}: {why.reason}); nothing was changed. "
-        + (
-            'They are swapped already: affine="drop" changes their settings alone'
-            if all(is_swapped(module) for _, module, *_ in plan.swaps)
-            else f"affine={' or affine='.join(others)} may help"
-        )
-    )
 
 
 def _warn_of_losses(report: FoldReport, change: Change, options: Fold) -> None:
     """Warn about what an approximate or fitted fold drops."""
     approximated = [norm for norm in report.norms if norm.deviation]
-    if options.unfoldable == "approximate" and approximated:
+    if approximated and options.unfoldable == "approximate":
         worst = max(approximated, key=lambda norm: norm.deviation or 0.0)
         change.warn(
             f"{counted(len(approximated), 'norm')} folded without the deviation of their gain from its mean, up to "
-            f"{worst.deviation:.2f} of it (at {worst.name}). The outputs moved by {report.difference:.1%} of their "
-            "largest value. fold_affine(model) reports each norm"
+            f"{worst.deviation:.2f} of it (at {worst.name}). The outputs moved by {report.difference:.1%}"
         )
     lost = sorted(norm.lost for norm in report.norms if norm.lost is not None)
-    if lost and lost[len(lost) // 2] > 0.8:
+    if lost and (median := lost[len(lost) // 2]) > 0.8:
         change.warn(
-            f"at these settings half of the norms lose {lost[len(lost) // 2]:.0%} or more of what they passed on: "
-            "choose a smaller k; calibrate_k(model, batches).k proposes one for each norm"
+            f"at these settings half of the norms lose {median:.0%} or more of what they passed on: choose a smaller "
+            "k; calibrate_k(model, batches).k proposes one for each norm"
         )
 
 
 def _refuse_other_functions(plan: Plan) -> None:
-    """Raise ValueError for another eps or centering than the source's: a fold starts from the source's function."""
-    options = plan.options
+    """Raise ValueError for another eps or centering than the norm's own: a fold starts from what the norm computes."""
     for name, module, info, _ in plan.swaps:
-        if is_swapped(module):
-            if learned_affine(module):
+        if is_swapped(module) and learned_affine(module):
+            raise ValueError(
+                f"affine='fold' does not go with {name}, a {module.norm_name} with a gain and bias: "
+                "unpatch_model(model) gives them to the norm that it replaced, and that one can be patched"
+            )
+        for key, own in (("eps", info.eps), ("centered", info.kind == "layernorm")):
+            if (given := getattr(plan.options, key)) not in (None, own):
                 raise ValueError(
-                    f"affine='fold' does not go with {name}, a {module.norm_name} with a gain and bias: "
-                    "unpatch_model(model) gives them to the norm that it replaced, and that one can be patched"
+                    f"{key}={given} does not go with affine='fold', which starts from the function that the model "
+                    f"computes: {name} has {key}={own}"
                 )
-            continue
-        if options.eps is not None and options.eps != info.eps:
-            raise ValueError(
-                f"eps={options.eps:g} does not go with affine='fold', which starts from the function that the "
-                f"model computes: {name} has eps={info.eps:g}"
-            )
-        if options.centered is not None and options.centered != (info.kind == "layernorm"):
-            raise ValueError(
-                f"centered={options.centered} does not go with affine='fold', which starts from the function that "
-                f"the model computes: {name} is a {info.kind}"
-            )
 
 
 def _refuse_untrue_class(plan: Plan) -> None:
@@ -140,15 +118,14 @@ def _start(module: nn.Module, group: NormGroup, options: Options) -> NormGroup:
 
 def _warn_of_start(plan: Plan, change: Change) -> None:
     """Warn if a fold starts with other settings than those of the call."""
-    given = {key: value for key, value in plan.options.settings.items() if not isinstance(value, Mapping)}
-    plain = plan.options.cls.plain_settings  # type: ignore[attr-defined]
-    if other := {key: value for key, value in given.items() if plain.get(key, value) != value}:
+    given, plain = plan.options.settings, plan.options.cls.plain_settings  # type: ignore[attr-defined]
+    other = {k: v for k, v in given.items() if not isinstance(v, Mapping) and plain.get(k, v) != v}
+    if other:
         wanted = ", ".join(f"{key}={value}" for key, value in other.items())
         starts = ", ".join(f"{key}={plain[key]}" for key in other)
         change.warn(
-            f"the norms start with {starts} instead of {wanted}, so that the fold keeps the model's outputs. Call "
-            f'set_norm(model, {wanted}) later, or fit to {wanted} with affine=Fold(unfoldable="calibrate", '
-            "inputs=batch)"
+            f"the norms start with {starts} instead of {wanted}, which keeps the model's outputs. Call "
+            f'set_norm(model, {wanted}) later, or fit to it with affine=Fold(unfoldable="calibrate", inputs=batch)'
         )
 
 

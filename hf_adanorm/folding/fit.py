@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,11 +13,11 @@ from tqdm import tqdm
 from hf_adanorm.running import SLOW_BAR, evaluating, hooked
 from hf_adanorm.state import tensors_in
 
-from .plan import FoldPlan, Step
+from .plan import FoldPlan, Step, by_column
 from .watch import channel_dim, norm_rows
 
 
-def fit(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+def fit(plan: FoldPlan, replaced: Callable[[str, Tensor], Tensor]) -> None:
     """Run the model once with each fitted norm replaced, and set the gain, bias and scale of its step.
 
     Norm by norm, z is what the replacement computes, with everything before it replaced and fitted; h is what the
@@ -38,7 +38,7 @@ def fit(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) 
         step, info = plan.steps[name], plan.infos[name]
 
         def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-            z = replacements[name](args[0])
+            z = replaced(name, args[0])
             rows = norm_rows(plan.model, name, info, inputs, z)
             if name in late:
                 late[name].append(rows)
@@ -46,7 +46,7 @@ def fit(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) 
             solve(name, rows)
             gain, bias = (step.scale, step.branch_bias) if step.branches else (step.gain, step.bias)
             form = (-1, *[1] * (z.ndim - 2)) if info.channels_first else info.normalized_shape
-            return z * _shaped(gain, form, z) + _shaped(cast(Tensor, bias), form, z)
+            return z * _shaped(gain, form, z) + _shaped(bias, form, z)
 
         return plan.modules[name].register_forward_hook(hook)
 
@@ -56,12 +56,9 @@ def fit(plan: FoldPlan, replacements: Mapping[str, Callable[[Tensor], Tensor]]) 
 
         def hook(module: Any, args: Any, kwargs: Any) -> Any:
             (x,) = tensors_in((args, kwargs))
-            index = torch.tensor(step.readers[reader], device=x.device)
             gain = step.gain / step.scale
-            bias = step.bias - gain * cast(Tensor, step.branch_bias)
+            gain, bias = by_column(step.readers[reader], gain, step.bias - gain * step.branch_bias, x.device)
             form = (-1, *[1] * (x.ndim - 1 - channel_dim(module, x.ndim)))
-            gain, bias = (value.to(x.device)[index.clamp_min(0)] for value in (gain, bias))
-            gain, bias = torch.where(index >= 0, gain, 1.0), torch.where(index >= 0, bias, 0.0)
             return (x * _shaped(gain, form, x) + _shaped(bias, form, x),), {}
 
         return plan.modules[reader].register_forward_pre_hook(hook, with_kwargs=True)

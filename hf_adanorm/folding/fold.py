@@ -26,9 +26,10 @@ folded exactly. Where a bias would not arrive (on a masked path, say), only gain
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -166,7 +167,12 @@ def fold_norms(
         become: the norm that replaces them, to which `"calibrate"` fits; by default layernorm-simple.
     """
     model, become = change.model, become or Options(cls=LayerNormSimple)
-    _check_model(model)
+    parameters = list(model.parameters())
+    if any(p.is_meta or hasattr(p, "device_mesh") or (hasattr(p, "ds_id") and not p.numel()) for p in parameters):
+        raise ValueError(
+            "folding needs whole weights, and these are sharded or on the meta device: load the model, fold and save "
+            "it, and only then shard it"
+        )
     infos = {name: info for name, _, info in iter_norms(model) if info.kind != "other"}
     names = list(infos) if names is None else names
     calibrate = options.unfoldable == "calibrate"
@@ -174,26 +180,18 @@ def fold_norms(
     heads = untie_heads(model) if options.tied == "untie" else {}
     with tempfile.TemporaryDirectory(prefix="hf_adanorm-") as folder:
         watched = watch(model, infos, options.inputs, Path(folder) if calibrate else None)
-        plan = FoldPlan(
-            model,
-            infos,
-            watched,
-            names,
-            approximate=calibrate or options.unfoldable == "approximate",
-            calibrate=calibrate,
-            moving=[n for n, group in groups.items() if _moves(model.get_submodule(n), group, become.cls)],
-        )
+        moving = [name for name, group in groups.items() if _moves(model.get_submodule(name), group, become.cls)]
+        plan = FoldPlan(model, infos, watched, names, options, moving)
         untied = settle_heads(model, heads, {reader for step in plan.steps.values() for reader in step.readers})
         kept = [norm for norm in plan.norms if norm.action == "kept"]
         if kept and options.unfoldable == "raise":
-            listed = "; ".join(f"{norm.name}: {norm.reason}" for norm in kept[:5])
-            more = f" (and {len(kept) - 5} more)" if len(kept) > 5 else ""
-            raise ValueError(
-                f"{len(kept)} of {len(plan.norms)} norms cannot be folded: {listed}{more}. "
-                f'Nothing was changed; unfoldable="keep" leaves them as they are'
-            )
+            reasons = [f"{norm.name}: {norm.reason}" for norm in kept]
+            raise ValueError(f"{len(kept)} of {len(plan.norms)} norms cannot be folded: {listed(reasons)}")
+        for norm in plan.norms:  # for `inspect_model`
+            vars(plan.modules[norm.name]).pop(NOT_FOLDED, None)
+            if norm.action == "kept":
+                vars(plan.modules[norm.name])[NOT_FOLDED] = norm.reason
         if not plan.steps:
-            _note_kept(model, plan.norms)
             return FoldReport(tuple(plan.norms))
         if not any(bool(t.isfinite().any()) for t in watched.outputs.values() if t.is_floating_point()):
             raise ValueError(
@@ -201,83 +199,49 @@ def fold_norms(
                 "batch as inputs, and look for NaN in the weights"
             )
 
-        def replacement(name: str) -> Callable[[Tensor], Tensor]:
-            """Return what replaces a norm, with the eps that it has at the time of the call."""
-            return lambda x: make_norm(plan.modules[name], vars(groups[name]), held({groups[name].norm: become.cls}))(
-                x
-            )
+        def replaced(name: str, x: Tensor) -> Tensor:
+            """Return what the norm that replaces `name` computes, with the eps that `name` has now."""
+            classes = held({groups[name].norm: become.cls})
+            return make_norm(plan.modules[name], vars(groups[name]), classes)(x)  # type: ignore[no-any-return]
 
-        replacements = {name: replacement(name) for name in plan.steps} if calibrate else {}
         if plan.fitted:
-            fit(plan, replacements)
-    changed = plan.changed()
-    added_biases = write(plan, change)
-    difference, side = _check(plan, options, replacements)
-    _note_kept(model, plan.result())
-    return FoldReport(plan.result(), difference, side, tuple(added_biases), changed, untied)
-
-
-def _note_kept(model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
-    """Store the reason on every norm that was not folded, for `inspect_model`."""
-    for norm in norms:
-        module = model.get_submodule(norm.name)
-        module.__dict__.pop(NOT_FOLDED, None)
-        if norm.action == "kept":
-            module.__dict__[NOT_FOLDED] = norm.reason
-
-
-def _check_model(model: nn.Module) -> None:
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError("folding needs the weights: this model is on the meta device. Load it first")
-    if any(p.numel() == 0 and hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError("folding needs whole weights: fold before DeepSpeed ZeRO-3 partitions them")
-    if any(hasattr(p, "device_mesh") for p in model.parameters()):
-        raise ValueError(
-            "folding needs whole weights, and these are sharded (tp_plan, FSDP): fold and save the model first, then "
-            "load the folded model sharded"
-        )
+            fit(plan, replaced)
+    added = write(plan, change)
+    difference, side = _check(plan, options, plan.steps if calibrate else (), replaced)
+    protect = [n for n, s in plan.steps.items() if s.branches or (s.bias.any() and s.readers.keys() & set(added))]
+    return FoldReport(plan.result(), difference, side, tuple(added), tuple(protect), untied)
 
 
 def _moves(module: nn.Module, group: NormGroup, cls: type[nn.Module]) -> bool:
     """Return whether `module` becomes another function, apart from gain and bias."""
-    if not is_plain(cls, group.settings) or not is_swapped(module):
-        return not is_plain(cls, group.settings)
-    same = group.eps in (None, module.eps) and (group.centered is not False) == module.centered
-    return not (is_plain(type(module.inner), module.settings()) and same)
-
-
-# ---------------------------------------------------------------------------------------------------------- the check
+    was_plain = not is_swapped(module) or is_plain(type(module.inner), module.settings())
+    return not (was_plain and is_plain(cls, group.settings))
 
 
 def _check(
-    plan: FoldPlan, options: Fold, replacements: Mapping[str, Callable[[Tensor], Tensor]]
+    plan: FoldPlan, options: Fold, names: Collection[str], replaced: Callable[[str, Tensor], Tensor]
 ) -> tuple[float, dict[str, float]]:
-    """Run the folded model with the norms that will replace its own, and compare the outputs.
+    """Run the folded model with the norms `names` replaced, and compare the outputs.
 
     Return the largest relative difference of a task output, and those of the by-products. Raise RuntimeError above the
     tolerance.
     """
-
-    def replaced() -> Iterator[Any]:
-        for name, new in replacements.items():
-            yield plan.modules[name].register_forward_hook(lambda module, args, output, new=new: new(args[0]))
-
     watched = plan.watched
-    with evaluating(plan.model), hooked(replaced()):
+    hooks = (
+        plan.modules[name].register_forward_hook(lambda module, args, out, name=name: replaced(name, args[0]))
+        for name in names
+    )
+    with evaluating(plan.model), hooked(hooks):
         after = sample(plan.model(**watched.inputs.values))
-    has_task = any(not is_side_output(path) for path in watched.outputs)
-    difference, side = 0.0, {}
-    for path, old in watched.outputs.items():
-        value = _difference(old, after[path])
-        if has_task and is_side_output(path):
-            side[path] = value
-        elif value != value or value > difference:
-            difference = value
-    if difference != difference:
-        raise RuntimeError("folding made the outputs NaN; the model is unchanged")
+    moved = {path: _difference(old, after[path]) for path, old in watched.outputs.items()}
+    side = {path: value for path, value in moved.items() if is_side_output(path)}
+    side = side if len(side) < len(moved) else {}
+    tasks = [value for path, value in moved.items() if path not in side]
+    difference = float(torch.tensor(tasks, dtype=torch.float64).max())  # NaN if one of them is
     coarsest = max(TOLERANCES.get(dtype, 1e-4) for dtype in watched.dtypes)
     limit = options.tolerance if options.tolerance is not None else coarsest
-    if difference > limit and (plan.is_exact or options.tolerance is not None):
+    must_hold = plan.is_exact or options.tolerance is not None or math.isnan(difference)
+    if must_hold and not difference <= limit:
         raise RuntimeError(
             f"folding moved the outputs by {difference:.2e} of their largest value, above the tolerance {limit:.0e}; "
             f"the model is unchanged. Pass a real batch as inputs, or a larger tolerance if that is rounding"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hf_adanorm.norms import did_you_mean
 from hf_adanorm.options import CHOICES
 
 
@@ -36,18 +37,11 @@ class Fold:
         for name in ("tied", "unfoldable"):
             value, choices = getattr(self, name), CHOICES[name]
             if value not in choices:
-                close = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}{hint}")
+                raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}{did_you_mean(value, choices)}")
         if self.inputs is not None and not isinstance(self.inputs, Mapping):
-            raise TypeError(
-                f"inputs must map argument names of the model's forward to tensors, got {type(self.inputs).__name__}"
-            )
+            raise TypeError(f"inputs must map argument names to tensors, got {type(self.inputs).__name__}")
         if self.unfoldable == "calibrate" and self.inputs is None:
             raise ValueError('unfoldable="calibrate" fits to real activations: pass inputs, one batch of real data')
-        if self.tolerance is None:
-            return
-        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)):
-            raise TypeError(f"tolerance must be a number, got {self.tolerance!r}")
-        if not 0 <= self.tolerance < float("inf"):
+        is_number = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
+        if self.tolerance is not None and not (is_number and 0 <= self.tolerance < math.inf):
             raise ValueError(f"tolerance must be a finite number >= 0, got {self.tolerance!r}")

@@ -191,21 +191,14 @@ class Shadows:
         if len(parts) == 1 and parts[0].shape == out.shape:
             self.add(out, self.of(parts[0]))
             return []
+        foreign = [Trace(torch.full_like(x, FOREIGN, dtype=torch.int64), x.new_zeros(x.shape).double()) for x in parts]
         for source in {s for part in parts for s in self.of(part)}:
-            found = [
-                self.of(part).get(source)
-                or Trace(
-                    torch.full_like(part, FOREIGN, dtype=torch.int64), torch.zeros_like(part, dtype=torch.float64)
-                )
-                for part in parts
-            ]
-            trace = Trace(
-                func([t.channel for t in found], *args[1:], **kwargs),
-                func([t.factor for t in found], *args[1:], **kwargs),
-                any(t.dropout for t in found),
-                any(t.unsure for t in found),
+            found = [self.of(part).get(source, other) for part, other in zip(parts, foreign, strict=True)]
+            channel, factor = (
+                func([getattr(t, k) for t in found], *args[1:], **kwargs) for k in ("channel", "factor")
             )
-            self.add(out, {source: trace})
+            dropout, unsure = any(t.dropout for t in found), any(t.unsure for t in found)
+            self.add(out, {source: Trace(channel, factor, dropout, unsure)})
         return []
 
     def _scale(self, packet: Any, args: tuple[Any, ...], out: Tensor) -> list[Source] | None:

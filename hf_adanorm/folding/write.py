@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,125 +14,96 @@ from hf_adanorm.modeling_adanorm import ADDED_BIAS, ADJUSTED_EPS
 from hf_adanorm.running import SLOW_BAR
 from hf_adanorm.swapping import Change
 
-from .plan import FoldPlan, eps_name
+from .plan import FoldPlan, by_column, eps_name
+from .watch import num_inputs
 
 _BLOCK = 1 << 18  # elements of a weight that are folded at a time
 
 
-class _Edit(NamedTuple):
-    """The change of a linear layer with weight W and bias c by one norm."""
+@dataclass
+class _Edit:
+    """The change of a linear layer with weight W and bias c: to W * factor, and c / scale + W shift + bias."""
 
     factor: Tensor
-    """W is multiplied by it; it has a shape that fits W."""
-    moved: Callable[[Tensor, slice], Tensor]
-    """Computes from these rows of W what is added to c."""
+    """float64, (inputs,), as the shift."""
+    shift: Tensor
+    bias: Tensor
+    """float64, (outputs,)."""
     scale: float = 1.0
-    """W and c are divided by it at the end."""
 
 
 @torch.no_grad()
 def write(plan: FoldPlan, change: Change) -> list[str]:
     """Fold every norm of the plan into its readers, its branches and the eps of the next norms, and set its gain to 1
     and its bias to 0. Return the linear layers that got a bias."""
-    edits: dict[str, list[_Edit]] = {}
-    needs_bias: dict[str, bool] = {}
+    edits: dict[str, _Edit] = {}
     for step in plan.steps.values():
+        for name in (*step.readers, *step.branches):
+            edits[name] = edits.get(name) or _begin(plan.modules[name])
         for name, columns in step.readers.items():
-            edits.setdefault(name, []).append(_of_columns(plan.modules[name], columns, step.gain, step.bias))
-            needs_bias[name] = needs_bias.get(name, False) or bool(step.bias.any())
+            edit = edits[name]
+            gain, bias = by_column(columns, step.gain, step.bias, edit.factor.device)
+            edit.shift = edit.shift + edit.factor * bias
+            edit.factor = edit.factor * gain
         for name in step.branches:
-            assert step.branch_bias is not None
-            edits.setdefault(name, []).append(_of_branch(plan.modules[name], step.branch_bias, step.scale))
-            needs_bias[name] = needs_bias.get(name, False) or bool(step.branch_bias.any())
+            edit = edits[name]
+            edit.factor, edit.shift = edit.factor / step.scale, edit.shift / step.scale
+            edit.bias = (edit.bias + step.branch_bias.to(edit.bias.device)) / step.scale
+            edit.scale *= step.scale
         for name in step.next_norms:
-            _divide_eps(plan.modules[name], step.scale)
-    added = []
-    for name, its_edits in tqdm(edits.items(), desc="folding", unit="layer", **SLOW_BAR):
-        if _write_layer(name, plan.modules[name], its_edits, needs_bias[name], change):
-            added.append(name)
+            norm, key = plan.modules[name], eps_name(plan.modules[name])
+            assert key is not None  # checked by the plan
+            setattr(norm, key, getattr(norm, key) / step.scale**2)
+            norm.__dict__[ADJUSTED_EPS] = True
+    bar = tqdm(edits.items(), desc="folding", unit="layer", **SLOW_BAR)
+    added = [name for name, edit in bar if _write_layer(name, plan.modules[name], edit, change)]
     for name in plan.steps:
         info, module = plan.infos[name], plan.modules[name]
         for key, value in ((info.gain_name, 1.0 - info.gain_offset), (info.bias_name, 0.0)):
-            if key is not None and isinstance(tensor := getattr(module, key, None), Tensor):
-                change.keep(tensor)
-                tensor.fill_(value)
+            if key is not None:
+                change.keep(getattr(module, key))
+                getattr(module, key).fill_(value)
     return added
 
 
-def _divide_eps(norm: nn.Module, scale: float) -> None:
-    key = eps_name(norm)
-    assert key is not None  # checked by the plan
-    setattr(norm, key, getattr(norm, key) / scale**2)
-    norm.__dict__[ADJUSTED_EPS] = True
+def _begin(module: Any) -> _Edit:
+    """Return the edit that changes nothing."""
+    inputs = torch.ones(num_inputs(module), dtype=torch.float64, device=module.weight.device)
+    return _Edit(inputs, torch.zeros_like(inputs), inputs.new_zeros(_rows(module).shape[:2].numel()))
 
 
-def _of_columns(module: nn.Module, columns: tuple[int, ...], gain: Tensor, bias: Tensor) -> _Edit:
-    """Return the edit W diag(g), c + W b of a linear layer, Conv1D (weight transposed) or (grouped) convolution."""
-    weight = cast(Tensor, module.weight)
-    index = torch.tensor(columns, device=weight.device)
-    # A negative number is a column that reads another tensor: it stays as it is.
-    factor = torch.where(index >= 0, gain.to(index.device)[index.clamp_min(0)], 1.0)
-    shift = torch.where(index >= 0, bias.to(index.device)[index.clamp_min(0)], 0.0)
-    if isinstance(module, Conv1D):
-        return _Edit(factor[:, None], lambda w, rows: shift @ w)
-    if isinstance(module, nn.Linear):
-        return _Edit(factor, lambda w, rows: w @ shift)
-    groups = int(module.groups)  # type: ignore[arg-type]
-    # Output channels of group i read input channels i * width .. (i + 1) * width.
-    factor, shift = (t.view(groups, -1).repeat_interleave(len(weight) // groups, 0) for t in (factor, shift))
-    factor, shift = (t.view(*t.shape, *[1] * (weight.ndim - 2)) for t in (factor, shift))
-    return _Edit(factor, lambda w, rows: (w * shift).flatten(1).sum(1))
+def _rows(module: Any) -> Tensor:
+    """Return a view of the weight as (groups, outputs of a group, inputs of a group, kernel)."""
+    weight: Tensor = module.weight.detach()
+    weight, groups = weight.T if isinstance(module, Conv1D) else weight, getattr(module, "groups", 1)
+    return weight.view(groups, len(weight) // groups, weight.shape[1], -1)
 
 
-def _of_branch(module: nn.Module, bias: Tensor, scale: float) -> _Edit:
-    """Return the edit W / s, (c + b) / s."""
-    bias = bias.to(cast(Tensor, module.weight).device)
-    return _Edit(bias.new_ones(1), lambda w, rows: bias[rows], scale)
-
-
-def _write_layer(name: str, module: Any, edits: list[_Edit], needs_bias: bool, change: Change) -> bool:
-    """Apply `edits` to the weight and bias of a linear layer, in blocks of rows. Return whether it got a bias that it
-    lacked."""
-    weight, bias = module.weight.detach(), getattr(module, "bias", None)
-    outputs = weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]
-    biases = torch.zeros(outputs, dtype=torch.float64, device=weight.device)
-    if bias is not None:
-        biases += bias.detach()
-    blocks = [slice(None)]
-    if isinstance(module, nn.Linear):
-        rows = max(_BLOCK // weight.shape[1], 1)
-        blocks = [slice(start, start + rows) for start in range(0, outputs, rows)]
-    for block in blocks:
-        part = weight[block]
-        wide, factor = part.double(), torch.ones((), dtype=torch.float64, device=weight.device)
-        for edit in edits:
-            biases[block] = (biases[block] + edit.moved(wide * factor, block)) / edit.scale
-            factor = factor * edit.factor / edit.scale
-        new = (wide * factor).to(weight.dtype)
-        _check_finite(name, part, new)
-        change.keep(part, new, functools.partial(_divided, factor))
+def _write_layer(name: str, module: Any, edit: _Edit, change: Change) -> bool:
+    """Apply an edit, in blocks of rows. Return whether the layer got a bias that it lacked."""
+    weight, old = _rows(module), module.bias
+    factor, shift = (value.view(len(weight), 1, -1, 1) for value in (edit.factor, edit.shift))
+    moved = []
+    for part in torch.split(weight, max(_BLOCK // weight[:, :1].numel(), 1), dim=1):
+        wide = part.double()
+        moved.append((wide * shift).sum((2, 3)))
+        new = _finite(name, wide * factor, part.dtype)
+        change.keep(part, new, lambda x: (x.double() / factor).to(x.dtype))
         part.copy_(new)
-    new_bias = biases.to(weight.dtype)
-    _check_finite(name, weight if bias is None else bias, new_bias)
-    if bias is not None:
-        change.keep(bias)
-        bias.copy_(new_bias)
-    elif needs_bias:
-        module.bias = nn.Parameter(new_bias, requires_grad=module.weight.requires_grad)
+    bias = edit.bias + torch.cat(moved, 1).flatten()
+    if old is not None:
+        change.keep(old)
+        old.copy_(_finite(name, bias + old.detach().double() / edit.scale, old.dtype))
+    elif bool(bias.any()):
+        module.bias = nn.Parameter(_finite(name, bias, weight.dtype), requires_grad=module.weight.requires_grad)
         module.__dict__[ADDED_BIAS] = True
         return True
     return False
 
 
-def _divided(factor: Tensor, x: Tensor) -> Tensor:
-    return (x.double() / factor).to(x.dtype)
-
-
-def _check_finite(name: str, old: Tensor, new: Tensor) -> None:
-    if bool(new.sum(dtype=torch.float64).isfinite()):
-        return
-    raise RuntimeError(
-        f"folding into {name} overflows {new.dtype}; the model is unchanged. Fold in float32"
-        if bool(old.isfinite().all())
-        else f"the weights of {name} are not finite: there is nothing to fold into"
-    )
+def _finite(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values rounded to `dtype`. Raise RuntimeError if they are not finite there."""
+    values = values.to(dtype)
+    if not bool(values.sum(dtype=torch.float64).isfinite()):
+        raise RuntimeError(f"folding into {name} overflows {dtype}: fold in float32, and look for NaN in its weights")
+    return values

@@ -18,7 +18,7 @@ from hf_adanorm import Fold
         ({"inputs": [1]}, TypeError, "inputs must map argument names"),
         ({"tolerance": -1.0}, ValueError, "finite number >= 0, got -1.0"),
         ({"tolerance": float("nan")}, ValueError, "finite number >= 0"),
-        ({"tolerance": "1e-4"}, TypeError, "tolerance must be a number"),
+        ({"tolerance": "1e-4"}, ValueError, "finite number >= 0"),
     ],
 )
 def test_bad_options_raise(options: dict[str, Any], error: type[Exception], message: str) -> None:
