@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from hf_adanorm import Fold, fold_affine, is_patched, patch_model, unpatch_model
 from hf_adanorm.running import dummy_inputs
 from tests.zoo.fold_blocks import WIDTH, Block, difference, norm, quietly, state, unchanged
-from tests.zoo.fold_models import ENCODER, POST_NORM, VOCAB, build, logits
+from tests.zoo.fold_models import ENCODER, POST_NORM, build, logits
+
+
+def tokens(rows: int = 8) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(4, 100, (rows, 12), generator=torch.Generator().manual_seed(1))}
 
 
 @pytest.mark.parametrize("name", POST_NORM)
@@ -42,9 +46,7 @@ def test_post_norm_moves_less_than_by_dropping(name: str) -> None:
 
 @pytest.mark.parametrize("k", [0.0, 0.05])
 def test_calibration_moves_less_than_approximation(k: float) -> None:
-    batch = dummy_inputs(build("bert-mlm"))
-    batch["input_ids"] = torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch = tokens()
     before = logits(build("bert-mlm"), batch)
     moved = {}
     for way in ("approximate", "calibrate"):
@@ -55,8 +57,7 @@ def test_calibration_moves_less_than_approximation(k: float) -> None:
 
 
 def test_calibration_warns_of_a_k_that_loses_most() -> None:
-    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
-    options = {"affine": Fold(unfoldable="calibrate", inputs=batch)}
+    options = {"affine": Fold(unfoldable="calibrate", inputs=tokens())}
     with pytest.warns(UserWarning, match="choose a smaller k"):
         patch_model(build("bert-cls"), "adanorm", k=0.9, **options)
     with warnings.catch_warnings():
@@ -114,21 +115,6 @@ def test_a_fit_adds_no_bias_where_none_would_arrive_and_is_no_further_off_than_t
     assert off["calibrate"] <= share * off["keep"]
 
 
-def test_a_calibrated_fold_keeps_padded_rows_of_mamba_those_of_rows_without_padding() -> None:
-    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, **VOCAB)
-    model = transformers.MambaForCausalLM(config).eval()
-    ids = torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(0))
-    options = {"affine": Fold(unfoldable="calibrate", tied="untie", inputs={"input_ids": ids})}
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "variance_epsilon"):
-                module.weight.uniform_(0.5, 1.5)
-        quietly(patch_model, model, "adanorm", targets="all", **options)
-        padded = torch.cat([torch.zeros(4, 5, dtype=torch.int64), ids], 1)
-        logits = model(input_ids=padded, attention_mask=(padded > 0).long()).logits
-        assert difference(logits[:, 5:], model(input_ids=ids).logits) <= 1e-5
-
-
 def test_unpatching_keeps_the_fold() -> None:
     model = build("whisper")
     inputs = dummy_inputs(model)
@@ -152,17 +138,16 @@ def test_what_an_approximate_fold_drops_is_said() -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 def test_norms_without_gain_and_bias_are_fitted_too(swapped: bool) -> None:
     model = build("gpt2-lm untied")
-    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
     if not swapped:
         fold_affine(model)
     else:
         quietly(patch_model, model, "layernorm-simple", affine="fold")
     at_once = copy.deepcopy(model)
-    before = logits(model, batch)
+    before = logits(model, tokens())
     quietly(patch_model, at_once, "adanorm", C=1.5, k=0.1)
-    options = {"affine": Fold(unfoldable="calibrate", inputs=batch)}
+    options = {"affine": Fold(unfoldable="calibrate", inputs=tokens())}
     patch_model(model, "adanorm", C=1.5, k=0.1, **options)
-    assert (logits(model, batch) - before).norm() < 0.4 * (logits(at_once, batch) - before).norm()
+    assert (logits(model, tokens()) - before).norm() < 0.4 * (logits(at_once, tokens()) - before).norm()
     again = state(model)
     patch_model(model, "adanorm", C=1.5, k=0.1, **options)
     assert unchanged(model, again)
@@ -171,18 +156,16 @@ def test_norms_without_gain_and_bias_are_fitted_too(swapped: bool) -> None:
 def test_a_norm_without_parameters_that_cannot_be_fitted_stays_with_a_warning() -> None:
     model = build("olmo")
     model.model.embed_tokens.weight = model.lm_head.weight
-    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
     with pytest.warns(UserWarning, match=r"1 of 5 norms cannot be folded .*model.norm: the weight of lm_head is tied"):
-        patch_model(model, "adanorm", affine=Fold(unfoldable="calibrate", inputs=batch))
+        patch_model(model, "adanorm", affine=Fold(unfoldable="calibrate", inputs=tokens()))
     assert not is_patched(model.model.norm)
     assert is_patched(model.model.layers[0].input_layernorm)
 
 
 def test_a_calibrated_fold_that_is_exact_adds_no_bias_and_leaves_a_stock_model() -> None:
     model, exact = build("llama"), build("llama")
-    batch = {"input_ids": torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(1))}
     fold_affine(exact)
-    report = fold_affine(model, unfoldable="calibrate", inputs=batch)
+    report = fold_affine(model, unfoldable="calibrate", inputs=tokens(4))
     assert report.is_stock
     assert not report.added_biases
     assert unchanged(model, state(exact))
@@ -190,17 +173,15 @@ def test_a_calibrated_fold_that_is_exact_adds_no_bias_and_leaves_a_stock_model()
 
 def test_a_plain_norm_that_becomes_another_plain_one_takes_no_bias() -> None:
     model = build("llama")
-    batch = {"input_ids": torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(1))}
     patch_model(model, "layernorm-simple", targets="all", affine="fold")
     names = set(dict(model.named_parameters()))
-    patch_model(model, "detachnorm", targets="all", affine=Fold(unfoldable="calibrate", inputs=batch))
+    patch_model(model, "detachnorm", targets="all", affine=Fold(unfoldable="calibrate", inputs=tokens(4)))
     assert set(dict(model.named_parameters())) == names
 
 
 def test_the_report_of_a_fit_says_what_share_of_each_output_is_not_reproduced() -> None:
     model = build("bert-cls")
-    batch = {"input_ids": torch.randint(4, 100, (8, 12), generator=torch.Generator().manual_seed(1))}
-    report = fold_affine(model, unfoldable="calibrate", inputs=batch)
+    report = fold_affine(model, unfoldable="calibrate", inputs=tokens())
     fitted = next(norm for norm in report.norms if norm.reason.startswith("fitted"))
     assert fitted.lost is not None
     assert 0 < fitted.lost < 1

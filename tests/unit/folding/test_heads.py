@@ -85,10 +85,6 @@ def test_a_plain_stock_model_loads_with_stock_transformers_where_we_are_not(
     assert elsewhere.run_code(_STOCK, tmp_path).stdout == "stock\n"
 
 
-def test_biases_that_were_added_make_no_stock_model() -> None:
-    assert not fold_affine(build("gpt2-lm untied")).is_stock
-
-
 def test_resized_embeddings_keep_an_untied_head() -> None:
     model = patch_model(tied_llama(), "layernorm-simple", targets="rmsnorm", affine=Fold(tied="untie"))
     head = model.lm_head.weight[:64].clone()
