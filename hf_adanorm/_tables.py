@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import shutil
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -51,12 +52,12 @@ def number_template(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-class Printed:
+class Printed(ABC):
     """A report that prints as a table, and shows as one in a notebook."""
 
+    @abstractmethod
     def _parts(self) -> tuple[str, Row, Sequence[Row], Sequence[str]]:
         """Return a summary, the header and the rows of the table, and sentences that follow it."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         summary, header, rows, notes = self._parts()

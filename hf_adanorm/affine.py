@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -113,12 +114,18 @@ def _start(module: nn.Module, group: NormGroup, options: Options) -> NormGroup:
     """Return the group with the settings at which the norm is N(x), unless the module computes something else now."""
     if is_swapped(module) and not is_plain(type(module.inner), module.settings()):
         return group
-    return replace(group, settings={**group.settings, **options.cls.plain_settings})  # type: ignore[attr-defined]
+    return replace(group, settings={**group.settings, **_plain_settings(options)})
+
+
+def _plain_settings(options: Options) -> Mapping[str, Any]:
+    """Return the settings at which the new norm is N(x). A fold takes only classes that declare them."""
+    cls: Any = options.cls
+    return cast(Mapping[str, Any], cls.plain_settings)
 
 
 def _warn_of_start(plan: Plan, change: Change) -> None:
     """Warn if a fold starts with other settings than those of the call."""
-    given, plain = plan.options.settings, plan.options.cls.plain_settings  # type: ignore[attr-defined]
+    given, plain = plan.options.settings, _plain_settings(plan.options)
     other = {k: v for k, v in given.items() if not isinstance(v, Mapping) and plain.get(k, v) != v}
     if other:
         wanted = ", ".join(f"{key}={value}" for key, value in other.items())

@@ -251,14 +251,18 @@ def _belongs(path: Path, module_folders: list[str]) -> bool:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `out` once it is complete; an error leaves nothing behind."""
+    """Yield a temporary folder. Rename it to `out` at the end, or delete it after an error.
+
+    Raises:
+        FileExistsError: `out` is a file, a folder that is not empty, or a mount point.
+    """
     from .saving import TEMPORARY
 
     target = out.resolve()  # a link to an empty folder means that folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder: give a new one")
     if target.is_mount():
-        raise FileExistsError(f"{out} is a mount point, which nothing can be renamed to: give a new folder in it")
+        raise FileExistsError(f"{out} is a mount point, which cannot be replaced: give a folder inside it")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{TEMPORARY}{target.name}-{secrets.token_hex(8)}"
     temporary.mkdir()

@@ -71,11 +71,13 @@ def first_accepted(
         hidden_states: also ask for hidden states, if the model returns them on request.
 
     Raises:
-        ValueError: the model accepts none of them. The message quotes the model's own error.
+        ValueError: the model has no config and `given` is None, or it accepts none of the inputs. The message quotes
+            the model's first error.
+        MemoryError: a pass ran out of memory.
     """
     if given is None and getattr(model, "config", None) is None:
         raise ValueError("a model without a config needs inputs={argument name: tensor, ...}")
-    error: Exception | None = None
+    error: Exception | None = None  # the first
     for rows, kind in ((2, ""), (1, ""), (2, "video"), (2, "text")) if given is None else ((0, ""),):
         try:
             inputs: dict[str, Any] = dict(_build(model, rows, kind) if given is None else given)

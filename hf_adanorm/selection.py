@@ -1,7 +1,8 @@
 """Choose the norms that a call means: `targets`, `include`, `exclude` and `layers`.
 
 - `targets="auto"` means the norms on the residual stream, LayerNorms and RMSNorms alike. Query, key, latent and other
-  norms inside a branch of a layer are skipped with a reason (`detection.off_stream`).
+  norms inside a branch of a layer are skipped with a reason (`detection.off_stream`). `"layernorm"`, `"rmsnorm"` and
+  `"all"` mean every norm of that kind.
 - A pattern is the ending of a name, split at dots. `*` stands for anything within one part of the name, and at the end
   of a pattern for everything below. `re:` starts a regular expression that must match the whole name. A pattern that
   matches nothing raises.
@@ -38,11 +39,16 @@ def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which norms a call means: options of `patch_model`, checked. Wrong ones raise TypeError or ValueError."""
+    """Options of `patch_model` that select norms by name, layer and kind.
+
+    Raises:
+        TypeError, ValueError: a wrong option.
+    """
 
     include: Patterns = None
     exclude: Patterns = None
     layers: Iterable[int] | int | None = None
+    """Stored as a tuple of integers, or None."""
     targets: str = "auto"
 
     def __post_init__(self) -> None:

@@ -34,11 +34,12 @@ def set_norm(model: nn.Module, *, include: Patterns = None, **settings: Any) -> 
         **settings: new values, checked by the norm's constructor.
 
     Returns:
-        The names of the norms that have these settings now.
+        The names of the norms that now have these values.
 
     Raises:
         ValueError, TypeError: the constructor refuses a value; a norm does not have the setting; a setting that only
-            starts a parameter, such as DyT's alpha; a pattern without a match. Nothing has changed then.
+            initializes a parameter, such as DyT's alpha, or is no attribute; a pattern without a match. Nothing has
+            changed then.
     """
     if not settings:
         raise ValueError("set_norm needs at least one setting, such as k=0.05")

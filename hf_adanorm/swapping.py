@@ -303,7 +303,8 @@ def _affine_of(info: NormInfo | None) -> list[tuple[str, str, float]]:
 
 
 def restored(module: SwappedNorm) -> nn.Module:
-    """Return the norm that `module` replaced, on its device and in its dtype, with the gain and bias learned since."""
+    """Return the norm that `module` replaced, with the gain and bias learned since, on the device and in the dtype of
+    `module`. A norm that was put in by hand becomes a new LayerNorm."""
     kept = replaced_by(module)
     if kept is None:  # a norm that the user put there by hand
         source: nn.Module = nn.LayerNorm(module.normalized_shape, eps=module.eps)
@@ -312,10 +313,10 @@ def restored(module: SwappedNorm) -> nn.Module:
         if ADJUSTED_EPS in module.__dict__:  # by a fold, after the swap
             source.__dict__.update(dict.fromkeys({"eps", "variance_epsilon"} & source.__dict__.keys(), module.eps))
             source.__dict__[ADJUSTED_EPS] = True
-    weight, empty = module.weight, kept is None or not kept.has_values
-    if empty and any(p.is_meta for p in source.parameters()) and not weight.is_meta:
+    weight, no_values = module.weight, kept is None or not kept.has_values
+    if no_values and any(p.is_meta for p in source.parameters()) and not weight.is_meta:
         source = source.to_empty(device=weight.device)
-    _fill_affine(source, learned_affine(module), empty)
+    _fill_affine(source, learned_affine(module), no_values)
     if not hasattr(source, "_hf_hook"):  # accelerate's hook brings offloaded tensors in by itself
         source.to(device=weight.device, dtype=weight.dtype)
     source.train(module.training)

@@ -67,9 +67,9 @@ class NormLog(Printed):
     model_class: str
     """The name of the model's class."""
     every: int
-    """As given to `watch_norms`."""
+    """The distance of recorded steps."""
     k: float
-    """As given to `watch_norms`."""
+    """The k for the shares of norms that have no k of their own."""
     records: list[NormRecord] = field(default_factory=list)
     """One for each norm and recorded step, in the order in which the norms ran."""
     histograms: dict[str, Tensor] = field(default_factory=dict)

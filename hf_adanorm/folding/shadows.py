@@ -202,24 +202,27 @@ class Shadows:
         return []
 
     def _scale(self, packet: Any, args: tuple[Any, ...], out: Tensor) -> list[Source] | None:
-        """Follow tensor * other or tensor / other, where `other` has no traces: linear within every channel."""
+        """Scale the factors for tensor * other or tensor / other, where `other` has no traces.
+
+        Return the lost sources, or None for other / tensor.
+        """
         left, right = args
-        swapped = not (isinstance(left, Tensor) and self.of(left))
-        if swapped and packet is aten.div:
+        on_the_right = not (isinstance(left, Tensor) and self.of(left))
+        if on_the_right and packet is aten.div:
             return None
-        tensor, other = (right, left) if swapped else (left, right)
+        tensor, other = (right, left) if on_the_right else (left, right)
         many = isinstance(other, Tensor) and other.numel() > 1
-        ones = many and bool((other == 1).all())
+        idle = many and bool((other == 1).all())
         amount = other.double() if isinstance(other, Tensor) else float(other)
         lost = []
         for source, trace in self.of(tensor).items():
-            if source[0] != "norm" and many:  # no sum as it is, in any case
+            if source[0] != "norm" and many:  # a sum or a linear layer's output must stay as it is
                 lost.append(source)
                 continue
             thin = _thin(trace.factor)
             factor = thin * amount if packet is aten.mul else thin / amount
             channel = trace.channel.expand(out.shape)
-            self.add(out, {source: Trace(channel, factor.expand(out.shape), trace.dropout, trace.unsure or ones)})
+            self.add(out, {source: Trace(channel, factor.expand(out.shape), trace.dropout, trace.unsure or idle)})
         return lost
 
     def _reduce(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[Source] | None:

@@ -112,6 +112,11 @@ def _record_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _attach(config: Any, model: nn.Module) -> None:
+    """Link an adapter's config to its base.
+
+    Raise ValueError if the base differs from the adapter's record. Warn if a loaded adapter has no record and may
+    belong to another base.
+    """
     mapping = dict(config.auto_mapping or {})
     record = {key: mapping.pop(key) for key in (KEY, FOLDED) if key in mapping}
     if record and (differing := _differences(record, model)):
@@ -119,14 +124,15 @@ def _attach(config: Any, model: nn.Module) -> None:
             f"this adapter was trained on a base with other norms: {in_words(differing, model)}. Load the base that "
             "it was trained on, or patch or fold this one in the same way, before attaching it"
         )
-    now = _record_of(model)
-    if now and not record and config.__dict__.pop(_LOADED, False) and not _named_base_has_norms_of(model, config):
+    now, was_loaded = _record_of(model), config.__dict__.pop(_LOADED, False)
+    if now and not record and was_loaded and not _named_base_has_norms_of(model, config):
         warnings.warn(
             f"this adapter may not belong to this {type(model).__name__}, whose norms were swapped or folded: it has "
-            f"no record of norms, and its base {config.base_model_name_or_path!r} has other norms or cannot be read",
+            f"no record of norms, and its base {config.base_model_name_or_path!r} has other norms or cannot be "
+            "read: attach it to the base that it was trained on",
             stacklevel=5,
         )
-    config.auto_mapping = mapping or None  # from here on the base itself says what it has
+    config.auto_mapping = mapping or None  # saving writes a new record
     config.__dict__[_BASE] = _Base(model, now)
 
 

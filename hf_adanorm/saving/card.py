@@ -180,9 +180,10 @@ def render_card(config: Mapping[str, Any], *, existing: str | None = None, chat:
 
 
 def renew_card(folder: Path, config: Mapping[str, Any], **details: Any) -> None:
-    """Bring our section of the folder's card up to date with the given config, and write a card where there is none.
+    """Update our section of the folder's card to the given config.
 
-    A section that describes the model stays as it is. That of a model without swapped norms is removed.
+    Write a card if a patched model has none, or only an empty form. Leave a card without our section as it is, and a
+    section that already describes the model. Remove our section if the model has no swapped norms.
     """
     path = folder / CARD_NAME
     text = read_card(path)
@@ -190,7 +191,7 @@ def renew_card(folder: Path, config: Mapping[str, Any], **details: Any) -> None:
     if old is not None and describes(old, config) is not False:
         return
     if _specs(config):
-        more = {} if old is None else {"base_model": None}  # an existing card knows its own
+        more = {} if old is None else {"base_model": None}  # keep that of the existing card
         write_file(path, render_card(config, existing=text, **{**details, **more}))
     elif old is not None and (stripped := without_section(old)) != old:
         write_file(path, stripped)

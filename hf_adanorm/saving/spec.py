@@ -1,7 +1,7 @@
 """Write down what is swapped in a model: `config.adanorm` of the model and of the models nested in it.
 
-The spec is resolved (names, no patterns). `*` stands for one number and is written only where every index is swapped,
-so that a config with another number of layers still means the whole stack.
+The spec lists modules by name. `*` replaces a number only where every index is swapped, so that a config with another
+number of layers still means the whole stack.
 """
 
 from __future__ import annotations
@@ -172,7 +172,11 @@ def _settings_by_name(spec: AdaNormSpec, model: nn.Module, ignored: Collection[s
 
 
 def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
-    """Return the spec of what is swapped in `model`, with one group per set of settings; None for a stock model."""
+    """Describe the swapped norms of `model`, and the biases and eps that folds left. Return None if there are none.
+
+    Raises:
+        ValueError: two classes share a name.
+    """
     groups: dict[NormGroup, list[str]] = {}
     classes: dict[str, dict[str, Any]] = {}
     modules = dict(plain_modules(model))
@@ -198,7 +202,7 @@ def resolved_spec(model: nn.Module) -> AdaNormSpec | None:
         chosen = {spelled[name] for name in names}
         templates = dict.fromkeys(number_template(spelled[name]) for name in names)
         found = find_modules(model, templates, modules.items())
-        # A renaming may ask for a certain number, which "*" does not match (RF-DETR).
+        # "*" may match nothing, as a renaming may ask for a certain number (RF-DETR).
         short = [
             template
             for template in templates

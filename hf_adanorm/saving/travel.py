@@ -8,6 +8,7 @@ points to the entry file. transformers finds the files by regular expressions, s
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,11 @@ def check_classes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
     by_name: dict[str, Path] = {}
     for name, cls in classes.items():
         if "." in cls.__qualname__:
-            _refuse(name, f"{cls.__qualname__} must stand at the top of its file")
+            _refuse(name, f"{cls.__qualname__} must be defined at the top level of its file")
         for path in files_of(cls):
             if not path.stem.isidentifier() or path.name in (LOADER, ENTRY, "__init__.py"):
-                _refuse(name, f"rename {path.name}, a name that has another use")
+                what = "has another use" if path.stem.isidentifier() else "is not a Python identifier"
+                _refuse(name, f"rename {path.name}: this name {what}")
             other = by_name.setdefault(path.name, path)
             if digest(other) != digest(path):
                 _refuse(name, f"two files of this model's norms are called {path.name}: {other} and {path}")
@@ -85,13 +87,18 @@ def check_file(name: str, path: Path) -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
             for top in (name.partition(".")[0] for name in names):
                 if top == "hf_adanorm":
-                    refuse(node.lineno, "import hf_adanorm: the file must work where hf_adanorm is missing")
-                if path.with_name(f"{top}.py").is_file() or (path.parent / top / "__init__.py").is_file():
-                    refuse(node.lineno, f"import {top}, a file in the same folder: write `from .{top} import ...`")
+                    refuse(node.lineno, "it imports hf_adanorm, but the file must work where that is missing")
+                if path.with_name(f"{top}.py").is_file():
+                    refuse(node.lineno, f"it imports {top}, a file in the same folder: write `from .{top} import ...`")
+                if (path.parent / top / "__init__.py").is_file():
+                    refuse(node.lineno, f"it imports the folder {top}, which does not travel: move it into {top}.py")
     seen = get_relative_imports(path)  # those whose files transformers copies
     for module in seen:
         if module not in found:
-            refuse(text[: text.index(f".{module}")].count("\n") + 1, "transformers takes this text for an import")
+            like_import = re.compile(rf"\s*(from|import)\s+\.{re.escape(module)}\b")
+            lines = enumerate(text.splitlines(), 1)
+            line = next((number for number, text_line in lines if like_import.match(text_line)), 1)
+            refuse(line, "transformers takes this text for an import: reword it")
     for module, line in found.items():
         if module not in seen:
             refuse(line, "transformers does not see this import: write `from .name import` on one line of its own")

@@ -136,16 +136,20 @@ def test_two_folders_with_other_files_of_the_same_name_do_not_mix(tmp_path: Path
         ("from .deep.helpers import scaled", "write `from .name import ...`"),
         ("from ..code import helpers", "write `from .name import ...`"),
         ("import helpers", "a file in the same folder"),
-        ("import hf_adanorm", "must work where hf_adanorm is missing"),
-        ("from hf_adanorm import AdaNorm", "must work where hf_adanorm is missing"),
+        ("import hf_adanorm", "must work where that is missing"),
+        ("from hf_adanorm import AdaNorm", "must work where that is missing"),
         ("from .nowhere import x", "there is no nowhere.py"),
         ('"""Or\n    from .nowhere import it"""', "takes this text for an import"),
+        ('later.nowhere = """\n    from .nowhere import it"""', "takes this text for an import"),
+        ("import parts", "it imports the folder parts, which does not travel"),
         ("pass; from .more import x", "transformers does not see this import"),
     ],
 )
 def test_what_could_not_be_loaded_elsewhere_is_refused_with_its_line(line: str, why: str, tmp_path: Path) -> None:
     model = patch_model(bert(), written(tmp_path / "code", f"{NORMS}\n# {line.splitlines()}\n"))
     path = tmp_path / "code" / "my_norms.py"
+    (path.parent / "parts").mkdir()
+    (path.parent / "parts" / "__init__.py").touch()
     path.write_text(f"{NORMS}\n\ndef later():\n    {line}\n")
     number = len(NORMS.splitlines()) + 4 + line.count("\n")
     with pytest.raises(ValueError, match=rf"my_norms\.py, line {number}: .*{re.escape(why)}"):
